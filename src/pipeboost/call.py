@@ -1,0 +1,78 @@
+"""The state of one pipeline call, carried by a context variable so that threads and views never see each other's.
+
+Layers, processors and caches ask `current_call()`; outside a call it is None and they act as stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from pipeboost.errors import Cancelled
+
+_current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
+
+
+class Call:
+    """One run of a pipeline's `__call__`.
+
+    Attributes:
+        pipe: the pipeline, or the view of it, that was called.
+        owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
+        arguments: the arguments of the call by parameter name, defaults included.
+        step: how many times `scheduler.step` has returned.
+        branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
+        events: named time spans, in order, as a report reads them.
+        state: what a feature keeps for the length of this call, by feature name.
+        resources: closed when the call ends, whether it returns or raises.
+    """
+
+    def __init__(self, pipe: Any, owner: Any, arguments: dict[str, Any]) -> None:
+        self.pipe = pipe
+        self.owner = owner
+        self.arguments = arguments
+        self.step = 0
+        self.branch = -1
+        self.events: list[Any] = []
+        self.state: dict[str, Any] = {}
+        self.resources = contextlib.ExitStack()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Make the call raise `Cancelled` at its next step; may be called from any thread."""
+        self._cancelled.set()
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `Cancelled` if someone asked for it."""
+        if self._cancelled.is_set():
+            raise Cancelled(f"the call was cancelled after step {self.step}")
+
+
+def current_call() -> Call | None:
+    """The call that this thread is in, or None."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def open_call(pipe: Any, *, owner: Any, arguments: dict[str, Any] | None = None) -> Iterator[Call]:
+    """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
+    call = Call(pipe, owner, arguments or {})
+    token = _current.set(call)
+    try:
+        with call.resources:
+            yield call
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def no_call() -> Iterator[None]:
+    """Everything inside runs as if no call were open, that is, as stock."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)

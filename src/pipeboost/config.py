@@ -1,0 +1,304 @@
+"""What a user can ask for: quality tiers and one frozen dataclass per feature, checked in this one place.
+
+Every argument takes `"auto"`, `None`/`False` (off), a short name, or the dataclass. Keyword arguments win over a
+config object or file, which wins over `PIPEBOOST_*` environment variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeboost.errors import ConfigurationError, not_one_of
+
+TIERS = ("exact", "lossless", "balanced", "fast")
+FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload")
+ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "flash4", "sage", "flex")
+STEP_MASKS = ("slow", "medium", "fast", "ultra")
+COMPILE_SCOPES = ("regional", "full")
+
+Tier = Literal["exact", "lossless", "balanced", "fast"]
+
+
+def tier_allows(tier: str, needed: str) -> bool:
+    """Whether a tier permits what the tier `needed` introduces."""
+    return TIERS.index(tier) >= TIERS.index(needed)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which attention kernel runs.
+
+    Attributes:
+        backend: a name of `ATTENTION_BACKENDS`, or `"auto"` to choose by hardware, token count and mask.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *ATTENTION_BACKENDS):
+            raise not_one_of("attention", self.backend, ("auto", *ATTENTION_BACKENDS))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work; the product of the five degrees is the size of the group (default: the world)."""
+
+    replicas: int = 1
+    cfg: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    tensor: int = 1
+    vae: str | bool = "auto"
+    text_encoder: str | bool = "auto"
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
+            _require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
+
+    @property
+    def size(self) -> int:
+        """How many ranks this layout takes."""
+        return self.replicas * self.cfg * self.ulysses * self.ring * self.tensor
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Step caching by cache-dit: skip the middle blocks when the first ones say that little has changed.
+
+    Attributes:
+        fn: blocks at the front that always run; their residual decides.
+        bn: blocks at the end that always run.
+        warmup: denoising steps at the start that are never skipped.
+        threshold: relative change of the residual below which a step is skipped.
+        max_continuous: skipped steps in a row, at most.
+        taylorseer_order: extrapolate skipped steps by a Taylor series of this order; None reuses the last residual.
+        step_mask: fixed steps instead of the residual's decision: a preset of cache-dit, or
+            `([compute bins], [cache bins])`, run alternately.
+        secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
+    """
+
+    fn: int = 1
+    bn: int = 0
+    warmup: int = 4
+    threshold: float = 0.24
+    max_continuous: int = 3
+    taylorseer_order: int | None = None
+    step_mask: str | tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    secondary: CacheConfig | None = None
+
+    def __post_init__(self) -> None:
+        _require_integer("cache.fn", self.fn, minimum=1)
+        _require_integer("cache.bn", self.bn, minimum=0)
+        _require_integer("cache.warmup", self.warmup, minimum=0)
+        _require_integer("cache.max_continuous", self.max_continuous, minimum=1)
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0 < self.threshold <= 1:
+            raise ConfigurationError(f"cache.threshold={self.threshold!r} must be a number in (0, 1]")
+        if self.taylorseer_order not in (None, 1, 2, 3, 4):
+            raise not_one_of("cache.taylorseer_order", self.taylorseer_order, (None, 1, 2, 3, 4))
+        if isinstance(self.step_mask, str):
+            if self.step_mask not in STEP_MASKS:
+                raise not_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
+        elif self.step_mask is not None:
+            object.__setattr__(self, "step_mask", _checked_bins(self.step_mask))
+        if isinstance(self.secondary, Mapping):
+            object.__setattr__(self, "secondary", _from_mapping(CacheConfig, "cache.secondary", self.secondary))
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """torch.compile of the transformer.
+
+    Attributes:
+        scope: `"regional"` compiles one block and reuses it for all that are alike; `"full"` the whole transformer.
+        backend: a torch.compile backend.
+        dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
+        recompile_limit: graphs one block may have, within our calls only.
+    """
+
+    scope: str = "regional"
+    backend: str = "inductor"
+    dynamic: bool = False
+    recompile_limit: int = 64
+
+    def __post_init__(self) -> None:
+        if self.scope not in COMPILE_SCOPES:
+            raise not_one_of("compile", self.scope, COMPILE_SCOPES)
+        _require_integer("compile.recompile_limit", self.recompile_limit, minimum=1)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Weights and activations in fewer bits."""
+
+    scheme: str = "fp8"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("fp8",):
+            raise not_one_of("quantize", self.scheme, ("fp8",))
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where components live between their stages."""
+
+    policy: str = "resident"
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("resident", "stage", "layerwise"):
+            raise not_one_of("offload", self.policy, ("resident", "stage", "layerwise"))
+
+
+@dataclass(frozen=True)
+class AccelerationConfig:
+    """All settings of one acceleration. `"auto"` leaves a choice to the plan, None turns a feature off."""
+
+    quality: str = "lossless"
+    attention: AttentionConfig | Literal["auto"] | None = "auto"
+    parallel: ParallelConfig | Literal["auto"] | None = "auto"
+    cache: CacheConfig | Literal["auto"] | None = "auto"
+    compile: CompileConfig | Literal["auto"] | None = "auto"
+    quantize: QuantizeConfig | Literal["auto"] | None = "auto"
+    offload: OffloadConfig | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        if self.quality not in TIERS:
+            raise not_one_of("quality", self.quality, TIERS)
+        for feature in FEATURES:
+            object.__setattr__(self, feature, _feature_setting(feature, getattr(self, feature)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AccelerationConfig:
+        """Read a YAML or JSON file whose keys are the fields of this class.
+
+        Raises:
+            ConfigurationError: the file is missing, unreadable, or has a key or value that is not allowed.
+        """
+        return cls(**_read_settings(Path(path)))
+
+
+_CLASSES: dict[str, type] = {
+    "attention": AttentionConfig,
+    "parallel": ParallelConfig,
+    "cache": CacheConfig,
+    "compile": CompileConfig,
+    "quantize": QuantizeConfig,
+    "offload": OffloadConfig,
+}
+_SHORT_NAME_FIELD = {
+    "attention": "backend",
+    "cache": "step_mask",
+    "compile": "scope",
+    "quantize": "scheme",
+    "offload": "policy",
+}
+
+
+def resolve_config(
+    config: AccelerationConfig | str | os.PathLike[str] | None,
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> AccelerationConfig:
+    """Merge environment variables, a config object or file, and keyword arguments; the later win.
+
+    Args:
+        config: an `AccelerationConfig`, the path of a YAML/JSON file, or None.
+        arguments: the keyword arguments that the user gave, only those.
+        environment: where `PIPEBOOST_QUALITY`, `PIPEBOOST_ATTENTION`, … are looked up (default: the process's).
+
+    Raises:
+        ConfigurationError: a value that is not allowed.
+    """
+    environment = os.environ if environment is None else environment
+    settings: dict[str, Any] = {}
+    for name in ("quality", *FEATURES):
+        text = environment.get(f"PIPEBOOST_{name.upper()}")
+        if text is not None:
+            settings[name] = None if text.lower() in ("none", "off", "false", "0") else text
+    if isinstance(config, AccelerationConfig):
+        settings.update({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    elif isinstance(config, (str, os.PathLike)):
+        settings.update(_read_settings(Path(config)))
+    elif config is not None:
+        raise ConfigurationError(
+            f"config must be an AccelerationConfig or the path of a YAML or JSON file, not {type(config).__name__}"
+        )
+    settings.update(arguments)
+    return AccelerationConfig(**settings)
+
+
+def _feature_setting(feature: str, value: Any) -> Any:
+    cls = _CLASSES[feature]
+    if value is None or value is False or value == "off":
+        return None
+    if value is True or (isinstance(value, str) and value == "auto"):
+        return "auto"
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, Mapping):
+        return _from_mapping(cls, feature, value)
+    if isinstance(value, str) and feature in _SHORT_NAME_FIELD:
+        return cls(**{_SHORT_NAME_FIELD[feature]: value})
+    raise ConfigurationError(
+        f"{feature}={value!r} is not allowed; use 'auto', None, a short name or a {cls.__name__}"
+    )
+
+
+def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ConfigurationError(f"{argument} has no setting {key!r}; it has {', '.join(known)}")
+    return cls(**values)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from error
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"config file {path} is not valid JSON: {error}") from error
+    else:
+        import yaml
+
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"config file {path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"config file {path} must hold a mapping of settings")
+    known = ("quality", *FEATURES)
+    for key in settings:
+        if key not in known:
+            raise ConfigurationError(f"config file {path} has no setting {key!r}; it may have {', '.join(known)}")
+    return settings
+
+
+def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    try:
+        compute, cache = (tuple(bins) for bins in mask)
+    except (TypeError, ValueError):
+        compute = cache = ()
+    every = (*compute, *cache)
+    if not compute or not cache or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in every):
+        raise ConfigurationError(
+            f"cache.step_mask={mask!r} must be one of {', '.join(map(repr, STEP_MASKS))} or "
+            "([compute bins], [cache bins]) with positive integers in both"
+        )
+    return compute, cache
+
+
+def _require_integer(argument: str, value: Any, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigurationError(f"{argument}={value!r} must be an integer of at least {minimum}")

@@ -1,0 +1,162 @@
+"""What pipeboost knows of each model family: the `Family` dataclass, and how a pipeline finds its own.
+
+A family is data. `patches/` holds one file each; other packages add theirs through the entry-point group
+`pipeboost.patches`. A pipeline without a family gets `generic_family`, which knows only what Diffusers declares.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pipeboost.errors import UnsupportedError
+from pipeboost.seams import stock_class
+
+BlockReturn = Literal["image_text", "text_image", "image"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One list of repeated transformer blocks.
+
+    Attributes:
+        path: attribute of the transformer, such as `"transformer_blocks"`.
+        returns: what a block returns: both streams in that order, or the image stream alone.
+        text_dims: block argument → the dimension that is the text length, for arguments whose text length varies with
+            the prompt. `"image_rotary_emb.1"` means the second tensor of that tuple. Empty where every prompt is padded
+            to one length.
+    """
+
+    path: str
+    returns: BlockReturn
+    text_dims: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PaddedText:
+    """A transformer that takes padded text with a mask, and hands its blocks a mask over image and text.
+
+    Attributes:
+        embeds: forward argument with the text states, `(batch, text tokens, width)`, padded on the right.
+        mask: forward argument with its mask, `(batch, text tokens)`, nonzero where a token is real.
+        block_mask: argument of the blocks that carries the joint key-padding mask.
+    """
+
+    embeds: str
+    mask: str
+    block_mask: str
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A published model size, which `pipeboost bench` builds with random weights.
+
+    Attributes:
+        name: what the user types, such as `"flux.1-dev"`.
+        pipeline: Diffusers pipeline class name.
+        transformer: Diffusers transformer class name.
+        config: its constructor arguments.
+        inputs: `(device, dtype) -> forward arguments` at the published resolution, random.
+        workload: the resolution in words.
+    """
+
+    name: str
+    pipeline: str
+    transformer: str
+    config: Mapping[str, Any]
+    inputs: Callable[[Any, Any], dict[str, Any]]
+    workload: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is true of one model family and of no other.
+
+    Attributes:
+        name: the family's name.
+        pipelines: Diffusers pipeline class names.
+        transformers: Diffusers transformer class names.
+        denoisers: attributes of the pipeline that hold its transformers, in the order the loop uses them.
+        text_encoders: attributes that hold its text encoders.
+        blocks: the repeated blocks of a transformer.
+        padded_text: how it masks padded text, where it does.
+        branches: `(pipe, call arguments) -> how many separate transformer forwards a step makes` (1, or 2 with CFG).
+        full_sizes: published sizes for `pipeboost bench`.
+        missing: for the generic family, what is not known and therefore left out, in words.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    transformers: tuple[str, ...]
+    denoisers: tuple[str, ...]
+    text_encoders: tuple[str, ...]
+    blocks: tuple[Blocks, ...]
+    padded_text: PaddedText | None
+    branches: Callable[[Any, Mapping[str, Any]], int] | None
+    full_sizes: tuple[FullSize, ...]
+    missing: tuple[str, ...] = ()
+
+    def models(self, pipe: Any) -> dict[str, Any]:
+        """The transformers this pipeline has, by attribute name, in the order the loop uses them."""
+        found = {name: getattr(pipe, name, None) for name in self.denoisers}
+        return {name: model for name, model in found.items() if model is not None}
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All families: ours and those that installed packages declare in the entry-point group `pipeboost.patches`."""
+    return tuple(entry.load() for entry in entry_points(group="pipeboost.patches"))
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a Diffusers pipeline; `generic_family` where none claims its class.
+
+    Raises:
+        UnsupportedError: not a Diffusers pipeline, or one without a transformer.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UnsupportedError(f"pipe must be a Diffusers pipeline, not {type(pipe).__name__}")
+    names = [cls.__name__ for cls in stock_class(pipe).__mro__]
+    for family in families():
+        if any(name in family.pipelines for name in names) and family.models(pipe):
+            return family
+    return generic_family(pipe)
+
+
+def family_named(pipeline_class: str) -> Family | None:
+    """The family that claims a pipeline class name, or None."""
+    return next((family for family in families() if pipeline_class in family.pipelines), None)
+
+
+def generic_family(pipe: Any) -> Family:
+    """What can be said of a pipeline that no family claims, from Diffusers' own declarations.
+
+    Raises:
+        UnsupportedError: it has no transformer.
+    """
+    denoisers = tuple(name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None)
+    if not denoisers:
+        unet = " (its denoiser is a U-Net, which pipeboost does not accelerate)" if hasattr(pipe, "unet") else ""
+        raise UnsupportedError(f"{stock_class(pipe).__name__} has no transformer to accelerate{unet}")
+    encoders = tuple(name for name in pipe.components if name.startswith("text_encoder"))
+    return Family(
+        name="generic",
+        pipelines=(stock_class(pipe).__name__,),
+        transformers=tuple(stock_class(getattr(pipe, name)).__name__ for name in denoisers),
+        denoisers=denoisers,
+        text_encoders=encoders,
+        blocks=(),
+        padded_text=None,
+        branches=None,
+        full_sizes=(),
+        missing=(
+            "which block arguments carry the text length: a new prompt length may recompile",
+            "how many forwards a step makes: caching is refused",
+            "where padded text is masked: masks reach the attention kernels as they are",
+        ),
+    )

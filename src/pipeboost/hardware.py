@@ -1,0 +1,70 @@
+"""What this machine is: device, capability, memory and links. Works on CPU and on CUDA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device and what surrounds it.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        name: what the device calls itself.
+        capability: CUDA compute capability, such as `(9, 0)`; None on CPU.
+        memory: bytes of the device's memory (of the machine's on CPU).
+        count: devices of this kind in the machine.
+        peer_links: whether every pair of these devices can reach each other's memory directly.
+        compiler: whether torch.compile's default backend can build here (on CPU it needs a C++ compiler).
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int] | None
+    memory: int
+    count: int
+    peer_links: bool
+    compiler: bool
+
+    def __str__(self) -> str:
+        capability = f", capability {self.capability[0]}.{self.capability[1]}" if self.capability else ""
+        several = f"{self.count} x " if self.count > 1 else ""
+        return f"{several}{self.name} ({self.memory / 2**30:.0f} GiB{capability})"
+
+
+def detect_hardware(device: str | torch.device | None = None) -> Hardware:
+    """Describe a device: the given one, else the current CUDA device where there is one, else the CPU."""
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if has_cuda() else "cpu")
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
+        count = torch.cuda.device_count()
+        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+        return Hardware(
+            device="cuda",
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            memory=properties.total_memory,
+            count=count,
+            peer_links=bool(pairs) and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
+            compiler=_importable("triton"),
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return Hardware("cpu", f"CPU with {os.cpu_count()} cores", None, memory, 1, False, compiler)
+
+
+def has_cuda() -> bool:
+    """Whether this torch can use a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def _importable(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,173 @@
+"""Seams: chains of layers around the methods ("doors") of one object, without touching its class.
+
+A layer is a callable `layer(call_next, owner, *args, **kwargs)`: `call_next(*args, **kwargs)` continues the chain and
+ends in the stock method; `owner` is the object the door was called on, which for a `copy.copy` view is the view.
+The object's `__class__` becomes a subclass that passes for the stock class (same name, module, signatures; it pickles
+and saves as the stock class) and whose doors look up the object's own chain.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+Layer = Callable[..., Any]
+T = TypeVar("T")
+
+_CHAINS = "_pipeboost_chains"
+_STOCK = "__pipeboost_stock_class__"
+_DOORS = "__pipeboost_doors__"
+
+_seamed_classes: dict[tuple[type, frozenset[str]], type] = {}
+_lock = threading.RLock()
+
+
+class _Chains(dict[str, tuple[tuple[float, Layer], ...]]):
+    """The layers of one object: door name → ((order, layer), …), outermost first. Deep copies share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Chains:
+        return self
+
+
+def stock_class(obj: object) -> type:
+    """The class the object had before pipeboost stood in its doors."""
+    cls = type(obj)
+    return cls.__dict__.get(_STOCK, cls)
+
+
+def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
+    """A subclass of `base` with the members of `namespace` that passes for `base`.
+
+    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Instances pickle as instances of `base`;
+    `copy.copy` and `copy.deepcopy` keep the subclass.
+    """
+    members = {
+        **namespace,
+        _STOCK: base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce_as_stock,
+    }
+    for name, method in (("__copy__", _copy), ("__deepcopy__", _deepcopy)):
+        if not hasattr(base, name):
+            members[name] = method
+    return type(base)(base.__name__, (base,), members)
+
+
+def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
+    """Hang `layer` on the method `door` of this one object.
+
+    Lower `order` is further out; among equals the first added is outermost. Adding a layer twice is an error of ours.
+
+    Raises:
+        AttributeError: the object has no such method.
+    """
+    if not callable(getattr(stock_class(obj), door, None)):
+        raise AttributeError(f"{stock_class(obj).__name__} has no method {door!r} to stand in")
+    with _lock:
+        chains = vars(obj).setdefault(_CHAINS, _Chains())
+        chain = chains.get(door, ())
+        assert all(present is not layer for _, present in chain), f"layer is already on {door}"
+        chains[door] = tuple(sorted((*chain, (order, layer)), key=lambda entry: entry[0]))
+        _set_doors(obj, frozenset(chains))
+
+
+def remove_layer(obj: Any, door: str, layer: Layer) -> None:
+    """Take `layer` off again; when the last one goes the object has its stock class back. Absent layers are ignored."""
+    with _lock:
+        chains = vars(obj).get(_CHAINS)
+        if chains is None:
+            return
+        chain = tuple(entry for entry in chains.get(door, ()) if entry[1] is not layer)
+        if chain:
+            chains[door] = chain
+        else:
+            chains.pop(door, None)
+        _set_doors(obj, frozenset(chains))
+        if not chains:
+            del vars(obj)[_CHAINS]
+
+
+def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
+    """The layers on `door`, outermost first."""
+    return tuple(layer for _, layer in vars(obj).get(_CHAINS, {}).get(door, ()))
+
+
+def has_layer(obj: Any, door: str, layer: Layer) -> bool:
+    """Whether `layer` hangs on `door` and would be called."""
+    return any(present is layer for present in layers_of(obj, door)) and door in type(obj).__dict__.get(_DOORS, ())
+
+
+def _set_doors(obj: Any, doors: frozenset[str]) -> None:
+    stock = stock_class(obj)
+    wanted = _seamed_class(stock, doors) if doors else stock
+    if type(obj) is not wanted:
+        obj.__class__ = wanted
+
+
+def _seamed_class(stock: type, doors: frozenset[str]) -> type:
+    """One subclass per stock class and set of doors, so that objects of one class stay of one class (dynamo guards)."""
+    key = (stock, doors)
+    if key not in _seamed_classes:
+        members = {_DOORS: doors, **{door: _door(stock, door) for door in doors}}
+        _seamed_classes[key] = disguised_subclass(stock, members)
+    return _seamed_classes[key]
+
+
+def _door(stock: type, name: str) -> Callable[..., Any]:
+    static = inspect.getattr_static(stock, name)
+    if isinstance(static, (staticmethod, classmethod)):
+        raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so no layer can stand in it")
+
+    @functools.wraps(getattr(stock, name))
+    def through_the_chain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chain = vars(self).get(_CHAINS, {}).get(name, ())
+        return _descend(chain, 0, self, getattr(stock, name), args, kwargs)
+
+    return through_the_chain
+
+
+def _descend(
+    chain: tuple[tuple[float, Layer], ...],
+    depth: int,
+    owner: Any,
+    stock_method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if depth == len(chain):
+        return stock_method(owner, *args, **kwargs)
+
+    def call_next(*next_args: Any, **next_kwargs: Any) -> Any:
+        return _descend(chain, depth + 1, owner, stock_method, next_args, next_kwargs)
+
+    return chain[depth][1](call_next, owner, *args, **kwargs)
+
+
+def _reduce_as_stock(self: Any, protocol: Any) -> Any:
+    """Pickle as the stock class and without layers: what is loaded elsewhere is a stock object."""
+    stock = stock_class(self)
+    function, arguments, *rest = super(type(self), self).__reduce_ex__(protocol)
+    arguments = tuple(stock if argument is type(self) else argument for argument in arguments)
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {name: value for name, value in rest[0].items() if name != _CHAINS}
+    return (function, arguments, *rest)
+
+
+def _copy(self: T) -> T:
+    twin = copyreg.__newobj__(type(self))  # type: ignore[attr-defined]
+    vars(twin).update(vars(self))
+    return twin
+
+
+def _deepcopy(self: T, memo: dict[int, Any]) -> T:
+    twin = copyreg.__newobj__(type(self))  # type: ignore[attr-defined]
+    memo[id(self)] = twin
+    vars(twin).update(copy.deepcopy(vars(self), memo))
+    return twin
