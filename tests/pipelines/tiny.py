@@ -95,7 +95,9 @@ class TinyPipeline:
         }
         return {**kwargs, **self.inputs(), **overrides}
 
-    def call(self, pipe: DiffusionPipeline, *, seed: int = 0, steps: int | None = None, **overrides: Any) -> torch.Tensor:
+    def call(
+        self, pipe: DiffusionPipeline, *, seed: int = 0, steps: int | None = None, **overrides: Any
+    ) -> torch.Tensor:
         """The first output of one call: images `(batch, channels, height, width)`, videos with frames after batch."""
         output = pipe(**self.call_kwargs(seed=seed, steps=steps, **overrides))[0]
         return output if isinstance(output, torch.Tensor) else torch.as_tensor(np.asarray(output))
@@ -236,7 +238,7 @@ def _flux_controlnet() -> DiffusionPipeline:
 
 
 def _flux_inputs(**more: Any) -> dict[str, Any]:
-    return {"height": HEIGHT, "width": WIDTH, "guidance_scale": 3.5, "max_sequence_length": 25, **more}
+    return {"height": HEIGHT, "width": WIDTH, "guidance_scale": 3.5, "max_sequence_length": 35, **more}
 
 
 def _true_cfg() -> dict[str, Any]:
@@ -367,7 +369,9 @@ _register(
 # Wan
 
 
-def _wan_transformer(*, in_channels: int = LATENT_CHANNELS, image: bool = False, seed: int = 1) -> WanTransformer3DModel:
+def _wan_transformer(
+    *, in_channels: int = LATENT_CHANNELS, image: bool = False, seed: int = 1
+) -> WanTransformer3DModel:
     dim = HEADS * HEAD_DIM
     model = WanTransformer3DModel(
         num_attention_heads=HEADS,
@@ -514,8 +518,8 @@ def _hunyuan_image(**transformer: Any) -> DiffusionPipeline:
 
 
 def _hunyuan_inputs(**more: Any) -> dict[str, Any]:
-    # The text is padded to 25 tokens, of which the prompt fills some 9: the attention mask has work to do.
-    return {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": 25, **more}
+    # The text is padded to 35 tokens, of which the prompt fills some 9: the attention mask has work to do.
+    return {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": 35, **more}
 
 
 _register(
@@ -631,6 +635,6 @@ _register(
     "pixart_sigma",
     _pixart_sigma,
     family=None,
-    inputs=lambda: _image_inputs(max_sequence_length=25, use_resolution_binning=False, clean_caption=False),
+    inputs=lambda: _image_inputs(max_sequence_length=35, use_resolution_binning=False, clean_caption=False),
 )
 _register("stable_diffusion", _stable_diffusion, family=None, inputs=_image_inputs)

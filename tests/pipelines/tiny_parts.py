@@ -1,4 +1,4 @@
-"""Tiny text encoders, vision encoders and VAEs of the supported pipelines: real classes, two or three layers, random weights."""
+"""Tiny text encoders, vision encoders and VAEs: the real classes with two layers or so and random weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -161,7 +161,7 @@ def llama() -> LlamaModel:
 
 
 def llava() -> LlavaForConditionalGeneration:
-    """Llava, the text and image encoder of HunyuanVideo image-to-video; an image is 576 tokens, as in the published one."""
+    """Llava, the text and image encoder of HunyuanVideo image-to-video; a picture is 576 tokens, as in the real one."""
     tokenizer = tokenizers.llama_tokenizer()
     config = LlavaConfig(
         vision_config=_vision_config(image_size=LLAVA_SIZE, patch_size=2),
@@ -187,7 +187,7 @@ def _vision_config(*, image_size: int, patch_size: int) -> CLIPVisionConfig:
 
 
 def clip_vision_encoder(*, projection: bool = False) -> CLIPVisionModel | CLIPVisionModelWithProjection:
-    """CLIP's vision encoder for `VISION_SIZE` pixels: 17 tokens of width 32, or one projected embedding of `TEXT_DIM`."""
+    """CLIP's vision encoder for `VISION_SIZE` pixels: 17 tokens of width 32, or one projection of `TEXT_DIM`."""
     config = _vision_config(image_size=VISION_SIZE, patch_size=8)
     return (CLIPVisionModelWithProjection if projection else CLIPVisionModel)(config).eval()
 

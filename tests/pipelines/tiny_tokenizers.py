@@ -1,11 +1,12 @@
-"""Real tokenizers and image processors of the supported pipelines, with vocabularies of a few hundred pieces, built offline.
+"""Real tokenizers and image processors, with vocabularies of a few hundred pieces, built without a download.
 
 Every word of the pipelines' prompt templates is one token, as in the published vocabularies, so a template has the
 length that its pipeline crops (34 and 64 tokens for Qwen-Image, 95 and 103 for HunyuanVideo) and what is left is the
-prompt. A word that is not in `WORDS` falls apart into smaller pieces: prompts of different lengths give different token counts.
+prompt. A word that is not in `WORDS` falls apart into smaller pieces, so prompts differ in their token counts.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
@@ -21,29 +22,94 @@ from transformers import (
     T5TokenizerFast,
 )
 
-WORDS = (
-    "a an the of in on at with and two small large red green blue golden black white fox cat dog bird robot tower "
-    "city river forest mountain snow rain fog sunset night morning walking running flying sleeping jumps over under "
-    "photo painting video style light slowly softly near quiet low quality blurry watermark change make it add remove "
-    "background hat to sky"
-).split()
+WORDS = tuple(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "with",
+        "and",
+        "two",
+        "small",
+        "large",
+        "red",
+        "green",
+        "blue",
+        "golden",
+        "black",
+        "white",
+        "fox",
+        "cat",
+        "dog",
+        "bird",
+        "robot",
+        "tower",
+        "city",
+        "river",
+        "forest",
+        "mountain",
+        "snow",
+        "rain",
+        "fog",
+        "sunset",
+        "night",
+        "morning",
+        "walking",
+        "running",
+        "flying",
+        "sleeping",
+        "jumps",
+        "over",
+        "under",
+        "photo",
+        "painting",
+        "video",
+        "style",
+        "light",
+        "slowly",
+        "softly",
+        "near",
+        "quiet",
+        "low",
+        "quality",
+        "blurry",
+        "watermark",
+        "change",
+        "make",
+        "it",
+        "add",
+        "remove",
+        "background",
+        "hat",
+        "to",
+        "sky",
+    ]
+)
 
-QWEN_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+QWEN_SPECIAL = tuple(
+    f"<|{name}|>"
+    for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+)
 LLAMA_SPECIAL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>", "<image>",
-)  # fmt: skip
-# The split that Llama 3 publishes in its tokenizer.json: at most three digits a piece, a space goes with the word after it.
+    *(f"<|{name}|>" for name in ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")),
+    "<pad>",
+    "<image>",
+)
+# How the published tokenizer of Llama 3 splits a text: at most three digits a piece, a space goes with the word after.
 LLAMA_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def _pieces(word: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of one word: apply the merge of the lowest rank until none applies."""
     while len(word) > 1:
-        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(word, word[1:], strict=False)))
+        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(word)))
         if rank == len(ranks):
             break
         word = [*word[:at], word[at] + word[at + 1], *word[at + 2 :]]
