@@ -246,9 +246,7 @@ def _feature_setting(feature: str, value: Any) -> Any:
         return _from_mapping(cls, feature, value)
     if isinstance(value, str) and feature in _SHORT_NAME_FIELD:
         return cls(**{_SHORT_NAME_FIELD[feature]: value})
-    raise ConfigurationError(
-        f"{feature}={value!r} is not allowed; use 'auto', None, a short name or a {cls.__name__}"
-    )
+    raise ConfigurationError(f"{feature}={value!r} is not allowed; use 'auto', None, a short name or a {cls.__name__}")
 
 
 def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:

@@ -105,6 +105,12 @@ class Family:
         return {name: model for name, model in found.items() if model is not None}
 
 
+def true_cfg_branches(pipe: Any, arguments: Mapping[str, Any]) -> int:
+    """`Family.branches` of pipelines with true CFG: two when the scale is above 1 and a negative prompt was given."""
+    given = arguments.get("negative_prompt") is not None or arguments.get("negative_prompt_embeds") is not None
+    return 2 if given and arguments.get("true_cfg_scale", 1.0) > 1 else 1
+
+
 @functools.cache
 def families() -> tuple[Family, ...]:
     """All families: ours and those that installed packages declare in the entry-point group `pipeboost.patches`."""
