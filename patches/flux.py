@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
-from pipeboost.families import Blocks, Family, true_cfg_branches
+from typing import Any
+
+import torch
+
+from pipeboost.families import Blocks, Family, FullSize, true_cfg_branches
+
+
+def forward_arguments(
+    device: Any,
+    dtype: Any,
+    *,
+    height: int = 1024,
+    width: int = 1024,
+    text_tokens: int = 512,
+    channels: int = 64,
+    text_width: int = 4096,
+    pooled_width: int = 768,
+) -> dict[str, Any]:
+    """What `FluxPipeline` hands its transformer at mid-schedule: one token for each 16×16 pixels, random values."""
+    rows, columns = height // 16, width // 16
+    image_ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
+    image_ids[..., 1] += torch.arange(rows, device=device)[:, None]
+    image_ids[..., 2] += torch.arange(columns, device=device)[None, :]
+    return {
+        "hidden_states": torch.randn(1, rows * columns, channels, device=device, dtype=dtype),
+        "timestep": torch.full([1], 500.0, device=device, dtype=dtype) / 1000,
+        "guidance": torch.full([1], 3.5, device=device, dtype=torch.float32),
+        "pooled_projections": torch.randn(1, pooled_width, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, text_tokens, text_width, device=device, dtype=dtype),
+        "txt_ids": torch.zeros(text_tokens, 3, device=device, dtype=dtype),
+        "img_ids": image_ids.reshape(rows * columns, 3),
+        "joint_attention_kwargs": None,
+        "return_dict": False,
+    }
 
 
 FAMILY = Family(
@@ -28,5 +61,14 @@ FAMILY = Family(
     ),
     padded_text=None,
     branches=true_cfg_branches,
-    full_sizes=(),
+    full_sizes=(
+        FullSize(
+            name="flux.1-dev",
+            pipeline="FluxPipeline",
+            transformer="FluxTransformer2DModel",
+            config={"guidance_embeds": True},
+            inputs=forward_arguments,
+            workload="1024×1024: 4096 image + 512 text tokens",
+        ),
+    ),
 )

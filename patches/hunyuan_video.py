@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
-from pipeboost.families import Blocks, Family, PaddedText, true_cfg_branches
+from typing import Any
+
+import torch
+
+from pipeboost.families import Blocks, Family, FullSize, PaddedText, true_cfg_branches
+
+
+def forward_arguments(
+    device: Any,
+    dtype: Any,
+    *,
+    height: int = 544,
+    width: int = 960,
+    frames: int = 33,
+    text_tokens: int = 256,
+    real_text_tokens: int = 60,
+    channels: int = 16,
+    text_width: int = 4096,
+    pooled_width: int = 768,
+) -> dict[str, Any]:
+    """What `HunyuanVideoPipeline` hands its transformer at mid-schedule: padded text with a 0/1 mask in `dtype`."""
+    latents = (1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    mask = torch.zeros(1, text_tokens, device=device, dtype=dtype)
+    mask[:, :real_text_tokens] = 1
+    return {
+        "hidden_states": torch.randn(latents, device=device, dtype=dtype),
+        "timestep": torch.full([1], 500.0, device=device, dtype=torch.float32),
+        "encoder_hidden_states": torch.randn(1, text_tokens, text_width, device=device, dtype=dtype),
+        "encoder_attention_mask": mask,
+        "pooled_projections": torch.randn(1, pooled_width, device=device, dtype=dtype),
+        "guidance": torch.full([1], 6.0, device=device, dtype=dtype) * 1000.0,
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
 
 
 FAMILY = Family(
@@ -23,5 +56,14 @@ FAMILY = Family(
     ),
     padded_text=PaddedText(embeds="encoder_hidden_states", mask="encoder_attention_mask", block_mask="attention_mask"),
     branches=true_cfg_branches,
-    full_sizes=(),
+    full_sizes=(
+        FullSize(
+            name="hunyuan-video",
+            pipeline="HunyuanVideoPipeline",
+            transformer="HunyuanVideoTransformer3DModel",
+            config={"guidance_embeds": True},
+            inputs=forward_arguments,
+            workload="544×960, 33 frames: 18,360 video + 256 text tokens, of which 60 are real",
+        ),
+    ),
 )

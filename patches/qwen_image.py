@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from pipeboost.families import Blocks, Family, true_cfg_branches
+from typing import Any
+
+import torch
+
+from pipeboost.families import Blocks, Family, FullSize, true_cfg_branches
+
+
+def forward_arguments(
+    device: Any,
+    dtype: Any,
+    *,
+    height: int = 1024,
+    width: int = 1024,
+    text_tokens: int = 128,
+    channels: int = 64,
+    text_width: int = 3584,
+) -> dict[str, Any]:
+    """What `QwenImagePipeline` hands its transformer for one prompt (so without a mask) at mid-schedule."""
+    rows, columns = height // 16, width // 16
+    return {
+        "hidden_states": torch.randn(1, rows * columns, channels, device=device, dtype=dtype),
+        "timestep": torch.full([1], 500.0, device=device, dtype=dtype) / 1000,
+        "guidance": None,
+        "encoder_hidden_states_mask": None,
+        "encoder_hidden_states": torch.randn(1, text_tokens, text_width, device=device, dtype=dtype),
+        "img_shapes": [[(1, rows, columns)]],
+        "attention_kwargs": {},
+        "return_dict": False,
+    }
 
 
 FAMILY = Family(
@@ -28,5 +56,14 @@ FAMILY = Family(
     ),
     padded_text=None,
     branches=true_cfg_branches,
-    full_sizes=(),
+    full_sizes=(
+        FullSize(
+            name="qwen-image",
+            pipeline="QwenImagePipeline",
+            transformer="QwenImageTransformer2DModel",
+            config={},
+            inputs=forward_arguments,
+            workload="1024×1024, one guidance branch: 4096 image + 128 text tokens",
+        ),
+    ),
 )

@@ -5,12 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeboost.families import Blocks, Family
+import torch
+
+from pipeboost.families import Blocks, Family, FullSize
 
 
 def branches(pipe: Any, arguments: Mapping[str, Any]) -> int:
     """Two forwards a step when the guidance scale is above 1; Wan's own default is 5."""
     return 2 if arguments.get("guidance_scale", 5.0) > 1 else 1
+
+
+def forward_arguments(
+    device: Any,
+    dtype: Any,
+    *,
+    height: int = 480,
+    width: int = 832,
+    frames: int = 81,
+    text_tokens: int = 512,
+    real_text_tokens: int = 60,
+    channels: int = 16,
+    text_width: int = 4096,
+) -> dict[str, Any]:
+    """What `WanPipeline` hands its transformer at mid-schedule; the text is padded with zeros and not masked."""
+    latents = (1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    text = torch.randn(1, text_tokens, text_width, device=device, dtype=dtype)
+    text[:, real_text_tokens:] = 0
+    return {
+        "hidden_states": torch.randn(latents, device=device, dtype=dtype),
+        "timestep": torch.full([1], 500, device=device, dtype=torch.int64),
+        "encoder_hidden_states": text,
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
 
 
 FAMILY = Family(
@@ -22,5 +49,22 @@ FAMILY = Family(
     blocks=(Blocks(path="blocks", returns="image", text_dims={}),),
     padded_text=None,
     branches=branches,
-    full_sizes=(),
+    full_sizes=(
+        FullSize(
+            name="wan2.1-1.3b",
+            pipeline="WanPipeline",
+            transformer="WanTransformer3DModel",
+            config={"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+            inputs=forward_arguments,
+            workload="480×832, 81 frames, one guidance branch: 32,760 video + 512 text tokens",
+        ),
+        FullSize(
+            name="wan2.1-14b",
+            pipeline="WanPipeline",
+            transformer="WanTransformer3DModel",
+            config={"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+            inputs=forward_arguments,
+            workload="480×832, 81 frames, one guidance branch: 32,760 video + 512 text tokens",
+        ),
+    ),
 )
