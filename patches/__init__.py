@@ -1,1 +1,1 @@
-"""What is true of one model family, one file each. Every file declares `FAMILY`, with the same fields in the same order."""
+"""What is true of one model family, one file each: all declare `FAMILY`, the same fields in the same order."""

@@ -72,6 +72,25 @@ class FullSize:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A speed that we measured and committed to `benchmarks/results/`.
+
+    Attributes:
+        hardware: part of the device's name, such as `"H100"`.
+        tier: quality tier.
+        workload: size and what was timed.
+        speedup: one forward, stock eager over ours.
+        source: the file that holds the measurement.
+    """
+
+    hardware: str
+    tier: str
+    workload: str
+    speedup: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that is true of one model family and of no other.
 
@@ -85,6 +104,7 @@ class Family:
         padded_text: how it masks padded text, where it does.
         branches: `(pipe, call arguments) -> how many separate transformer forwards a step makes` (1, or 2 with CFG).
         full_sizes: published sizes for `pipeboost bench`.
+        measured: speeds we measured, which a plan quotes on the same hardware.
         missing: for the generic family, what is not known and therefore left out, in words.
     """
 
@@ -97,6 +117,7 @@ class Family:
     padded_text: PaddedText | None
     branches: Callable[[Any, Mapping[str, Any]], int] | None
     full_sizes: tuple[FullSize, ...]
+    measured: tuple[Measured, ...] = ()
     missing: tuple[str, ...] = ()
 
     def models(self, pipe: Any) -> dict[str, Any]:
@@ -131,7 +152,8 @@ def family_of(pipe: Any) -> Family:
     for family in families():
         if any(name in family.pipelines for name in names) and family.models(pipe):
             return family
-    return generic_family(pipe)
+    present = {name: component is not None for name, component in pipe.components.items()}
+    return generic_family(stock_class(pipe).__name__, present)
 
 
 def family_named(pipeline_class: str) -> Family | None:
@@ -139,23 +161,26 @@ def family_named(pipeline_class: str) -> Family | None:
     return next((family for family in families() if pipeline_class in family.pipelines), None)
 
 
-def generic_family(pipe: Any) -> Family:
-    """What can be said of a pipeline that no family claims, from Diffusers' own declarations.
+def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
+    """What can be said of a pipeline that no family claims.
+
+    Args:
+        pipeline: its class name.
+        components: the names of its components, and whether each is there.
 
     Raises:
         UnsupportedError: it has no transformer.
     """
-    denoisers = tuple(name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None)
+    denoisers = tuple(name for name in ("transformer", "transformer_2") if components.get(name))
     if not denoisers:
-        unet = " (its denoiser is a U-Net, which pipeboost does not accelerate)" if hasattr(pipe, "unet") else ""
-        raise UnsupportedError(f"{stock_class(pipe).__name__} has no transformer to accelerate{unet}")
-    encoders = tuple(name for name in pipe.components if name.startswith("text_encoder"))
+        unet = " (its denoiser is a U-Net, which pipeboost does not accelerate)" if components.get("unet") else ""
+        raise UnsupportedError(f"{pipeline} has no transformer to accelerate{unet}")
     return Family(
         name="generic",
-        pipelines=(stock_class(pipe).__name__,),
-        transformers=tuple(stock_class(getattr(pipe, name)).__name__ for name in denoisers),
+        pipelines=(pipeline,),
+        transformers=(),
         denoisers=denoisers,
-        text_encoders=encoders,
+        text_encoders=tuple(name for name in components if name.startswith("text_encoder")),
         blocks=(),
         padded_text=None,
         branches=None,

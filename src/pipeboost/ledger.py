@@ -44,7 +44,7 @@ class Ledger:
         self._changes.append(Change(what, undo))
 
     def set_attribute(self, obj: Any, name: str, value: Any) -> None:
-        """Set an attribute in the object's own `__dict__`; the inverse restores or deletes it if it is still `value`."""
+        """Set an attribute in the object's own `__dict__`; the inverse restores it if it is still `value`."""
         before = vars(obj).get(name, _MISSING)
         vars(obj)[name] = value
 

@@ -151,13 +151,12 @@ def _descend(
 
 
 def _reduce_as_stock(self: Any, protocol: Any) -> Any:
-    """Pickle as the stock class and without layers: what is loaded elsewhere is a stock object."""
-    stock = stock_class(self)
-    function, arguments, *rest = super(type(self), self).__reduce_ex__(protocol)
-    arguments = tuple(stock if argument is type(self) else argument for argument in arguments)
+    """Pickle as the stock class and without layers: what is loaded elsewhere, without pipeboost, is a stock object."""
+    _, _, *rest = super(type(self), self).__reduce_ex__(protocol)
     if rest and isinstance(rest[0], dict):
         rest[0] = {name: value for name, value in rest[0].items() if name != _CHAINS}
-    return (function, arguments, *rest)
+    # pickle lets `copyreg.__newobj__` name only the object's own class, so the older reconstructor names the stock one.
+    return (copyreg._reconstructor, (stock_class(self), object, None), *rest)  # type: ignore[attr-defined]
 
 
 def _copy(self: T) -> T:

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do the whole set-up on a fresh machine. Name another torch with, say, TORCH="torch==2.11.0".
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test lint setup clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/pipeboost demo
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell src patches tests examples benchmarks README.md CONTRIBUTING.md
+
+setup: $(VENV)/.dev
+
+$(VENV)/.torch:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output

@@ -1,0 +1,287 @@
+"""The one line, `accelerate_pipeline`, and the handle it leaves at `pipe.acceleration`.
+
+This is the only place where the features meet. They are applied to each transformer in this order, and undone in
+reverse:
+
+1. attention: the innermost change, a kernel inside the blocks' own processors;
+2. parallel: shards what attention then sees, so it comes before anything that captures shapes;
+3. quantize: replaces linears, which must happen before a graph of them exists;
+4. cache: decides which blocks run, and must call blocks that compile can still stand in front of;
+5. compile: captures what the blocks have become;
+6. offload: moves finished modules;
+7. stages: the outermost layers, which watch everything above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
+from pipeboost.cache import attach_cache
+from pipeboost.call import Call, no_call, open_call
+from pipeboost.compile import compile_model
+from pipeboost.config import AccelerationConfig, resolve_config
+from pipeboost.errors import PipeboostError
+from pipeboost.families import Family, family_of
+from pipeboost.hardware import detect_hardware
+from pipeboost.ledger import Ledger
+from pipeboost.plan import Plan, facts_of, make_plan
+from pipeboost.quality import Verification, verify_acceleration
+from pipeboost.seams import stock_class
+from pipeboost.stages import WHOLE_CALL, Report, timed, watch_doors
+
+P = TypeVar("P")
+
+_CALL_DOOR_ORDER = -1000.0
+_paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
+
+
+class _Default:
+    """Stands for an argument the user did not give, so that a config object or file can win over it."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __repr__(self) -> str:
+        return repr(self._shown)
+
+
+_AUTO: Any = _Default("auto")
+_LOSSLESS: Any = _Default("lossless")
+
+
+def accelerate_pipeline(
+    pipe: P,
+    *,
+    quality: Any = _LOSSLESS,
+    attention: Any = _AUTO,
+    parallel: Any = _AUTO,
+    cache: Any = _AUTO,
+    compile: Any = _AUTO,
+    quantize: Any = _AUTO,
+    offload: Any = _AUTO,
+    config: Any = None,
+) -> P:
+    """Accelerate a stock Diffusers pipeline in place and return the same object.
+
+    Args:
+        pipe: any Diffusers pipeline with a transformer, on the device it will run on.
+        quality: the tier, which bounds how far outputs may move from stock: `"exact"` (bit-identical), `"lossless"`
+            (the default: rounding only), `"balanced"` (8-bit attention), `"fast"` (step caching).
+        attention, parallel, cache, compile, quantize, offload: `"auto"` (the default) lets the plan choose; None or
+            False turns the feature off; a short name (`"flash3"`, `"regional"`) or the feature's dataclass fixes it.
+        config: an `AccelerationConfig` or the path of a YAML/JSON file; the keyword arguments win over it, and it wins
+            over `PIPEBOOST_*` environment variables.
+
+    Returns:
+        `pipe`, with the handle at `pipe.acceleration`. A pipeline that was accelerated already is accelerated anew.
+
+    Raises:
+        PipeboostError: something cannot be done as asked. The pipeline is then as it was before.
+    """
+    given = {
+        name: value
+        for name, value in {
+            "quality": quality,
+            "attention": attention,
+            "parallel": parallel,
+            "cache": cache,
+            "compile": compile,
+            "quantize": quantize,
+            "offload": offload,
+        }.items()
+        if not isinstance(value, _Default)
+    }
+    settings = resolve_config(config, given)
+    family = family_of(pipe)
+    models = family.models(pipe)
+    hardware = detect_hardware(next(iter(models.values())).device)
+    plan = make_plan(settings, hardware, family, facts_of(pipe, models))
+    previous = vars(pipe).get("acceleration")
+    if isinstance(previous, Acceleration):
+        previous.remove()
+    try:
+        Acceleration(pipe, plan, settings)
+    except Exception:
+        if isinstance(previous, Acceleration):
+            Acceleration(pipe, previous.plan, previous.config)
+        raise
+    return pipe
+
+
+class Acceleration:
+    """What `accelerate_pipeline` did to one pipeline, and the way to look at it and to undo it.
+
+    Attributes:
+        plan: what was decided and why; print it.
+        config: the settings it was made from.
+    """
+
+    def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig) -> None:
+        self.plan = plan
+        self.config = config
+        self._pipe = weakref.ref(pipe)
+        self._ledger = Ledger()
+        self._prepared: dict[int, tuple[Any, Ledger]] = {}
+        self._calls: set[Call] = set()
+        self._finished: Call | None = None
+        self._lock = threading.RLock()
+        self._removed = False
+        with self._ledger:
+            self._ledger.set_attribute(pipe, "acceleration", self)
+            self._ledger.record("transformers", self._undo_all_models)
+            self._bind(pipe)
+            self._ledger.add_layer(pipe, "__call__", self._run, order=_CALL_DOOR_ORDER)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
+        return self
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "active"
+        return f"<Acceleration of {self.plan.facts.pipeline}, quality={self.plan.quality!r}, {state}>"
+
+    def report(self) -> Report:
+        """Where the time of the latest finished call went.
+
+        Raises:
+            PipeboostError: no call has finished yet.
+        """
+        if self._finished is None:
+            raise PipeboostError("there is nothing to report yet: call the pipeline first")
+        return Report.of_call(self._finished)
+
+    def verify(self, **call: Any) -> Verification:
+        """Run `pipe(**call)` stock and accelerated, and check the promise of the tier.
+
+        Without a `generator` in `call`, both runs get one with seed 0; a given one is rewound for each run and left as
+        it was.
+
+        Raises:
+            PipeboostError: the acceleration was removed.
+        """
+        pipe = self._alive_pipe()
+        return verify_acceleration(
+            pipe,
+            call,
+            quality=self.plan.quality,
+            denoisers=self.plan.family.models(pipe),
+            paused=self.paused,
+            opened=self.open,
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside this context the pipeline runs stock in this thread; calls of other threads stay accelerated."""
+        token = _paused.set(_paused.get() | {id(self)})
+        try:
+            with no_call():
+                yield
+        finally:
+            _paused.reset(token)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Call]:
+        """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
+        pipe = self._alive_pipe()
+        self._bind(pipe)
+        with self._opened(pipe, {}) as call:
+            yield call
+
+    def cancel(self, call: Call | None = None) -> None:
+        """Make all running calls, or one, raise `Cancelled` at their next denoising step."""
+        for running in tuple(self._calls):
+            if call is None or running is call:
+                running.cancel()
+
+    def remove(self) -> None:
+        """Make the pipeline stock again, to the bit; what the user changed meanwhile stays. Harmless when repeated.
+
+        Raises:
+            PipeboostError: a call is running.
+        """
+        with self._lock:
+            if self._calls:
+                raise PipeboostError("a call of this pipeline is running; wait for it, or cancel() it, then remove()")
+            self._removed = True
+        self._ledger.undo()
+
+    def _alive_pipe(self) -> Any:
+        pipe = self._pipe()
+        if pipe is None or self._removed:
+            raise PipeboostError("this acceleration was removed; call accelerate_pipeline again")
+        return pipe
+
+    def _run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
+        if id(self) in _paused.get():
+            with no_call():
+                return call_next(*args, **kwargs)
+        self._bind(pipe)
+        bound = _signature(stock_class(pipe)).bind(pipe, *args, **kwargs)
+        bound.apply_defaults()
+        with self._opened(pipe, dict(bound.arguments)) as call:
+            result = timed(call, WHOLE_CALL, None, None, lambda: call_next(*args, **kwargs))
+        call.arguments.clear()
+        self._finished = call
+        return result
+
+    @contextlib.contextmanager
+    def _opened(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[Call]:
+        with open_call(pipe, owner=self, arguments=arguments) as call:
+            with self._lock:
+                if self._removed:
+                    raise PipeboostError("this acceleration was removed while the call was starting")
+                self._calls.add(call)
+            try:
+                yield call
+            finally:
+                self._calls.discard(call)
+
+    def _bind(self, pipe: Any) -> None:
+        """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
+        with self._lock:
+            models = self.plan.family.models(pipe)
+            if pipe is self._pipe():
+                for key, (model, _) in tuple(self._prepared.items()):
+                    if all(model is not current for current in models.values()):
+                        self._undo_model(key)
+            for position, model in enumerate(models.values()):
+                if id(model) not in self._prepared:
+                    with Ledger() as part:
+                        _apply(model, position, self.plan, part)
+                    self._prepared[id(model)] = (model, part)
+                elif self.plan["attention"].on:
+                    rebind_attention(model)
+            watch_doors(pipe, models, self._ledger)
+
+    def _undo_model(self, key: int) -> None:
+        _, part = self._prepared.pop(key)
+        part.undo()
+
+    def _undo_all_models(self) -> None:
+        for key in reversed(tuple(self._prepared)):
+            self._undo_model(key)
+
+
+@functools.cache
+def _signature(pipeline_class: type) -> inspect.Signature:
+    return inspect.signature(pipeline_class.__call__)
+
+
+def _apply(model: Any, position: int, plan: Plan, ledger: Ledger) -> None:
+    """Apply the plan's features to one transformer, in the order this module's docstring gives."""
+    family: Family = plan.family
+    if plan["attention"].on:
+        swap_attention(model, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
+        trim_padded_text(model, family, ledger)
+    if plan["cache"].on:
+        attach_cache(model, plan["cache"].settings, family, ledger, position=position)
+    if plan["compile"].on:
+        compile_model(model, plan["compile"].settings, family, ledger)

@@ -1,0 +1,137 @@
+"""A region: one compiled function for all modules of one class, so that one graph serves every block of a list.
+
+Dynamo keeps its graphs on a code object and counts them against process-wide limits. A region has a code object of its
+own, and changes Dynamo's settings only while it compiles, under Dynamo's compile lock: nothing else in the process sees
+them, and a call that finds its graph pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from pipeboost.config import CompileConfig
+from pipeboost.errors import UnsupportedError
+from pipeboost.seams import stock_class
+
+# Graphs ever made for one code object, dropped ones included; a server that swaps adapters for weeks passes any number.
+_UNLIMITED = 2**31 - 1
+
+_regions: weakref.WeakValueDictionary[tuple[type, CompileConfig], Region] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+@dataclass
+class Counters:
+    """What compiling cost one model in this process.
+
+    Attributes:
+        graphs: how many graphs were compiled.
+        seconds: how long that took.
+    """
+
+    graphs: int = 0
+    seconds: float = 0.0
+
+
+class Region:
+    """The compiled `__call__` of one class of modules."""
+
+    def __init__(self, module_class: type, settings: CompileConfig) -> None:
+        self.module_class = module_class
+        self.settings = settings
+        self._generation = 0
+        context = torch._dynamo.optimize(settings.backend, nopython=True)
+        context.callback = _Compiler(self, context.callback)
+        self._compiled = context(_entry_of(module_class))
+
+    def __call__(self, counters: Counters, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `counters`.
+
+        Raises:
+            UnsupportedError: the settings' `recompile_limit` is reached.
+        """
+        while True:
+            try:
+                return self._compiled(counters, module, *args, **kwargs)
+            except _CompiledMeanwhile:
+                continue
+            except FailOnRecompileLimitHit as error:
+                raise UnsupportedError(
+                    f"{self.module_class.__name__} was compiled compile.recompile_limit="
+                    f"{self.settings.recompile_limit} times and needs another graph; raise the limit, use "
+                    "CompileConfig(dynamic=True) for many sizes, or compile=None"
+                ) from error
+
+
+def region_of(module: nn.Module, settings: CompileConfig) -> Region:
+    """The region of a module's class: the same one for all models, so that two experts share their graphs."""
+    key = (stock_class(module), settings)
+    with _lock:
+        region = _regions.get(key)
+        if region is None:
+            region = _regions[key] = Region(*key)
+        return region
+
+
+class _CompiledMeanwhile(Exception):  # noqa: N818 - not an error
+    """Another thread compiled while this one waited for the lock: look for the graph again."""
+
+
+@dataclass
+class _Compiler:
+    """Stands before the callback that Dynamo invokes where no graph fits, and sets Dynamo up for its length."""
+
+    region: Region
+    callback: Any
+    _torchdynamo_orig_backend: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Dynamo reads the backend's identity through this chain.
+        self._torchdynamo_orig_backend = self.callback._torchdynamo_orig_backend
+
+    def __call__(self, frame: Any, *details: Any) -> Any:
+        settings = self.region.settings
+        generation = self.region._generation
+        with (
+            compile_lock,
+            dynamo_config.patch(
+                recompile_limit=settings.recompile_limit,
+                accumulated_recompile_limit=_UNLIMITED,
+                automatic_dynamic_shapes=False,
+                assume_static_by_default=not settings.dynamic,
+            ),
+        ):
+            if self.region._generation != generation:
+                raise _CompiledMeanwhile
+            start = time.perf_counter()
+            result = self.callback(frame, *details)
+            self.region._generation += 1
+            counters: Counters = frame.f_locals["counters"]
+            counters.graphs += 1
+            counters.seconds += time.perf_counter() - start
+            return result
+
+
+def _entry_of(module_class: type) -> Callable[..., Any]:
+    """A function with a code object of its own that calls a module as its stock class would."""
+    stock_call = module_class.__call__
+
+    def call_module(counters: Counters, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return stock_call(module, *args, **kwargs)
+
+    own_code = call_module.__code__.replace(co_name=f"compiled_{module_class.__name__}")
+    entry = types.FunctionType(own_code, globals(), own_code.co_name, None, call_module.__closure__)
+    return functools.update_wrapper(entry, call_module)

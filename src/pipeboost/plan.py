@@ -1,0 +1,240 @@
+"""The plan: configuration × hardware × family → what will be done, why, and what was considered.
+
+Making a plan changes nothing and loads nothing; whatever cannot be done is refused here, before any change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeboost.attention import explain_choice
+from pipeboost.config import (
+    AccelerationConfig,
+    AttentionConfig,
+    CacheConfig,
+    CompileConfig,
+    OffloadConfig,
+    ParallelConfig,
+    tier_allows,
+)
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.families import Family
+from pipeboost.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the plan says of one feature.
+
+    Attributes:
+        feature: its name, an argument of `accelerate_pipeline`.
+        choice: what is used, `"off"` where nothing is.
+        why: the reason in a sentence.
+        considered: the alternatives and what spoke against each.
+        settings: what the feature is applied with; None where it is off.
+    """
+
+    feature: str
+    choice: str
+    why: str
+    considered: tuple[str, ...] = ()
+    settings: Any = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the feature is used."""
+        return self.settings is not None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of the pipeline's models, without their weights.
+
+    Attributes:
+        pipeline: class name of the pipeline.
+        dtype: the transformer's.
+        weights: bytes of all components.
+        offloaded: whether Diffusers' own CPU offload is on.
+    """
+
+    pipeline: str
+    dtype: torch.dtype
+    weights: int
+    offloaded: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `accelerate_pipeline` does to one pipeline on this machine."""
+
+    quality: str
+    family: Family
+    hardware: Hardware
+    facts: ModelFacts
+    decisions: tuple[Decision, ...]
+
+    def __getitem__(self, feature: str) -> Decision:
+        return next(decision for decision in self.decisions if decision.feature == feature)
+
+    @property
+    def expected(self) -> str:
+        """Expected speed, from our own measurements where this hardware and family were measured."""
+        if not any(decision.on for decision in self.decisions):
+            return "stock speed: nothing in this plan changes it"
+        for measured in self.family.measured:
+            if measured.hardware in self.hardware.name and measured.tier == self.quality:
+                return f"{measured.speedup:.2f}x per step over stock eager ({measured.workload}, {measured.source})"
+        return "not measured on this hardware; pipe.acceleration.verify() and `pipeboost bench` measure it"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.facts.pipeline} ({self.family.name} family) on {self.hardware}, quality={self.quality!r}",
+            f"  weights   {self.facts.weights / 2**30:.2f} GiB of {self.hardware.memory / 2**30:.0f} GiB; "
+            "attention, compile and cache add less than 3% to stock's peak",
+            f"  expected  {self.expected}",
+        ]
+        for decision in self.decisions:
+            lines.append(f"  {decision.feature:<9} {decision.choice}: {decision.why}")
+            lines.extend(f"  {'':<9}   considered {alternative}" for alternative in decision.considered)
+        lines.extend(f"  missing   {item}" for item in self.family.missing)
+        return "\n".join(lines)
+
+
+def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Plan:
+    """Decide every feature.
+
+    Raises:
+        ConfigurationError: a setting contradicts the tier or another setting.
+        UnsupportedError: a setting needs what this machine, model or version does not have.
+        MissingPackageError: a setting needs a package that is not installed.
+    """
+    return Plan(
+        quality=config.quality,
+        family=family,
+        hardware=hardware,
+        facts=facts,
+        decisions=(
+            _attention(config, hardware, facts),
+            _parallel(config),
+            _quantize(config),
+            _cache(config, family),
+            _compile(config, hardware),
+            _offload(config, facts),
+        ),
+    )
+
+
+def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts) -> Decision:
+    asked = config.attention
+    if asked is None:
+        return Decision("attention", "off", "turned off; stock's processors run")
+    if config.quality == "exact":
+        if asked != "auto":
+            raise _needs_tier("attention", asked.backend, "lossless", config.quality)
+        return Decision("attention", "off", "another kernel changes rounding, which tier 'exact' does not allow")
+    settings = AttentionConfig() if asked == "auto" else asked
+    choice, why, considered = explain_choice(settings, hardware=hardware, tier=config.quality, dtype=facts.dtype)
+    return Decision("attention", choice, why, considered, settings)
+
+
+def _parallel(config: AccelerationConfig) -> Decision:
+    asked = config.parallel
+    if isinstance(asked, ParallelConfig) and asked.size > 1:
+        raise UnsupportedError(
+            f"parallel asks for {asked.size} ranks, but this version runs each pipeline on one device; use parallel=None"
+        )
+    world = torch.distributed.get_world_size() if _distributed() else 1
+    if world > 1:
+        return Decision("parallel", "off", f"this version runs one pipeline per rank; the {world} ranks work apart")
+    return Decision("parallel", "off", "one process")
+
+
+def _quantize(config: AccelerationConfig) -> Decision:
+    if config.quantize not in (None, "auto"):
+        raise UnsupportedError("quantize='fp8' is not in this version yet; use quantize=None")
+    return Decision("quantize", "off", "fp8 linears are not in this version yet")
+
+
+def _cache(config: AccelerationConfig, family: Family) -> Decision:
+    asked = config.cache
+    if asked is None:
+        return Decision("cache", "off", "turned off")
+    if not tier_allows(config.quality, "fast"):
+        if asked != "auto":
+            raise _needs_tier("cache", "on", "fast", config.quality)
+        return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
+    if family.branches is None:
+        if asked != "auto":
+            raise UnsupportedError(
+                f"cache needs to know how many forwards a step makes, which no family tells for {family.pipelines[0]}; "
+                "use cache=None or add a family (entry-point group 'pipeboost.patches')"
+            )
+        return Decision("cache", "off", "no family tells how many forwards a step of this pipeline makes")
+    settings = CacheConfig() if asked == "auto" else asked
+    how = (
+        f"fixed steps ({settings.step_mask})"
+        if settings.step_mask is not None
+        else f"a step is skipped while the residual of the first {settings.fn} block(s) moves less than "
+        f"{settings.threshold}, at most {settings.max_continuous} in a row, never in the first {settings.warmup}"
+    )
+    return Decision("cache", "cache-dit", how, settings=settings)
+
+
+def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
+    asked = config.compile
+    if asked is None:
+        return Decision("compile", "off", "turned off")
+    if config.quality == "exact":
+        if asked != "auto":
+            raise _needs_tier("compile", asked.scope, "lossless", config.quality)
+        return Decision("compile", "off", "compiling changes rounding, which tier 'exact' does not allow")
+    if asked == "auto" and hardware.device == "cpu":
+        return Decision(
+            "compile", "off", "on a CPU building takes longer than one image saves; compile='regional' turns it on"
+        )
+    settings = CompileConfig() if asked == "auto" else asked
+    if settings.backend == "inductor" and not hardware.compiler:
+        needs = "a C++ compiler such as g++" if hardware.device == "cpu" else "the package triton"
+        if asked != "auto":
+            raise UnsupportedError(f"compile={settings.scope!r} needs {needs}, which is missing here; use compile=None")
+        return Decision("compile", "off", f"it needs {needs}, which is missing here")
+    considered = () if settings.scope == "full" else ("full: 1-2% faster on FLUX for 4x the cold start",)
+    why = "one graph per kind of block, reused by all; the text length is dynamic, the image size is not"
+    if settings.dynamic:
+        why = "one graph per kind of block for all sizes"
+    return Decision("compile", settings.scope, why, considered, settings)
+
+
+def _offload(config: AccelerationConfig, facts: ModelFacts) -> Decision:
+    if isinstance(config.offload, OffloadConfig) and config.offload.policy != "resident":
+        raise UnsupportedError(
+            f"offload={config.offload.policy!r} is not in this version yet; "
+            "Diffusers' pipe.enable_model_cpu_offload() works with an accelerated pipeline"
+        )
+    if facts.offloaded:
+        return Decision("offload", "off", "left as Diffusers' own CPU offload was set")
+    return Decision("offload", "off", "components stay where they are")
+
+
+def _needs_tier(feature: str, choice: str, tier: str, given: str) -> ConfigurationError:
+    return ConfigurationError(f"{feature}={choice!r} is not allowed in quality={given!r}; it needs quality={tier!r}")
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
+    """Read the facts off a loaded pipeline."""
+    models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    unique = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    return ModelFacts(
+        pipeline=type(pipe).__name__,
+        dtype=next(iter(denoisers.values())).dtype,
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in unique.values()),
+        offloaded=any(hasattr(model, "_hf_hook") for model in models),
+    )

@@ -1,0 +1,202 @@
+"""How far apart two results are, and whether an acceleration keeps the promise of its tier."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeboost.errors import PipeboostError
+from pipeboost.seams import add_layer, remove_layer
+
+FLOOR_MARGIN = 1.2
+"""`lossless`: one forward's error may be this many times the error of stock's own compile."""
+BALANCED_PSNR = 30.0
+"""`balanced`: PSNR to stock of the finished result, dB."""
+FAST_PSNR = 15.0
+"""`fast`: the stated budget, PSNR to stock of the finished result, dB."""
+
+
+def relative_error(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    """‖ours - stock‖ / ‖stock‖ in float64; infinite where ours is not finite."""
+    ours, stock = ours.double(), stock.double()
+    if not bool(torch.isfinite(ours).all()):
+        return math.inf
+    return float((ours - stock).norm() / stock.norm().clamp_min(1e-30))
+
+
+def psnr(ours: np.ndarray, stock: np.ndarray, *, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal arrays. `peak` defaults to the range of `stock`."""
+    error = float(np.mean((ours.astype(np.float64) - stock.astype(np.float64)) ** 2))
+    if error == 0:
+        return math.inf
+    spread = float(stock.max() - stock.min()) if peak is None else peak
+    return 10 * math.log10(spread**2 / error)
+
+
+def as_array(output: Any) -> np.ndarray:
+    """A pipeline's output (an output object, tuple, tensor, array, or images in nested lists) as one float array."""
+    if isinstance(output, torch.Tensor):
+        return output.detach().float().cpu().numpy()
+    if isinstance(output, np.ndarray):
+        return output.astype(np.float32)
+    if isinstance(output, Mapping):
+        return as_array(next(iter(output.values())))
+    if isinstance(output, tuple):
+        return as_array(output[0])
+    if isinstance(output, list):
+        return np.stack([as_array(item) for item in output])
+    return np.asarray(output, dtype=np.float32) / 255
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Acceleration.verify` found.
+
+    Attributes:
+        quality: the tier whose promise was checked.
+        passed: whether it was kept.
+        promise: the promise in words.
+        psnr: of the whole call's result to stock, dB.
+        max_difference: of the whole call's result to stock.
+        forward_errors: transformer → relative error of one forward to stock on the same inputs.
+        noise_floor: transformer → relative error that stock's own compile makes there; empty where it was not needed.
+    """
+
+    quality: str
+    passed: bool
+    promise: str
+    psnr: float
+    max_difference: float
+    forward_errors: dict[str, float] = field(default_factory=dict)
+    noise_floor: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'passed' if self.passed else 'FAILED'}: {self.promise}",
+            f"  whole call: PSNR to stock {self.psnr:.1f} dB, largest difference {self.max_difference:.3g}",
+        ]
+        for name, error in self.forward_errors.items():
+            floor = f", noise floor {self.noise_floor[name]:.3g}" if name in self.noise_floor else ""
+            lines.append(f"  one forward of {name}: relative error {error:.3g}{floor}")
+        return "\n".join(lines)
+
+
+def verify_acceleration(
+    pipe: Any,
+    call: Mapping[str, Any],
+    *,
+    quality: str,
+    denoisers: Mapping[str, Any],
+    paused: Callable[[], AbstractContextManager[Any]],
+    opened: Callable[[], AbstractContextManager[Any]],
+) -> Verification:
+    """Compare `pipe(**call)` stock and accelerated, and one forward of each denoiser on the inputs stock gave it.
+
+    Args:
+        quality: the tier to check.
+        denoisers: transformers by name.
+        paused: context in which the pipeline runs stock.
+        opened: context in which a direct forward of a denoiser runs accelerated.
+    """
+    first: dict[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+    with _rewound_generators(pipe, call) as rewind, paused(), _first_forwards(denoisers, first):
+        stock = as_array(pipe(**rewind()))
+    with _rewound_generators(pipe, call) as rewind:
+        ours = as_array(pipe(**rewind()))
+    difference = float(np.max(np.abs(ours.astype(np.float64) - stock.astype(np.float64))))
+    ratio = psnr(ours, stock)
+    errors, floors = {}, {}
+    if quality != "exact":
+        for name, (args, kwargs, expected) in first.items():
+            with torch.no_grad(), opened():
+                errors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
+            if quality == "lossless" and errors[name] > 0:
+                with torch.no_grad(), paused(), _compiled_as_stock_does(denoisers[name]):
+                    floors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
+    promise, passed = _judge(quality, difference, ratio, errors, floors)
+    return Verification(quality, passed, promise, ratio, difference, errors, floors)
+
+
+def _judge(
+    quality: str, difference: float, ratio: float, errors: Mapping[str, float], floors: Mapping[str, float]
+) -> tuple[str, bool]:
+    if quality == "exact":
+        return "bit-identical to stock", difference == 0
+    if quality == "lossless":
+        kept = all(error <= FLOOR_MARGIN * floors.get(name, 0.0) for name, error in errors.items())
+        return f"one forward within {FLOOR_MARGIN} times the noise floor of stock's own compile", kept
+    budget = BALANCED_PSNR if quality == "balanced" else FAST_PSNR
+    return f"PSNR to stock of at least {budget:.0f} dB", ratio >= budget
+
+
+@contextlib.contextmanager
+def _rewound_generators(pipe: Any, call: Mapping[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
+    given = call.get("generator")
+    generators = given if isinstance(given, list) else [given] if given is not None else []
+    states = [generator.get_state() for generator in generators]
+
+    def arguments() -> dict[str, Any]:
+        if generators:
+            return dict(call)
+        return {**call, "generator": torch.Generator("cpu").manual_seed(0)}
+
+    try:
+        yield arguments
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Iterator[None]:
+    """Keep the arguments and output of each denoiser's first forward."""
+
+    def keep(name: str) -> Callable[..., Any]:
+        def layer(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+            if name in into:
+                return call_next(*args, **kwargs)
+            inputs = copy.deepcopy((args, kwargs))
+            output = call_next(*args, **kwargs)
+            into[name] = (*inputs, _sample(output).clone())
+            return output
+
+        return layer
+
+    layers = {name: keep(name) for name in denoisers}
+    for name, layer in layers.items():
+        add_layer(denoisers[name], "__call__", layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            remove_layer(denoisers[name], "__call__", layer)
+
+
+@contextlib.contextmanager
+def _compiled_as_stock_does(model: Any) -> Iterator[None]:
+    """Stock's own regional compile, taken off again."""
+    if not getattr(model, "_repeated_blocks", None):
+        raise PipeboostError(
+            f"{type(model).__name__} names no repeated blocks, so stock's compile cannot give a noise floor for it"
+        )
+    before = {module: vars(module).get("_compiled_call_impl") for module in model.modules()}
+    model.compile_repeated_blocks(fullgraph=True)
+    try:
+        yield
+    finally:
+        for module, compiled in before.items():
+            vars(module).pop("_compiled_call_impl", None)
+            if compiled is not None:
+                vars(module)["_compiled_call_impl"] = compiled
+
+
+def _sample(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]

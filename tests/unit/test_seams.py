@@ -1,0 +1,189 @@
+"""Seams stand in the doors of one object and nowhere else."""
+
+import copy
+import inspect
+import pickle
+import timeit
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from pipeboost.seams import add_layer, has_layer, layers_of, remove_layer, stock_class
+
+
+class Greeter:
+    def __init__(self, name="world"):
+        self.name = name
+
+    def __call__(self, greeting: str = "hello", *, mark: str = "!") -> str:
+        return f"{greeting} {self.name}{mark}"
+
+    def other(self) -> str:
+        return "other"
+
+
+class Doubler(torch.nn.Module):
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample * 2
+
+
+def shout(call_next, owner, *args, **kwargs):
+    return call_next(*args, **kwargs).upper()
+
+
+def star(call_next, owner, *args, **kwargs):
+    return f"*{call_next(*args, **kwargs)}*"
+
+
+def test_only_the_seamed_instance_changes():
+    seamed, other = Greeter(), Greeter()
+    add_layer(seamed, "__call__", shout)
+    assert seamed() == "HELLO WORLD!"
+    assert other() == "hello world!"
+    assert type(other) is Greeter
+
+
+def test_layers_run_in_order_and_come_off_one_by_one():
+    seamed = Greeter()
+    add_layer(seamed, "__call__", star, order=1)
+    add_layer(seamed, "__call__", shout, order=0)
+    assert layers_of(seamed, "__call__") == (shout, star)
+    assert seamed("hi", mark="?") == "*HI WORLD?*"
+    remove_layer(seamed, "__call__", shout)
+    assert seamed() == "*hello world!*"
+    remove_layer(seamed, "__call__", star)
+    remove_layer(seamed, "__call__", star)
+    assert type(seamed) is Greeter
+    assert vars(seamed) == {"name": "world"}
+
+
+def test_a_seamed_object_passes_for_its_stock_class():
+    seamed = Greeter()
+    add_layer(seamed, "__call__", shout)
+    assert isinstance(seamed, Greeter)
+    assert stock_class(seamed) is Greeter
+    assert (type(seamed).__name__, type(seamed).__qualname__, type(seamed).__module__) == (
+        Greeter.__name__,
+        Greeter.__qualname__,
+        Greeter.__module__,
+    )
+    assert inspect.signature(seamed.__call__) == inspect.signature(Greeter().__call__)
+
+
+def test_a_shallow_copy_calls_the_layers_with_itself_as_owner():
+    owners = []
+
+    def remember(call_next, owner, *args, **kwargs):
+        owners.append(owner)
+        return call_next(*args, **kwargs)
+
+    seamed = Greeter()
+    add_layer(seamed, "__call__", remember)
+    view = copy.copy(seamed)
+    view.name = "view"
+    assert view() == "hello view!"
+    assert owners == [view]
+
+
+def test_deep_copies_share_layers_and_step_themselves():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    steps = []
+
+    def count(call_next, owner, *args, **kwargs):
+        steps.append(owner)
+        return call_next(*args, **kwargs)
+
+    add_layer(scheduler, "step", count)
+    twin = copy.deepcopy(scheduler)
+    twin.set_timesteps(4)
+    sample = torch.ones(1, 2)
+    twin.step(sample, twin.timesteps[0], sample)
+    assert steps == [twin]
+    assert twin.step_index == 1
+    assert scheduler.step_index is None
+
+
+def test_pickling_gives_the_stock_class_without_layers():
+    seamed = Greeter("you")
+    add_layer(seamed, "__call__", shout)
+    loaded = pickle.loads(pickle.dumps(seamed))
+    assert type(loaded) is Greeter
+    assert loaded() == "hello you!"
+    assert seamed() == "HELLO YOU!"
+
+
+def test_a_module_seam_stands_outside_module_compile():
+    module = Doubler()
+    sample = torch.randn(2, 3)
+    reference = module(sample)
+    graphs = []
+
+    def counting_backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module.compile(backend=counting_backend, fullgraph=True)
+    calls = []
+
+    def note(call_next, owner, *args, **kwargs):
+        calls.append(owner)
+        return call_next(*args, **kwargs)
+
+    add_layer(module, "__call__", note)
+    assert torch.equal(module(sample), reference)
+    assert calls == [module]
+    assert len(graphs) == 1
+
+
+def test_a_module_seam_stands_outside_accelerate_hooks_and_survives_their_rewrapping():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    module = torch.nn.Linear(3, 3)
+    sample = torch.randn(2, 3)
+    reference = module(sample)
+    add_layer(module, "__call__", lambda call_next, owner, *args: call_next(*args) + 1)
+    for _ in range(2):
+        add_hook_to_module(module, ModelHook())
+        assert torch.equal(module(sample), reference + 1)
+        remove_hook_from_module(module)
+    assert torch.equal(module(sample), reference + 1)
+
+
+def test_a_module_with_a_seam_saves_and_loads_its_state_as_stock():
+    module = torch.nn.Linear(3, 3)
+    add_layer(module, "__call__", shout)
+    assert set(module.state_dict()) == {"weight", "bias"}
+    loaded = pickle.loads(pickle.dumps(module))
+    assert type(loaded) is torch.nn.Linear
+    assert torch.equal(loaded.weight, module.weight)
+
+
+def test_removing_from_the_original_leaves_a_view_stock():
+    seamed = Greeter()
+    add_layer(seamed, "__call__", shout)
+    view = copy.copy(seamed)
+    remove_layer(seamed, "__call__", shout)
+    assert view() == "hello world!"
+    assert not has_layer(view, "__call__", shout)
+
+
+def test_an_unknown_door_is_refused_and_changes_nothing():
+    seamed = Greeter()
+    with pytest.raises(AttributeError, match="Greeter has no method 'nothing'"):
+        add_layer(seamed, "nothing", shout)
+    assert type(seamed) is Greeter
+    assert vars(seamed) == {"name": "world"}
+
+
+def test_one_layer_costs_less_than_five_microseconds_a_call():
+    class Silent:
+        def __call__(self):
+            return None
+
+    stock, seamed = Silent(), Silent()
+    add_layer(seamed, "__call__", lambda call_next, owner: call_next())
+    rounds = 2000
+    best = min(timeit.repeat(seamed, number=rounds, repeat=20)) / rounds
+    baseline = min(timeit.repeat(stock, number=rounds, repeat=20)) / rounds
+    assert best - baseline < 5e-6
