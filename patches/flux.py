@@ -57,7 +57,7 @@ FAMILY = Family(
     text_encoders=("text_encoder", "text_encoder_2"),
     blocks=(
         Blocks(path="transformer_blocks", returns="text_image", text_dims={}),
-        Blocks(path="single_transformer_blocks", returns="text_image", text_dims={}),
+        Blocks(path="single_transformer_blocks", returns="text_image", text_dims={}, cached_with_previous=True),
     ),
     padded_text=None,
     branches=true_cfg_branches,

@@ -40,6 +40,16 @@ def forward_arguments(
     }
 
 
+def expert_steps(pipe: Any) -> tuple[int, ...]:
+    """Timesteps at or above the boundary belong to the first transformer, the others to the second."""
+    timesteps = pipe.scheduler.timesteps[-pipe.num_timesteps :]
+    boundary_ratio = pipe.config.get("boundary_ratio")
+    if boundary_ratio is None:
+        return len(timesteps), 0
+    first = int((timesteps >= boundary_ratio * pipe.scheduler.config.num_train_timesteps).sum())
+    return first, len(timesteps) - first
+
+
 FAMILY = Family(
     name="wan",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
@@ -67,4 +77,5 @@ FAMILY = Family(
             workload="480×832, 81 frames, one guidance branch: 32,760 video + 512 text tokens",
         ),
     ),
+    expert_steps=expert_steps,
 )

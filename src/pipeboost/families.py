@@ -28,11 +28,14 @@ class Blocks:
         text_dims: block argument → the dimension that is the text length, for arguments whose text length varies with
             the prompt. `"image_rotary_emb.1"` means the second tensor of that tuple. Empty where every prompt is padded
             to one length.
+        cached_with_previous: a cache takes this list and the one before it as one row of blocks with one decision a
+            step, as cache-dit does for FLUX. Both must be called with the same arguments and nothing in between.
     """
 
     path: str
     returns: BlockReturn
     text_dims: Mapping[str, int]
+    cached_with_previous: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Family:
         branches: `(pipe, call arguments) -> how many separate transformer forwards a step makes` (1, or 2 with CFG).
         full_sizes: published sizes for `pipeboost bench`.
         measured: speeds we measured, which a plan quotes on the same hardware.
+        expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
+            hands over from one to the next; None where the first one makes them all. Asked inside the loop.
         missing: for the generic family, what is not known and therefore left out, in words.
     """
 
@@ -118,6 +123,7 @@ class Family:
     branches: Callable[[Any, Mapping[str, Any]], int] | None
     full_sizes: tuple[FullSize, ...]
     measured: tuple[Measured, ...] = ()
+    expert_steps: Callable[[Any], tuple[int, ...]] | None = None
     missing: tuple[str, ...] = ()
 
     def models(self, pipe: Any) -> dict[str, Any]:
