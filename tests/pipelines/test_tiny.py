@@ -1,20 +1,133 @@
-"""The tiny pipelines can carry parity tests: they are deterministic and every part of them is heard in the output."""
+"""The tiny pipelines can carry parity tests: they are deterministic, and every part of them is heard in the output."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
-from tests.pipelines.tiny import OTHER_PROMPT, TINY
+from tests.pipelines.tiny import (
+    OTHER_PROMPT,
+    TINY,
+    ip_adapter_inputs,
+    load_tiny_ip_adapter,
+    load_tiny_lora,
+    lora_state_dict,
+    tiny_names,
+)
+
+DENOISERS = [(name, denoiser) for name, entry in TINY.items() for denoiser in entry.denoisers]
+
+
+def _forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**copy.deepcopy(inputs))
+    return output[0] if isinstance(output, tuple) else output.sample
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_same_seed_gives_the_same_finite_varied_output(name: str) -> None:
+def test_same_call_gives_the_same_finite_varied_output(name: str) -> None:
     entry = TINY[name]
     pipe = entry.build()
+    state = torch.get_rng_state()
     output = entry.call(pipe)
     assert output.dtype == torch.float32
     assert torch.isfinite(output).all()
     assert output.std() > 0.02
+    assert ((output <= 0) | (output >= 1)).float().mean() < 0.1, "clipping hides differences"
     assert torch.equal(output, entry.call(pipe))
     assert torch.equal(output, entry.call(entry.build()))
     assert not torch.equal(output, entry.call(pipe, seed=1))
     assert (output - entry.call(pipe, prompt=OTHER_PROMPT)).abs().max() > 0.02
+    assert torch.equal(state, torch.get_rng_state()), "the pipeline drew from the global generator"
+
+
+@pytest.mark.parametrize(("name", "denoiser"), DENOISERS)
+def test_every_attention_of_the_denoiser_is_heard(name: str, denoiser: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    model = getattr(pipe, denoiser)
+    inputs = entry.forward_inputs(pipe, denoiser=denoiser)
+    stock = _forward(model, inputs)
+    assert torch.equal(stock, _forward(model, inputs))
+
+    def off_by_a_percent(*hook_args: Any) -> Any:
+        output = hook_args[-1]
+        return tuple(part * 1.01 for part in output) if isinstance(output, tuple) else output * 1.01
+
+    attentions = {path: module for path, module in model.named_modules() if hasattr(module, "to_q")}
+    assert len(attentions) >= 3
+    for path, module in attentions.items():
+        handle = module.register_forward_hook(off_by_a_percent)
+        difference = (_forward(model, inputs) - stock).abs().max()
+        handle.remove()
+        assert difference > 1e-4, path
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_denoisers_are_called_branches_times_a_step(name: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    calls = dict.fromkeys(entry.denoisers, 0)
+    for denoiser in entry.denoisers:
+
+        def count(*_: Any, denoiser: str = denoiser) -> None:
+            calls[denoiser] += 1
+
+        getattr(pipe, denoiser).register_forward_pre_hook(count)
+    entry.call(pipe)
+    strength = entry.inputs().get("strength", 1.0)
+    steps = int(entry.steps * strength)
+    assert set(calls.values()) == {steps * entry.branches // len(entry.denoisers)}
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video"])
+def test_prompts_of_two_lengths_make_a_mask(name: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe, prompt=["a fox", OTHER_PROMPT], negative_prompt=["", ""])
+    mask = inputs.get("encoder_hidden_states_mask", inputs.get("encoder_attention_mask"))
+    assert mask is not None
+    short, long = mask.sum(dim=1).tolist()
+    assert 0 < short < long
+
+
+def test_qwen_image_prompts_differ_in_tokens_and_the_first_is_odd() -> None:
+    entry = TINY["qwen_image"]
+    pipe = entry.build()
+    first = entry.forward_inputs(pipe)["encoder_hidden_states"].shape[1]
+    other = entry.forward_inputs(pipe, prompt=OTHER_PROMPT)["encoder_hidden_states"].shape[1]
+    assert first % 2 == 1
+    assert first != other
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+def test_lora_changes_the_output_and_unloads(name: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    before = entry.call(pipe)
+    for denoiser in entry.denoisers:
+        load_tiny_lora(pipe, rank=3, denoiser=denoiser)
+        after = entry.call(pipe)
+        assert (after - before).abs().max() > 1e-3, denoiser
+        pipe.unload_lora_weights()
+        assert torch.equal(entry.call(pipe), before)
+    rank = lora_state_dict(pipe.transformer, rank=3)
+    assert {min(weight.shape) for weight in rank.values()} == {3}
+
+
+def test_ip_adapter_processors_are_loaded_and_heard() -> None:
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    before = entry.call(pipe)
+    load_tiny_ip_adapter(pipe)
+    processors = [block.attn.processor for block in pipe.transformer.transformer_blocks]
+    assert all(isinstance(processor, FluxIPAdapterAttnProcessor) for processor in processors)
+    assert (entry.call(pipe, **ip_adapter_inputs()) - before).abs().max() > 1e-3
+
+
+def test_tiny_names_selects_by_family_and_branches() -> None:
+    assert tiny_names() == list(TINY)
+    assert tiny_names("qwen_image", branches=1) == ["qwen_image_no_cfg"]
+    assert {TINY[name].family for name in tiny_names(None)} == {None}

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLQwenImage, AutoencoderKLWan
@@ -28,7 +29,10 @@ from transformers import (
 
 from tests.pipelines import tiny_tokenizers as tokenizers
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
 TEXT_DIM = 32
+VISION_DIM = 32
 # Weights this wide keep the activations of a two-layer encoder near 1, so that another prompt gives another embedding.
 INITIALIZER_RANGE = 0.2
 VISION_SIZE = 32
@@ -43,12 +47,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def randomise(model: nn.Module, *, seed: int) -> None:
-    """Redraw a model's parameters so that none of its parts is silent.
+def randomised(model: ModelT, *, seed: int = 1) -> ModelT:
+    """The same model in evaluation mode, its parameters redrawn so that none of its parts is silent.
 
-    Linear and convolution weights get standard deviation `fan_in ** -0.5`, which keeps activations near 1 and makes
-    the attention's share of the output visible; every other parameter (biases, norm weights, modulation tables,
-    zero-initialised projections) gets noise of 0.1 added, so that no two norms have the same weight.
+    Linear and convolution weights get the standard deviation `fan_in ** -0.5`, which keeps activations near 1 and makes
+    the attention's share of the output visible; every other parameter (biases, norm weights, modulation tables) gets
+    noise of 0.1 added, so that no two norms have the same weight and no zero-initialised gate stays shut.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -59,6 +63,7 @@ def randomise(model: nn.Module, *, seed: int) -> None:
                     parameter.copy_(noise * (parameter.numel() / parameter.shape[0]) ** -0.5)
                 else:
                     parameter.add_(noise, alpha=0.1)
+    return model.eval()
 
 
 def clip_text_encoder(*, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
@@ -176,7 +181,7 @@ def llava() -> LlavaForConditionalGeneration:
 
 def _vision_config(*, image_size: int, patch_size: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=VISION_DIM,
         intermediate_size=64,
         projection_dim=TEXT_DIM,
         num_hidden_layers=2,

@@ -22,73 +22,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
-WORDS = tuple(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "with",
-        "and",
-        "two",
-        "small",
-        "large",
-        "red",
-        "green",
-        "blue",
-        "golden",
-        "black",
-        "white",
-        "fox",
-        "cat",
-        "dog",
-        "bird",
-        "robot",
-        "tower",
-        "city",
-        "river",
-        "forest",
-        "mountain",
-        "snow",
-        "rain",
-        "fog",
-        "sunset",
-        "night",
-        "morning",
-        "walking",
-        "running",
-        "flying",
-        "sleeping",
-        "jumps",
-        "over",
-        "under",
-        "photo",
-        "painting",
-        "video",
-        "style",
-        "light",
-        "slowly",
-        "softly",
-        "near",
-        "quiet",
-        "low",
-        "quality",
-        "blurry",
-        "watermark",
-        "change",
-        "make",
-        "it",
-        "add",
-        "remove",
-        "background",
-        "hat",
-        "to",
-        "sky",
-    ]
-)
+VOCABULARY = """
+a an the of in on at with and two small large red green blue golden black white fox cat dog bird robot tower city
+river forest mountain snow rain fog sunset night morning walking running flying sleeping jumps over under photo painting
+video style light slowly softly near quiet low quality blurry watermark change make it add remove background hat to sky
+"""
+WORDS = tuple(VOCABULARY.split())
 
 QWEN_SPECIAL = tuple(
     f"<|{name}|>"
