@@ -25,7 +25,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet --editable ".[quality]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -1,0 +1,206 @@
+"""`pipeboost demo`: the model we ship, stock and in each tier this machine supports, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipeboost import accelerate_pipeline
+from pipeboost.cli.plan import device_hardware
+from pipeboost.config import TIERS, CompileConfig
+from pipeboost.errors import ConfigurationError, MissingPackageError
+from pipeboost.hardware import Hardware
+from pipeboost.quality import psnr
+
+PIXELS = 128
+TEXT_TOKENS = 64
+
+
+@dataclass
+class Run:
+    """One row of the table: a variant, its images, seconds for all of them, and seconds spent before the first."""
+
+    name: str
+    images: list[Image.Image]
+    seconds: float
+    warm_up: float
+    note: str = ""
+
+
+def run_demo(*, steps: int, output: Path, device: str) -> None:
+    """Draw four prompts stock and accelerated, print a table and write one picture.
+
+    Args:
+        steps: denoising steps of each image.
+        output: folder for `demo.png` and the single images; made if it is missing.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigurationError: the device is not here, or `steps` is not positive.
+        MissingPackageError: the packages that read the pictures back are missing.
+    """
+    if steps < 1:
+        raise ConfigurationError(f"--steps {steps} must be at least 1")
+    hardware = device_hardware(device)
+    console = Console()
+    pipe, prompts, score = _load(hardware)
+    variants = _variants(hardware, steps)
+    console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(prompts)} prompts, {steps} steps, {PIXELS}x{PIXELS}")
+    runs: list[Run] = []
+    with Progress(
+        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        for name, settings in variants:
+            task = progress.add_task(name, total=(len(prompts) + 1) * steps)
+            runs.append(_draw(pipe, name, settings, prompts, steps, lambda task=task: progress.advance(task)))
+    _print_table(console, runs, [prompt.scene for prompt in prompts], score)
+    for line in _left_out(hardware):
+        console.print(f"[dim]{line}[/]")
+    output.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        for index, image in enumerate(run.images):
+            image.save(output / f"{_slug(run.name)}_{index}.png")
+    grid = _grid(runs, [prompt.text for prompt in prompts])
+    grid.save(output / "demo.png")
+    console.print(f"Pictures: {output / 'demo.png'}")
+
+
+def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
+    try:
+        from pipeboost.demo_model.captions import DEMO_PROMPTS
+        from pipeboost.demo_model.score import WEIGHTS, score_images
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the demo reads its pictures back with {error.name}: pip install 'pipeboost[quality]'"
+        ) from error
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32, local_files_only=True).to(hardware.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, list(DEMO_PROMPTS), score_images
+
+
+def _variants(hardware: Hardware, steps: int) -> list[tuple[str, dict[str, Any] | None]]:
+    """Name → arguments of `accelerate_pipeline`; None is stock."""
+    variants: list[tuple[str, dict[str, Any] | None]] = [("stock", None)]
+    for tier in TIERS:
+        if tier == "balanced" and hardware.device == "cpu":
+            continue
+        variants.append((tier, {"quality": tier}))
+    if hardware.device == "cpu" and hardware.compiler:
+        variants.append(("fast + compile", {"quality": "fast", "compile": CompileConfig()}))
+    return variants
+
+
+def _left_out(hardware: Hardware) -> list[str]:
+    if hardware.device == "cuda":
+        return []
+    return [
+        "On a CPU 'exact' and 'lossless' run stock's own kernels, so they are as fast as stock; only skipping steps "
+        "('fast') and compiling save time.",
+        "Needs a GPU: faster attention kernels, 8-bit attention ('balanced'), the speeds in the README's table.",
+    ]
+
+
+def _draw(
+    pipe: Any, name: str, settings: dict[str, Any] | None, prompts: list[Any], steps: int, advance: Callable[[], None]
+) -> Run:
+    if settings is not None:
+        accelerate_pipeline(pipe, **settings)
+    started = time.perf_counter()
+    _image(pipe, prompts[0].text, 0, steps, advance)
+    warm_up = time.perf_counter() - started
+    started = time.perf_counter()
+    images = [_image(pipe, prompt.text, seed, steps, advance) for seed, prompt in enumerate(prompts)]
+    seconds = time.perf_counter() - started
+    note = ""
+    if settings is not None:
+        note = ", ".join(f"{key} {value}" for key, value in pipe.acceleration.report().cache.items())
+        pipe.acceleration.remove()
+    return Run(name, images, seconds, warm_up, note)
+
+
+def _image(pipe: Any, prompt: str, seed: int, steps: int, advance: Callable[[], None]) -> Image.Image:
+    def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return kwargs
+
+    return pipe(
+        prompt,
+        height=PIXELS,
+        width=PIXELS,
+        num_inference_steps=steps,
+        max_sequence_length=TEXT_TOKENS,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=on_step_end,
+    ).images[0]
+
+
+def _print_table(console: Console, runs: list[Run], scenes: list[Any], score: Callable[..., float]) -> None:
+    table = Table()
+    for heading in ("", "s per image", "speed-up", "first call s", "PSNR to stock", "drawn right", "cache"):
+        table.add_column(heading, justify="left" if heading in ("", "cache") else "right")
+    stock = runs[0]
+    reference = _stack(stock.images)
+    for run in runs:
+        table.add_row(
+            run.name,
+            f"{run.seconds / len(run.images):.2f}",
+            f"{stock.seconds / run.seconds:.2f}x",
+            f"{run.warm_up:.1f}",
+            "identical" if np.array_equal(_stack(run.images), reference) else _decibels(run.images, reference),
+            f"{score(run.images, scenes):.0%}",
+            run.note,
+        )
+    console.print(table)
+
+
+def _decibels(images: list[Image.Image], reference: np.ndarray) -> str:
+    return f"{psnr(_stack(images), reference, peak=1.0):.1f} dB"
+
+
+def _stack(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+
+def _grid(runs: list[Run], prompts: list[str]) -> Image.Image:
+    """One row a run, one column a prompt, twice the size, with labels."""
+    scale, margin, left, top = 2, 8, 150, 56
+    side = PIXELS * scale
+    grid = Image.new("RGB", (left + len(prompts) * (side + margin), top + len(runs) * (side + margin)), "white")
+    pen = ImageDraw.Draw(grid)
+    for column, prompt in enumerate(prompts):
+        x = left + column * (side + margin)
+        for line, text in enumerate(_wrapped(prompt, 40)[:3]):
+            pen.text((x, 6 + 15 * line), text, fill="black", font_size=13)
+    for row, run in enumerate(runs):
+        y = top + row * (side + margin)
+        speed = runs[0].seconds / run.seconds
+        pen.text((8, y + side // 2 - 24), run.name, fill="black", font_size=18)
+        pen.text(
+            (8, y + side // 2), f"{run.seconds / len(run.images):.2f} s ({speed:.2f}x)", fill="black", font_size=14
+        )
+        for column, image in enumerate(run.images):
+            enlarged = image.resize((side, side), Image.Resampling.LANCZOS)
+            grid.paste(enlarged, (left + column * (side + margin), y))
+    return grid
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def _slug(name: str) -> str:
+    return "_".join(word for word in name.replace("+", " ").split())

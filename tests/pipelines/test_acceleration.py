@@ -1,0 +1,528 @@
+"""The one line on every family: what it changes, what it leaves alone, and that it comes off without a trace."""
+
+import contextlib
+import copy
+import sys
+import threading
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
+
+from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
+from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from tests.pipelines.tiny import (
+    OTHER_PROMPT,
+    TINY,
+    ip_adapter_embeds,
+    load_tiny_ip_adapter,
+    load_tiny_lora,
+    picture,
+    tiny_names,
+)
+
+FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
+ROUNDING = 2e-4
+# Dynamo traces and guards as always; only the code generator, which takes minutes for all these models, is left out.
+TRACED = CompileConfig(backend="eager")
+ALL_ON = {"quality": "fast", "compile": TRACED, "cache": CacheConfig(warmup=1, threshold=0.9)}
+LOSSLESS = {"quality": "lossless", "compile": TRACED}
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape
+    return (one - other).abs().max().item()
+
+
+@pytest.mark.parametrize("name", tiny_names(*FAMILIES))
+def test_remove_and_paused_restore_bit_identical_output(name):
+    entry = TINY[name]
+    stock = entry.call(entry.build(), steps=4)
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    with pipe.acceleration.paused():
+        assert difference(entry.call(pipe, steps=4), stock) == 0
+    pipe.acceleration.remove()
+    assert not hasattr(pipe, "acceleration")
+    assert difference(entry.call(pipe, steps=4), stock) == 0
+
+
+@pytest.mark.parametrize("name", tiny_names(*FAMILIES))
+def test_lossless_changes_rounding_at_most(name):
+    entry = TINY[name]
+    stock = entry.call(entry.build())
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    assert difference(entry.call(pipe), stock) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "wan21_t2v"])
+def test_exact_is_bit_identical(name):
+    entry = TINY[name]
+    pipe = accelerate_pipeline(entry.build(), quality="exact")
+    assert difference(entry.call(pipe), entry.call(entry.build())) == 0
+
+
+def test_the_default_needs_no_argument():
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    assert accelerate_pipeline(pipe) is pipe
+    assert pipe.acceleration.plan.quality == "lossless"
+    assert difference(entry.call(pipe), entry.call(entry.build())) < ROUNDING
+
+
+@pytest.mark.parametrize("name", tiny_names(None))
+def test_a_pipeline_without_a_family_gets_the_generic_treatment(name):
+    entry = TINY[name]
+    if not hasattr(entry.build(), "transformer"):
+        pytest.skip("has no transformer; refused in another test")
+    stock = entry.call(entry.build())
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    assert "missing" in str(pipe.acceleration.plan)
+    assert difference(entry.call(pipe), stock) < ROUNDING
+    pipe.acceleration.remove()
+    assert difference(entry.call(pipe), stock) == 0
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+def test_another_pipeline_of_the_class_is_untouched_before_during_and_after(name):
+    entry = TINY[name]
+    other = entry.build()
+    stock = entry.call(other, steps=4)
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    during = []
+
+    def call_the_other(pipe, step, timestep, kwargs):
+        if step == 2:
+            before = threading.Thread(target=lambda: during.append(entry.call(other, steps=4)))
+            before.start()
+            before.join()
+        return kwargs
+
+    entry.call(pipe, steps=4, callback_on_step_end=call_the_other)
+    assert difference(during[0], stock) == 0
+    assert difference(entry.call(other, steps=4), stock) == 0
+    pipe.acceleration.remove()
+    assert difference(entry.call(other, steps=4), stock) == 0
+
+
+def _globals_of_the_libraries() -> dict[str, object]:
+    """Every class attribute, module global and registry of the libraries we build on, by identity and content."""
+    seen: dict[str, object] = {}
+    for module_name, module in sorted(sys.modules.items()):
+        if not module_name.startswith(("diffusers.", "cache_dit.", "torch.nn.", "accelerate.")):
+            continue
+        for name, value in list(vars(module).items()):
+            key = f"{module_name}.{name}"
+            seen[key] = _identity(value)
+            if isinstance(value, type) and value.__module__ == module_name:
+                seen.update({f"{key}.{member}": _identity(inner) for member, inner in vars(value).items()})
+    for flags in (torch._dynamo.config, torch._inductor.config):
+        seen.update({f"{flags.__name__}.{name}": repr(value) for name, value in flags.get_config_copy().items()})
+    seen["threads"] = threading.active_count()
+    return seen
+
+
+def _identity(value: object) -> object:
+    if isinstance(value, dict):
+        return {repr(key): id(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sorted(map(id, value))
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return id(value)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+def test_no_class_global_or_registry_differs_after_remove(name):
+    entry = TINY[name]
+    with contextlib.suppress(PipeboostError):
+        warm = accelerate_pipeline(entry.build(), **ALL_ON)  # imports what is imported on first use
+        entry.call(warm, steps=4)
+        warm.acceleration.remove()
+    pipe = entry.build()
+    before = _globals_of_the_libraries()
+    accelerate_pipeline(pipe, **ALL_ON)
+    entry.call(pipe, steps=4)
+    pipe.acceleration.remove()
+    after = _globals_of_the_libraries()
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert not changed
+
+
+def test_after_remove_every_object_has_its_stock_class_and_attributes():
+    entry = TINY["flux_dev"]
+    pipe, untouched = entry.build(), entry.build()
+    entry.call(pipe)
+    entry.call(untouched)
+    accelerate_pipeline(pipe, **ALL_ON)
+    entry.call(pipe, steps=4)
+    pipe.acceleration.remove()
+    for (name, ours), (_, theirs) in zip(
+        pipe.transformer.named_modules(), untouched.transformer.named_modules(), strict=True
+    ):
+        assert type(ours) is type(theirs), name
+        assert vars(ours).keys() == vars(theirs).keys(), name
+        if hasattr(ours, "processor"):
+            assert type(ours.processor) is type(theirs.processor), name
+    for component in ("scheduler", "vae"):
+        assert type(getattr(pipe, component)) is type(getattr(untouched, component))
+    assert type(pipe) is type(untouched)
+    assert vars(pipe).keys() == vars(untouched).keys()
+
+
+def test_a_scheduler_that_the_user_replaces_is_used_and_kept():
+    entry = TINY["flux_dev"]
+    stock = entry.build()
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    entry.call(pipe)
+    for each in (stock, pipe):
+        each.scheduler = FlowMatchHeunDiscreteScheduler.from_config(each.scheduler.config)
+    replaced = pipe.scheduler
+    expected = entry.call(stock)
+    assert difference(entry.call(pipe), expected) < ROUNDING
+    assert pipe.acceleration.report().steps
+    pipe.acceleration.remove()
+    assert pipe.scheduler is replaced
+    assert type(replaced) is FlowMatchHeunDiscreteScheduler
+    assert difference(entry.call(pipe), expected) == 0
+
+
+def test_a_transformer_that_the_user_replaces_is_accelerated_and_the_old_one_is_stock_again():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    old, new = pipe.transformer, copy.deepcopy(entry.build().transformer)
+    stock_class = type(new)
+    with torch.no_grad():
+        new.proj_out.weight.mul_(0.5)
+    reference = entry.build()
+    reference.transformer = copy.deepcopy(new)
+    expected = entry.call(reference, steps=4)
+    pipe.transformer = new
+    entry.call(pipe, steps=4)
+    assert type(old) is stock_class
+    assert type(new) is not stock_class
+    pipe.acceleration.remove()
+    assert pipe.transformer is new
+    assert difference(entry.call(pipe, steps=4), expected) == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_lora_loaded_before_or_after_acceleration_works_and_unloads(when):
+    entry = TINY["flux_dev"]
+    reference = entry.build()
+    plain = entry.call(reference)
+    load_tiny_lora(reference)
+    with_lora = entry.call(reference)
+    assert difference(plain, with_lora) > 1e-3
+    pipe = entry.build()
+    if when == "before":
+        load_tiny_lora(pipe)
+        accelerate_pipeline(pipe, **LOSSLESS)
+    else:
+        accelerate_pipeline(pipe, **LOSSLESS)
+        entry.call(pipe)
+        load_tiny_lora(pipe)
+    assert difference(entry.call(pipe), with_lora) < ROUNDING
+    pipe.unload_lora_weights()
+    assert difference(entry.call(pipe), plain) < ROUNDING
+    load_tiny_lora(pipe)
+    pipe.acceleration.remove()
+    assert difference(entry.call(pipe), with_lora) == 0
+
+
+def test_an_ip_adapter_loaded_after_acceleration_is_accelerated_and_kept():
+    entry = TINY["flux_dev"]
+    reference = entry.build()
+    load_tiny_ip_adapter(reference)
+    image = {"ip_adapter_image_embeds": [ip_adapter_embeds()]}
+    expected = entry.call(reference, **image)
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    plain = entry.call(pipe)
+    load_tiny_ip_adapter(pipe)
+    assert difference(entry.call(pipe, **image), expected) < ROUNDING
+    pipe.acceleration.remove()
+    assert difference(entry.call(pipe, **image), expected) == 0
+    assert type(pipe.transformer.transformer_blocks[0].attn.processor).__name__ == "FluxIPAdapterAttnProcessor"
+    accelerate_pipeline(pipe, **LOSSLESS)
+    pipe.unload_ip_adapter()
+    assert difference(entry.call(pipe), plain) < ROUNDING
+    pipe.acceleration.remove()
+    assert difference(entry.call(pipe), entry.call(entry.build())) == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_copy_of_an_accelerated_pipeline_gives_right_images_and_remove_reaches_it(duplicate):
+    entry = TINY["flux_dev"]
+    stock = entry.call(entry.build())
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    twin = duplicate(pipe)
+    assert difference(entry.call(twin), stock) < ROUNDING
+    assert difference(entry.call(pipe), stock) < ROUNDING
+    pipe.acceleration.remove()
+    assert difference(entry.call(twin), stock) == 0
+    assert difference(entry.call(pipe), stock) == 0
+
+
+def test_a_pipeline_built_with_from_pipe_runs_stock_and_can_be_accelerated_too():
+    entry, variant = TINY["flux_dev"], TINY["flux_img2img"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    expected = variant.call(FluxImg2ImgPipeline.from_pipe(entry.build()), steps=4)
+    second = FluxImg2ImgPipeline.from_pipe(pipe)
+    second.set_progress_bar_config(disable=True)
+    assert difference(variant.call(second, steps=4), expected) == 0
+    accelerate_pipeline(second, **ALL_ON)
+    variant.call(second, steps=4)
+    pipe.acceleration.remove()
+    variant.call(second, steps=4)
+    second.acceleration.remove()
+    assert difference(variant.call(second, steps=4), expected) == 0
+    assert difference(entry.call(pipe, steps=4), entry.call(entry.build(), steps=4)) == 0
+
+
+def test_pipelines_that_share_a_transformer_must_agree():
+    pipe = accelerate_pipeline(TINY["flux_dev"].build(), **LOSSLESS)
+    second = FluxImg2ImgPipeline.from_pipe(pipe)
+    with pytest.raises(UnsupportedError, match="shared with another accelerated pipeline"):
+        accelerate_pipeline(second, quality="lossless", compile=CompileConfig(backend="aot_eager"))
+    assert not hasattr(second, "acceleration")
+
+
+def test_views_in_two_threads_never_see_each_others_state():
+    entry = TINY["flux_dev"]
+    jobs = [{"seed": 1, "steps": 5}, {"seed": 2, "steps": 3, "prompt": OTHER_PROMPT}]
+    expected = [entry.call(entry.build(), **job) for job in jobs]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    failures = []
+
+    def work(index: int) -> None:
+        view = copy.copy(pipe)
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+        try:
+            for _ in range(4):
+                results[index].append(entry.call(view, **jobs[index]))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for index in range(2):
+        assert len(results[index]) == 4
+        for result in results[index]:
+            assert difference(result, expected[index]) < ROUNDING
+
+
+def test_views_in_two_threads_with_a_cache_match_running_alone():
+    entry = TINY["flux_dev"]
+    jobs = [{"seed": 1, "steps": 6}, {"seed": 2, "steps": 4, "prompt": OTHER_PROMPT}]
+    pipe = accelerate_pipeline(entry.build(), quality="fast", cache=ALL_ON["cache"])
+    alone = [entry.call(pipe, **job) for job in jobs]
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        view = copy.copy(pipe)
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+        for _ in range(3):
+            results[index].append(entry.call(view, **jobs[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(results[index]) == 3
+        assert all(difference(result, alone[index]) == 0 for result in results[index])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention": "nonsense"}, "attention='nonsense' is not allowed; use one of 'auto', 'sdpa'"),
+        ({"attention": "flash3"}, "flash3"),
+        ({"cache": CacheConfig}, "cache=.* is not allowed"),
+        ({"quality": "perfect"}, "quality='perfect' is not allowed; use one of 'exact'"),
+        ({"quality": "lossless", "cache": CacheConfig()}, "needs quality='fast'"),
+        ({"quality": "exact", "compile": "regional"}, "needs quality='lossless'"),
+        ({"quality": "fast", "cache": {"treshold": 0.2}}, "cache has no setting 'treshold'"),
+        ({"quality": "fast", "cache": CacheConfig(fn=99)}, "fn"),
+        ({"offload": "layerwise"}, "enable_model_cpu_offload"),
+        ({"quantize": "fp8"}, "not in this version"),
+        ({"config": 3}, "config must be an AccelerationConfig"),
+        ({"config": "missing.yaml"}, "missing.yaml cannot be read"),
+    ],
+)
+def test_bad_input_raises_one_sentence_and_leaves_the_pipe_stock(arguments, words):
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    with pytest.raises(PipeboostError, match=words) as caught:
+        accelerate_pipeline(pipe, **arguments)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(pipe, "acceleration")
+    assert type(pipe.transformer) is type(entry.build().transformer)
+    assert difference(entry.call(pipe), entry.call(entry.build())) == 0
+
+
+def test_a_cache_threshold_below_zero_is_refused():
+    with pytest.raises(ConfigurationError, match=r"cache.threshold=-1 must be a number in \(0, 1\]"):
+        CacheConfig(threshold=-1)
+
+
+@pytest.mark.parametrize("thing", [None, 3, "flux", torch.nn.Linear(2, 2), FlowMatchEulerDiscreteScheduler()])
+def test_what_is_no_pipeline_is_refused(thing):
+    with pytest.raises(UnsupportedError, match="pipe must be a Diffusers pipeline, not"):
+        accelerate_pipeline(thing)
+
+
+def test_a_pipeline_without_a_transformer_is_refused():
+    name = next(name for name in tiny_names(None) if not hasattr(TINY[name].build(), "transformer"))
+    pipe = TINY[name].build()
+    with pytest.raises(UnsupportedError, match=r"has no transformer to accelerate \(its denoiser is a U-Net"):
+        accelerate_pipeline(pipe)
+    assert not hasattr(pipe, "acceleration")
+
+
+def test_accelerating_again_replaces_the_acceleration():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    first = pipe.acceleration
+    accelerate_pipeline(pipe, quality="exact")
+    assert pipe.acceleration is not first
+    assert difference(entry.call(pipe), entry.call(entry.build())) == 0
+    with pytest.raises(PipeboostError, match="was removed"):
+        first.verify()
+
+
+def test_a_refused_new_acceleration_keeps_the_old_one():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    first = pipe.acceleration
+    with pytest.raises(PipeboostError):
+        accelerate_pipeline(pipe, attention="nonsense")
+    assert pipe.acceleration is first
+    assert difference(entry.call(pipe), entry.call(entry.build())) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_images_per_prompt": 2},
+        {"prompt": [OTHER_PROMPT, "a fox"]},
+        {"output_type": "latent"},
+        {"max_sequence_length": 24},
+    ],
+)
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image"])
+def test_the_pipelines_own_arguments_keep_working(name, overrides):
+    entry = TINY[name]
+    stock = entry.call(entry.build(), **overrides)
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    assert difference(entry.call(pipe, **overrides), stock) < ROUNDING * max(1.0, stock.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "wan21_t2v"])
+def test_a_callback_on_step_end_sees_and_changes_the_latents(name):
+    entry = TINY[name]
+
+    def halve(pipe, step, timestep, kwargs):
+        return {"latents": kwargs["latents"] * 0.5}
+
+    stock = entry.call(entry.build(), callback_on_step_end=halve)
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    assert difference(entry.call(pipe, callback_on_step_end=halve), stock) < ROUNDING
+
+
+def test_prompt_embeds_keep_working():
+    entry = TINY["flux_dev"]
+    stock = entry.build()
+    with torch.no_grad():
+        embeds, pooled, _ = stock.encode_prompt(OTHER_PROMPT, None)
+    given = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    assert difference(entry.call(pipe, **given), entry.call(stock, **given)) < ROUNDING
+
+
+def test_save_pretrained_writes_a_stock_pipeline(tmp_path):
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    pipe.save_pretrained(tmp_path)
+    loaded = type(entry.build()).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert not hasattr(loaded, "acceleration")
+    assert difference(entry.call(loaded), entry.call(entry.build())) == 0
+
+
+def test_a_report_says_where_the_time_went(tmp_path):
+    entry = TINY["flux_true_cfg"]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    with pytest.raises(PipeboostError, match="call the pipeline first"):
+        pipe.acceleration.report()
+    entry.call(pipe, steps=3)
+    report = pipe.acceleration.report()
+    assert len(report.steps) == 3
+    assert {"text encoding", "denoising", "decoding", "latent preparation"} <= report.stages.keys()
+    assert sum(report.stages.values()) == pytest.approx(report.seconds)
+    assert len([event for event in report.trace if event.stage == "denoising"]) == 3 * entry.branches
+    report.to_json(tmp_path / "report.json")
+    report.to_chrome_trace(tmp_path / "trace.json")
+    report.plot(tmp_path / "report.png")
+    assert all((tmp_path / name).stat().st_size > 100 for name in ("report.json", "trace.json", "report.png"))
+    assert "denoising" in str(report)
+
+
+def test_verify_keeps_each_tiers_promise_and_says_when_it_is_broken():
+    entry = TINY["flux_dev"]
+    call = {key: value for key, value in entry.call_kwargs().items() if key != "generator"}
+    pipe = accelerate_pipeline(entry.build(), quality="exact")
+    result = pipe.acceleration.verify(**call)
+    assert result.passed
+    assert result.max_difference == 0
+    accelerate_pipeline(pipe, **LOSSLESS)
+    result = pipe.acceleration.verify(**{**call, "num_inference_steps": 1})
+    assert result.passed, str(result)
+    accelerate_pipeline(pipe, quality="fast", cache=CacheConfig(warmup=1, threshold=1.0, max_continuous=9))
+    broken = pipe.acceleration.verify(**{**call, "num_inference_steps": 9})
+    assert broken.max_difference > 0
+    assert broken.psnr < 60
+
+
+def test_cancel_raises_at_the_next_step_and_leaves_the_pipe_usable():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    stock = entry.call(entry.build())
+
+    def cancel(pipe, step, timestep, kwargs):
+        pipe.acceleration.cancel()
+        return kwargs
+
+    with pytest.raises(PipeboostError, match="cancelled after step 1"):
+        entry.call(pipe, steps=4, callback_on_step_end=cancel)
+    assert difference(entry.call(pipe), stock) < ROUNDING
+
+
+def test_remove_is_refused_while_a_call_runs():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+
+    def remove(pipe, step, timestep, kwargs):
+        pipe.acceleration.remove()
+        return kwargs
+
+    with pytest.raises(PipeboostError, match="a call of this pipeline is running"):
+        entry.call(pipe, callback_on_step_end=remove)
+    pipe.acceleration.remove()
+
+
+def test_image_to_image_with_a_cache_counts_its_own_steps():
+    entry = TINY["flux_img2img"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=8, image=picture(), strength=0.5)
+    assert len(pipe.acceleration.report().steps) == 4
