@@ -1,0 +1,136 @@
+"""cache-dit, imported quietly, and the few of its parts that we put together ourselves.
+
+Import this module only where a cache is attached: cache-dit takes a while and has an opinion on logging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.config import CacheConfig
+from pipeboost.families import BlockReturn
+
+
+@contextlib.contextmanager
+def _logger_class_kept() -> Iterator[None]:
+    """cache-dit replaces two methods that transformers gave to `logging.Logger`; they go back afterwards."""
+    names = ("warning_once", "info_once")
+    before = {name: vars(logging.Logger)[name] for name in names if name in vars(logging.Logger)}
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(logging.Logger, name, method)
+
+
+with _logger_class_kept():
+    from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig, steps_mask
+    from cache_dit.caching import CachedBlocks, CachedContextManager
+    from cache_dit.caching.cache_blocks import pattern_base
+
+__all__ = ["BlockRow", "BranchCache", "steps_mask"]
+
+_PATTERNS: dict[BlockReturn, ForwardPattern] = {
+    "image_text": ForwardPattern.Pattern_0,
+    "text_image": ForwardPattern.Pattern_1,
+    "image": ForwardPattern.Pattern_2,
+}
+_CONTEXT = "branch"
+
+
+class _Contexts(CachedContextManager):
+    """cache-dit's contexts, whose decision stays in this process.
+
+    cache-dit averages the residual over the whole world as soon as there are several ranks, also those that work on
+    other samples. Ranks that share one sample must agree: that average, over their group alone, belongs here.
+    """
+
+    def similarity(self, t1: torch.Tensor, t2: torch.Tensor, *, parallelized: bool = False, **options: Any) -> bool:
+        return bool(super().similarity(t1, t2, parallelized=False, **options))
+
+
+class BlockRow:
+    """cache-dit's wrapper for a row of blocks of one form, still without blocks and context."""
+
+    def __init__(self, name: str, returns: BlockReturn) -> None:
+        self._pattern = _PATTERNS[returns]
+        with _constructor_log_off():
+            self._wrapper = CachedBlocks(
+                nn.ModuleList(),
+                transformer=nn.Module(),
+                forward_pattern=self._pattern,
+                cache_prefix=name,
+                cache_context=_CONTEXT,
+                context_manager=_Contexts(name=name),
+            )
+
+    def fits(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether all blocks take and return their states in the form of this row."""
+        return bool(BlockAdapter.match_blocks_pattern(nn.ModuleList(blocks), self._pattern, logging=False))
+
+    def cache(
+        self, blocks: Sequence[nn.Module], settings: CacheConfig, *, steps: int | None, mask: list[int] | None
+    ) -> BranchCache:
+        """A cache with a fresh context over these blocks."""
+        contexts = _Contexts(name=self._wrapper.cache_prefix)
+        contexts.new_context(
+            name=_CONTEXT,
+            cache_config=DBCacheConfig(
+                Fn_compute_blocks=settings.fn,
+                Bn_compute_blocks=settings.bn,
+                residual_diff_threshold=settings.threshold,
+                max_warmup_steps=settings.warmup,
+                max_continuous_cached_steps=settings.max_continuous,
+                enable_separate_cfg=False,
+                num_inference_steps=steps,
+                steps_computation_mask=mask,
+                steps_computation_policy="dynamic" if mask is None else "static",
+            ),
+            calibrator_config=None
+            if settings.taylorseer_order is None
+            else TaylorSeerCalibratorConfig(taylorseer_order=settings.taylorseer_order),
+        )
+        wrapper = copy.copy(self._wrapper)
+        wrapper._modules = {"transformer_blocks": nn.ModuleList(blocks)}
+        wrapper.transformer = None
+        wrapper.context_manager = contexts
+        return BranchCache(wrapper, contexts)
+
+
+class BranchCache:
+    """The cache of one guidance branch of one call."""
+
+    def __init__(self, wrapper: nn.Module, contexts: _Contexts) -> None:
+        self._wrapper = wrapper
+        self._contexts = contexts
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """Run the row of blocks for one step.
+
+        Returns:
+            What its last block would have returned, and whether the middle blocks were skipped.
+        """
+        output = self._wrapper(*args, **kwargs)
+        context = self._contexts.get_context(_CONTEXT)
+        return output, context.get_current_step() in context.get_cached_steps()
+
+
+@contextlib.contextmanager
+def _constructor_log_off() -> Iterator[None]:
+    """cache-dit prints a line for every wrapper; only that line is held back, and only meanwhile."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    pattern_base.logger.addFilter(refuse)
+    try:
+        yield
+    finally:
+        pattern_base.logger.removeFilter(refuse)
