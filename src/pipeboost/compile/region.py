@@ -53,7 +53,7 @@ class Region:
         self.module_class = module_class
         self.settings = settings
         self._generation = 0
-        context = torch._dynamo.optimize(settings.backend, nopython=True)
+        context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)
         self._compiled = context(_entry_of(module_class))
 
