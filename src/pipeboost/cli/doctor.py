@@ -1,0 +1,81 @@
+"""`pipeboost doctor`: what is installed, what this device could use, and the command for each missing piece."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeboost.config import ATTENTION_BACKENDS
+from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.kernels import KERNELS, unavailable_reason
+
+_EXTRAS = (
+    ("peft", "LoRA", "pip install 'pipeboost[lora]'"),
+    ("av", "writing videos", "pip install 'pipeboost[video]'"),
+    ("ftfy", "Wan's prompt clean-up", "pip install 'pipeboost[video]'"),
+    ("matplotlib", "Report.plot", "pip install 'pipeboost[plot]'"),
+    ("scikit-image", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
+    ("scipy", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
+)
+_REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "cache-dit")
+
+
+def print_diagnosis() -> None:
+    """Print three tables: the machine, the attention kernels, the optional packages."""
+    console = Console()
+    hardware = detect_hardware()
+    console.print(f"[bold]Device[/]  {hardware}, Python {platform.python_version()}, CUDA {torch.version.cuda or 'none'}")
+    console.print("[bold]Packages[/]  " + ", ".join(f"{name} {_version(name) or 'MISSING'}" for name in _REQUIRED))
+    console.print(f"[bold]Compile[/]  {_compile_line(hardware)}")
+    console.print(_kernels(hardware))
+    console.print(_extras())
+
+
+def _kernels(hardware: Hardware) -> Table:
+    table = Table(title="Attention kernels", title_justify="left")
+    for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks", "LSE", "what to do"):
+        table.add_column(heading)
+    for name in ATTENTION_BACKENDS:
+        kernel = KERNELS[name]
+        reason = unavailable_reason(kernel, hardware)
+        smallest, largest, multiple = kernel.head_dims
+        table.add_row(
+            name,
+            "no" if reason else "yes",
+            kernel.tier,
+            ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes),
+            f"{smallest}-{largest}" + (f" by {multiple}" if multiple > 1 else ""),
+            kernel.masks,
+            "yes" if kernel.lse else "no",
+            reason or "",
+        )
+    return table
+
+
+def _extras() -> Table:
+    table = Table(title="Optional packages", title_justify="left")
+    for heading in ("package", "version", "for", "install"):
+        table.add_column(heading)
+    for package, purpose, command in _EXTRAS:
+        found = _version(package)
+        table.add_row(package, found or "missing", purpose, "" if found else command)
+    return table
+
+
+def _compile_line(hardware: Hardware) -> str:
+    if hardware.compiler:
+        return "torch.compile can build here"
+    if hardware.device == "cpu":
+        return "no C++ compiler: apt-get install g++ (or your system's equivalent)"
+    return "triton is missing: pip install triton"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,46 @@
+"""The package installs with its patches, and importing it stays light."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ["flux", "hunyuan_video", "qwen_image", "wan"]
+LIST_FAMILIES = (
+    "import pipeboost.patches, pipeboost.families as f; "
+    "print(pipeboost.patches.__file__, sorted(family.name for family in f.families()))"
+)
+
+
+def _python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment or None, check=False, cwd="/"
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_an_editable_install_has_the_patches_of_the_checkout():
+    where, families = _python(LIST_FAMILIES).split(" ", 1)
+    assert Path(where) == ROOT / "patches" / "__init__.py"
+    assert families == str(FAMILIES)
+
+
+def test_a_wheel_has_the_patches_and_the_demo_model(tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    where, families = _python(LIST_FAMILIES, PYTHONPATH=str(tmp_path), PATH="/usr/bin:/bin").split(" ", 1)
+    assert Path(where) == tmp_path / "pipeboost" / "patches" / "__init__.py"
+    assert families == str(FAMILIES)
+    assert (tmp_path / "pipeboost" / "py.typed").exists()
+    assert list((tmp_path / "pipeboost" / "demo_model" / "weights").glob("*/*.safetensors"))
+
+
+def test_importing_pipeboost_imports_nothing_that_is_used_later():
+    code = (
+        "import torch, diffusers, sys; before = set(sys.modules); import pipeboost; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    loaded = _python(code)
+    for package in ("cache_dit", "flash_attn", "fa3_fwd_interface", "sageattention", "triton", "matplotlib", "peft"):
+        assert f"'{package}'" not in loaded

@@ -1,0 +1,78 @@
+"""A plan says what is on, which choice and why, for any hardware, and refuses what cannot be."""
+
+import pytest
+import torch
+from pipeboost.config import AccelerationConfig, CacheConfig, ParallelConfig
+from pipeboost.errors import PipeboostError
+from pipeboost.families import family_named, generic_family
+from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.plan import ModelFacts, make_plan
+
+H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
+CPU = Hardware("cpu", "CPU with 2 cores", None, 24 * 2**30, 1, False, True)
+FACTS = ModelFacts("FluxPipeline", torch.bfloat16, 33 * 2**30)
+FLUX = family_named("FluxPipeline")
+UNKNOWN = generic_family("SomePipeline", {"transformer": True})
+
+
+def plan(hardware=H100, family=FLUX, **settings):
+    return make_plan(AccelerationConfig(**settings), hardware, family, FACTS)
+
+
+def test_every_feature_is_explained():
+    for quality in ("exact", "lossless", "balanced", "fast"):
+        for hardware in (CPU, H100):
+            made = plan(hardware, quality=quality)
+            text = str(made)
+            for feature in ("attention", "parallel", "quantize", "cache", "compile", "offload"):
+                assert made[feature].why
+                assert f"  {feature} " in text.replace("parallel  ", "parallel ")
+
+
+def test_exact_turns_off_whatever_changes_rounding():
+    made = plan(quality="exact")
+    assert not any(decision.on for decision in made.decisions)
+
+
+def test_the_default_on_a_hopper_compiles_and_never_caches():
+    made = plan()
+    assert made["compile"].choice == "regional"
+    assert made["attention"].on
+    assert not made["cache"].on
+
+
+def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
+    assert plan(quality="fast")["cache"].settings == CacheConfig()
+    made = plan(quality="fast", family=UNKNOWN)
+    assert not made["cache"].on
+    assert "no family" in made["cache"].why
+    assert "missing" in str(made)
+
+
+def test_on_a_cpu_compile_is_off_unless_asked_for():
+    assert not plan(CPU)["compile"].on
+    assert plan(CPU, compile="regional")["compile"].on
+
+
+@pytest.mark.parametrize(
+    ("hardware", "settings", "words"),
+    [
+        (CPU, {"attention": "flash3"}, "flash3.* needs a cuda device"),
+        (H100, {"attention": "flash4"}, r"flash4.* needs compute capability 10.0"),
+        (H100, {"attention": "sage"}, "balanced"),
+        (H100, {"parallel": ParallelConfig(ulysses=2)}, "parallel asks for 2 ranks"),
+        (H100, {"quality": "lossless", "cache": "fast"}, "needs quality='fast'"),
+        (Hardware("cpu", "bare", None, 1, 1, False, False), {"compile": "regional"}, "C\\+\\+ compiler"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(hardware, settings, words):
+    with pytest.raises(PipeboostError, match=words) as caught:
+        plan(hardware, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_this_machine_can_be_described():
+    hardware = detect_hardware("cpu")
+    assert hardware.device == "cpu"
+    assert hardware.memory > 2**28
+    assert "GiB" in str(hardware)
