@@ -100,9 +100,14 @@ def save_pipeline(pipe: FluxPipeline, folder: Path) -> None:
     """
     pipe.to(torch.float16)
     pipe.save_pretrained(folder)
+    # Without `torch_dtype`, Diffusers loads in float32 whatever the file says, transformers 5 as the config says.
+    for encoder in ("text_encoder", "text_encoder_2"):
+        _edit_json(folder / encoder / "config.json", dtype="float32")
     save_clip_tokenizer(pipe.tokenizer, folder / "tokenizer")
     # transformers 5 has one T5 tokenizer class; in 4 its name means the slow one, which needs a sentencepiece file.
-    index = folder / "model_index.json"
-    components = json.loads(index.read_text())
-    components["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
-    index.write_text(json.dumps(components, indent=2) + "\n")
+    _edit_json(folder / "model_index.json", tokenizer_2=["transformers", "T5TokenizerFast"])
+    _edit_json(folder / "tokenizer_2" / "tokenizer_config.json", tokenizer_class="T5TokenizerFast")
+
+
+def _edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")

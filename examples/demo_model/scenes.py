@@ -10,8 +10,8 @@ COLOURS = {
     "orange": (244, 132, 20),
     "yellow": (250, 208, 36),
     "green": (44, 160, 74),
-    "blue": (38, 92, 222),
-    "purple": (130, 56, 184),
+    "blue": (28, 104, 220),
+    "purple": (142, 52, 168),
     "pink": (244, 110, 172),
     "black": (44, 46, 54),
 }
@@ -19,9 +19,9 @@ BACKGROUNDS = {
     "cream": (250, 242, 218),
     "rose": (250, 220, 222),
     "mint": (208, 240, 222),
-    "sky": (206, 230, 250),
+    "sky": (192, 224, 252),
     "lavender": (226, 218, 248),
-    "silver": (222, 224, 228),
+    "silver": (224, 224, 226),
 }
 PLACES = {
     "top left": (24, 24),
@@ -87,7 +87,8 @@ def place_on_canvas(scene: Scene, rng: random.Random) -> tuple[list[list[float]]
     """
     rows = [[0.0, 0.0, 0.0, 0.0, 0.0, 1.0] for _ in range(MOST_THINGS)]
     for row, thing in zip(rows, scene.things, strict=False):
-        assert thing.place is not None and thing.size is not None, thing
+        assert thing.place is not None
+        assert thing.size is not None
         x, y = PLACES[thing.place]
         row[:] = [
             1.0,

@@ -1,0 +1,126 @@
+"""Stage two: the transformer learns flow matching on the VAE's latents, together with the two text encoders."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxPipeline
+
+from .data import TEXT_LENGTH, Batch
+from .model import SHIFT
+from .pace import Pace
+from .render import render
+
+STOCK_TEXT_LENGTH = 512
+LONG_TEXT_EVERY = 8
+EMA_DECAY = 0.999
+
+
+def train_denoiser(
+    pipe: FluxPipeline,
+    data: Iterator[Batch],
+    pace: Pace,
+    *,
+    save: Callable[[], None],
+    saves: int,
+    compile_model: bool,
+) -> None:
+    """Train transformer and text encoders in place; they end as the exponential moving average of the run.
+
+    `save` is called `saves` times on the way, with the average in place. Every eighth step pads the text to the stock
+    512 tokens (on a quarter of the batch, which costs the same), the others to 64: T5 and the transformer attend to
+    the padding, as the stock pipeline has it.
+    """
+    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
+    modules.train()
+    parameters = list(modules.parameters())
+    average = [parameter.detach().clone() for parameter in parameters]
+    # Autocast would make the embedders answer in bfloat16, and with them the residual stream and the timestep.
+    hooks = [
+        embedder.register_forward_hook(lambda module, args, output: output.float())
+        for embedder in (pipe.transformer.x_embedder, pipe.transformer.context_embedder)
+    ]
+    encode: Callable[[Batch], torch.Tensor] = lambda batch: _encode(pipe.vae, batch)  # noqa: E731
+    if compile_model:
+        pipe.transformer.compile_repeated_blocks(dynamic=False)
+        encode = torch.compile(encode, dynamic=False)
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=parameters[0].device.type == "cuda"
+    )
+    running = 0.0
+    while pace.more():
+        batch = next(data)
+        loss = _loss(pipe, batch, encode(batch), long_text=pace.step % LONG_TEXT_EVERY == LONG_TEXT_EVERY - 1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = pace.learning_rate()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(EMA_DECAY, (1 + pace.step) / (10 + pace.step)))
+        running = 0.98 * running + 0.02 * loss.detach() if pace.step else loss.detach()
+        pace.advance(loss=float(running) if pace.prints() else None)
+        if pace.step % max(1, pace.steps // (saves + 1)) == 0 and pace.more():
+            _swap(parameters, average)
+            save()
+            _swap(parameters, average)
+    _swap(parameters, average)
+    for hook in hooks:
+        hook.remove()
+    modules.eval()
+
+
+def _loss(pipe: FluxPipeline, batch: Batch, latents: torch.Tensor, *, long_text: bool) -> torch.Tensor:
+    device, t5_ids, count = latents.device, batch.t5_ids, len(latents)
+    if long_text:
+        count = max(1, count // 4)
+        t5_ids = F.pad(t5_ids[:count], (0, STOCK_TEXT_LENGTH - TEXT_LENGTH), value=pipe.tokenizer_2.pad_token_id)
+    latents = latents[:count]
+    noise = torch.randn_like(latents)
+    sigma = _sample_sigmas(count, device)
+    noisy = torch.lerp(latents, noise, sigma[:, None, None, None])
+    # The stock pipeline hands over the timestep in the dtype of the latents: let the model meet both roundings.
+    timestep = torch.where(torch.rand_like(sigma) < 0.5, (sigma * 1000).bfloat16().float() / 1000, sigma)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        pooled = pipe.text_encoder(batch.clip_ids[:count]).pooler_output
+        prompt = pipe.text_encoder_2(t5_ids)[0]
+        prediction = pipe.transformer(
+            hidden_states=_pack(noisy),
+            timestep=timestep,
+            encoder_hidden_states=prompt,
+            pooled_projections=pooled,
+            txt_ids=torch.zeros(prompt.shape[1], 3, device=device),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                count, latents.shape[2] // 2, latents.shape[3] // 2, device, torch.float32
+            ),
+            return_dict=False,
+        )[0]
+    return F.mse_loss(prediction.float(), _pack(noise - latents))
+
+
+def _sample_sigmas(count: int, device: torch.device) -> torch.Tensor:
+    """Logit-normal, one in five uniform so that the ends are seen too, then the scheduler's shift (SD3's recipe)."""
+    sigma = torch.sigmoid(torch.randn(count, device=device))
+    sigma = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), sigma)
+    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, batch: Batch) -> torch.Tensor:
+    images = render(batch.rows, batch.background).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+        latents = vae.encode(images).latent_dist.mode().float()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+@torch.no_grad()
+def _swap(parameters: list[torch.nn.Parameter], average: list[torch.Tensor]) -> None:
+    for parameter, other in zip(parameters, average, strict=True):
+        kept = parameter.detach().clone()
+        parameter.copy_(other)
+        other.copy_(kept)
