@@ -14,9 +14,11 @@ from tests.pipelines.tiny import (
     load_tiny_ip_adapter,
     load_tiny_lora,
     lora_state_dict,
+    picture,
     tiny_names,
 )
 
+PICTURES = {"image", "control_image", "ip_adapter_image"}
 DENOISERS = [(name, denoiser) for name, entry in TINY.items() for denoiser in entry.denoisers]
 
 
@@ -76,10 +78,22 @@ def test_denoisers_are_called_branches_times_a_step(name: str) -> None:
             calls[denoiser] += 1
 
         getattr(pipe, denoiser).register_forward_pre_hook(count)
-    entry.call(pipe)
+    entry.call(pipe, output_type="latent")
     strength = entry.inputs().get("strength", 1.0)
     steps = int(entry.steps * strength)
     assert set(calls.values()) == {steps * entry.branches // len(entry.denoisers)}
+
+
+@pytest.mark.parametrize("name", [name for name, entry in TINY.items() if PICTURES & entry.inputs().keys()])
+def test_another_picture_gives_another_output(name: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    before = entry.call(pipe, output_type="latent")
+    for argument in PICTURES & entry.inputs().keys():
+        other = picture(seed=5)
+        many = isinstance(entry.inputs()[argument], list)
+        after = entry.call(pipe, output_type="latent", **{argument: [picture(), other] if many else other})
+        assert (after - before).abs().max() > 1e-3, argument
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video"])
@@ -106,13 +120,13 @@ def test_qwen_image_prompts_differ_in_tokens_and_the_first_is_odd() -> None:
 def test_lora_changes_the_output_and_unloads(name: str) -> None:
     entry = TINY[name]
     pipe = entry.build()
-    before = entry.call(pipe)
+    before = entry.call(pipe, output_type="latent")
     for denoiser in entry.denoisers:
         load_tiny_lora(pipe, rank=3, denoiser=denoiser)
-        after = entry.call(pipe)
+        after = entry.call(pipe, output_type="latent")
         assert (after - before).abs().max() > 1e-3, denoiser
         pipe.unload_lora_weights()
-        assert torch.equal(entry.call(pipe), before)
+        assert torch.equal(entry.call(pipe, output_type="latent"), before)
     rank = lora_state_dict(pipe.transformer, rank=3)
     assert {min(weight.shape) for weight in rank.values()} == {3}
 
