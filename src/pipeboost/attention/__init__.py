@@ -1,0 +1,26 @@
+"""Attention on one device: which kernel runs, chosen per call, inside the blocks' own processors."""
+
+from pipeboost.attention.choice import KernelChoice, choose_kernel, explain_choice
+from pipeboost.attention.dispatcher import Dispatcher
+from pipeboost.attention.padding import TRIM_ORDER, trim_padded_text
+from pipeboost.attention.swap import (
+    SwapReport,
+    attention_report,
+    dispatcher_of,
+    rebind_attention,
+    swap_attention,
+)
+
+__all__ = [
+    "TRIM_ORDER",
+    "Dispatcher",
+    "KernelChoice",
+    "SwapReport",
+    "attention_report",
+    "choose_kernel",
+    "dispatcher_of",
+    "explain_choice",
+    "rebind_attention",
+    "swap_attention",
+    "trim_padded_text",
+]

@@ -1,0 +1,31 @@
+"""Attention kernels and the table of them; nothing that only a GPU has is imported before its first use."""
+
+from pipeboost.kernels.key_padding import MaskKind, compact_keys, mask_kind
+from pipeboost.kernels.table import (
+    KERNELS,
+    Kernel,
+    Package,
+    accepted_dtypes,
+    available_kernels,
+    installed_package,
+    refuses,
+    unavailable_reason,
+    wrong_hardware,
+)
+from pipeboost.kernels.torch_native import Attended
+
+__all__ = [
+    "KERNELS",
+    "Attended",
+    "Kernel",
+    "MaskKind",
+    "Package",
+    "accepted_dtypes",
+    "available_kernels",
+    "compact_keys",
+    "installed_package",
+    "mask_kind",
+    "refuses",
+    "unavailable_reason",
+    "wrong_hardware",
+]

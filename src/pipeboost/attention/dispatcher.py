@@ -1,0 +1,171 @@
+"""The dispatcher: what accelerated attention processors call in place of Diffusers' `dispatch_attention_fn`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from pipeboost.attention.choice import choose_kernel, refusal
+from pipeboost.call import current_call
+from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
+
+
+@dataclass(frozen=True)
+class DispatcherSettings:
+    """What makes two dispatchers the same one.
+
+    Attributes:
+        backend: a name of `ATTENTION_BACKENDS`, or `"auto"`.
+        tier: the quality tier, which bounds what `"auto"` may choose.
+        hardware: the device that the plan was made for.
+        right_padded: key-padding masks are known to have their padding last, so keys need not be moved.
+        scope: whoever hangs layers on `attend`, such as a device mesh; dispatchers of different scopes are not shared.
+    """
+
+    backend: str
+    tier: str
+    hardware: Hardware
+    right_padded: bool = False
+    scope: Hashable = None
+
+    def __repr__(self) -> str:
+        return f"{self.backend!r} (quality={self.tier!r})"
+
+
+class Dispatcher:
+    """Chooses a kernel for a call and runs it. `attend` is the door on which layers hang.
+
+    One dispatcher serves all processors of all models with equal settings, so that blocks which are alike share their
+    compiled code.
+    """
+
+    def __init__(self, settings: DispatcherSettings) -> None:
+        self.settings = settings
+        self.subclasses: dict[type, type] = {}
+        # Tensors may be on a CPU although the plan is for a GPU: Diffusers' offload, or a test.
+        devices = {"cpu": detect_hardware("cpu"), settings.hardware.device: settings.hardware}
+        self._devices = {name: (hardware, available_kernels(hardware)) for name, hardware in devices.items()}
+        self._dtypes = {name: accepted_dtypes(kernel) for name, kernel in KERNELS.items()}
+
+    def dispatch(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """Stand in for `diffusers.models.attention_dispatch.dispatch_attention_fn`, whose arguments it takes.
+
+        Stock serves the call outside a pipeline call of ours, and where the user gave the processor a backend or
+        Diffusers' own parallelism: an explicit choice wins. Stock also serves dropout, causal masks, grouped queries
+        and backend-specific arguments, unless a kernel was named that then would not run.
+
+        Raises:
+            UnsupportedError: the kernel that the user named cannot take the call.
+        """
+        # A compiled block runs within our calls only, and a context variable must not be traced.
+        ours = torch.compiler.is_compiling() or current_call() is not None
+        special = dropout_p != 0.0 or is_causal or enable_gqa or bool(attention_kwargs)
+        if ours and special and self.settings.backend not in ("auto", "sdpa"):
+            raise refusal(self.settings.backend, "it has no such mode", "dropout, causal, grouped or special arguments")
+        if not ours or special or backend is not None or parallel_config is not None:
+            return dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                attention_kwargs,
+                backend=backend,
+                parallel_config=parallel_config,
+            )
+        out = self.attend(query, key, value, attn_mask, scale=scale)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Attended:
+        """Attention of `q` to `k` and `v`, all `(batch, tokens, heads, head_dim)`.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            mask: boolean (True: attend) or additive, as for `scaled_dot_product_attention`, or `(batch, keys)`.
+            scale: of the scores; `head_dim ** -0.5` where not given.
+            return_lse: return the natural log-sum-exp, float32 `(batch, heads, tokens)`, as well.
+
+        Raises:
+            UnsupportedError: the kernel that the user named cannot take the call.
+        """
+        kernel = self.kernel_for(q, k, mask, return_lse=return_lse)
+        return kernel.function(q, k, v, mask, return_lse, scale=scale, right_padded=self.settings.right_padded)
+
+    def kernel_for(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, *, return_lse: bool = False
+    ) -> Kernel:
+        """The kernel of one call, from its shapes, dtype and device alone.
+
+        Raises:
+            UnsupportedError: the kernel that the user named cannot take the call.
+        """
+        kind = mask_kind(mask, q, k)
+        device, head_dim = q.device.type, q.shape[-1]
+        backend = self.settings.backend
+        if backend == "auto":
+            hardware, installed = self._devices[device]
+            return choose_kernel(
+                q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, self.settings.tier, installed
+            ).kernel
+        kernel = KERNELS[backend]
+        against = refuses(
+            kernel,
+            device=device,
+            dtype=q.dtype,
+            head_dim=head_dim,
+            mask=kind,
+            lse=return_lse,
+            dtypes=self._dtypes[backend],
+        )
+        if against is not None:
+            raise refusal(backend, against, f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}")
+        return kernel
+
+
+_dispatchers: weakref.WeakValueDictionary[DispatcherSettings, Dispatcher] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def dispatcher_for(settings: DispatcherSettings) -> Dispatcher:
+    """The dispatcher with these settings; there is one as long as someone holds it."""
+    with _lock:
+        dispatcher = _dispatchers.get(settings)
+        if dispatcher is None:
+            dispatcher = _dispatchers[settings] = Dispatcher(settings)
+        return dispatcher

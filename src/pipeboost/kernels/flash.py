@@ -1,0 +1,212 @@
+"""FlashAttention 2, 3, 3 in fp8, and 4, from their own packages.
+
+Each package is called inside one operator of ours, so that torch.compile sees a single opaque node whatever the
+package registers itself. Key padding becomes a tensor of lengths (`compact_keys`), which all of them take. A sample
+without any real key gives zeros and a log-sum-exp of minus infinity.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+
+from pipeboost.kernels.key_padding import compact_keys, keys_in_front
+from pipeboost.kernels.torch_native import Attended
+
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+FLASH3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+
+
+def flash2(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """FlashAttention 2 (`flash-attn`); key-padding masks."""
+    k, v, lengths = _unmasked(k, v, mask, right_padded)
+    out, lse = torch.ops.pipeboost.flash2(q, k, v, lengths, _scale(q, scale))
+    return _attended(out, lse, lengths, return_lse)
+
+
+def flash3(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """FlashAttention 3 (`flash_attn_interface` or `fa3-fwd`); key-padding masks."""
+    k, v, lengths = _unmasked(k, v, mask, right_padded)
+    out, lse = torch.ops.pipeboost.flash3(q, k, v, lengths, None, None, None, _scale(q, scale))
+    return _attended(out, lse, lengths, return_lse)
+
+
+def flash3_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """FlashAttention 3 on float8_e4m3fn, quantised here with one scale per sample and head; key-padding masks."""
+    k, v, lengths = _unmasked(k, v, mask, right_padded)
+    q8, q_descale = quantize_heads(q)
+    k8, k_descale = quantize_heads(k, lengths)
+    v8, v_descale = quantize_heads(v, lengths)
+    out, lse = torch.ops.pipeboost.flash3(q8, k8, v8, lengths, q_descale, k_descale, v_descale, _scale(q, scale))
+    return _attended(out.to(q.dtype), lse, lengths, return_lse)
+
+
+def flash4(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """FlashAttention 4 (`flash_attn.cute`), for Blackwell; key-padding masks."""
+    k, v, lengths = _unmasked(k, v, mask, right_padded)
+    out, lse = torch.ops.pipeboost.flash4(q, k, v, lengths, _scale(q, scale))
+    return _attended(out, lse, lengths, return_lse)
+
+
+def quantize_heads(x: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise to float8_e4m3fn with one scale per sample and head.
+
+    Args:
+        x: `(batch, tokens, heads, head_dim)`.
+        lengths: `(batch,)`; tokens from there on are padding and become zero, so that they do not widen the scale.
+
+    Returns:
+        The fp8 tensor, and the float32 factor `(batch, heads)` that undoes the scaling.
+    """
+    if lengths is not None:
+        x = torch.where(keys_in_front(lengths, x.shape[1])[:, :, None, None], x, 0.0)
+    descale = (x.abs().amax(dim=(1, 3)).to(torch.float32) / _FP8_MAX).clamp(min=1e-12)
+    scaled = x.to(torch.float32) / descale[:, None, :, None]
+    return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), descale
+
+
+def _unmasked(
+    k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, right_padded: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return (k, v, None) if mask is None else compact_keys(k, v, mask, right_padded=right_padded)
+
+
+def _attended(out: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor | None, return_lse: bool) -> Attended:
+    if not return_lse:
+        return out
+    return out, lse if lengths is None else torch.where((lengths > 0)[:, None, None], lse, -torch.inf)
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+@torch.library.custom_op("pipeboost::flash2", mutates_args=())
+def _flash2(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    if lengths is None:
+        out, lse, *_ = interface.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    else:
+        out, lse, *_ = interface.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=lengths, softmax_scale=scale, num_splits=1, return_softmax_lse=True
+        )
+    return out, lse
+
+
+@torch.library.custom_op("pipeboost::flash3", mutates_args=())
+def _flash3(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+    q_descale: torch.Tensor | None,
+    k_descale: torch.Tensor | None,
+    v_descale: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Without new keys the "cache" entry is the plain forward, and in every version it can return the log-sum-exp.
+    out, lse, *_ = _flash3_interface().flash_attn_with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=lengths,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=scale,
+        num_splits=1,
+        return_softmax_lse=True,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("pipeboost::flash4", mutates_args=())
+def _flash4(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    interface = importlib.import_module("flash_attn.cute.interface")
+    function = interface.flash_attn_func if lengths is None else interface.flash_attn_varlen_func
+    arguments: dict[str, Any] = {"softmax_scale": scale}
+    if lengths is not None:
+        arguments["seqused_k"] = lengths
+    if "return_lse" in inspect.signature(function).parameters:
+        arguments["return_lse"] = True
+    out, lse, *_ = function(q, k, v, **arguments)
+    return out, lse
+
+
+@_flash2.register_fake
+@_flash4.register_fake
+def _flash_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _output_shapes(q, q.dtype)
+
+
+@_flash3.register_fake
+def _flash3_shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+    q_descale: torch.Tensor | None,
+    k_descale: torch.Tensor | None,
+    v_descale: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _output_shapes(q, torch.bfloat16 if q.dtype == _FP8 else q.dtype)
+
+
+def _output_shapes(q: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@functools.cache
+def _flash3_interface() -> Any:
+    found = next(name for name in FLASH3_MODULES if importlib.util.find_spec(name) is not None)
+    return importlib.import_module(found)

@@ -1,0 +1,71 @@
+"""FlexAttention, which ships with torch: key padding as a block mask, so that blocks of padding are skipped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from pipeboost.kernels.key_padding import valid_keys
+from pipeboost.kernels.torch_native import Attended
+
+_BLOCK = 128
+
+
+def flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """FlexAttention; key-padding masks. A sample without any real key gives zeros.
+
+    On CUDA outside torch.compile it runs through a private compiled copy, because uncompiled it would materialise all
+    scores. On a CPU it does materialise them.
+    """
+    function: Any = flex_attention
+    if q.device.type != "cpu" and not torch.compiler.is_compiling():
+        function = _compiled()
+    block_mask = None if mask is None else key_padding_blocks(valid_keys(mask, q.shape[0]), q.shape[1])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not return_lse:
+        return function(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
+    out, lse = function(q, k, v, block_mask=block_mask, scale=scale, return_lse=True)
+    return out.transpose(1, 2), lse.to(torch.float32)
+
+
+def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
+    """The block mask of a key-padding mask, made of tensor operations alone.
+
+    Args:
+        valid: `(batch, keys)`, True where a key is real.
+        queries: number of query tokens.
+    """
+    batch, keys = valid.shape
+    query_blocks = (queries + _BLOCK - 1) // _BLOCK
+    padded = torch.nn.functional.pad(valid, (0, -keys % _BLOCK), value=False)
+    used = padded.view(batch, -1, _BLOCK).any(dim=-1)
+    order = torch.argsort(used.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def is_valid(b: torch.Tensor, h: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        return valid[b, k_index]
+
+    return BlockMask.from_kv_blocks(
+        used.sum(dim=-1, dtype=torch.int32)[:, None, None].expand(batch, 1, query_blocks).contiguous(),
+        order[:, None, None, :].expand(batch, 1, query_blocks, order.shape[-1]).contiguous(),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=is_valid,
+        seq_lengths=(queries, keys),
+    )
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)

@@ -1,0 +1,71 @@
+"""Key padding: masks that say which keys are real, and how kernels without masks honour them.
+
+No function here copies anything to the host: the number of real keys stays on the device, and the kernels take it as a
+tensor of lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+MaskKind = Literal["none", "key padding", "any"]
+
+
+def mask_kind(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> MaskKind:
+    """What a mask asks of a kernel, from its dtype and shape alone.
+
+    A boolean mask of shape `(batch, keys)` or `(batch or 1, 1, 1, keys)` is key padding: it is the same for all heads
+    and queries. Additive masks and masks that differ between queries are `"any"`.
+
+    Args:
+        mask: True where a key may be attended to.
+        q: queries `(batch, tokens, heads, head_dim)`.
+        k: keys `(batch, keys, heads, head_dim)`.
+    """
+    if mask is None:
+        return "none"
+    if mask.dtype == torch.bool:
+        if mask.ndim == 2 and mask.shape[0] == q.shape[0] and mask.shape[1] == k.shape[1]:
+            return "key padding"
+        if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1:
+            return "key padding"
+    return "any"
+
+
+def valid_keys(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """A key-padding mask as `(batch, keys)`, True where a key is real."""
+    if mask.ndim == 4:
+        mask = mask[:, 0, 0, :]
+    return mask.expand(batch, mask.shape[1])
+
+
+def compact_keys(
+    k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, right_padded: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Move the real keys and values to the front and count them.
+
+    Attention does not depend on the order of its keys, so a kernel that reads only the first `lengths` of them computes
+    the masked attention exactly. Padding may be anywhere: Qwen-Image's keys are `[text, padding, image]`.
+
+    Args:
+        k: keys `(batch, keys, heads, head_dim)`.
+        v: values `(batch, keys, heads, head_dim)`.
+        mask: a key-padding mask.
+        right_padded: the real keys are known to be in front already, so nothing is moved.
+
+    Returns:
+        Keys and values in their new order, padding last, and `lengths`, int32 `(batch,)`.
+    """
+    valid = valid_keys(mask, k.shape[0])
+    lengths = valid.sum(dim=1, dtype=torch.int32)
+    if right_padded:
+        return k, v, lengths
+    order = torch.argsort(valid.to(torch.int8), dim=1, descending=True, stable=True)[:, :, None, None]
+    return k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v)), lengths
+
+
+def keys_in_front(lengths: torch.Tensor, keys: int) -> torch.Tensor:
+    """Lengths as a mask `(batch, keys)`: True for the first `lengths` keys of a sample."""
+    return torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None]

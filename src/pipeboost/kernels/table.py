@@ -1,0 +1,267 @@
+"""The table of attention kernels: where each runs, what it accepts, and what it needs installed."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pipeboost.config import ATTENTION_BACKENDS
+from pipeboost.hardware import Hardware
+from pipeboost.kernels.flash import flash2, flash3, flash3_fp8, flash4
+from pipeboost.kernels.flex import flex
+from pipeboost.kernels.key_padding import MaskKind
+from pipeboost.kernels.sage import sage
+from pipeboost.kernels.torch_native import Attended, cudnn, sdpa
+
+_HALF = (torch.bfloat16, torch.float16)
+_ALL = (torch.float32, torch.bfloat16, torch.float16)
+_MASK_ORDER: tuple[MaskKind, ...] = ("none", "key padding", "any")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that provides a kernel.
+
+    Attributes:
+        module: what is imported.
+        install: the command that installs it.
+        dtypes: what its builds compute in, where that is less than the kernel's dtypes.
+    """
+
+    module: str
+    install: str
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One attention kernel.
+
+    Attributes:
+        name: a name of `ATTENTION_BACKENDS`.
+        tier: the quality tier from which it may run.
+        devices: device types.
+        dtypes: dtypes of queries, keys and values.
+        head_dims: smallest and largest head dimension, and what it must be a multiple of.
+        capabilities: smallest CUDA compute capability, and the first one too large (None: no end).
+        masks: the most that it honours.
+        lse: whether it can return the log-sum-exp, which ring attention needs.
+        packages: any one of them will do; the first that is installed is used.
+        function: `(q, k, v, mask, return_lse, *, scale, right_padded)` with q, k and v of shape
+            `(batch, tokens, heads, head_dim)`; returns the output of the queries' shape and dtype, with `return_lse`
+            also the natural log-sum-exp, float32 `(batch, heads, tokens)`.
+    """
+
+    name: str
+    tier: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, int, int]
+    capabilities: tuple[tuple[int, int], tuple[int, int] | None]
+    masks: MaskKind
+    lse: bool
+    packages: tuple[Package, ...]
+    function: Callable[..., Attended]
+
+
+_FLASH_ATTN = Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
+_FLASH_3 = (
+    Package("flash_attn_interface", "pip install . (in flash-attention/hopper)"),
+    Package("fa3_fwd_interface", "pip install fa3-fwd", dtypes=(torch.bfloat16,)),
+)
+_CUDA = ("cuda",)
+
+KERNELS: Mapping[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            name="sdpa",
+            tier="lossless",
+            devices=("cpu", "cuda"),
+            dtypes=_ALL,
+            head_dims=(1, 1024, 1),
+            capabilities=((0, 0), None),
+            masks="any",
+            lse=True,
+            packages=(),
+            function=sdpa,
+        ),
+        Kernel(
+            name="cudnn",
+            tier="lossless",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(8, 128, 8),
+            capabilities=((8, 0), None),
+            masks="any",
+            lse=True,
+            packages=(),
+            function=cudnn,
+        ),
+        Kernel(
+            name="flash2",
+            tier="lossless",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(8, 256, 8),
+            capabilities=((8, 0), None),
+            masks="key padding",
+            lse=True,
+            packages=(_FLASH_ATTN,),
+            function=flash2,
+        ),
+        Kernel(
+            name="flash3",
+            tier="lossless",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(8, 256, 8),
+            capabilities=((9, 0), (10, 0)),
+            masks="key padding",
+            lse=True,
+            packages=_FLASH_3,
+            function=flash3,
+        ),
+        Kernel(
+            name="flash3_fp8",
+            tier="balanced",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(16, 256, 16),
+            capabilities=((9, 0), (10, 0)),
+            masks="key padding",
+            lse=True,
+            packages=_FLASH_3,
+            function=flash3_fp8,
+        ),
+        Kernel(
+            name="flash4",
+            tier="lossless",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(64, 128, 32),
+            capabilities=((10, 0), None),
+            masks="key padding",
+            lse=True,
+            packages=(Package("flash_attn.cute", "pip install --pre flash-attn-4"),),
+            function=flash4,
+        ),
+        Kernel(
+            name="sage",
+            tier="balanced",
+            devices=_CUDA,
+            dtypes=_HALF,
+            head_dims=(64, 128, 64),
+            capabilities=((8, 0), None),
+            masks="key padding",
+            lse=True,
+            packages=(Package("sageattention", "pip install sageattention"),),
+            function=sage,
+        ),
+        Kernel(
+            name="flex",
+            tier="lossless",
+            devices=("cpu", "cuda"),
+            dtypes=_ALL,
+            head_dims=(16, 256, 1),
+            capabilities=((7, 5), None),
+            masks="key padding",
+            lse=True,
+            packages=(),
+            function=flex,
+        ),
+    )
+}
+assert tuple(KERNELS) == ATTENTION_BACKENDS
+
+
+def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:
+    """Why a kernel is not for this hardware, in one sentence with the way out; None if it is."""
+    if hardware.device not in kernel.devices:
+        return (
+            f"attention={kernel.name!r} runs on {' or '.join(kernel.devices)} only, and this is {hardware}; "
+            "use 'auto' or 'sdpa'"
+        )
+    lowest, end = kernel.capabilities
+    if hardware.capability is None or (lowest <= hardware.capability and (end is None or hardware.capability < end)):
+        return None
+    below = "" if end is None else f" and below {end[0]}.{end[1]}"
+    return (
+        f"attention={kernel.name!r} needs compute capability {lowest[0]}.{lowest[1]} or more{below}, and this is "
+        f"{hardware}; use 'auto' or 'sdpa'"
+    )
+
+
+def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
+    """Why a kernel cannot run on this machine, in one sentence with the way out; None if it can."""
+    wrong = wrong_hardware(kernel, hardware)
+    if wrong is None and kernel.packages and installed_package(kernel) is None:
+        commands = " or ".join(f"`{package.install}`" for package in kernel.packages)
+        return f"attention={kernel.name!r} needs a package that is not installed: {commands}"
+    return wrong
+
+
+def available_kernels(hardware: Hardware) -> frozenset[str]:
+    """The names of the kernels that can run on this machine."""
+    return frozenset(name for name, kernel in KERNELS.items() if unavailable_reason(kernel, hardware) is None)
+
+
+def installed_package(kernel: Kernel) -> Package | None:
+    """The package that serves a kernel here, found without importing it."""
+    return next((package for package in kernel.packages if _is_installed(package.module)), None)
+
+
+def accepted_dtypes(kernel: Kernel) -> tuple[torch.dtype, ...]:
+    """The dtypes a kernel computes in here, with the package that is installed."""
+    package = installed_package(kernel)
+    return kernel.dtypes if package is None or package.dtypes is None else package.dtypes
+
+
+def refuses(
+    kernel: Kernel,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    mask: MaskKind,
+    lse: bool = False,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> str | None:
+    """Why a kernel will not take a call, in a few words; None if it takes it.
+
+    Args:
+        kernel: the kernel.
+        device: device type of the tensors.
+        dtype: their dtype.
+        head_dim: width of one head.
+        mask: the kind of mask.
+        lse: whether the log-sum-exp is asked for.
+        dtypes: what `accepted_dtypes` says (looked up where not given).
+    """
+    smallest, largest, multiple = kernel.head_dims
+    if device not in kernel.devices:
+        return "it does not run on this device"
+    if dtype not in (accepted_dtypes(kernel) if dtypes is None else dtypes):
+        return "it does not compute in this dtype"
+    if not smallest <= head_dim <= largest or head_dim % multiple != 0:
+        return "it does not have this head dimension"
+    if _MASK_ORDER.index(mask) > _MASK_ORDER.index(kernel.masks):
+        return "it does not honour this mask"
+    if lse and not kernel.lse:
+        return "it returns no log-sum-exp"
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing any part of its package."""
+    first, *rest = module.split(".")
+    spec = importlib.util.find_spec(first)
+    for part in rest:
+        if spec is None:
+            return False
+        spec = importlib.machinery.PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+    return spec is not None
