@@ -21,15 +21,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
 from pipeboost.cache import attach_cache
 from pipeboost.call import Call, no_call, open_call
-from pipeboost.compile import compile_model
+from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.errors import PipeboostError
-from pipeboost.families import Family, family_of
+from pipeboost.families import family_of
 from pipeboost.hardware import detect_hardware
 from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
@@ -41,6 +42,16 @@ P = TypeVar("P")
 
 _CALL_DOOR_ORDER = -1000.0
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A transformer that the plan's features are on."""
+
+    name: str
+    model: Any
+    ledger: Ledger
+    compiled: CompiledModel | None
 
 
 class _Default:
@@ -129,7 +140,7 @@ class Acceleration:
         self.config = config
         self._pipe = weakref.ref(pipe)
         self._ledger = Ledger()
-        self._prepared: dict[int, tuple[Any, Ledger]] = {}
+        self._prepared: dict[int, _Prepared] = {}
         self._calls: set[Call] = set()
         self._finished: Call | None = None
         self._lock = threading.RLock()
@@ -155,7 +166,22 @@ class Acceleration:
         """
         if self._finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
-        return Report.of_call(self._finished)
+        caches = self._finished.state.get("cache")
+        return Report.of_call(
+            self._finished,
+            cache={
+                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
+                    "computed": count.computed_steps,
+                    "skipped": count.cached_steps,
+                }
+                for count in (caches.counts() if caches is not None else ())
+            },
+            compiled={
+                prepared.name: asdict(prepared.compiled.counters)
+                for prepared in self._prepared.values()
+                if prepared.compiled is not None
+            },
+        )
 
     def verify(self, **call: Any) -> Verification:
         """Run `pipe(**call)` stock and accelerated, and check the promise of the tier.
@@ -249,21 +275,32 @@ class Acceleration:
         with self._lock:
             models = self.plan.family.models(pipe)
             if pipe is self._pipe():
-                for key, (model, _) in tuple(self._prepared.items()):
-                    if all(model is not current for current in models.values()):
+                for key, prepared in tuple(self._prepared.items()):
+                    if all(prepared.model is not current for current in models.values()):
                         self._undo_model(key)
-            for position, model in enumerate(models.values()):
+            for name, model in models.items():
                 if id(model) not in self._prepared:
-                    with Ledger() as part:
-                        _apply(model, position, self.plan, part)
-                    self._prepared[id(model)] = (model, part)
+                    self._prepared[id(model)] = self._prepare(name, model)
                 elif self.plan["attention"].on:
                     rebind_attention(model)
             watch_doors(pipe, models, self._ledger)
 
+    def _prepare(self, name: str, model: Any) -> _Prepared:
+        """Apply the plan's features to one transformer, in the order that the module's docstring explains."""
+        plan, compiled = self.plan, None
+        with Ledger() as ledger:
+            if plan["attention"].on:
+                swap_attention(model, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
+                trim_padded_text(model, plan.family, ledger)
+            if plan["cache"].on:
+                position = plan.family.denoisers.index(name)
+                attach_cache(model, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
+            if plan["compile"].on:
+                compiled = compile_model(model, plan["compile"].settings, plan.family, ledger)
+        return _Prepared(name, model, ledger, compiled)
+
     def _undo_model(self, key: int) -> None:
-        _, part = self._prepared.pop(key)
-        part.undo()
+        self._prepared.pop(key).ledger.undo()
 
     def _undo_all_models(self) -> None:
         for key in reversed(tuple(self._prepared)):
@@ -273,15 +310,3 @@ class Acceleration:
 @functools.cache
 def _signature(pipeline_class: type) -> inspect.Signature:
     return inspect.signature(pipeline_class.__call__)
-
-
-def _apply(model: Any, position: int, plan: Plan, ledger: Ledger) -> None:
-    """Apply the plan's features to one transformer, in the order this module's docstring gives."""
-    family: Family = plan.family
-    if plan["attention"].on:
-        swap_attention(model, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
-        trim_padded_text(model, family, ledger)
-    if plan["cache"].on:
-        attach_cache(model, plan["cache"].settings, family, ledger, position=position)
-    if plan["compile"].on:
-        compile_model(model, plan["compile"].settings, family, ledger)

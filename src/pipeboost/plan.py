@@ -145,7 +145,7 @@ def _parallel(config: AccelerationConfig) -> Decision:
     asked = config.parallel
     if isinstance(asked, ParallelConfig) and asked.size > 1:
         raise UnsupportedError(
-            f"parallel asks for {asked.size} ranks, but this version runs each pipeline on one device; use parallel=None"
+            f"parallel asks for {asked.size} ranks, but this version runs on one device; use parallel=None"
         )
     world = torch.distributed.get_world_size() if _distributed() else 1
     if world > 1:

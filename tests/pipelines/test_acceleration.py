@@ -14,7 +14,7 @@ from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedErro
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,
-    ip_adapter_embeds,
+    ip_adapter_inputs,
     load_tiny_ip_adapter,
     load_tiny_lora,
     picture,
@@ -235,7 +235,7 @@ def test_an_ip_adapter_loaded_after_acceleration_is_accelerated_and_kept():
     entry = TINY["flux_dev"]
     reference = entry.build()
     load_tiny_ip_adapter(reference)
-    image = {"ip_adapter_image_embeds": [ip_adapter_embeds()]}
+    image = ip_adapter_inputs()
     expected = entry.call(reference, **image)
     pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
     plain = entry.call(pipe)

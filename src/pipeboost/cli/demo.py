@@ -125,7 +125,10 @@ def _draw(
     seconds = time.perf_counter() - started
     note = ""
     if settings is not None:
-        note = ", ".join(f"{key} {value}" for key, value in pipe.acceleration.report().cache.items())
+        note = ", ".join(
+            f"{counts['skipped']} of {counts['skipped'] + counts['computed']} steps skipped"
+            for counts in pipe.acceleration.report().cache.values()
+        )
         pipe.acceleration.remove()
     return Run(name, images, seconds, warm_up, note)
 

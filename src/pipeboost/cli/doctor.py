@@ -28,7 +28,8 @@ def print_diagnosis() -> None:
     """Print three tables: the machine, the attention kernels, the optional packages."""
     console = Console()
     hardware = detect_hardware()
-    console.print(f"[bold]Device[/]  {hardware}, Python {platform.python_version()}, CUDA {torch.version.cuda or 'none'}")
+    cuda = torch.version.cuda or "none"
+    console.print(f"[bold]Device[/]  {hardware}, Python {platform.python_version()}, CUDA {cuda}")
     console.print("[bold]Packages[/]  " + ", ".join(f"{name} {_version(name) or 'MISSING'}" for name in _REQUIRED))
     console.print(f"[bold]Compile[/]  {_compile_line(hardware)}")
     console.print(_kernels(hardware))

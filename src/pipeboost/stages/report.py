@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,8 +33,8 @@ class Report:
         stages: stage → seconds, without what ran nested inside it; `"other"` is the rest of the call.
         steps: seconds of each denoising step's forwards and scheduler step.
         memory: peak bytes allocated on the device since the process began or the user reset it; None on CPU.
-        cache: what the cache did, as its feature tells it; empty without one.
-        compiled: what was compiled during the call, as its feature tells it; empty without compile.
+        cache: per guidance branch and expert, `"transformer branch 0"` → steps computed and steps skipped.
+        compiled: transformer → graphs compiled and seconds spent on it in this process so far.
         trace: every span.
     """
 
@@ -44,12 +43,12 @@ class Report:
     stages: dict[str, float]
     steps: list[float]
     memory: int | None
-    cache: dict[str, Any] = field(default_factory=dict)
-    compiled: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, dict[str, int]] = field(default_factory=dict)
+    compiled: dict[str, dict[str, float]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of_call(cls, call: Call) -> Report:
+    def of_call(cls, call: Call, *, cache: dict[str, dict[str, int]], compiled: dict[str, dict[str, float]]) -> Report:
         """Read a finished call whose first span is the whole of it; on CUDA this waits for the call's work."""
         on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_cuda:
@@ -68,10 +67,11 @@ class Report:
             stages=stages,
             steps=[steps[step] for step in sorted(steps)],
             memory=torch.cuda.max_memory_allocated() if on_cuda else None,
-            cache=dict(call.state.get("cache", {})),
-            compiled=dict(call.state.get("compile", {})),
+            cache=cache,
+            compiled=compiled,
             trace=[
-                TraceEvent(span.stage, span.step, span.branch, span.start - spans[0].start, span.seconds()) for span in spans
+                TraceEvent(span.stage, span.step, span.branch, span.start - spans[0].start, span.seconds())
+                for span in spans
             ],
         )
 
@@ -131,9 +131,10 @@ class Report:
             )
         if self.memory is not None:
             lines.append(f"  peak memory {self.memory / 2**30:.2f} GiB")
-        for title, facts in (("cache", self.cache), ("compile", self.compiled)):
-            if facts:
-                lines.append(f"  {title}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+        for name, counts in self.cache.items():
+            lines.append(f"  cache: {name}: {counts['computed']} steps computed, {counts['skipped']} skipped")
+        for name, cost in self.compiled.items():
+            lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
         return "\n".join(lines)
 
 

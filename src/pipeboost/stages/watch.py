@@ -62,7 +62,7 @@ class Span:
 
 
 def watch_doors(pipe: Any, denoisers: dict[str, Any], ledger: Ledger) -> None:
-    """Stand in the doors of `pipe`, its scheduler, VAE and denoisers; doors that are watched already stay as they are."""
+    """Stand in the doors of `pipe`, its scheduler, VAE and denoisers; watched doors stay as they are."""
     for component, method, stage in DOORS:
         obj = pipe if not component else getattr(pipe, component, None)
         if obj is not None and callable(getattr(obj, method, None)):
