@@ -190,9 +190,13 @@ def _uses_global(code: types.CodeType) -> bool:
 def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
     function = stock.__call__
     assert isinstance(function, types.FunctionType)
+    scope = {**function.__globals__, _GLOBAL: dispatcher.dispatch}
+    # With a module's name in it dynamo would take the scope for that module's and guard on the stock global. Relative
+    # imports inside the function go by `__package__`.
+    del scope["__name__"]
     twin = types.FunctionType(
         function.__code__,
-        {**function.__globals__, _GLOBAL: dispatcher.dispatch},
+        scope,
         function.__name__,
         function.__defaults__,
         function.__closure__,

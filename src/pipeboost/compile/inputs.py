@@ -1,14 +1,16 @@
-"""What is done to the arguments of a block, so that those of the next block or prompt fit the graph of the first.
+"""What is done to the arguments of a compiled module, so that those of the next block or prompt fit its graph.
 
 *Strides.* A block of joint attention returns two slices of one tensor. Their strides differ from those of the first
-block's inputs and, where the other slice is the text, with every prompt; Dynamo guards on strides. So a block is given
-dense tensors: a batch of one is dense already and only its strides are written anew, larger batches are copied.
+block's inputs and, where the other slice is the text, with every prompt; Dynamo guards on strides. So tensors are made
+dense: with a batch of one they are so already and only the strides are written anew, larger batches are copied.
 
-*Text lengths.* The tensors whose size follows the prompt are marked dynamic. Dynamo reads the marks only where it
-compiles, but which call that will be is not known beforehand (an adapter, a new image size), and a block's output is a
-new tensor without them: every call marks, at about a microsecond a tensor. The marks are weak ones: a kernel that needs
-the exact length makes Dynamo compile one graph per length, where a strict mark would raise. A text of one token gets a
-graph of its own, since Dynamo treats size 1 apart.
+*Views.* Dynamo also guards on the shape of the tensor that another is a view of, which differs between the first block
+and the others. So each tensor becomes an alias that is a view of nothing (not with gradients, which that would cut).
+
+*Text lengths.* Aliases of tensors whose size follows the prompt are marked dynamic. Dynamo reads the marks only where
+it compiles, but which call that will be is not known beforehand (a new adapter or image size), so every call marks. The
+marks are weak: a kernel that needs the exact length makes Dynamo compile one graph per length, where a strict mark
+would raise. A text of one token gets a graph of its own, since Dynamo treats size 1 apart.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pipeboost.seams import stock_class
 
 @dataclass(frozen=True)
 class TextArgument:
-    """One tensor among a block's arguments, and which of its dimensions is the text length.
+    """One tensor among a module's arguments, and which of its dimensions is the text length.
 
     Attributes:
         name: the argument.
@@ -50,23 +52,33 @@ class TextArgument:
             maybe_mark_dynamic(value, self.dim)
 
 
-def dense(value: Any) -> Any:
-    """A tensor with the strides that its shape gives, without a copy where its elements lie in order already."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if not value.is_contiguous():
-        return value.contiguous()
-    if value.dim() and value.shape[0] == 1 and value.stride(0) != value.numel():
-        return value.as_strided(value.shape, (value.numel(), *value.stride()[1:]))
-    return value
-
-
 def text_arguments(module: nn.Module, text_dims: Mapping[str, int]) -> tuple[TextArgument, ...]:
     """Find the arguments that `Blocks.text_dims` names in the signature of a module's stock `forward`."""
-    parameters = list(inspect.signature(stock_class(module).forward).parameters)[1:]
+    parameters = forward_parameters(module)
     arguments = []
     for path, dim in text_dims.items():
         name, _, item = path.partition(".")
         assert name in parameters, f"{stock_class(module).__name__}.forward has no argument {name!r}"
         arguments.append(TextArgument(name, parameters.index(name), int(item) if item else None, dim))
     return tuple(arguments)
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's stock `forward`, in order, without `self`."""
+    forward: Any = stock_class(module)
+    return list(inspect.signature(forward.forward).parameters)[1:]
+
+
+def aliased(value: Any) -> Any:
+    """Tensors, alone or in tuples, lists and dicts, as dense aliases; anything else as it is."""
+    if type(value) is torch.Tensor:
+        if not value.is_contiguous():
+            return value.contiguous()
+        if value.dim() and value.shape[0] == 1 and value.stride(0) != value.numel():
+            value = value.as_strided(value.shape, (value.numel(), *value.stride()[1:]))
+        return value if torch.is_grad_enabled() else value.data
+    if type(value) in (tuple, list):
+        return type(value)(map(aliased, value))
+    if type(value) is dict:
+        return {key: aliased(item) for key, item in value.items()}
+    return value

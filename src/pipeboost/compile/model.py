@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipeboost.call import current_call
-from pipeboost.compile.inputs import dense, text_arguments
+from pipeboost.compile.inputs import aliased, forward_parameters, text_arguments
 from pipeboost.compile.region import Counters, Region, region_of
 from pipeboost.config import CompileConfig
 from pipeboost.errors import UnsupportedError, not_one_of
@@ -63,10 +63,13 @@ def compile_model(model: nn.Module, settings: CompileConfig, family: Family, led
     known = torch._dynamo.list_backends(exclude_tags=())
     if isinstance(settings.backend, str) and settings.backend not in known:
         raise not_one_of("compile.backend", settings.backend, known)
-    blocks = _block_lists(model, family) if settings.scope == "regional" else ()
+    if settings.scope == "regional":
+        groups = _block_lists(model, family)
+    else:
+        groups = ((_text_dims_of_model(model, family), [model]),)
 
     def apply(inner: Ledger) -> None:
-        targets = [(module, entry) for entry, modules in blocks for module in modules] or [(model, {})]
+        targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
         compiled = CompiledModel(settings.scope, len(targets), tuple(names))
         layers: dict[Any, Layer] = {}
@@ -88,14 +91,13 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _compiled_models.pop(model, None)
 
 
-def _layer(region: Region, module: nn.Module, text_dims: Any, counters: Counters) -> Layer:
+def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], counters: Counters) -> Layer:
     text = text_arguments(module, text_dims)
 
     def run_compiled(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if current_call() is None:
             return call_next(*args, **kwargs)
-        args = tuple(map(dense, args))
-        kwargs = {name: dense(value) for name, value in kwargs.items()}
+        args, kwargs = aliased(args), aliased(kwargs)
         for argument in text:
             argument.mark(args, kwargs)
         return region(counters, owner, args, kwargs)
@@ -103,7 +105,7 @@ def _layer(region: Region, module: nn.Module, text_dims: Any, counters: Counters
     return run_compiled
 
 
-def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Any, list[nn.Module]], ...]:
+def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Mapping[str, int], list[nn.Module]], ...]:
     """The modules to compile, in groups with the text dimensions of their arguments."""
     if family.blocks:
         try:
@@ -122,6 +124,15 @@ def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Any, list[nn.M
             f"{stock_class(model).__name__} has no repeated blocks to compile; use compile='full' or compile=None"
         )
     return (({}, modules),)
+
+
+def _text_dims_of_model(model: nn.Module, family: Family) -> dict[str, int]:
+    """The text dimensions of the transformer's own arguments: those it shares by name with its blocks, and its mask."""
+    text_dims = {name: dim for blocks in family.blocks for name, dim in blocks.text_dims.items()}
+    if family.padded_text is not None:
+        text_dims |= {family.padded_text.embeds: 1, family.padded_text.mask: 1}
+    parameters = forward_parameters(model)
+    return {name: dim for name, dim in text_dims.items() if name in parameters}
 
 
 def _longest_lists(model: nn.Module) -> Iterator[list[nn.Module]]:

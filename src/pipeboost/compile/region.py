@@ -21,6 +21,7 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.fx.experimental import _config as shape_config
 
 from pipeboost.config import CompileConfig
 from pipeboost.errors import UnsupportedError
@@ -113,6 +114,7 @@ class _Compiler:
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=not settings.dynamic,
             ),
+            shape_config.patch(use_duck_shape=False),
         ):
             if self.region._generation != generation:
                 raise _CompiledMeanwhile

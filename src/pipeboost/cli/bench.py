@@ -1,0 +1,143 @@
+"""`pipeboost bench`: full-size models with random weights, stock against tuned stock against ours, in one run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeboost.config import TIERS
+from pipeboost.errors import not_one_of
+from pipeboost.families import FullSize
+from pipeboost.hardware import has_cuda
+from pipeboost.quality.benchmark import benchmark, check_counts
+from pipeboost.quality.benchmark_result import BenchmarkResult
+from pipeboost.quality.full_size import full_size_named, full_sizes
+from pipeboost.quality.tuned_stock import forget_compiled
+
+
+def run_bench(
+    models: Sequence[str], *, tiers: Sequence[str], steps: int, repeats: int, output: Path, device: str
+) -> int:
+    """Measure published sizes one after the other; `["list"]` prints their names instead.
+
+    Args:
+        models: names of published sizes.
+        tiers: quality tiers of ours to measure.
+        steps: also time a pipeline call of this many denoising steps; 0 for none.
+        repeats: timed forwards of each variant.
+        output: folder for the JSON and Markdown files, which are written as each model is done.
+        device: `"auto"`, `"cuda"`, `"cuda:1"` or `"cpu"`.
+
+    Returns:
+        The exit code: 0 where everything could be measured.
+
+    Raises:
+        ConfigurationError: an unknown model or tier, or a count that is out of range.
+    """
+    if list(models) == ["list"]:
+        for size in full_sizes().values():
+            print(f"{size.name:<16} {size.workload}")
+        return 0
+    sizes = [full_size_named(name) for name in dict.fromkeys(models)]
+    for tier in tiers:
+        if tier not in TIERS:
+            raise not_one_of("tier", tier, TIERS)
+    check_counts(repeats=repeats, steps=steps)
+    chosen = device if device != "auto" else "cuda" if has_cuda() else "cpu"
+    return measure_sizes(
+        sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=chosen
+    )
+
+
+def run_benchmark(
+    size: FullSize,
+    *,
+    tiers: Sequence[str],
+    repeats: int,
+    steps: int,
+    device: str,
+    report: Callable[[str], None],
+) -> BenchmarkResult:
+    """Measure one size with `accelerate_pipeline`; see `pipeboost.quality.benchmark.benchmark`."""
+    from pipeboost.acceleration import accelerate_pipeline
+
+    words = ["pipeboost", "bench", size.name, *(word for tier in tiers for word in ("--tier", tier))]
+    words += ["--steps", str(steps), "--repeats", str(repeats), "--device", device]
+    return benchmark(
+        size,
+        accelerate=accelerate_pipeline,
+        tiers=tiers,
+        repeats=repeats,
+        steps=steps,
+        device=device,
+        report=report,
+        command=shlex.join(words),
+    )
+
+
+def measure_sizes(
+    sizes: Sequence[FullSize],
+    *,
+    tiers: Sequence[str],
+    steps: int,
+    repeats: int,
+    output: Path,
+    device: str,
+    measure: Callable[..., BenchmarkResult] = run_benchmark,
+) -> int:
+    """Measure each size and write its files as soon as it is done.
+
+    Returns:
+        0 where everything could be measured, else 1; what could not is printed and does not stop the rest.
+    """
+    failures: list[str] = []
+    for size in sizes:
+        result = None
+        with _Progress() as progress:
+            try:
+                result = measure(size, tiers=tiers, repeats=repeats, steps=steps, device=device, report=progress.report)
+            except Exception as error:
+                failures.append(f"{size.name}: {type(error).__name__}: {error}")
+                traceback.print_exc()
+        forget_compiled()
+        if result is None:
+            continue
+        paths = result.write(output)
+        failures += [f"{size.name}: {failure}" for failure in result.failures]
+        print(f"\n{size.name} on {result.hardware}, {size.workload}\n\n{result.table()}\n", flush=True)
+        print("written: " + ", ".join(str(path) for path in paths) + "\n", flush=True)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+class _Progress:
+    """Where the work is: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._status = console.status("starting") if console.is_terminal else None
+        self._start = time.perf_counter()
+
+    def report(self, text: str) -> None:
+        line = f"[{time.perf_counter() - self._start:6.1f} s] {text}"
+        if self._status is not None and "\n" not in text:
+            self._status.update(escape(line))
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status is not None:
+            self._status.stop()
