@@ -1,0 +1,69 @@
+"""The number of steps that each expert makes, and the step masks made from it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeboost.cache.steps import computed_steps, settings_of, steps_of_experts
+from pipeboost.config import STEP_MASKS, CacheConfig
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.patches import flux, wan
+
+
+@pytest.mark.parametrize("preset", STEP_MASKS)
+def test_every_preset_covers_4_6_and_every_number_of_steps_from_8(preset: str) -> None:
+    for steps in (4, 6, *range(8, 101)):
+        mask = computed_steps(CacheConfig(step_mask=preset), steps)
+        assert mask is not None
+        assert len(mask) == steps
+        assert mask[0] == mask[-1] == 1
+        assert 0 in mask
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
+def test_a_preset_that_does_not_exist_raises_and_names_what_does(steps: int) -> None:
+    with pytest.raises(ConfigurationError, match=rf"for {steps} steps of one transformer; use 4, 6, or at least 8"):
+        computed_steps(CacheConfig(step_mask="fast"), steps)
+
+
+def test_bins_alternate_and_what_is_left_over_is_cut() -> None:
+    settings = CacheConfig(step_mask=([3, 1], [2, 4]))
+    assert computed_steps(settings, 10) == [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
+    assert computed_steps(settings, 7) == [1, 1, 1, 0, 0, 1, 0]
+
+
+def test_bins_that_do_not_cover_the_steps_raise() -> None:
+    with pytest.raises(ConfigurationError, match="covers 10 steps, but one transformer makes 11; use bins whose sum"):
+        computed_steps(CacheConfig(step_mask=([3, 1], [2, 4])), 11)
+
+
+def test_an_expert_without_steps_needs_no_mask() -> None:
+    assert computed_steps(CacheConfig(step_mask="fast"), 0) is None
+
+
+def test_a_mask_needs_a_pipeline_that_tells_its_steps_and_the_residual_does_not() -> None:
+    silent = SimpleNamespace()
+    assert steps_of_experts(silent, wan.FAMILY) == (None, None)
+    assert computed_steps(CacheConfig(), None) is None
+    with pytest.raises(UnsupportedError, match="num_timesteps"):
+        computed_steps(CacheConfig(step_mask="fast"), None)
+
+
+def test_steps_are_those_of_the_loop_and_wan_shares_them_at_its_boundary() -> None:
+    timesteps = torch.tensor([1000.0, 950, 900, 875, 800, 500, 100])
+    scheduler = SimpleNamespace(timesteps=timesteps, config=SimpleNamespace(num_train_timesteps=1000))
+    pipe = SimpleNamespace(scheduler=scheduler, num_timesteps=7, config={"boundary_ratio": 0.875})
+    assert steps_of_experts(pipe, wan.FAMILY) == (4, 3)
+    pipe.num_timesteps = 5  # video-to-video leaves out the first ones
+    assert steps_of_experts(pipe, wan.FAMILY) == (2, 3)
+    pipe.config = {}
+    assert steps_of_experts(pipe, wan.FAMILY) == (5, 0)
+    assert steps_of_experts(pipe, flux.FAMILY) == (5,)
+
+
+def test_secondary_settings_are_for_all_experts_but_the_first() -> None:
+    low = CacheConfig(fn=2)
+    assert settings_of(CacheConfig(secondary=low), 1) is low
+    assert settings_of(both := CacheConfig(secondary=low), 0) is both
+    assert settings_of(both := CacheConfig(), 1) is both
