@@ -21,7 +21,7 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.fx.experimental import _config as shape_config
+from torch.fx.experimental import _config as _shape_config
 
 from pipeboost.config import CompileConfig
 from pipeboost.errors import UnsupportedError
@@ -29,6 +29,7 @@ from pipeboost.seams import stock_class
 
 # Graphs ever made for one code object, dropped ones included; a server that swaps adapters for weeks passes any number.
 _UNLIMITED = 2**31 - 1
+_SHAPE_CONFIG: Any = _shape_config
 
 _regions: weakref.WeakValueDictionary[tuple[type, CompileConfig], Region] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -114,7 +115,7 @@ class _Compiler:
                 automatic_dynamic_shapes=False,
                 assume_static_by_default=not settings.dynamic,
             ),
-            shape_config.patch(use_duck_shape=False),
+            _SHAPE_CONFIG.patch(use_duck_shape=False),
         ):
             if self.region._generation != generation:
                 raise _CompiledMeanwhile
