@@ -8,6 +8,8 @@ itself is never changed and calls in several threads have nothing in common.
 
 from __future__ import annotations
 
+import operator
+
 from torch import nn
 
 from pipeboost.cache.span import CachedSpan
@@ -65,7 +67,14 @@ def attach_cache(
 def _rows(model: nn.Module, family: Family) -> list[tuple[Blocks, ...]]:
     rows: list[tuple[Blocks, ...]] = []
     for blocks in family.blocks:
-        if len(getattr(model, blocks.path)) == 0:
+        try:
+            empty = len(operator.attrgetter(blocks.path)(model)) == 0
+        except AttributeError as error:
+            raise UnsupportedError(
+                f"{stock_class(model).__name__} has no blocks where family {family.name!r} expects them ({error}); "
+                "use cache=None"
+            ) from error
+        if empty:
             continue
         if blocks.cached_with_previous and rows:
             rows[-1] = (*rows[-1], blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,7 @@ class CachedSpan:
     def blocks(self) -> list[nn.Module]:
         """The blocks that the model has in this row now."""
         model = self._model()
-        return [block for path in self._paths for block in getattr(model, path)]
+        return [block for path in self._paths for block in operator.attrgetter(path)(model)]
 
     @property
     def fits(self) -> bool:

@@ -25,7 +25,7 @@ class CacheCount:
     Attributes:
         denoiser: attribute of the pipeline, such as `"transformer"`.
         branch: index of the forward within a step; 0 is the first.
-        blocks: the block lists that share the decision.
+        blocks: the block lists that share the decision, joined by `+`.
         skipped: by the expert's steps, whether the middle blocks were skipped.
     """
 
@@ -125,13 +125,18 @@ class CallCache:
         """What was computed and skipped so far; remains after the call."""
         return tuple(
             CacheCount(self._denoisers[position], branch, blocks, tuple(state.skipped))
-            for (position, blocks, branch), state in sorted(self._branches.items(), key=lambda item: item[0])
+            for (position, blocks, branch), state in sorted(self._branches.items(), key=_by_expert_and_branch)
         )
 
     def release(self) -> None:
         """Drop all contexts with their tensors; the counts stay. A forward after this starts afresh."""
         for state in self._branches.values():
             state.release()
+
+
+def _by_expert_and_branch(item: tuple[tuple[int, str, int], Branch]) -> tuple[int, int]:
+    (position, _, branch), _ = item
+    return position, branch
 
 
 def call_cache(call: Call, settings: CacheConfig, family: Family) -> CallCache:
