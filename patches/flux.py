@@ -33,7 +33,7 @@ def forward_arguments(
         "encoder_hidden_states": torch.randn(1, text_tokens, text_width, device=device, dtype=dtype),
         "txt_ids": torch.zeros(text_tokens, 3, device=device, dtype=dtype),
         "img_ids": image_ids.reshape(rows * columns, 3),
-        "joint_attention_kwargs": None,
+        "joint_attention_kwargs": {},
         "return_dict": False,
     }
 

@@ -24,7 +24,7 @@ from pipeboost.hardware import detect_hardware
 from pipeboost.quality import tuned_stock
 from pipeboost.quality.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
 from pipeboost.quality.ceilings import measure_ceilings
-from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs
+from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs, seeded
 from pipeboost.quality.parity import relative_error
 from pipeboost.quality.surroundings import gpu_state, versions
 from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_runs
@@ -66,8 +66,10 @@ def benchmark(
     """
     check_counts(repeats=repeats, steps=steps)
     tuned_stock.require_native_default()
-    with torch.no_grad():
-        return _Session(size, _with_index(torch.device(device)), accelerate, repeats, steps, report).run(tiers, command)
+    place = _with_index(torch.device(device))
+    current = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), seeded(place), current:
+        return _Session(size, place, accelerate, repeats, steps, report).run(tiers, command)
 
 
 def check_counts(*, repeats: int, steps: int) -> None:
@@ -207,24 +209,31 @@ class _Session:
         self.report("trying the attention backends of Diffusers")
         names, seen = tuned_stock.rank_backends(self.pipe.transformer, self._forward, self.device)
         failures = []
-        for name in names:
-            tuned = self._tried(TUNED, functools.partial(self._compiled_stock, name))
+        for name, fullgraph in [*((name, True) for name in names), *((name, False) for name in names[:1])]:
+            tuned = self._tried(TUNED, functools.partial(self._compiled_stock, name, fullgraph))
             if tuned.error is None:
-                if name == tuned_stock.NATIVE:
-                    return tuned, tuned, seen
-                floor = self._tried("noise floor", functools.partial(self._compiled_stock, tuned_stock.NATIVE))
-                return tuned, floor, seen
+                native = name == tuned_stock.NATIVE
+                return tuned, tuned if native else self._tried("noise floor", self._noise_floor), seen
             failures.append(f"{name}: {tuned.error}")
         failed = Variant(TUNED, error="; ".join(failures) or "no attention backend runs")
         return failed, failed, seen
 
-    def _compiled_stock(self, backend: str) -> Variant:
+    def _noise_floor(self) -> Variant:
+        """One forward of stock compiled by itself, with its default attention."""
+        model = self.pipe.transformer
+        assert self.reference is not None
+        with tuned_stock.cold_compile_caches(), tuned_stock.stock_compile(model, fullgraph=True):
+            sample = self._sample(self._forward())
+        largest = float((sample - self.reference).abs().max())
+        return Variant("noise floor", relative_error=relative_error(sample, self.reference), max_error=largest)
+
+    def _compiled_stock(self, backend: str, fullgraph: bool) -> Variant:
         model = self.pipe.transformer
 
         @contextlib.contextmanager
         def applied() -> Iterator[_Applied]:
-            with tuned_stock.stock_attention(model, backend), tuned_stock.stock_compile(model):
-                yield _Applied(f"attention: {backend}; compile_repeated_blocks(fullgraph=True)")
+            with tuned_stock.stock_attention(model, backend), tuned_stock.stock_compile(model, fullgraph=fullgraph):
+                yield _Applied(f"attention: {backend}; compile_repeated_blocks(fullgraph={fullgraph})")
 
         with tuned_stock.cold_compile_caches():
             return self._measured(TUNED, applied)

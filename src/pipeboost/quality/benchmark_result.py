@@ -108,8 +108,9 @@ class BenchmarkResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The variants that could not be measured, and why."""
-        return tuple(f"{variant.name}: {variant.error}" for variant in self.variants if variant.error is not None)
+        """The variants that could not be measured, and why; the noise floor too, where it is missing."""
+        failed = [f"{variant.name}: {variant.error}" for variant in self.variants if variant.error is not None]
+        return (*failed, *(["noise floor: could not be measured"] if self.noise_floor is None else []))
 
     @property
     def file_name(self) -> str:

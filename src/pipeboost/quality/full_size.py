@@ -49,7 +49,7 @@ def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) 
     import diffusers
 
     transformer_class = getattr(diffusers, size.transformer)
-    with _seeded(device), _default_dtype(dtype), torch.device(device):
+    with seeded(device), _default_dtype(dtype), torch.device(device):
         transformer = transformer_class(**size.config)
     transformer.eval().requires_grad_(False)
     kept = transformer_class._keep_in_fp32_modules or ()
@@ -68,7 +68,7 @@ def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) 
 
 def forward_inputs(size: FullSize, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of one transformer forward, the same random values every time."""
-    with _seeded(device):
+    with seeded(device):
         return size.inputs(device, dtype)
 
 
@@ -107,7 +107,8 @@ def call_arguments(pipe: Any, inputs: dict[str, Any], *, steps: int) -> dict[str
 
 
 @contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
+def seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers every time inside, and the caller's own ones afterwards."""
     devices = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(_SEED)

@@ -75,10 +75,10 @@ def stock_attention(model: Any, backend: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stock_compile(model: Any) -> Iterator[None]:
+def stock_compile(model: Any, *, fullgraph: bool) -> Iterator[None]:
     """Diffusers' own regional compile, taken off again."""
     try:
-        model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=fullgraph)
         yield
     finally:
         for module in model.modules():
