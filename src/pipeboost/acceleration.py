@@ -36,7 +36,7 @@ from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.seams import stock_class
-from pipeboost.stages import WHOLE_CALL, Report, timed, watch_doors
+from pipeboost.stages import WHOLE_CALL, Report, timed, watch, watched_components
 
 P = TypeVar("P")
 
@@ -45,13 +45,14 @@ _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=fro
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A transformer that the plan's features are on."""
+class _Part:
+    """One component of the pipeline, or of a view of it, and what was done to it."""
 
-    name: str
-    model: Any
+    path: str
+    obj: Any
     ledger: Ledger
     compiled: CompiledModel | None
+    of_view: bool
 
 
 class _Default:
@@ -140,14 +141,14 @@ class Acceleration:
         self.config = config
         self._pipe = weakref.ref(pipe)
         self._ledger = Ledger()
-        self._prepared: dict[int, _Prepared] = {}
+        self._parts: dict[int, _Part] = {}
         self._calls: set[Call] = set()
         self._finished: Call | None = None
         self._lock = threading.RLock()
         self._removed = False
         with self._ledger:
             self._ledger.set_attribute(pipe, "acceleration", self)
-            self._ledger.record("transformers", self._undo_all_models)
+            self._ledger.record("components", self._undo_all_parts)
             self._bind(pipe)
             self._ledger.add_layer(pipe, "__call__", self._run, order=_CALL_DOOR_ORDER)
 
@@ -177,9 +178,7 @@ class Acceleration:
                 for count in (caches.counts() if caches is not None else ())
             },
             compiled={
-                prepared.name: asdict(prepared.compiled.counters)
-                for prepared in self._prepared.values()
-                if prepared.compiled is not None
+                part.path: asdict(part.compiled.counters) for part in self._parts.values() if part.compiled is not None
             },
         )
 
@@ -272,39 +271,43 @@ class Acceleration:
 
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
+        models = self.plan.family.models(pipe)
+        components = watched_components(pipe, models)
         with self._lock:
-            models = self.plan.family.models(pipe)
             if pipe is self._pipe():
-                for key, prepared in tuple(self._prepared.items()):
-                    if all(prepared.model is not current for current in models.values()):
-                        self._undo_model(key)
-            for name, model in models.items():
-                if id(model) not in self._prepared:
-                    self._prepared[id(model)] = self._prepare(name, model)
-                elif self.plan["attention"].on:
-                    rebind_attention(model)
-            watch_doors(pipe, models, self._ledger)
+                for key, part in tuple(self._parts.items()):
+                    if part.path in components and not part.of_view and components[part.path] is not part.obj:
+                        self._undo_part(key)
+            for path, obj in components.items():
+                if id(obj) in self._parts:
+                    if path in models and self.plan["attention"].on:
+                        rebind_attention(obj)
+                    continue
+                part = self._apply(path, obj, denoiser=path in models, of_view=pipe is not self._pipe())
+                if part.ledger.changes:
+                    self._parts[id(obj)] = part
 
-    def _prepare(self, name: str, model: Any) -> _Prepared:
-        """Apply the plan's features to one transformer, in the order that the module's docstring explains."""
+    def _apply(self, path: str, obj: Any, *, denoiser: bool, of_view: bool) -> _Part:
+        """Apply the plan to one component, features in the order that this module's docstring explains."""
         plan, compiled = self.plan, None
         with Ledger() as ledger:
-            if plan["attention"].on:
-                swap_attention(model, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
-                trim_padded_text(model, plan.family, ledger)
-            if plan["cache"].on:
-                position = plan.family.denoisers.index(name)
-                attach_cache(model, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
-            if plan["compile"].on:
-                compiled = compile_model(model, plan["compile"].settings, plan.family, ledger)
-        return _Prepared(name, model, ledger, compiled)
+            if denoiser and plan["attention"].on:
+                swap_attention(obj, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
+                trim_padded_text(obj, plan.family, ledger)
+            if denoiser and plan["cache"].on:
+                position = plan.family.denoisers.index(path)
+                attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
+            if denoiser and plan["compile"].on:
+                compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger)
+            watch(path, obj, ledger, denoiser=denoiser)
+        return _Part(path, obj, ledger, compiled, of_view)
 
-    def _undo_model(self, key: int) -> None:
-        self._prepared.pop(key).ledger.undo()
+    def _undo_part(self, key: int) -> None:
+        self._parts.pop(key).ledger.undo()
 
-    def _undo_all_models(self) -> None:
-        for key in reversed(tuple(self._prepared)):
-            self._undo_model(key)
+    def _undo_all_parts(self) -> None:
+        for key in reversed(tuple(self._parts)):
+            self._undo_part(key)
 
 
 @functools.cache

@@ -59,12 +59,14 @@ class ModelFacts:
         dtype: the transformer's.
         weights: bytes of all components.
         offloaded: whether Diffusers' own CPU offload is on.
+        controlnet: whether a ControlNet adds residuals between the transformer's blocks.
     """
 
     pipeline: str
     dtype: torch.dtype
     weights: int
     offloaded: bool = False
+    controlnet: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _attention(config, hardware, facts),
             _parallel(config),
             _quantize(config),
-            _cache(config, family),
+            _cache(config, family, facts),
             _compile(config, hardware),
             _offload(config, facts),
         ),
@@ -159,7 +161,7 @@ def _quantize(config: AccelerationConfig) -> Decision:
     return Decision("quantize", "off", "fp8 linears are not in this version yet")
 
 
-def _cache(config: AccelerationConfig, family: Family) -> Decision:
+def _cache(config: AccelerationConfig, family: Family, facts: ModelFacts) -> Decision:
     asked = config.cache
     if asked is None:
         return Decision("cache", "off", "turned off")
@@ -174,6 +176,17 @@ def _cache(config: AccelerationConfig, family: Family) -> Decision:
                 "use cache=None or add a family (entry-point group 'pipeboost.patches')"
             )
         return Decision("cache", "off", "no family tells how many forwards a step of this pipeline makes")
+    if facts.controlnet:
+        if asked != "auto":
+            raise UnsupportedError(
+                f"cache cannot skip blocks of {facts.pipeline}, whose ControlNet adds to the states between them; "
+                "use cache=None"
+            )
+        return Decision("cache", "off", "a ControlNet adds to the states between the blocks, which a cache would skip")
+    if isinstance(config.compile, CompileConfig) and config.compile.scope == "full":
+        if asked != "auto":
+            raise ConfigurationError("cache decides between blocks, which compile='full' does not have; use 'regional'")
+        return Decision("cache", "off", "compile='full' leaves no blocks to decide between")
     settings = CacheConfig() if asked == "auto" else asked
     how = (
         f"fixed steps ({settings.step_mask})"
@@ -237,4 +250,5 @@ def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
         dtype=next(iter(denoisers.values())).dtype,
         weights=sum(parameter.numel() * parameter.element_size() for parameter in unique.values()),
         offloaded=any(hasattr(model, "_hf_hook") for model in models),
+        controlnet=pipe.components.get("controlnet") is not None,
     )

@@ -43,8 +43,9 @@ def stock_class(obj: object) -> type:
 def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
-    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Instances pickle as instances of `base`;
-    `copy.copy` and `copy.deepcopy` keep the subclass.
+    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`, and compares equal to `base`, because
+    Diffusers' `from_pipe` looks the very class up in a signature. Instances pickle as instances of `base`; `copy.copy`
+    and `copy.deepcopy` keep the subclass.
     """
     members = {
         **namespace,
@@ -57,7 +58,7 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
     for name, method in (("__copy__", _copy), ("__deepcopy__", _deepcopy)):
         if not hasattr(base, name):
             members[name] = method
-    return type(base)(base.__name__, (base,), members)
+    return _metaclass(type(base))(base.__name__, (base,), members)
 
 
 def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
@@ -102,6 +103,17 @@ def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
 def has_layer(obj: Any, door: str, layer: Layer) -> bool:
     """Whether `layer` hangs on `door` and would be called."""
     return any(present is layer for present in layers_of(obj, door)) and door in type(obj).__dict__.get(_DOORS, ())
+
+
+@functools.cache
+def _metaclass(stock_metaclass: type) -> type:
+    def equal(cls: type, other: object) -> bool:
+        return cls is other or cls.__dict__[_STOCK] is other
+
+    def hash_of_stock(cls: type) -> int:
+        return hash(cls.__dict__[_STOCK])
+
+    return type(stock_metaclass.__name__, (stock_metaclass,), {"__eq__": equal, "__hash__": hash_of_stock})
 
 
 def _set_doors(obj: Any, doors: frozenset[str]) -> None:

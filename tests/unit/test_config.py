@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from pipeboost.config import (
     AccelerationConfig,
     AttentionConfig,

@@ -33,11 +33,16 @@ def test_undo_runs_newest_first_and_twice_is_harmless():
 
 def test_a_failure_half_way_rolls_everything_back():
     thing = Thing()
-    with pytest.raises(RuntimeError, match="half-way"), Ledger() as ledger:
-        ledger.set_attribute(thing, "value", "ours")
-        ledger.add_layer(thing, "__call__", loud)
-        assert thing() == "STOCK"
-        raise RuntimeError("half-way")
+
+    def fail_half_way() -> None:
+        with Ledger() as ledger:
+            ledger.set_attribute(thing, "value", "ours")
+            ledger.add_layer(thing, "__call__", loud)
+            assert thing() == "STOCK"
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
     assert thing.value == "class"
     assert type(thing) is Thing
     assert vars(thing) == {}

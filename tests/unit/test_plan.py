@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from pipeboost.config import AccelerationConfig, CacheConfig, ParallelConfig
 from pipeboost.errors import PipeboostError
 from pipeboost.families import family_named, generic_family
@@ -49,6 +50,13 @@ def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
     assert "missing" in str(made)
 
 
+def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
+    facts = ModelFacts("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
+    assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why
+    with pytest.raises(PipeboostError, match="ControlNet adds to the states"):
+        make_plan(AccelerationConfig(quality="fast", cache=CacheConfig()), H100, FLUX, facts)
+
+
 def test_on_a_cpu_compile_is_off_unless_asked_for():
     assert not plan(CPU)["compile"].on
     assert plan(CPU, compile="regional")["compile"].on
@@ -57,7 +65,7 @@ def test_on_a_cpu_compile_is_off_unless_asked_for():
 @pytest.mark.parametrize(
     ("hardware", "settings", "words"),
     [
-        (CPU, {"attention": "flash3"}, "flash3.* needs a cuda device"),
+        (CPU, {"attention": "flash3"}, "flash3.* runs on cuda only"),
         (H100, {"attention": "flash4"}, r"flash4.* needs compute capability 10.0"),
         (H100, {"attention": "sage"}, "balanced"),
         (H100, {"parallel": ParallelConfig(ulysses=2)}, "parallel asks for 2 ranks"),

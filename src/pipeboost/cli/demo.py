@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     ) as progress:
         for name, settings in variants:
             task = progress.add_task(name, total=(len(prompts) + 1) * steps)
-            runs.append(_draw(pipe, name, settings, prompts, steps, lambda task=task: progress.advance(task)))
+            runs.append(_draw(pipe, name, settings, prompts, steps, partial(progress.advance, task)))
     _print_table(console, runs, [prompt.scene for prompt in prompts], score)
     for line in _left_out(hardware):
         console.print(f"[dim]{line}[/]")

@@ -6,7 +6,7 @@ Times on CUDA are event pairs, read after the call, so that nothing in the loop 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +61,21 @@ class Span:
         return self.end - self.start
 
 
-def watch_doors(pipe: Any, denoisers: dict[str, Any], ledger: Ledger) -> None:
-    """Stand in the doors of `pipe`, its scheduler, VAE and denoisers; watched doors stay as they are."""
+def watched_components(pipe: Any, denoisers: Mapping[str, Any]) -> dict[str, Any]:
+    """The objects in whose doors `watch` stands, by path from the pipeline (the pipeline itself: the empty path)."""
+    found = {path: pipe if not path else getattr(pipe, path, None) for path, _, _ in DOORS}
+    return {path: obj for path, obj in {**found, **denoisers}.items() if obj is not None}
+
+
+def watch(path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
+    """Stand in the doors of one object; doors that are watched already stay as they are."""
     for component, method, stage in DOORS:
-        obj = pipe if not component else getattr(pipe, component, None)
-        if obj is not None and callable(getattr(obj, method, None)):
+        if component == path and callable(getattr(obj, method, None)):
             ledger.add_layer(obj, method, _stage_layer(stage), order=OUTERMOST)
-    for model in denoisers.values():
-        ledger.add_layer(model, "__call__", _denoise, order=OUTERMOST)
-    if callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
-        ledger.add_layer(pipe.scheduler, "step", _advance, order=OUTERMOST)
+    if denoiser:
+        ledger.add_layer(obj, "__call__", _denoise, order=OUTERMOST)
+    if path == "scheduler" and callable(getattr(obj, "step", None)):
+        ledger.add_layer(obj, "step", _advance, order=OUTERMOST)
 
 
 _stage_layers: dict[str, Layer] = {}
