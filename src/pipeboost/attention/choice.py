@@ -14,6 +14,7 @@ from pipeboost.kernels import (
     Kernel,
     MaskKind,
     available_kernels,
+    missing_package,
     refuses,
     unavailable_reason,
     wrong_hardware,
@@ -100,12 +101,13 @@ def check_choice(
         raise ConfigurationError(
             f"attention={backend!r} is not allowed in quality={tier!r}; it needs quality={kernel.tier!r}"
         )
-    wrong = wrong_hardware(kernel, hardware)
-    if wrong is not None:
-        raise UnsupportedError(wrong)
-    missing = unavailable_reason(kernel, hardware)
-    if missing is not None:
-        raise MissingPackageError(missing)
+    unavailable = unavailable_reason(kernel, hardware)
+    if unavailable is not None:
+        raise (
+            MissingPackageError(unavailable)
+            if wrong_hardware(kernel, hardware) is None
+            else UnsupportedError(unavailable)
+        )
     against = refuses(
         kernel,
         device=hardware.device,
@@ -114,12 +116,12 @@ def check_choice(
         mask="none",
     )
     if against is not None:
-        raise refusal(backend, against, f"dtype {dtype}, head dimension {head_dim}")
+        raise UnsupportedError(refusal(backend, against, f"dtype {dtype}, head dimension {head_dim}"))
 
 
-def refusal(backend: str, against: str, call: str) -> UnsupportedError:
-    """The error for a call that the kernel which the user named does not take."""
-    return UnsupportedError(f"attention={backend!r} cannot take this call ({call}): {against}; use 'auto' or 'sdpa'")
+def refusal(backend: str, against: str, call: str) -> str:
+    """What to tell the user of a call that the kernel which they named does not take."""
+    return f"attention={backend!r} cannot take this call ({call}): {against}; use 'auto' or 'sdpa'"
 
 
 def explain_choice(
@@ -136,7 +138,10 @@ def explain_choice(
     installed = available_kernels(hardware)
     small = choose_kernel(LARGE_TOKENS - 1, LARGE_TOKENS - 1, 128, dtype, "none", hardware, tier, installed)
     large = choose_kernel(LARGE_TOKENS, LARGE_TOKENS, 128, dtype, "none", hardware, tier, installed)
-    considered = tuple(f"{name}: {against}" for name, against in large.considered)
+    considered = tuple(
+        f"{name}: {wrong_hardware(KERNELS[name], hardware) or missing_package(KERNELS[name]) or against}"
+        for name, against in large.considered
+    )
     if small.kernel is large.kernel:
         return large.kernel.name, large.reason, considered
     return (

@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from pipeboost.attention.choice import choose_kernel, refusal
 from pipeboost.call import current_call
+from pipeboost.errors import UnsupportedError
 from pipeboost.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
 
@@ -81,9 +82,11 @@ class Dispatcher:
         # A compiled block runs within our calls only, and a context variable must not be traced.
         ours = torch.compiler.is_compiling() or current_call() is not None
         special = dropout_p != 0.0 or is_causal or enable_gqa or bool(attention_kwargs)
-        if ours and special and self.settings.backend not in ("auto", "sdpa"):
-            raise refusal(self.settings.backend, "it has no such mode", "dropout, causal, grouped or special arguments")
-        if not ours or special or backend is not None or parallel_config is not None:
+        theirs = backend is not None or parallel_config is not None
+        if ours and special and not theirs and self.settings.backend not in ("auto", "sdpa"):
+            modes = "dropout, a causal mask, grouped queries or special arguments"
+            return _refuse(query, refusal(self.settings.backend, "it has no such mode", modes))[0]
+        if theirs or special or not ours:
             return dispatch_attention_fn(
                 query,
                 key,
@@ -124,25 +127,25 @@ class Dispatcher:
         Raises:
             UnsupportedError: the kernel that the user named cannot take the call.
         """
-        kernel = self.kernel_for(q, k, mask, return_lse=return_lse)
+        kernel, against = self.kernel_for(q, k, mask, return_lse=return_lse)
+        if against is not None:
+            out, lse = _refuse(q, against)
+            return (out, lse) if return_lse else out
         return kernel.function(q, k, v, mask, return_lse, scale=scale, right_padded=self.settings.right_padded)
 
     def kernel_for(
         self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, *, return_lse: bool = False
-    ) -> Kernel:
-        """The kernel of one call, from its shapes, dtype and device alone.
-
-        Raises:
-            UnsupportedError: the kernel that the user named cannot take the call.
-        """
+    ) -> tuple[Kernel, str | None]:
+        """The kernel of one call, from shapes, dtype and device alone, and why it will not take it, if so."""
         kind = mask_kind(mask, q, k)
         device, head_dim = q.device.type, q.shape[-1]
         backend = self.settings.backend
         if backend == "auto":
             hardware, installed = self._devices[device]
+            tier = self.settings.tier
             return choose_kernel(
-                q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, self.settings.tier, installed
-            ).kernel
+                q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, tier, installed
+            ).kernel, None
         kernel = KERNELS[backend]
         against = refuses(
             kernel,
@@ -153,9 +156,20 @@ class Dispatcher:
             lse=return_lse,
             dtypes=self._dtypes[backend],
         )
-        if against is not None:
-            raise refusal(backend, against, f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}")
-        return kernel
+        if against is None:
+            return kernel, None
+        return kernel, refusal(backend, against, f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}")
+
+
+@torch.library.custom_op("pipeboost::refuse", mutates_args=())
+def _refuse(q: torch.Tensor, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raise `UnsupportedError`. An operator, because an error raised while torch.compile traces loses its type."""
+    raise UnsupportedError(sentence)
+
+
+@_refuse.register_fake
+def _refuse_shapes(q: torch.Tensor, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 _dispatchers: weakref.WeakValueDictionary[DispatcherSettings, Dispatcher] = weakref.WeakValueDictionary()

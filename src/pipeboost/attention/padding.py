@@ -64,19 +64,21 @@ def _trim_text(padded: PaddedText, key: int) -> Callable[..., Any]:
         call = current_call()
         if torch.compiler.is_compiling() or call is None:
             return call_next(*args, **kwargs)
-        named = {**dict(zip(_parameters(stock_class(owner), "forward"), args, strict=False)), **kwargs}
-        embeds, mask = named.get(padded.embeds), named.get(padded.mask)
+        bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+        embeds, mask = bound.arguments.get(padded.embeds), bound.arguments.get(padded.mask)
         if embeds is None or mask is None or mask.ndim != 2 or mask.shape[1] != embeds.shape[1]:
             return call_next(*args, **kwargs)
         text = _read(mask, call)
         if text.kept < mask.shape[1]:
-            named[padded.embeds], named[padded.mask] = embeds[:, : text.kept], mask[:, : text.kept]
-        unmasked: set[int] = call.state[_STATE]["unmasked"]
+            bound.arguments[padded.embeds] = embeds[:, : text.kept]
+            bound.arguments[padded.mask] = mask[:, : text.kept]
+        args, kwargs = bound.args[1:], bound.kwargs
         if not text.full:
-            return call_next(**named)
+            return call_next(*args, **kwargs)
+        unmasked: set[int] = call.state[_STATE]["unmasked"]
         unmasked.add(key)
         try:
-            return call_next(**named)
+            return call_next(*args, **kwargs)
         finally:
             unmasked.discard(key)
 
@@ -91,7 +93,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
             return call_next(*args, **kwargs)
         if block_mask in kwargs:
             return call_next(*args, **{**kwargs, block_mask: None})
-        position = _parameters(stock_class(owner), "forward").index(block_mask)
+        position = list(_signature(stock_class(owner)).parameters).index(block_mask) - 1
         return call_next(*args[:position], None, *args[position + 1 :], **kwargs)
 
     return unmask_block
@@ -115,5 +117,5 @@ def _read(mask: torch.Tensor, call: Call) -> _Text:
 
 
 @functools.cache
-def _parameters(cls: type, method: str) -> list[str]:
-    return list(inspect.signature(getattr(cls, method)).parameters)[1:]
+def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)

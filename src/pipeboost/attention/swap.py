@@ -127,9 +127,12 @@ def swap_attention(
     _refuse_second_choice(model, backend)
     settings = DispatcherSettings(backend, tier, hardware, right_padded, scope)
 
+    # The ledger of a shared change must not keep its model alive.
+    reference = weakref.ref(model)
+
     def apply(inner: Ledger) -> None:
         swap = _Swap(model, dispatcher_for(settings))
-        inner.record(f"attention processors of {type(model).__name__}", lambda: _restore(model, swap))
+        inner.record(f"attention processors of {type(model).__name__}", lambda: _restore(reference(), swap))
         _swaps[model] = swap
         swap.bind()
 
@@ -152,7 +155,9 @@ def attention_report(model: torch.nn.Module) -> SwapReport:
     return _swaps[model].report()
 
 
-def _restore(model: torch.nn.Module, swap: _Swap) -> None:
+def _restore(model: torch.nn.Module | None, swap: _Swap) -> None:
+    if model is None:
+        return
     _swaps.pop(model, None)
     current = [module.processor for module in model.modules() if hasattr(module, "processor")]
     for processor in (*current, *swap.changed):

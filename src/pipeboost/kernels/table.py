@@ -180,29 +180,27 @@ assert tuple(KERNELS) == ATTENTION_BACKENDS
 
 
 def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:
-    """Why a kernel is not for this hardware, in one sentence with the way out; None if it is."""
+    """Why a kernel is not for this hardware; None if it is."""
     if hardware.device not in kernel.devices:
-        return (
-            f"attention={kernel.name!r} runs on {' or '.join(kernel.devices)} only, and this is {hardware}; "
-            "use 'auto' or 'sdpa'"
-        )
+        return f"it runs on {' or '.join(kernel.devices)} only, and this is {hardware}"
     lowest, end = kernel.capabilities
     if hardware.capability is None or (lowest <= hardware.capability and (end is None or hardware.capability < end)):
         return None
     below = "" if end is None else f" and below {end[0]}.{end[1]}"
-    return (
-        f"attention={kernel.name!r} needs compute capability {lowest[0]}.{lowest[1]} or more{below}, and this is "
-        f"{hardware}; use 'auto' or 'sdpa'"
-    )
+    return f"it needs compute capability {lowest[0]}.{lowest[1]} or more{below}, and this is {hardware}"
+
+
+def missing_package(kernel: Kernel) -> str | None:
+    """Which package a kernel lacks, with the command that installs it; None if it lacks none."""
+    if not kernel.packages or installed_package(kernel) is not None:
+        return None
+    return f"it needs a package: {' or '.join(f'`{package.install}`' for package in kernel.packages)}"
 
 
 def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
     """Why a kernel cannot run on this machine, in one sentence with the way out; None if it can."""
-    wrong = wrong_hardware(kernel, hardware)
-    if wrong is None and kernel.packages and installed_package(kernel) is None:
-        commands = " or ".join(f"`{package.install}`" for package in kernel.packages)
-        return f"attention={kernel.name!r} needs a package that is not installed: {commands}"
-    return wrong
+    reason = wrong_hardware(kernel, hardware) or missing_package(kernel)
+    return None if reason is None else f"attention={kernel.name!r} cannot run here: {reason}; or use 'auto' or 'sdpa'"
 
 
 def available_kernels(hardware: Hardware) -> frozenset[str]:

@@ -38,13 +38,14 @@ def sdpa(
         ).permute(0, 2, 1, 3)
     if q.device.type == "cpu":
         out, lse = _cpu_with_lse(q, k, v, mask, scale)
-    elif mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+    elif mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     else:
         out, lse = _efficient_with_lse(q, k, v, mask, scale)
     lse = lse.to(torch.float32)
     if mask is not None:
-        lse = torch.where(_has_key(mask), lse, -torch.inf)
+        has_key = _has_key(mask)
+        out, lse = torch.where(has_key.unsqueeze(-1), out, 0.0), torch.where(has_key, lse, -torch.inf)
     return out.permute(0, 2, 1, 3), lse
 
 
@@ -67,16 +68,17 @@ def cudnn(
         mask = mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, _additive(mask, q, k), return_lse, 0.0, False, False, scale=scale
+        q, k, v, None if mask is None else _additive(mask, q, k), return_lse, 0.0, False, False, scale=scale
     )
-    if mask is not None:
-        out = torch.where(_has_key(mask).unsqueeze(-1), out, 0.0)
+    has_key = None if mask is None else _has_key(mask)
+    if has_key is not None:
+        out = torch.where(has_key.unsqueeze(-1), out, 0.0)
     out = out.transpose(1, 2)
     if not return_lse:
         return out
     # torch 2.9 and later return (batch, heads, tokens, 1), earlier ones (batch, heads, tokens).
     lse = lse.reshape(q.shape[:3])
-    return out, lse if mask is None else torch.where(_has_key(mask), lse, -torch.inf)
+    return out, lse if has_key is None else torch.where(has_key, lse, -torch.inf)
 
 
 def _has_key(mask: torch.Tensor) -> torch.Tensor:
@@ -85,24 +87,22 @@ def _has_key(mask: torch.Tensor) -> torch.Tensor:
     return allowed.any(dim=-1)
 
 
-def _additive(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """A mask as a bias `(batch, heads, tokens, keys)` of the queries' dtype, its rows aligned as the kernels ask."""
-    if mask is None:
-        return None
+def _additive(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """A mask as a bias `(batch, heads or 1, tokens, keys)` of the queries' dtype, its rows aligned as kernels ask."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    mask = mask.to(q.dtype)[(None,) * (4 - mask.ndim)]
     keys = k.shape[-2]
-    mask = F.pad(mask.to(q.dtype), (0, -keys % _BIAS_ALIGNMENT))[..., :keys]
-    return mask.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+    mask = F.pad(mask.expand(*mask.shape[:3], keys), (0, -keys % _BIAS_ALIGNMENT))[..., :keys]
+    return mask.expand(q.shape[0], mask.shape[1], q.shape[2], keys)
 
 
 def _cpu_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    bias = None if mask is None else _additive(mask, q, k)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
     )
     return out, lse
 
@@ -110,7 +110,6 @@ def _cpu_with_lse(
 def _efficient_with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, _additive(mask, q, k), True, 0.0, False, scale=scale
-    )
+    bias = None if mask is None else _additive(mask, q, k).expand(-1, q.shape[1], -1, -1)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False, scale=scale)
     return out, lse[..., : q.shape[2]]
