@@ -1,64 +1,71 @@
-"""Endless training batches: scenes and their token ids, drawn by worker processes from a fixed seed."""
+"""Training data by number: scene n, batch n. The same numbers give the same data, however many processes draw them."""
 
+import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from .captions import write_caption
-from .scenes import place_on_canvas, sample_scene
+from .scenes import Scene, place_on_canvas, sample_scene
 from .text import build_clip_tokenizer, build_t5_tokenizer
 
 TEXT_LENGTH = 64
 CAPTION_DROPOUT = 0.1
 
 
-@dataclass
-class Batch:
-    """`rows` and `background` as `render` takes them; `clip_ids` and `t5_ids` are (batch, 64), padded."""
-
-    rows: torch.Tensor
-    background: torch.Tensor
-    clip_ids: torch.Tensor
-    t5_ids: torch.Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+def training_scene(number: int, *, seed: int) -> tuple[Scene, list[list[float]], int]:
+    """Scene `number` of the endless training set, with its canvas: the scene, its rows and its background."""
+    rng = random.Random(f"scene {seed}/{number}")
+    scene = sample_scene(rng)
+    return scene, *place_on_canvas(scene, rng)
 
 
-class SceneBatches(IterableDataset[Batch]):
-    """Every worker draws from its own generator; the loader takes them in turn, so the order is fixed."""
+class Canvases(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Item n holds scenes n·size to (n+1)·size as `render` takes them: rows (size, things, 6), background (size,)."""
 
-    def __init__(self, *, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, *, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
-        clip, t5 = build_clip_tokenizer(), build_t5_tokenizer()
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scenes = [training_scene(number * self.size + index, seed=self.seed) for index in range(self.size)]
+        return torch.tensor([rows for _, rows, _ in scenes]), torch.tensor([background for *_, background in scenes])
+
+
+class Captions(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """Item n holds `size` of the first `pool` scenes, each newly worded, one in ten by the empty prompt.
+
+    The scenes' numbers (size,), their CLIP ids (size, 64) and their T5 ids (size, 64), padded.
+    """
+
+    def __init__(self, *, size: int, pool: int, seed: int) -> None:
+        self.size, self.pool, self.seed = size, pool, seed
+        self.clip, self.t5 = build_clip_tokenizer(), build_t5_tokenizer()
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rng = random.Random(f"captions {self.seed}/{number}")
+        chosen = [rng.randrange(self.pool) for _ in range(self.size)]
+        texts = [write_caption(training_scene(index, seed=self.seed)[0], rng).text for index in chosen]
+        texts = ["" if rng.random() < CAPTION_DROPOUT else text for text in texts]
         padding = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
-        while True:
-            scenes = [sample_scene(rng) for _ in range(self.batch_size)]
-            texts = ["" if rng.random() < CAPTION_DROPOUT else write_caption(scene, rng).text for scene in scenes]
-            rows, backgrounds = zip(*(place_on_canvas(scene, rng) for scene in scenes), strict=True)
-            yield Batch(
-                torch.tensor(rows),
-                torch.tensor(backgrounds),
-                clip(texts, **padding).input_ids,
-                t5(texts, **padding).input_ids,
-            )
+        return torch.tensor(chosen), self.clip(texts, **padding).input_ids, self.t5(texts, **padding).input_ids
 
 
-def batches(*, batch_size: int, seed: int, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Yield batches on `device` for ever."""
+def batches(
+    dataset: Dataset[tuple[torch.Tensor, ...]],
+    *,
+    device: torch.device,
+    workers: int,
+    numbers: Iterable[int] | None = None,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the items of these numbers (0, 1, 2, … for ever by default) in order, on `device`."""
     loader = DataLoader(
-        SceneBatches(batch_size=batch_size, seed=seed),
+        dataset,
         batch_size=None,
+        sampler=itertools.count() if numbers is None else numbers,
         num_workers=workers,
         prefetch_factor=8 if workers else None,
-        pin_memory=device.type == "cuda",
     )
-    for batch in loader:
-        yield batch.to(device)
+    for item in loader:
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in item)

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import FluxPipeline
 
-from .data import TEXT_LENGTH, Batch
+from .data import TEXT_LENGTH
 from .model import SHIFT
 from .pace import Pace
-from .render import render
 
 STOCK_TEXT_LENGTH = 512
 LONG_TEXT_EVERY = 8
@@ -18,18 +17,19 @@ EMA_DECAY = 0.999
 
 def train_denoiser(
     pipe: FluxPipeline,
-    data: Iterator[Batch],
+    latents: torch.Tensor,
+    captions: Iterator[tuple[torch.Tensor, ...]],
     pace: Pace,
     *,
     save: Callable[[], None],
     saves: int,
-    compile_model: bool,
+    compile_blocks: bool,
 ) -> None:
     """Train transformer and text encoders in place; they end as the exponential moving average of the run.
 
-    `save` is called `saves` times on the way, with the average in place. Every eighth step pads the text to the stock
-    512 tokens (on a quarter of the batch, which costs the same), the others to 64: T5 and the transformer attend to
-    the padding, as the stock pipeline has it.
+    `latents` (scenes, 4, 32, 32) are what `captions` chooses from. `save` is called `saves` times on the way, with the
+    average in place. Every eighth step pads the text to the stock 512 tokens (on a quarter of the batch, which costs
+    about the same), the others to 64: T5 and the transformer attend to the padding, as the stock pipeline has it.
     """
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
     modules.train()
@@ -40,17 +40,21 @@ def train_denoiser(
         embedder.register_forward_hook(lambda module, args, output: output.float())
         for embedder in (pipe.transformer.x_embedder, pipe.transformer.context_embedder)
     ]
-    encode: Callable[[Batch], torch.Tensor] = lambda batch: _encode(pipe.vae, batch)  # noqa: E731
-    if compile_model:
+    if compile_blocks:
         pipe.transformer.compile_repeated_blocks(dynamic=False)
-        encode = torch.compile(encode, dynamic=False)
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=parameters[0].device.type == "cuda"
     )
     running = 0.0
     while pace.more():
-        batch = next(data)
-        loss = _loss(pipe, batch, encode(batch), long_text=pace.step % LONG_TEXT_EVERY == LONG_TEXT_EVERY - 1)
+        long_text = pace.step % LONG_TEXT_EVERY == LONG_TEXT_EVERY - 1
+        chosen, clip_ids, t5_ids = next(captions)
+        if long_text:
+            chosen, clip_ids, t5_ids = (tensor[: max(1, len(tensor) // 4)] for tensor in (chosen, clip_ids, t5_ids))
+            t5_ids = F.pad(t5_ids, (0, STOCK_TEXT_LENGTH - TEXT_LENGTH), value=pipe.tokenizer_2.pad_token_id)
+        # A second compilation costs more than it saves on one step in eight.
+        with torch.compiler.set_stance("force_eager" if long_text else "default"):
+            loss = _loss(pipe, latents[chosen].float(), clip_ids, t5_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
@@ -71,19 +75,15 @@ def train_denoiser(
     modules.eval()
 
 
-def _loss(pipe: FluxPipeline, batch: Batch, latents: torch.Tensor, *, long_text: bool) -> torch.Tensor:
-    device, t5_ids, count = latents.device, batch.t5_ids, len(latents)
-    if long_text:
-        count = max(1, count // 4)
-        t5_ids = F.pad(t5_ids[:count], (0, STOCK_TEXT_LENGTH - TEXT_LENGTH), value=pipe.tokenizer_2.pad_token_id)
-    latents = latents[:count]
+def _loss(pipe: FluxPipeline, latents: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> torch.Tensor:
+    device, count = latents.device, len(latents)
     noise = torch.randn_like(latents)
     sigma = _sample_sigmas(count, device)
     noisy = torch.lerp(latents, noise, sigma[:, None, None, None])
     # The stock pipeline hands over the timestep in the dtype of the latents: let the model meet both roundings.
     timestep = torch.where(torch.rand_like(sigma) < 0.5, (sigma * 1000).bfloat16().float() / 1000, sigma)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        pooled = pipe.text_encoder(batch.clip_ids[:count]).pooler_output
+        pooled = pipe.text_encoder(clip_ids).pooler_output
         prompt = pipe.text_encoder_2(t5_ids)[0]
         prediction = pipe.transformer(
             hidden_states=_pack(noisy),
@@ -104,14 +104,6 @@ def _sample_sigmas(count: int, device: torch.device) -> torch.Tensor:
     sigma = torch.sigmoid(torch.randn(count, device=device))
     sigma = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), sigma)
     return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKL, batch: Batch) -> torch.Tensor:
-    images = render(batch.rows, batch.background).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-        latents = vae.encode(images).latent_dist.mode().float()
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def _pack(latents: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet here, wrong pictures framed")
     settings = parser.parse_args()
-    pipe = FluxPipeline.from_pretrained(settings.weights, torch_dtype=getattr(torch, settings.dtype))
+    pipe = FluxPipeline.from_pretrained(str(settings.weights), torch_dtype=getattr(torch, settings.dtype))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     prompts = held_out_scenes(settings.captions)

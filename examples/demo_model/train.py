@@ -3,19 +3,20 @@
 import argparse
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
 
-from .autoencoder import train_autoencoder
-from .data import batches
+from .autoencoder import encode_pool, train_autoencoder
+from .data import Canvases, Captions, batches
 from .denoiser import train_denoiser
 from .model import build_pipeline, save_pipeline
 from .pace import Pace
 
-VAE_STEPS, VAE_BATCH = 6_000, 128
-STEPS, BATCH = 20_000, 256
+# Steps and batch of the VAE, scenes in the pool, steps and batch of the transformer.
+RECIPE = (6_000, 64, 300_032, 20_000, 256)
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, help="cut stage one to what fits in this time")
     parser.add_argument("--seconds", type=float, help="cut stage two to what fits in this time")
-    parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate of stage two")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate of stage two")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage, to see that it runs")
     settings = parser.parse_args()
 
@@ -36,24 +37,28 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.suppress_errors = True
-    pipe = FluxPipeline.from_pretrained(settings.resume) if settings.resume else build_pipeline()
+    # cuDNN's attention, torch 2.11's first choice on Hopper, reads out of bounds in the backward pass here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    pipe = FluxPipeline.from_pretrained(str(settings.resume)) if settings.resume else build_pipeline()
     pipe.to(device, torch.float32)
-    workers = 8 if on_gpu else 0
     torch.manual_seed(settings.seed + 1)
+    workers = 12 if on_gpu else 0
+    vae_steps, vae_batch, pool, steps, batch = (8, 8, 16, 16, 8) if settings.smoke else RECIPE
 
+    save = partial(_save, pipe, settings.out)
+    canvases = Canvases(size=vae_batch, seed=settings.seed)
     if not settings.resume:
-        steps, size = (8, 8) if settings.smoke else (VAE_STEPS, VAE_BATCH)
-        pace = Pace("vae", steps=steps, peak=2e-3, warmup=100, seconds=settings.vae_seconds)
-        data = batches(batch_size=size, seed=settings.seed, workers=workers, device=device)
-        train_autoencoder(pipe.vae, data, pace, compile_model=on_gpu)
+        pace = Pace("vae", steps=vae_steps, peak=2e-3, warmup=100, seconds=settings.vae_seconds)
+        train_autoencoder(pipe.vae, batches(canvases, device=device, workers=workers), pace)
+        save()
     pipe.vae.requires_grad_(False)
+    latents = encode_pool(pipe.vae, batches(canvases, device=device, workers=workers, numbers=range(pool // vae_batch)))
+    print(f"encoded {len(latents)} scenes, {time.monotonic() - started:.0f} s since the start", flush=True)
 
-    steps, size = (8, 8) if settings.smoke else (STEPS, BATCH)
+    captions = batches(Captions(size=batch, pool=pool, seed=settings.seed), device=device, workers=workers)
     pace = Pace("denoiser", steps=steps, peak=settings.peak, warmup=300, seconds=settings.seconds)
-    data = batches(batch_size=size, seed=settings.seed + 1, workers=workers, device=device)
-    train_denoiser(pipe, data, pace, save=lambda: _save(pipe, settings.out), saves=3, compile_model=on_gpu)
-    _save(pipe, settings.out)
+    train_denoiser(pipe, latents, captions, pace, save=save, saves=3, compile_blocks=on_gpu)
+    save()
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     print(f"trained in {time.monotonic() - started:.0f} s, {memory:.1f} GiB", flush=True)
 
