@@ -80,7 +80,7 @@ class CacheConfig:
         max_continuous: skipped steps in a row, at most.
         taylorseer_order: extrapolate skipped steps by a Taylor series of this order; None reuses the last residual.
         step_mask: fixed steps instead of the residual's decision: a preset of cache-dit, or
-            `([compute bins], [cache bins])`, run alternately. Then `threshold`, `warmup` and `max_continuous` do nothing.
+            `([compute bins], [cache bins])`, run alternately; `threshold`, `warmup`, `max_continuous` then do nothing.
         secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
     """
 

@@ -40,12 +40,11 @@ def stock_class(obj: object) -> type:
     return cls.__dict__.get(_STOCK, cls)
 
 
-def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
+def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: type | None = None) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
-    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`, and compares equal to `base`, because
-    Diffusers' `from_pipe` looks the very class up in a signature. Instances pickle as instances of `base`; `copy.copy`
-    and `copy.deepcopy` keep the subclass.
+    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Instances pickle as instances of `base`;
+    `copy.copy` and `copy.deepcopy` keep the subclass.
     """
     members = {
         **namespace,
@@ -58,7 +57,7 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
     for name, method in (("__copy__", _copy), ("__deepcopy__", _deepcopy)):
         if not hasattr(base, name):
             members[name] = method
-    return _metaclass(type(base))(base.__name__, (base,), members)
+    return (metaclass or type(base))(base.__name__, (base,), members)
 
 
 def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
@@ -106,7 +105,9 @@ def has_layer(obj: Any, door: str, layer: Layer) -> bool:
 
 
 @functools.cache
-def _metaclass(stock_metaclass: type) -> type:
+def _equal_to_stock(stock_metaclass: type) -> type:
+    """A metaclass whose classes equal their stock class: `from_pipe` asks whether `type(component) in` some types."""
+
     def equal(cls: type, other: object) -> bool:
         return cls is other or cls.__dict__[_STOCK] is other
 
@@ -128,7 +129,7 @@ def _seamed_class(stock: type, doors: frozenset[str]) -> type:
     key = (stock, doors)
     if key not in _seamed_classes:
         members = {_DOORS: doors, **{door: _door(stock, door) for door in doors}}
-        _seamed_classes[key] = disguised_subclass(stock, members)
+        _seamed_classes[key] = disguised_subclass(stock, members, metaclass=_equal_to_stock(type(stock)))
     return _seamed_classes[key]
 
 

@@ -1,0 +1,238 @@
+"""One test for each sentence of the design's "Rules of the house" that can be tested; more detail stands elsewhere."""
+
+import ast
+import copy
+import dataclasses
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeboost
+from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
+from pipeboost.call import current_call
+from pipeboost.errors import PipeboostError
+from pipeboost.families import Family, families
+from tests.pipelines.tiny import TINY
+
+SOURCE = Path(pipeboost.__file__).parent
+PATCHES = Path(__file__).parents[2] / "patches"
+FLOORS = (
+    ("config", "errors"),
+    ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
+    ("families", "patches"),
+    ("attention", "parallel", "cache", "compile", "quantize", "offload"),
+    ("stages", "quality"),
+    ("plan", "acceleration"),
+    ("serving", "cli"),
+)
+FAST = {"quality": "fast", "cache": CacheConfig(warmup=1, threshold=0.9), "compile": CompileConfig(backend="eager")}
+ENTRY = TINY["flux_dev"]
+
+
+@pytest.fixture(scope="module")
+def stock() -> torch.Tensor:
+    return ENTRY.call(ENTRY.build(), steps=4)
+
+
+def _trees(folder: Path) -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+
+
+def _floor(module: str) -> int | None:
+    room = module.removeprefix("pipeboost.").split(".")[0]
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
+
+
+def test_a_module_imports_from_floors_below_and_features_never_import_each_other():
+    checked = 0
+    for path, tree in _trees(SOURCE).items():
+        own = path.relative_to(SOURCE).with_suffix("").parts[0]
+        own_floor = _floor(f"pipeboost.{own}")
+        if own_floor is None:
+            continue
+        for node in ast.walk(tree):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if not name.startswith("pipeboost."):
+                    continue
+                other, floor = name.split(".")[1], _floor(name)
+                checked += 1
+                if other == own or floor is None:
+                    continue
+                beside = own_floor in (0, 1, 5) and floor == own_floor
+                assert floor < own_floor or beside, f"{path.name} (floor {own_floor}) imports {name} (floor {floor})"
+    assert checked > 50
+
+
+def test_1_no_change_to_a_class_that_outlives_the_call(stock):
+    classes = {type(module) for module in ENTRY.build().transformer.modules()}
+    before = {cls: dict(vars(cls)) for cls in classes}
+    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
+    ENTRY.call(pipe, steps=4)
+    assert all(dict(vars(cls)) == before[cls] for cls in classes)
+
+
+def test_1_two_pipelines_of_one_class_one_accelerated_and_one_not_run_side_by_side(stock):
+    plain, pipe = ENTRY.build(), accelerate_pipeline(ENTRY.build(), **FAST)
+    results: dict[str, list[torch.Tensor]] = {"plain": [], "ours": []}
+
+    def work(name: str, each: object) -> None:
+        for _ in range(3):
+            results[name].append(ENTRY.call(each, steps=4))
+
+    threads = [threading.Thread(target=work, args=item) for item in (("plain", plain), ("ours", pipe))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [torch.equal(result, stock) for result in results["plain"]] == [True] * 3
+    assert len(results["ours"]) == 3
+    assert not torch.equal(results["ours"][0], stock)
+
+
+def test_2_every_change_goes_in_with_its_inverse():
+    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
+    assert pipe.acceleration._ledger.changes
+    pipe.acceleration.remove()
+    pipe_was_ours = [module for module in pipe.transformer.modules() if "_pipeboost_chains" in vars(module)]
+    assert not pipe_was_ours
+
+
+def test_2_an_inverse_touches_only_what_is_still_ours():
+    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
+    theirs = object()
+    acceleration, pipe.acceleration = pipe.acceleration, theirs
+    acceleration.remove()
+    assert pipe.acceleration is theirs
+
+
+def test_2_remove_restores_bit_identical_outputs_and_keeps_what_the_user_changed_meanwhile(stock):
+    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
+    ENTRY.call(pipe, steps=4)
+    pipe.vae.my_note = "kept"
+    pipe.acceleration.remove()
+    assert torch.equal(ENTRY.call(pipe, steps=4), stock)
+    assert pipe.vae.my_note == "kept"
+
+
+def test_2_a_processor_that_the_user_replaced_is_accelerated_again():
+    pipe = accelerate_pipeline(ENTRY.build())
+    attention = pipe.transformer.transformer_blocks[0].attn
+    stock_processor = type(ENTRY.build().transformer.transformer_blocks[0].attn.processor)
+    attention.processor = stock_processor()
+    ENTRY.call(pipe)
+    assert type(attention.processor) is not stock_processor
+    pipe.acceleration.remove()
+    assert type(attention.processor) is stock_processor
+
+
+def test_3_the_stock_script_is_never_forked_by_class_name():
+    pattern = re.compile(r"__name__\s*(==|!=|in\b)|(==|!=)\s*\w+\.__name__|__class__\.__name__\s*(==|!=|in\b)")
+    names = {name for family in families() for name in (*family.pipelines, *family.transformers)}
+    for path in SOURCE.rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            allowed = path.name == "region.py" or "_repeated_blocks" in line or "in names" in line
+            assert allowed or not pattern.search(line), f"{path}:{number}: {line}"
+            if path.parts[-2] != "cli":
+                assert not any(f'"{name}"' in line for name in names), f"{path}:{number} names a model: {line}"
+
+
+def test_3_what_depends_on_the_model_is_a_field_of_family_and_all_patches_read_alike():
+    order = [field.name for field in dataclasses.fields(Family)]
+    for path, tree in _trees(PATCHES).items():
+        calls = [
+            node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAMILY"
+        ]
+        if path.name == "__init__.py":
+            continue
+        given = [keyword.arg for keyword in calls[0].keywords]
+        assert given == sorted(given, key=order.index), path.name
+        assert len(families()) >= 4
+
+
+def test_4_an_unsupported_combination_raises_before_anything_is_changed_and_says_what_to_use_instead(stock):
+    pipe = ENTRY.build()
+    with pytest.raises(PipeboostError, match="needs quality='fast'"):
+        accelerate_pipeline(pipe, cache=CacheConfig())
+    assert type(pipe) is type(ENTRY.build())
+    assert torch.equal(ENTRY.call(pipe, steps=4), stock)
+
+
+def test_4_never_a_silent_fallback():
+    pipe = accelerate_pipeline(ENTRY.build(), attention="flex")
+    ran = []
+    kernel = pipeboost.kernels.KERNELS["flex"]
+    spy = dataclasses.replace(
+        kernel, function=lambda *args, **kwargs: ran.append(1) or kernel.function(*args, **kwargs)
+    )
+    table = pipeboost.attention.dispatcher.KERNELS
+    table["flex"], before = spy, table["flex"]
+    try:
+        ENTRY.call(pipe, steps=1)
+    finally:
+        table["flex"] = before
+    assert len(ran) == len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
+
+
+def test_4_when_the_plan_leaves_something_out_the_plan_says_so_and_why():
+    text = str(accelerate_pipeline(ENTRY.build()).acceleration.plan)
+    for feature in ("parallel", "quantize", "cache", "compile", "offload"):
+        assert re.search(rf"{feature}\s+off: \w+", text), text
+
+
+def test_6_every_benchmark_measures_in_one_run_stock_tuned_stock_and_ours():
+    results = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        names = {variant["name"] for variant in json.loads(path.read_text())["variants"]}
+        assert {"stock eager", "tuned stock"} < names, path.name
+
+
+def test_7_a_calls_state_belongs_to_the_call_and_never_to_a_layer_a_model_or_a_pipe():
+    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
+    ENTRY.call(pipe, steps=4)
+    tensors = []
+    for module in pipe.transformer.modules():
+        tensors += [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    assert not tensors
+    assert current_call() is None
+    seen = []
+
+    def look(pipe, step, timestep, kwargs):
+        seen.append(current_call())
+        return kwargs
+
+    ENTRY.call(pipe, steps=2, callback_on_step_end=look)
+    assert seen[0] is seen[1]
+    assert seen[0].pipe is pipe
+
+
+def test_7_outside_a_call_our_layers_and_processors_act_as_stock():
+    inputs = ENTRY.forward_inputs(ENTRY.build())
+    with torch.no_grad():
+        expected = ENTRY.build().transformer(**copy.deepcopy(inputs))[0]
+        pipe = accelerate_pipeline(ENTRY.build(), **{**FAST, "attention": "flex"})
+        outside = pipe.transformer(**copy.deepcopy(inputs))[0]
+        with pipe.acceleration.open():
+            inside = pipe.transformer(**copy.deepcopy(inputs))[0]
+    assert torch.equal(outside, expected)
+    assert not torch.equal(inside, expected)
+
+
+def test_8_the_default_tier_changes_rounding_at_most():
+    pipe = accelerate_pipeline(ENTRY.build())
+    result = pipe.acceleration.verify(prompt="a red fox", num_inference_steps=1, height=64, width=64, output_type="pt")
+    assert result.quality == "lossless"
+    assert result.passed
+
+
+def test_8_lossy_is_asked_for_and_quality_names_the_tier():
+    assert not accelerate_pipeline(ENTRY.build()).acceleration.plan["cache"].on
+    assert accelerate_pipeline(ENTRY.build(), quality="fast").acceleration.plan["cache"].on
