@@ -57,7 +57,8 @@ class ModelFacts:
     Attributes:
         pipeline: class name of the pipeline.
         dtype: the transformer's.
-        weights: bytes of all components.
+        weights: bytes of the weights.
+        weighed: whose weights those are.
         offloaded: whether Diffusers' own CPU offload is on.
         controlnet: whether a ControlNet adds residuals between the transformer's blocks.
     """
@@ -65,6 +66,7 @@ class ModelFacts:
     pipeline: str
     dtype: torch.dtype
     weights: int
+    weighed: str = "all components"
     offloaded: bool = False
     controlnet: bool = False
 
@@ -95,8 +97,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"{self.facts.pipeline} ({self.family.name} family) on {self.hardware}, quality={self.quality!r}",
-            f"  weights   {self.facts.weights / 2**30:.2f} GiB of {self.hardware.memory / 2**30:.0f} GiB; "
-            "attention, compile and cache add less than 3% to stock's peak",
+            f"  memory    weights of {self.facts.weighed} {self.facts.weights / 2**30:.2f} GiB, device "
+            f"{self.hardware.memory / 2**30:.0f} GiB; attention and compile keep stock's peak within 3%",
             f"  expected  {self.expected}",
         ]
         for decision in self.decisions:

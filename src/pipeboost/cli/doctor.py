@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeboost.config import ATTENTION_BACKENDS
 from pipeboost.hardware import Hardware, detect_hardware
-from pipeboost.kernels import KERNELS, unavailable_reason
+from pipeboost.kernels import KERNELS, Kernel, unavailable_reason, wrong_hardware
 
 _EXTRAS = (
     ("peft", "LoRA", "pip install 'pipeboost[lora]'"),
@@ -21,6 +21,7 @@ _EXTRAS = (
     ("scikit-image", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
     ("scipy", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
 )
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "cache-dit")
 
 
@@ -38,23 +39,31 @@ def print_diagnosis() -> None:
 
 def _kernels(hardware: Hardware) -> Table:
     table = Table(title="Attention kernels", title_justify="left")
-    for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks", "LSE", "what to do"):
-        table.add_column(heading)
+    for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks", "LSE"):
+        table.add_column(heading, no_wrap=heading != "here")
     for name in ATTENTION_BACKENDS:
         kernel = KERNELS[name]
-        reason = unavailable_reason(kernel, hardware)
         smallest, largest, multiple = kernel.head_dims
         table.add_row(
             name,
-            "no" if reason else "yes",
+            _here(kernel, hardware),
             kernel.tier,
-            ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes),
+            " ".join(_DTYPES[dtype] for dtype in kernel.dtypes),
             f"{smallest}-{largest}" + (f" by {multiple}" if multiple > 1 else ""),
             kernel.masks,
             "yes" if kernel.lse else "no",
-            reason or "",
         )
     return table
+
+
+def _here(kernel: Kernel, hardware: Hardware) -> str:
+    """Whether a kernel runs here; if not, what is in the way, and the command where installing it would help."""
+    if unavailable_reason(kernel, hardware) is None:
+        return "yes"
+    if wrong_hardware(kernel, hardware) is None:
+        return "no: " + " or ".join(package.install for package in kernel.packages)
+    lowest, end = kernel.capabilities
+    return f"needs capability {lowest[0]}.{lowest[1]}" + (f" to {end[0] - 1}.x" if end else " or later")
 
 
 def _extras() -> Table:

@@ -53,7 +53,7 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
     for family in families():
         for size in family.full_sizes:
             if size.name == model:
-                return family, ModelFacts(size.pipeline, torch.bfloat16, _weights_of(size))
+                return family, ModelFacts(size.pipeline, torch.bfloat16, _weights_of(size), weighed="the transformer")
     return None
 
 
@@ -89,13 +89,13 @@ def _local_index(folder: Path) -> dict[str, Any]:
 def _hub_index(model: str) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
+    names = ", ".join(size.name for family in families() for size in family.full_sizes)
+    if model.count("/") != 1:
+        raise ConfigurationError(f"{model!r} is neither a folder, nor a hub id, nor one of {names}")
     try:
         return dict(DiffusionPipeline.load_config(model))
     except (OSError, ValueError) as error:
-        names = ", ".join(size.name for family in families() for size in family.full_sizes)
-        raise ConfigurationError(
-            f"{model!r} is neither a folder, nor a model that the hub gave us, nor one of {names}"
-        ) from error
+        raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {error}") from error
 
 
 def _stored_weights(folder: Path, family: Family) -> tuple[int, torch.dtype]:
