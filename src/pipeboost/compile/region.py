@@ -7,12 +7,10 @@ them, and a call that finds its graph pays nothing for it.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import types
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +53,11 @@ class Region:
         self.module_class = module_class
         self.settings = settings
         self._generation = 0
+        entry = _entry_of(module_class)
+        self._code = entry.__code__
         context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)
-        self._compiled = context(_entry_of(module_class))
+        self._compiled = context(entry)
 
     def __call__(self, counters: Counters, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `counters`.
@@ -69,7 +69,8 @@ class Region:
             try:
                 return self._compiled(counters, module, *args, **kwargs)
             except _CompiledMeanwhile:
-                continue
+                # Give the other thread, which has its graph in hand, the moment it needs to store it.
+                time.sleep(0.001)
             except FailOnRecompileLimitHit as error:
                 raise UnsupportedError(
                     f"{self.module_class.__name__} was compiled compile.recompile_limit="
@@ -105,6 +106,8 @@ class _Compiler:
         self._torchdynamo_orig_backend = self.callback._torchdynamo_orig_backend
 
     def __call__(self, frame: Any, *details: Any) -> Any:
+        if frame.f_code is not self.region._code:
+            return self.callback(frame, *details)
         settings = self.region.settings
         generation = self.region._generation
         with (
@@ -128,7 +131,7 @@ class _Compiler:
             return result
 
 
-def _entry_of(module_class: type) -> Callable[..., Any]:
+def _entry_of(module_class: type) -> types.FunctionType:
     """A function with a code object of its own that calls a module as its stock class would."""
     stock_call = module_class.__call__
 
@@ -136,5 +139,4 @@ def _entry_of(module_class: type) -> Callable[..., Any]:
         return stock_call(module, *args, **kwargs)
 
     own_code = call_module.__code__.replace(co_name=f"compiled_{module_class.__name__}")
-    entry = types.FunctionType(own_code, globals(), own_code.co_name, None, call_module.__closure__)
-    return functools.update_wrapper(entry, call_module)
+    return types.FunctionType(own_code, globals(), own_code.co_name, None, call_module.__closure__)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from pipeboost.kernels.key_padding import valid_keys
 from pipeboost.kernels.torch_native import Attended
@@ -37,8 +37,8 @@ def flex(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_lse:
         return function(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
-    out, lse = function(q, k, v, block_mask=block_mask, scale=scale, return_lse=True)
-    return out.transpose(1, 2), lse.to(torch.float32)
+    out, extra = function(q, k, v, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return out.transpose(1, 2), extra.lse.to(torch.float32)
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
@@ -49,9 +49,9 @@ def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
         queries: number of query tokens.
     """
     batch, keys = valid.shape
-    query_blocks = (queries + _BLOCK - 1) // _BLOCK
-    padded = torch.nn.functional.pad(valid, (0, -keys % _BLOCK), value=False)
-    used = padded.view(batch, -1, _BLOCK).any(dim=-1)
+    query_blocks, key_blocks = (queries + _BLOCK - 1) // _BLOCK, (keys + _BLOCK - 1) // _BLOCK
+    padded = torch.nn.functional.pad(valid, (0, key_blocks * _BLOCK - keys), value=False)
+    used = padded.view(batch, key_blocks, _BLOCK).any(dim=-1)
     order = torch.argsort(used.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
 
     def is_valid(b: torch.Tensor, h: torch.Tensor, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
 
     return BlockMask.from_kv_blocks(
         used.sum(dim=-1, dtype=torch.int32)[:, None, None].expand(batch, 1, query_blocks).contiguous(),
-        order[:, None, None, :].expand(batch, 1, query_blocks, order.shape[-1]).contiguous(),
+        order[:, None, None, :].expand(batch, 1, query_blocks, key_blocks).contiguous(),
         BLOCK_SIZE=_BLOCK,
         mask_mod=is_valid,
         seq_lengths=(queries, keys),
