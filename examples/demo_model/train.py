@@ -16,7 +16,7 @@ from .model import build_pipeline, save_pipeline
 from .pace import Pace
 
 # Steps and batch of the VAE, scenes in the pool, steps and batch of the transformer.
-RECIPE = (6_000, 64, 300_032, 20_000, 256)
+RECIPE = (6_000, 64, 200_000, 20_000, 256)
 
 
 def main() -> None:
