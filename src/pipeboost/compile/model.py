@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeboost.call import current_call
+from pipeboost.call import Call, current_call
 from pipeboost.compile.inputs import aliased, forward_parameters, text_arguments
 from pipeboost.compile.region import Counters, Region, region_of
 from pipeboost.config import CompileConfig
@@ -48,13 +48,25 @@ class CompiledModel:
     modules: int
     classes: tuple[str, ...]
     counters: Counters = field(default_factory=Counters)
+    _owners: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False)
+    _every_call: bool = field(default=False, repr=False)
+
+    def runs_in(self, call: Call | None) -> bool:
+        """Whether a call runs compiled: one that was opened by an acceleration that asked for it."""
+        return call is not None and (self._every_call or call.owner in self._owners)
 
 
-def compile_model(model: nn.Module, settings: CompileConfig, family: Family, ledger: Ledger) -> CompiledModel:
+def compile_model(
+    model: nn.Module, settings: CompileConfig, family: Family, ledger: Ledger, *, owner: Any = None
+) -> CompiledModel:
     """Run a transformer's blocks (or all of it) through torch.compile inside our calls; undone by the ledger.
 
     Compiling happens at the first call of each class of blocks, with `fullgraph=True`: once per image size, and again
-    for an adapter of another rank. The prompt and its length, the seed and the number of steps change nothing.
+    for an adapter of another rank. The prompt and its length, the seed and the number of steps change nothing. For a
+    model without a family Dynamo learns by itself which sizes vary, at the price of one more graph.
+
+    Args:
+        owner: the acceleration in whose calls the model runs compiled; None for every call.
 
     Raises:
         ConfigurationError: `settings.backend` is not a backend of torch.compile.
@@ -76,13 +88,20 @@ def compile_model(model: nn.Module, settings: CompileConfig, family: Family, led
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))
             if key not in layers:
-                layers[key] = _layer(region_of(module, settings), module, text_dims, compiled.counters)
+                region = region_of(module, settings, learn_sizes=not family.blocks)
+                layers[key] = _layer(region, module, text_dims, compiled)
             inner.add_layer(module, "__call__", layers[key], order=_ORDER)
         _compiled_models[model] = compiled
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
 
     ledger.share(model, "compile", settings, apply)
-    return _compiled_models[model]
+    compiled = _compiled_models[model]
+    if owner is None:
+        compiled._every_call = True
+    else:
+        compiled._owners.add(owner)
+        ledger.record("compiled calls", functools.partial(compiled._owners.discard, owner))
+    return compiled
 
 
 def _forget(reference: weakref.ref[nn.Module]) -> None:
@@ -91,16 +110,16 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _compiled_models.pop(model, None)
 
 
-def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], counters: Counters) -> Layer:
+def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Layer:
     text = text_arguments(module, text_dims)
 
     def run_compiled(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if current_call() is None:
+        if not compiled.runs_in(current_call()):
             return call_next(*args, **kwargs)
         args, kwargs = aliased(args), aliased(kwargs)
         for argument in text:
             argument.mark(args, kwargs)
-        return region(counters, owner, args, kwargs)
+        return region(compiled.counters, owner, args, kwargs)
 
     return run_compiled
 
@@ -116,8 +135,7 @@ def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Mapping[str, i
                 "use compile=None"
             ) from error
         return tuple((text_dims, modules) for text_dims, modules in found if modules)
-    names = getattr(model, "_repeated_blocks", None) or ()
-    declared = [module for module in model.modules() if stock_class(module).__name__ in names]
+    declared = list(_outermost(model, getattr(model, "_repeated_blocks", None) or ()))
     modules = declared or [module for group in _longest_lists(model) for module in group]
     if not modules:
         raise UnsupportedError(
@@ -133,6 +151,15 @@ def _text_dims_of_model(model: nn.Module, family: Family) -> dict[str, int]:
         text_dims |= {family.padded_text.embeds: 1, family.padded_text.mask: 1}
     parameters = forward_parameters(model)
     return {name: dim for name, dim in text_dims.items() if name in parameters}
+
+
+def _outermost(model: nn.Module, class_names: Sequence[str]) -> Iterator[nn.Module]:
+    """Modules of the named classes, but none inside another."""
+    for child in model.children():
+        if stock_class(child).__name__ in class_names:
+            yield child
+        else:
+            yield from _outermost(child, class_names)
 
 
 def _longest_lists(model: nn.Module) -> Iterator[list[nn.Module]]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch.fx.experimental import _config as _shape_config
 
 from pipeboost.config import CompileConfig
@@ -29,7 +29,7 @@ from pipeboost.seams import stock_class
 _UNLIMITED = 2**31 - 1
 _SHAPE_CONFIG: Any = _shape_config
 
-_regions: weakref.WeakValueDictionary[tuple[type, CompileConfig], Region] = weakref.WeakValueDictionary()
+_regions: weakref.WeakValueDictionary[tuple[type, CompileConfig, bool], Region] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -47,11 +47,19 @@ class Counters:
 
 
 class Region:
-    """The compiled `__call__` of one class of modules."""
+    """The compiled `__call__` of one class of modules.
 
-    def __init__(self, module_class: type, settings: CompileConfig) -> None:
+    Attributes:
+        module_class: the stock class.
+        settings: what the user asked for.
+        learn_sizes: whether Dynamo may make a size dynamic when it sees it change, as it does by default: right where
+            nobody declared which sizes follow the prompt, slower for an image size that changes once.
+    """
+
+    def __init__(self, module_class: type, settings: CompileConfig, learn_sizes: bool) -> None:
         self.module_class = module_class
         self.settings = settings
+        self.learn_sizes = learn_sizes
         self._generation = 0
         entry = _entry_of(module_class)
         self._code = entry.__code__
@@ -63,7 +71,7 @@ class Region:
         """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `counters`.
 
         Raises:
-            UnsupportedError: the settings' `recompile_limit` is reached.
+            UnsupportedError: the module cannot be captured as one graph, or the settings' `recompile_limit` is reached.
         """
         while True:
             try:
@@ -71,6 +79,11 @@ class Region:
             except _CompiledMeanwhile:
                 # Give the other thread, which has its graph in hand, the moment it needs to store it.
                 time.sleep(0.001)
+            except Unsupported as error:
+                raise UnsupportedError(
+                    f"{self.module_class.__name__} cannot be compiled ({str(error).splitlines()[0]}); hooks inside a "
+                    "block, as of sequential or group offload and layerwise casting, prevent it: use compile=None"
+                ) from error
             except FailOnRecompileLimitHit as error:
                 raise UnsupportedError(
                     f"{self.module_class.__name__} was compiled compile.recompile_limit="
@@ -79,9 +92,9 @@ class Region:
                 ) from error
 
 
-def region_of(module: nn.Module, settings: CompileConfig) -> Region:
+def region_of(module: nn.Module, settings: CompileConfig, *, learn_sizes: bool = False) -> Region:
     """The region of a module's class: the same one for all models, so that two experts share their graphs."""
-    key = (stock_class(module), settings)
+    key = (stock_class(module), settings, learn_sizes)
     with _lock:
         region = _regions.get(key)
         if region is None:
@@ -115,7 +128,7 @@ class _Compiler:
             dynamo_config.patch(
                 recompile_limit=settings.recompile_limit,
                 accumulated_recompile_limit=_UNLIMITED,
-                automatic_dynamic_shapes=False,
+                automatic_dynamic_shapes=self.region.learn_sizes,
                 assume_static_by_default=not settings.dynamic,
             ),
             _SHAPE_CONFIG.patch(use_duck_shape=False),
