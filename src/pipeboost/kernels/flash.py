@@ -134,7 +134,7 @@ def _flash2(
         out, lse, *_ = interface.flash_attn_with_kvcache(
             q, k, v, cache_seqlens=lengths, softmax_scale=scale, num_splits=1, return_softmax_lse=True
         )
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("pipeboost::flash3", mutates_args=())
@@ -161,7 +161,7 @@ def _flash3(
         num_splits=1,
         return_softmax_lse=True,
     )
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("pipeboost::flash4", mutates_args=())
@@ -176,7 +176,7 @@ def _flash4(
     if "return_lse" in inspect.signature(function).parameters:
         arguments["return_lse"] = True
     out, lse, *_ = function(q, k, v, **arguments)
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 @_flash2.register_fake

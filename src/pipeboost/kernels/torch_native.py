@@ -61,9 +61,11 @@ def cudnn(
 ) -> Attended:
     """cuDNN's fused attention, by name; CUDA only, half precision only, any mask.
 
-    The operator returns wrong results for inputs that are not contiguous, so it gets copies where needed. A query
-    without any key gives zeros.
+    The operator returns wrong results for inputs that are not contiguous, so it gets copies where needed. It has no
+    kernel for a single query or key, which `sdpa` then serves. A query without any key gives zeros.
     """
+    if q.shape[1] == 1 or k.shape[1] == 1:
+        return sdpa(q, k, v, mask, return_lse, scale=scale)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))

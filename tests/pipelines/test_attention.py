@@ -1,0 +1,383 @@
+"""Swapped attention processors: same numbers, same objects, same classes afterwards."""
+
+import copy
+import gc
+import pickle
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from torch._dynamo.utils import counters
+
+from pipeboost.attention import attention_report, dispatcher_of, rebind_attention, swap_attention
+from pipeboost.call import open_call
+from pipeboost.errors import UnsupportedError
+from pipeboost.ledger import Ledger
+from pipeboost.seams import add_layer, remove_layer, stock_class
+from tests.pipelines.tiny import TINY, ip_adapter_inputs, load_tiny_ip_adapter
+
+FAMILIES = ("flux_dev", "qwen_image", "wan21_t2v", "wan21_i2v", "hunyuan_video", "hunyuan_video_i2v")
+
+
+def a_call():
+    return open_call(None, owner=None)
+
+
+def processors(model):
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+
+
+def classes(model):
+    return [type(processor) for processor in processors(model)]
+
+
+@pytest.fixture(scope="module")
+def flux():
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    return pipe.transformer, entry.forward_inputs(pipe)
+
+
+@pytest.fixture
+def flux_model(flux):
+    return copy.deepcopy(flux[0])
+
+
+def forward(model, inputs):
+    with torch.no_grad():
+        return model(**copy.deepcopy(inputs))[0]
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """How often our dispatcher attended, by model."""
+    count = []
+
+    def watch(model):
+        dispatcher = dispatcher_of(model)
+
+        def layer(call_next, owner, *args, **kwargs):
+            count.append(owner)
+            return call_next(*args, **kwargs)
+
+        add_layer(dispatcher, "attend", layer)
+        undo.append((dispatcher, layer))
+        return count
+
+    undo = []
+    yield watch
+    for dispatcher, layer in undo:
+        remove_layer(dispatcher, "attend", layer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sdpa_equals_stock_bit_for_bit_and_leaves_stock_classes_behind(name, attended):
+    entry = TINY[name]
+    pipe = entry.build()
+    model, inputs = pipe.transformer, entry.forward_inputs(pipe)
+    before, stock = processors(model), classes(model)
+    expected = forward(model, inputs)
+    ledger = Ledger()
+    report = swap_attention(model, "sdpa", ledger)
+    count = attended(model)
+    outside = forward(model, inputs)
+    assert not count
+    with a_call():
+        inside = forward(model, inputs)
+    assert len(count) >= report.swapped == sum(cls is not old for cls, old in zip(classes(model), stock, strict=True))
+    assert torch.equal(outside, expected)
+    assert torch.equal(inside, expected)
+    assert all(one is other for one, other in zip(processors(model), before, strict=True))
+    ledger.undo()
+    assert classes(model) == stock
+    with a_call():
+        assert torch.equal(forward(model, inputs), expected)
+
+
+def test_processors_that_call_their_kernel_themselves_are_reported():
+    model = TINY["hunyuan_video"].build().transformer
+    report = swap_attention(model, "auto", Ledger())
+    assert report.left == (("AttnProcessor2_0", "it calls its attention kernel itself"),)
+    assert report.swapped == 7
+
+
+def test_flex_equals_stock_up_to_rounding_on_masked_attention():
+    entry = TINY["hunyuan_video"]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    expected = forward(pipe.transformer, inputs)
+    swap_attention(pipe.transformer, "flex", Ledger())
+    with a_call():
+        assert (forward(pipe.transformer, inputs) - expected).abs().max() < 1e-4
+
+
+def test_a_swapped_model_passes_for_stock(flux_model):
+    (stock,) = set(classes(flux_model))
+    swap_attention(flux_model, "auto", Ledger())
+    ours = type(processors(flux_model)[0])
+    assert ours is not stock
+    assert (ours.__name__, ours.__qualname__, ours.__module__) == (
+        stock.__name__,
+        stock.__qualname__,
+        stock.__module__,
+    )
+    assert isinstance(processors(flux_model)[0], FluxAttnProcessor)
+
+
+def test_a_swapped_model_deep_copies_as_ours_and_pickles_as_stock(flux_model, flux):
+    expected = forward(flux_model, flux[1])
+    swap_attention(flux_model, "auto", Ledger())
+    twin = copy.deepcopy(flux_model)
+    assert classes(twin) == classes(flux_model)
+    with a_call():
+        assert torch.equal(forward(twin, flux[1]), expected)
+    loaded = pickle.loads(pickle.dumps(flux_model))
+    assert set(classes(loaded)) == {FluxAttnProcessor}
+    assert torch.equal(forward(loaded, flux[1]), expected)
+
+
+def test_one_subclass_serves_all_blocks_and_models_with_equal_choices(flux_model, flux):
+    other, third = copy.deepcopy(flux[0]), copy.deepcopy(flux[0])
+    swap_attention(flux_model, "auto", Ledger())
+    swap_attention(other, "auto", Ledger())
+    swap_attention(third, "flex", Ledger())
+    assert len(set(classes(flux_model))) == 1
+    assert set(classes(flux_model)) == set(classes(other))
+    assert set(classes(flux_model)) != set(classes(third))
+
+
+def test_compiling_many_blocks_takes_as_many_graphs_as_stock():
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=12, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 16),
+        "encoder_hidden_states": torch.randn(1, 4, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(4, 3),
+    }
+    graphs, results = [], [forward(model, inputs)]
+    for swapped in (False, True):
+        twin = copy.deepcopy(model)
+        if swapped:
+            swap_attention(twin, "auto", Ledger())
+        torch._dynamo.reset()
+        counters.clear()
+        for block in twin.single_transformer_blocks:
+            block.compile(backend="eager", fullgraph=True)
+        with a_call():
+            results.append(forward(twin, inputs))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] <= 2
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video"])
+def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
+    entry = TINY[name]
+    pipe = entry.build()
+    model, inputs = pipe.transformer, entry.forward_inputs(pipe)
+    expected = forward(model, inputs)
+    swap_attention(model, "auto", Ledger())
+    torch._dynamo.reset()
+    for block in model.transformer_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+
+    def doubled(call_next, owner, q, k, v, mask=None, **kwargs):
+        return 2 * call_next(q, k, v, mask, **kwargs)
+
+    with a_call():
+        plain = forward(model, inputs)
+        add_layer(dispatcher_of(model), "attend", doubled)
+        try:
+            layered = forward(model, inputs)
+        finally:
+            remove_layer(dispatcher_of(model), "attend", doubled)
+        again = forward(model, inputs)
+    assert (plain - expected).abs().max() < 1e-5
+    assert (layered - expected).abs().max() > 1e-2
+    assert torch.equal(again, plain)
+
+
+def test_a_text_length_that_varies_needs_one_graph_only():
+    entry = TINY["qwen_image"]
+    pipe = entry.build()
+    model = pipe.transformer
+    swap_attention(model, "auto", Ledger())
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.transformer_blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=True)
+    with a_call():
+        for prompt in ("a fox", "a small red fox in the snow", "two golden robots over the city at night, soft light"):
+            forward(model, entry.forward_inputs(pipe, prompt=prompt))
+            if prompt == "a fox":
+                first = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == first
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_named_kernel_refuses_a_mask_it_cannot_honour_in_one_sentence(flux_model, flux, compiled):
+    swap_attention(flux_model, "flex", Ledger())
+    inputs = {**flux[1], "joint_attention_kwargs": {"attention_mask": torch.zeros(1, 1, 1, 1)}}
+    if compiled:
+        torch._dynamo.reset()
+        for block in flux_model.transformer_blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    with (
+        a_call(),
+        pytest.raises(UnsupportedError, match=r"attention='flex' cannot take this call .* use 'auto' or 'sdpa'"),
+    ):
+        forward(flux_model, inputs)
+
+
+def test_auto_honours_every_mask_as_stock_does(flux_model, flux):
+    tokens = flux[1]["hidden_states"].shape[1] + flux[1]["encoder_hidden_states"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 1, tokens, tokens, generator=generator)
+    padding = torch.rand(1, 1, 1, tokens, generator=generator) > 0.3
+    results = []
+    for swapped in (False, True):
+        if swapped:
+            swap_attention(flux_model, "auto", Ledger())
+        with a_call():
+            results.append(
+                [
+                    forward(flux_model, {**flux[1], "joint_attention_kwargs": {"attention_mask": mask}})
+                    for mask in (bias, padding, padding[:, 0, 0])
+                ]
+            )
+    for stock, ours in zip(*results, strict=True):
+        assert torch.equal(stock, ours)
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+def test_modes_that_only_stock_has_go_to_stock_or_are_refused():
+    q, k, v = (torch.randn(1, 5, 2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
+    models = [torch.nn.Module(), torch.nn.Module()]
+    swap_attention(models[0], "auto", Ledger())
+    swap_attention(models[1], "flex", Ledger())
+    with a_call():
+        assert torch.equal(dispatcher_of(models[0]).dispatch(q, k, v, is_causal=True), expected)
+        with pytest.raises(UnsupportedError, match="causal"):
+            dispatcher_of(models[1]).dispatch(q, k, v, is_causal=True)
+    assert torch.equal(dispatcher_of(models[1]).dispatch(q, k, v, is_causal=True), expected)
+
+
+def test_a_backend_that_the_user_sets_afterwards_wins(flux_model, flux, attended):
+    swap_attention(flux_model, "auto", Ledger())
+    count = attended(flux_model)
+    for processor in processors(flux_model):
+        processor._attention_backend = "native"
+    with a_call():
+        forward(flux_model, flux[1])
+    assert not count
+    for processor in processors(flux_model):
+        del processor._attention_backend
+    with a_call():
+        forward(flux_model, flux[1])
+    assert len(count) == len(processors(flux_model))
+
+
+def test_a_backend_that_the_user_has_set_contradicts_a_named_kernel(flux_model):
+    for processor in processors(flux_model):
+        processor._attention_backend = "native"
+    with pytest.raises(UnsupportedError, match="reset_attention_backend"):
+        swap_attention(flux_model, "sdpa", Ledger())
+    assert set(classes(flux_model)) == {FluxAttnProcessor}
+
+
+def test_an_ip_adapter_is_accelerated_on_the_next_call_and_comes_off_again(attended):
+    entry = TINY["flux_dev"]
+    stock, pipe = entry.build(), entry.build()
+    load_tiny_ip_adapter(stock)
+    expected = entry.call(stock, **ip_adapter_inputs())
+    ledger = Ledger()
+    swap_attention(pipe.transformer, "auto", ledger)
+    load_tiny_ip_adapter(pipe)
+    assert FluxIPAdapterAttnProcessor in classes(pipe.transformer)
+    rebind_attention(pipe.transformer)
+    assert FluxIPAdapterAttnProcessor not in classes(pipe.transformer)
+    assert attention_report(pipe.transformer).swapped == len(processors(pipe.transformer))
+    count = attended(pipe.transformer)
+    with a_call():
+        assert torch.equal(entry.call(pipe, **ip_adapter_inputs()), expected)
+    assert count
+    # Diffusers makes the plain processors anew, by the class of those it finds.
+    pipe.unload_ip_adapter()
+    rebind_attention(pipe.transformer)
+    ledger.undo()
+    assert set(classes(pipe.transformer)) == {FluxAttnProcessor}
+    load_tiny_ip_adapter(pipe)
+    assert torch.equal(entry.call(pipe, **ip_adapter_inputs()), expected)
+
+
+def test_processors_taken_off_the_model_become_stock_too(flux_model):
+    ledger = Ledger()
+    swap_attention(flux_model, "auto", ledger)
+    kept = flux_model.attn_processors
+    flux_model.set_attn_processor(FluxAttnProcessor())
+    rebind_attention(flux_model)
+    ledger.undo()
+    assert {type(processor) for processor in kept.values()} == {FluxAttnProcessor}
+    assert set(classes(flux_model)) == {FluxAttnProcessor}
+
+
+def test_two_holders_of_one_model_share_the_swap_and_the_last_one_restores(flux_model):
+    first, second = Ledger(), Ledger()
+    swap_attention(flux_model, "auto", first)
+    swap_attention(flux_model, "auto", second)
+    with pytest.raises(UnsupportedError, match="'auto'"):
+        swap_attention(flux_model, "flex", Ledger())
+    first.undo()
+    assert set(classes(flux_model)) != {FluxAttnProcessor}
+    rebind_attention(flux_model)
+    second.undo()
+    assert set(classes(flux_model)) == {FluxAttnProcessor}
+
+
+def test_a_thread_without_a_call_runs_stock_beside_one_that_has_it(flux_model, flux, attended):
+    swap_attention(flux_model, "auto", Ledger())
+    count = attended(flux_model)
+    with a_call():
+        thread = threading.Thread(target=forward, args=(flux_model, flux[1]))
+        thread.start()
+        thread.join()
+    assert not count
+
+
+def test_rebinding_57_blocks_takes_under_100_microseconds():
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in range(57))
+    for block in model:
+        block.processor = FluxAttnProcessor()
+    swap_attention(model, "auto", Ledger())
+    assert all(stock_class(block.processor) is FluxAttnProcessor is not type(block.processor) for block in model)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        rebind_attention(model)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 100e-6
+
+
+def test_a_model_is_let_go_after_undo():
+    model = torch.nn.Module()
+    model.processor = FluxAttnProcessor()
+    ledger = Ledger()
+    swap_attention(model, "auto", ledger)
+    ledger.undo()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -1,0 +1,95 @@
+"""Which attention kernel "auto" takes on which hardware, and what is refused before anything changes."""
+
+import pytest
+import torch
+
+from pipeboost.attention import choose_kernel, explain_choice
+from pipeboost.attention.choice import check_choice
+from pipeboost.config import AttentionConfig
+from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError
+from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.kernels import KERNELS, table
+
+CPU = detect_hardware("cpu")
+AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)
+HOPPER = Hardware("cuda", "NVIDIA H100", (9, 0), 80 << 30, 1, False, True)
+BLACKWELL = Hardware("cuda", "NVIDIA B200", (10, 0), 180 << 30, 1, False, True)
+FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 4608, 32760, 512
+
+
+def choose(queries, keys, hardware, *, mask="none", tier="lossless", dtype=torch.bfloat16, head_dim=128):
+    """With every package installed."""
+    installed = frozenset(name for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None)
+    return choose_kernel(queries, keys, head_dim, dtype, mask, hardware, tier, installed).kernel.name
+
+
+def test_auto_takes_flash3_on_hopper_where_tokens_are_many():
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER) == "flash3"
+    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER) == "sdpa"
+
+
+def test_auto_leaves_cross_attention_with_few_keys_to_torch():
+    assert choose(WAN_TOKENS, TEXT_TOKENS, HOPPER) == "sdpa"
+    assert choose(TEXT_TOKENS, WAN_TOKENS, HOPPER) == "sdpa"
+
+
+def test_auto_takes_eight_bits_only_where_the_tier_allows_it():
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, tier="balanced") == "flash3_fp8"
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, tier="fast") == "flash3_fp8"
+    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER, tier="balanced") == "sdpa"
+
+
+def test_auto_keeps_a_fast_kernel_under_key_padding():
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, mask="key padding") == "flash3"
+    assert choose(WAN_TOKENS, WAN_TOKENS, AMPERE, mask="key padding") == "flash2"
+    assert choose(WAN_TOKENS, WAN_TOKENS, AMPERE) == "sdpa"
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, mask="any") == "sdpa"
+
+
+def test_auto_never_takes_a_kernel_that_would_refuse_the_call():
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, dtype=torch.float32) == "sdpa"
+    assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, head_dim=512) == "sdpa"
+    assert choose(WAN_TOKENS, WAN_TOKENS, BLACKWELL) == "flash4"
+    assert choose(WAN_TOKENS, WAN_TOKENS, CPU) == "sdpa"
+
+
+def test_auto_takes_nothing_that_is_not_installed():
+    choice = choose_kernel(
+        WAN_TOKENS, WAN_TOKENS, 128, torch.bfloat16, "none", HOPPER, "lossless", frozenset({"sdpa", "flex"})
+    )
+    assert choice.kernel.name == "sdpa"
+    assert dict(choice.considered)["flash3"] == "it is not installed, or not for this device"
+
+
+def test_the_plan_names_both_choices_and_what_spoke_against_the_others(monkeypatch):
+    monkeypatch.setattr(table, "_is_installed", lambda module: module == "fa3_fwd_interface")
+    choice, why, considered = explain_choice(AttentionConfig(), hardware=HOPPER, tier="lossless", dtype=torch.bfloat16)
+    assert choice == "flash3 from 8192 tokens, else sdpa"
+    assert "fastest" in why
+    assert any("flash4" in line and "compute capability 10.0" in line for line in considered)
+    assert any("flash3_fp8" in line and "tier" in line for line in considered)
+    monkeypatch.setattr(table, "_is_installed", lambda module: False)
+    choice, _, considered = explain_choice(AttentionConfig(), hardware=HOPPER, tier="lossless", dtype=torch.bfloat16)
+    assert choice == "sdpa"
+    assert any("pip install fa3-fwd" in line for line in considered)
+    assert explain_choice(AttentionConfig("flex"), hardware=CPU, tier="lossless", dtype=torch.float32)[0] == "flex"
+
+
+def test_a_named_kernel_is_refused_before_any_change(monkeypatch):
+    with pytest.raises(ConfigurationError, match="quality='balanced'"):
+        check_choice("sage", tier="lossless", hardware=HOPPER)
+    with pytest.raises(ConfigurationError, match="'sdpa', 'cudnn'"):
+        check_choice("xformers", tier="lossless", hardware=HOPPER)
+    with pytest.raises(UnsupportedError, match=r"compute capability 10\.0 or more"):
+        check_choice("flash4", tier="lossless", hardware=HOPPER)
+    with pytest.raises(UnsupportedError, match="cuda only"):
+        check_choice("flash3", tier="lossless", hardware=CPU)
+    monkeypatch.setattr(table, "_is_installed", lambda module: False)
+    with pytest.raises(MissingPackageError, match="pip install fa3-fwd"):
+        check_choice("flash3", tier="lossless", hardware=HOPPER)
+    monkeypatch.setattr(table, "_is_installed", lambda module: True)
+    with pytest.raises(UnsupportedError, match="dtype"):
+        check_choice("flash3", tier="lossless", hardware=HOPPER, dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match="head dimension 512"):
+        check_choice("flash3", tier="lossless", hardware=HOPPER, dtype=torch.bfloat16, head_dim=512)
+    check_choice("flash3", tier="lossless", hardware=HOPPER, dtype=torch.bfloat16, head_dim=128)
