@@ -1,6 +1,6 @@
-"""Every attention kernel that is installed here, against attention in float32: masks, odd sizes, batches, compiled.
+"""Every attention kernel that is installed here, against attention in float64: masks, odd sizes, batches, compiled.
 
-A run takes some four minutes, most of it compiling. Errors are relative, `|ours - reference| / |reference|` in the Frobenius norm, on unit-normal inputs. 16-bit kernels get
+Errors are relative, `|ours - reference| / |reference|` in the Frobenius norm, on unit-normal inputs. 16-bit kernels get
 1%: bfloat16 rounds to 2 ** -9, once for the weights and once for the output. int8 queries and keys get 4%. fp8 gets 8%:
 3 mantissa bits round by 2.3% on average, and queries, keys, values and weights are all rounded.
 """
