@@ -259,7 +259,8 @@ class Acceleration:
 
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[Call]:
-        with open_call(pipe, owner=self, arguments=arguments) as call:
+        features = frozenset(decision.feature for decision in self.plan.decisions if decision.on)
+        with open_call(pipe, owner=self, arguments=arguments, features=features) as call:
             with self._lock:
                 if self._removed:
                     raise PipeboostError("this acceleration was removed while the call was starting")
@@ -298,7 +299,7 @@ class Acceleration:
                 position = plan.family.denoisers.index(path)
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
             if denoiser and plan["compile"].on:
-                compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger)
+                compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
             watch(path, obj, ledger, denoiser=denoiser)
         return _Part(path, obj, ledger, compiled, of_view)
 

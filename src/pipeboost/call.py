@@ -23,6 +23,8 @@ class Call:
         pipe: the pipeline, or the view of it, that was called.
         owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
         arguments: the arguments of the call by parameter name, defaults included.
+        features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
+            pipeline whose plan differs.
         step: how many times `scheduler.step` has returned.
         branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
         events: named time spans, in order, as a report reads them.
@@ -30,16 +32,23 @@ class Call:
         resources: closed when the call ends, whether it returns or raises.
     """
 
-    def __init__(self, pipe: Any, owner: Any, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, owner: Any, arguments: dict[str, Any], features: frozenset[str] | None = None
+    ) -> None:
         self.pipe = pipe
         self.owner = owner
         self.arguments = arguments
+        self.features = features
         self.step = 0
         self.branch = -1
         self.events: list[Any] = []
         self.state: dict[str, Any] = {}
         self.resources = contextlib.ExitStack()
         self._cancelled = threading.Event()
+
+    def has(self, feature: str) -> bool:
+        """Whether a feature acts in this call."""
+        return self.features is None or feature in self.features
 
     def cancel(self) -> None:
         """Make the call raise `Cancelled` at its next step; may be called from any thread."""
@@ -57,9 +66,11 @@ def current_call() -> Call | None:
 
 
 @contextlib.contextmanager
-def open_call(pipe: Any, *, owner: Any, arguments: dict[str, Any] | None = None) -> Iterator[Call]:
+def open_call(
+    pipe: Any, *, owner: Any, arguments: dict[str, Any] | None = None, features: frozenset[str] | None = None
+) -> Iterator[Call]:
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
-    call = Call(pipe, owner, arguments or {})
+    call = Call(pipe, owner, arguments or {}, features)
     token = _current.set(call)
     try:
         with call.resources:

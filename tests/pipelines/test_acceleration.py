@@ -290,6 +290,14 @@ def test_a_pipeline_built_with_from_pipe_runs_stock_and_can_be_accelerated_too()
     assert difference(entry.call(pipe, steps=4), entry.call(entry.build(), steps=4)) == 0
 
 
+def test_an_exact_pipeline_that_shares_a_transformer_with_a_faster_one_stays_exact():
+    entry, variant = TINY["flux_dev"], TINY["flux_img2img"]
+    pipe = accelerate_pipeline(entry.build(), **{**ALL_ON, "attention": "flex"})
+    expected = variant.call(FluxImg2ImgPipeline.from_pipe(entry.build()), steps=4)
+    second = accelerate_pipeline(FluxImg2ImgPipeline.from_pipe(pipe), quality="exact")
+    assert difference(variant.call(second, steps=4), expected) == 0
+
+
 def test_pipelines_that_share_a_transformer_must_agree():
     pipe = accelerate_pipeline(TINY["flux_dev"].build(), **LOSSLESS)
     second = FluxImg2ImgPipeline.from_pipe(pipe)

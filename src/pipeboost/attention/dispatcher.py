@@ -80,7 +80,7 @@ class Dispatcher:
             UnsupportedError: the kernel that the user named cannot take the call.
         """
         # A compiled block runs within our calls only, and a context variable must not be traced.
-        ours = torch.compiler.is_compiling() or current_call() is not None
+        ours = torch.compiler.is_compiling() or _attention_is_on()
         special = dropout_p != 0.0 or is_causal or enable_gqa or bool(attention_kwargs)
         theirs = backend is not None or parallel_config is not None
         if ours and special and not theirs and self.settings.backend not in ("auto", "sdpa"):
@@ -170,6 +170,11 @@ def _refuse(q: torch.Tensor, sentence: str) -> tuple[torch.Tensor, torch.Tensor]
 @_refuse.register_fake
 def _refuse_shapes(q: torch.Tensor, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _attention_is_on() -> bool:
+    call = current_call()
+    return call is not None and call.has("attention")
 
 
 _dispatchers: weakref.WeakValueDictionary[DispatcherSettings, Dispatcher] = weakref.WeakValueDictionary()

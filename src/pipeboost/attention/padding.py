@@ -62,7 +62,7 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger) -> 
 def _trim_text(padded: PaddedText, key: int) -> Callable[..., Any]:
     def trim_text(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         call = current_call()
-        if torch.compiler.is_compiling() or call is None:
+        if torch.compiler.is_compiling() or call is None or not call.has("attention"):
             return call_next(*args, **kwargs)
         bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
         embeds, mask = bound.arguments.get(padded.embeds), bound.arguments.get(padded.mask)
