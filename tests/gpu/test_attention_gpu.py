@@ -241,4 +241,4 @@ def test_the_kernels_of_this_machine_are_listed():
     """Printed with `-rA`, so that a run says what it covered."""
     available = available_kernels(detect_hardware("cuda"))
     print("available:", ", ".join(sorted(available)))
-    assert {"sdpa", "cudnn", "flex"} <= available
+    assert {"sdpa", "cudnn", "flex"} <= set(available)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from pipeboost.attention import choose_kernel, explain_choice
 from pipeboost.attention.choice import check_choice
@@ -17,10 +18,13 @@ BLACKWELL = Hardware("cuda", "NVIDIA B200", (10, 0), 180 << 30, 1, False, True)
 FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 4608, 32760, 512
 
 
+def everything(hardware):
+    return {name: kernel.dtypes for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None}
+
+
 def choose(queries, keys, hardware, *, mask="none", tier="lossless", dtype=torch.bfloat16, head_dim=128):
     """With every package installed."""
-    installed = frozenset(name for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None)
-    return choose_kernel(queries, keys, head_dim, dtype, mask, hardware, tier, installed).kernel.name
+    return choose_kernel(queries, keys, head_dim, dtype, mask, hardware, tier, everything(hardware)).kernel.name
 
 
 def test_auto_takes_flash3_on_hopper_where_tokens_are_many():
@@ -54,11 +58,25 @@ def test_auto_never_takes_a_kernel_that_would_refuse_the_call():
 
 
 def test_auto_takes_nothing_that_is_not_installed():
-    choice = choose_kernel(
-        WAN_TOKENS, WAN_TOKENS, 128, torch.bfloat16, "none", HOPPER, "lossless", frozenset({"sdpa", "flex"})
-    )
+    installed = {"sdpa": KERNELS["sdpa"].dtypes}
+    choice = choose_kernel(WAN_TOKENS, WAN_TOKENS, 128, torch.bfloat16, "none", HOPPER, "lossless", installed)
     assert choice.kernel.name == "sdpa"
     assert dict(choice.considered)["flash3"] == "it is not installed, or not for this device"
+
+
+def test_the_choice_is_traced_without_a_graph_per_token_count():
+    installed = everything(HOPPER)
+
+    def tokens_by_choice(x):
+        choice = choose_kernel(x.shape[0], 9000, 128, torch.bfloat16, "key padding", HOPPER, "balanced", installed)
+        return x + len(choice.kernel.name)
+
+    counter = CompileCounter()
+    compiled = torch.compile(tokens_by_choice, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (4608, 5000, 8191, 8192, 9000, 4609):
+        name = choose(tokens, 9000, HOPPER, mask="key padding", tier="balanced")
+        assert compiled(torch.zeros(tokens)).unique().item() == len(name)
+    assert counter.frame_count == 2
 
 
 def test_the_plan_names_both_choices_and_what_spoke_against_the_others(monkeypatch):

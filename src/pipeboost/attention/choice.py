@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from pipeboost.kernels import (
 
 # On an H100 FlashAttention 3 is no faster than cuDNN at 4.6k tokens and 1.25-1.4x faster at 33k.
 LARGE_TOKENS = 8192
+_TOO_FEW = f"it gains nothing below {LARGE_TOKENS} queries and keys"
 # Fastest first; whatever none of them takes is sdpa's.
 _PREFERENCE = ("flash4", "flash3_fp8", "flash3", "flash2")
 
@@ -42,7 +44,7 @@ def choose_kernel(
     mask: MaskKind,
     hardware: Hardware,
     tier: str,
-    installed: frozenset[str],
+    installed: Mapping[str, tuple[torch.dtype, ...]],
 ) -> KernelChoice:
     """What `"auto"` runs; a pure function of its arguments, so that a plan can explain it.
 
@@ -73,9 +75,11 @@ def choose_kernel(
         elif name == "flash2" and mask == "none":
             against = "sdpa holds the same kernel"
         elif not large:
-            against = "it gains nothing below 8192 queries and keys"
+            against = _TOO_FEW
         else:
-            against = refuses(kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask)
+            against = refuses(
+                kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask, dtypes=installed[name]
+            )
         if against is None:
             return KernelChoice(kernel, "the fastest for this many tokens", tuple(considered))
         considered.append((name, against))

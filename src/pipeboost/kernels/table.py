@@ -203,9 +203,13 @@ def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
     return None if reason is None else f"attention={kernel.name!r} cannot run here: {reason}; or use 'auto' or 'sdpa'"
 
 
-def available_kernels(hardware: Hardware) -> frozenset[str]:
-    """The names of the kernels that can run on this machine."""
-    return frozenset(name for name, kernel in KERNELS.items() if unavailable_reason(kernel, hardware) is None)
+def available_kernels(hardware: Hardware) -> Mapping[str, tuple[torch.dtype, ...]]:
+    """The kernels that can run on this machine, each with the dtypes it computes in here."""
+    return {
+        name: accepted_dtypes(kernel)
+        for name, kernel in KERNELS.items()
+        if unavailable_reason(kernel, hardware) is None
+    }
 
 
 def installed_package(kernel: Kernel) -> Package | None:
@@ -230,6 +234,8 @@ def refuses(
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> str | None:
     """Why a kernel will not take a call, in a few words; None if it takes it.
+
+    With `dtypes` it looks nothing up, and torch.compile can trace it.
 
     Args:
         kernel: the kernel.
