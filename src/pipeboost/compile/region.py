@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch.fx.experimental import _config as _shape_config
 
@@ -66,6 +67,8 @@ class Region:
         context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)
         self._compiled = context(entry)
+        # The graphs hold on to the code object that holds them, out of the garbage collector's sight.
+        weakref.finalize(self, remove_from_cache, entry.__code__).atexit = False
 
     def __call__(self, counters: Counters, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `counters`.
@@ -130,6 +133,8 @@ class _Compiler:
                 accumulated_recompile_limit=_UNLIMITED,
                 automatic_dynamic_shapes=self.region.learn_sizes,
                 assume_static_by_default=not settings.dynamic,
+                # A block that has a hook must not run on the graph of one that has none.
+                skip_nnmodule_hook_guards=False,
             ),
             _SHAPE_CONFIG.patch(use_duck_shape=False),
         ):
@@ -145,11 +150,15 @@ class _Compiler:
 
 
 def _entry_of(module_class: type) -> types.FunctionType:
-    """A function with a code object of its own that calls a module as its stock class would."""
+    """A function that calls a module as its stock class would.
+
+    Its code object, on which Dynamo hangs graphs, and its globals, in which Dynamo keeps them, are its own.
+    """
     stock_call = module_class.__call__
 
     def call_module(counters: Counters, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return stock_call(module, *args, **kwargs)
 
     own_code = call_module.__code__.replace(co_name=f"compiled_{module_class.__name__}")
-    return types.FunctionType(own_code, globals(), own_code.co_name, None, call_module.__closure__)
+    own_globals = {name: globals()[name] for name in ("__name__", "__builtins__")}
+    return types.FunctionType(own_code, own_globals, own_code.co_name, None, call_module.__closure__)

@@ -1,0 +1,459 @@
+"""Compile on tiny transformers: how many graphs are made and when, and that nothing outlives the call or the ledger."""
+
+import contextlib
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+)
+from peft import LoraConfig
+from torch import nn
+
+from pipeboost.call import open_call
+from pipeboost.compile import CompiledModel, compile_model
+from pipeboost.config import CompileConfig
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.families import Family, families
+from pipeboost.ledger import Ledger
+from pipeboost.seams import stock_class
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+LENGTHS = (7, 9, 3, 64)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+class Counting:
+    """A torch.compile backend that runs the captured graph as it is, and counts."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+def flux(blocks: int = 12, singles: int = 12) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=blocks,
+        num_single_layers=singles,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+        **HEADS,
+    )
+
+
+def flux_inputs(size: int = 4, text: int = 7, seed: int = 0, batch: int = 1) -> dict[str, Any]:
+    draw = _draw(seed)
+    ids = torch.stack(
+        torch.meshgrid(torch.zeros(1), torch.arange(float(size)), torch.arange(4.0), indexing="ij"), dim=-1
+    )
+    return {
+        "hidden_states": draw(batch, size * 4, 16),
+        "encoder_hidden_states": draw(batch, text, 32),
+        "pooled_projections": draw(batch, 32),
+        "timestep": draw(batch),
+        "img_ids": ids.reshape(-1, 3),
+        "txt_ids": torch.zeros(text, 3),
+        "guidance": torch.full((batch,), 3.5),
+    }
+
+
+def qwen(blocks: int = 12) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=blocks, joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **HEADS
+    )
+
+
+def qwen_inputs(size: int = 4, text: int = 7, seed: int = 0, batch: int = 1) -> dict[str, Any]:
+    draw = _draw(seed)
+    return {
+        "hidden_states": draw(batch, size * 4, 16),
+        "encoder_hidden_states": draw(batch, text, 32),
+        "timestep": draw(batch),
+        "img_shapes": [[(1, size, 4)]] * batch,
+    }
+
+
+def wan(blocks: int = 12, **image: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=64, num_layers=blocks, **HEADS, **image
+    )
+
+
+def wan_i2v() -> WanTransformer3DModel:
+    return wan(image_dim=32, added_kv_proj_dim=32)
+
+
+def wan_inputs(size: int = 4, text: int = 7, seed: int = 0, batch: int = 1) -> dict[str, Any]:
+    draw = _draw(seed)
+    return {
+        "hidden_states": draw(batch, 4, 2, 2 * size, 8),
+        "encoder_hidden_states": draw(batch, text, 32),
+        "timestep": draw(batch),
+    }
+
+
+def wan_i2v_inputs(**arguments: Any) -> dict[str, Any]:
+    return {**wan_inputs(**arguments), "encoder_hidden_states_image": _draw(0)(1, 17, 32)}
+
+
+def hunyuan(blocks: int = 12, **settings: Any) -> HunyuanVideoTransformer3DModel:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=blocks // 4,
+        num_single_layers=blocks,
+        num_refiner_layers=1,
+        guidance_embeds=True,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 6, 6),
+        **HEADS,
+        **settings,
+    )
+
+
+def hunyuan_token_replace() -> HunyuanVideoTransformer3DModel:
+    return hunyuan(image_condition_type="token_replace")
+
+
+def hunyuan_inputs(size: int = 4, text: int = 7, seed: int = 0, batch: int = 1) -> dict[str, Any]:
+    draw = _draw(seed)
+    mask = torch.ones(batch, text, dtype=torch.long)
+    mask[0, -1] = 0
+    return {
+        "hidden_states": draw(batch, 4, 2, 2 * size, 8),
+        "encoder_hidden_states": draw(batch, text, 32),
+        "encoder_attention_mask": mask,
+        "pooled_projections": draw(batch, 32),
+        "timestep": draw(batch),
+        "guidance": torch.full((batch,), 3.5),
+    }
+
+
+def _draw(seed: int) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transformer, its inputs, its family, and how many classes of blocks it has."""
+
+    build: Callable[..., nn.Module]
+    inputs: Callable[..., dict[str, Any]]
+    family_name: str
+    classes: int
+
+    @property
+    def family(self) -> Family:
+        return next(family for family in families() if family.name == self.family_name)
+
+
+CASES = {
+    "flux": Case(flux, flux_inputs, "flux", 2),
+    "qwen": Case(qwen, qwen_inputs, "qwen_image", 1),
+    "wan": Case(wan, wan_inputs, "wan", 1),
+    "wan_i2v": Case(wan_i2v, wan_i2v_inputs, "wan", 1),
+    "hunyuan": Case(hunyuan, hunyuan_inputs, "hunyuan_video", 2),
+    "hunyuan_token_replace": Case(hunyuan_token_replace, hunyuan_inputs, "hunyuan_video", 2),
+}
+WITH_TEXT_LENGTH = ["qwen", "hunyuan", "hunyuan_token_replace"]
+
+
+@dataclass
+class Compiled:
+    """A compiled transformer with its counting backend; `run` gives the output inside a call."""
+
+    model: nn.Module
+    family: Family
+    settings: dict[str, Any] = field(default_factory=dict)
+    backend: Counting = field(default_factory=Counting)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        settings = CompileConfig(**{"backend": self.backend, **self.settings})
+        self.report: CompiledModel = compile_model(self.model, settings, self.family, self.ledger)
+
+    @property
+    def graphs(self) -> int:
+        assert self.report.counters.graphs == self.backend.graphs
+        return self.backend.graphs
+
+    def run(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with open_call(None, owner=None):
+            return self.model(**inputs, return_dict=False)[0]
+
+    def difference(self, inputs: dict[str, Any]) -> float:
+        """Largest difference between a run inside a call and stock."""
+        stock = self.model(**inputs, return_dict=False)[0]
+        return (self.run(inputs) - stock).abs().max().item()
+
+
+@contextlib.contextmanager
+def compiled_case(name: str, **settings: Any) -> Iterator[Compiled]:
+    case = CASES[name]
+    torch.manual_seed(0)
+    compiled = Compiled(case.build(), case.family, settings)
+    yield compiled
+    compiled.ledger.undo()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_a_block_class_and_one_more_for_a_new_size(name: str) -> None:
+    case = CASES[name]
+    with compiled_case(name) as compiled:
+        assert compiled.report.modules >= 12
+        assert compiled.difference(case.inputs()) == 0.0
+        assert compiled.graphs == case.classes
+        assert compiled.difference(case.inputs(seed=1)) == 0.0
+        assert compiled.graphs == case.classes
+        assert compiled.difference(case.inputs(size=6)) == 0.0
+        assert compiled.graphs == 2 * case.classes
+        assert compiled.report.counters.seconds > 0
+
+
+@pytest.mark.parametrize("name", WITH_TEXT_LENGTH)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_new_prompt_length_needs_no_graph(name: str, batch: int) -> None:
+    case = CASES[name]
+    with compiled_case(name) as compiled:
+        for text in LENGTHS:
+            assert compiled.difference(case.inputs(text=text, batch=batch)) == 0.0
+            assert compiled.graphs == case.classes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dynamic_sizes_need_no_graph_for_a_new_size(name: str) -> None:
+    case = CASES[name]
+    with compiled_case(name, dynamic=True) as compiled:
+        for size, text in ((4, 7), (6, 7), (5, 9)):
+            assert compiled.difference(case.inputs(size=size, text=text)) == 0.0
+            assert compiled.graphs == case.classes
+
+
+@pytest.mark.parametrize("name", ["qwen", "hunyuan"])
+def test_full_scope_makes_one_graph_for_all_prompt_lengths(name: str) -> None:
+    case = CASES[name]
+    compiled = Compiled(case.build(blocks=1), case.family, {"scope": "full"})
+    assert compiled.report.modules == 1
+    for text in LENGTHS:
+        assert compiled.difference(case.inputs(text=text)) == 0.0
+        assert compiled.graphs == 1
+
+
+def test_controlnet_residuals_need_no_graph() -> None:
+    inputs = flux_inputs()
+    with compiled_case("flux") as compiled:
+        compiled.run(inputs)
+        inputs["controlnet_block_samples"] = [_draw(seed)(1, 16, 32) for seed in range(4)]
+        inputs["controlnet_single_block_samples"] = [_draw(seed)(1, 16, 32) for seed in range(4)]
+        assert compiled.difference(inputs) == 0.0
+        assert compiled.graphs == 2
+
+
+def test_outside_a_call_the_model_is_stock() -> None:
+    inputs = qwen_inputs()
+    torch.manual_seed(0)
+    before = qwen().eval()(**inputs).sample
+    with compiled_case("qwen") as compiled:
+        assert torch.equal(compiled.model(**inputs).sample, before)
+        assert compiled.graphs == 0
+
+
+def test_undo_leaves_no_seams_and_stock_output() -> None:
+    inputs = flux_inputs()
+    with compiled_case("flux") as compiled:
+        before = compiled.model(**inputs).sample
+        compiled.run(inputs)
+    assert all(type(module) is stock_class(module) for module in compiled.model.modules())
+    assert all("_pipeboost_chains" not in vars(module) for module in compiled.model.modules())
+    assert torch.equal(compiled.run(inputs), before)
+    assert compiled.graphs == 2
+
+
+def test_undo_lets_go_of_the_graphs() -> None:
+    graphs: list[weakref.ref[torch.fx.GraphModule]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(weakref.ref(graph))
+        return graph.forward
+
+    ledger = Ledger()
+    model = wan(blocks=2)
+    compile_model(model, CompileConfig(backend=backend), CASES["wan"].family, ledger)
+    with open_call(None, owner=None):
+        model(**wan_inputs())
+    assert [graph() is None for graph in graphs] == [False]
+    ledger.undo()
+    gc.collect()  # the region, which lets go of its graphs
+    gc.collect()  # the graphs
+    assert [graph() is None for graph in graphs] == [True]
+
+
+def test_twenty_lora_ranks_run_one_after_another_and_leave_the_settings_of_dynamo_alone() -> None:
+    before = torch._dynamo.config.get_config_copy()
+    model, inputs = qwen(blocks=1), qwen_inputs()
+    compiled = Compiled(model, CASES["qwen"].family)
+    stock = compiled.run(inputs)
+    for rank in range(1, 21):
+        torch.manual_seed(rank)
+        adapter = LoraConfig(r=rank, init_lora_weights=False, target_modules=["to_q"])
+        model.add_adapter(adapter, adapter_name=f"rank{rank}")
+        assert compiled.difference(inputs) == 0.0
+        assert not torch.equal(compiled.run(inputs), stock)
+        model.delete_adapters(f"rank{rank}")
+    assert compiled.graphs == 21
+    assert torch._dynamo.config.get_config_copy() == before
+
+
+def test_the_recompile_limit_is_the_settings_own_and_names_itself() -> None:
+    with compiled_case("qwen", recompile_limit=2) as compiled:
+        for size in (4, 5):
+            compiled.run(qwen_inputs(size=size))
+        with pytest.raises(UnsupportedError, match="recompile_limit=2"):
+            compiled.run(qwen_inputs(size=6))
+        assert compiled.difference(qwen_inputs(size=4)) == 0.0
+
+
+def test_a_lora_scale_needs_no_graph_where_sizes_are_dynamic() -> None:
+    model, inputs = qwen(blocks=1), qwen_inputs()
+    compiled = Compiled(model, CASES["qwen"].family, {"dynamic": True})
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]), adapter_name="style")
+    for scale in (0.5, 0.7, 0.9):
+        model.set_adapters(["style"], [scale])
+        assert compiled.difference(inputs) == 0.0
+        assert compiled.graphs == 1
+
+
+def test_threads_that_call_at_once_share_the_graphs() -> None:
+    outputs: dict[int, list[float]] = {}
+    with compiled_case("flux") as compiled:
+        start = threading.Barrier(3)
+
+        def work(seed: int) -> None:
+            with torch.no_grad():
+                start.wait()
+                outputs[seed] = [compiled.difference(flux_inputs(seed=seed)) for _ in range(5)]
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outputs == {seed: [0.0] * 5 for seed in range(3)}
+        # A thread may look for a graph in the moment before another has stored it, and then makes it too.
+        assert compiled.graphs <= 4
+
+
+def test_a_deep_copy_runs_on_the_graphs_of_its_original() -> None:
+    inputs = flux_inputs()
+    with compiled_case("flux") as compiled:
+        output = compiled.run(inputs)
+        twin = copy.deepcopy(compiled.model)
+        with open_call(None, owner=None):
+            assert torch.equal(twin(**inputs).sample, output)
+        assert compiled.graphs == 2
+
+
+def test_two_experts_share_their_graphs() -> None:
+    backend, inputs = Counting(), wan_inputs()
+    high, low = (Compiled(wan(), CASES["wan"].family, {"backend": backend}) for _ in range(2))
+    assert high.difference(inputs) == 0.0
+    assert low.difference(inputs) == 0.0
+    assert (high.report.counters.graphs, low.report.counters.graphs) == (1, 0)
+
+
+def test_inference_mode_costs_one_graph_more_and_only_once() -> None:
+    with compiled_case("flux") as compiled:
+        for mode in (torch.no_grad, torch.inference_mode) * 2:
+            with mode():
+                compiled.run(flux_inputs())
+        assert compiled.graphs == 4
+
+
+def test_an_overridden_forward_and_a_later_hook_are_called() -> None:
+    with compiled_case("qwen") as compiled:
+        block = compiled.model.transformer_blocks[3]
+        stock_forward = block.forward
+        block.forward = lambda *args, **kwargs: [2 * stream for stream in stock_forward(*args, **kwargs)]
+        assert compiled.difference(qwen_inputs()) == 0.0
+        compiled.model.transformer_blocks[5].img_mlp.register_forward_hook(lambda module, args, output: -output)
+        assert compiled.difference(qwen_inputs()) == 0.0
+
+
+def test_hooks_that_cannot_be_captured_are_refused_in_one_sentence() -> None:
+    with compiled_case("qwen") as compiled:
+        accelerate.cpu_offload(compiled.model, execution_device="cpu")
+        with pytest.raises(UnsupportedError, match=r"QwenImageTransformerBlock cannot be compiled .* use compile=None"):
+            compiled.run(qwen_inputs())
+
+
+def test_calls_of_another_acceleration_stay_stock() -> None:
+    class Acceleration:
+        pass
+
+    owner, other, backend = Acceleration(), Acceleration(), Counting()
+    model, ledger = qwen().eval(), Ledger()
+    compile_model(model, CompileConfig(backend=backend), CASES["qwen"].family, ledger, owner=owner)
+    with open_call(None, owner=other):
+        model(**qwen_inputs())
+    assert backend.graphs == 0
+    with open_call(None, owner=owner):
+        model(**qwen_inputs())
+    assert backend.graphs == 1
+    ledger.undo()
+
+
+def test_a_shared_transformer_stays_compiled_until_its_last_holder_leaves() -> None:
+    with compiled_case("qwen") as compiled:
+        second = Ledger()
+        settings = CompileConfig(backend=compiled.backend)
+        assert compile_model(compiled.model, settings, compiled.family, second) is compiled.report
+        with pytest.raises(UnsupportedError, match="shared with another accelerated pipeline"):
+            compile_model(compiled.model, CompileConfig(dynamic=True), compiled.family, Ledger())
+        second.undo()
+        compiled.run(qwen_inputs())
+        assert compiled.graphs == 1
+
+
+def test_what_cannot_be_compiled_is_refused_before_any_change() -> None:
+    model, ledger = nn.Sequential(nn.Linear(2, 2)), Ledger()
+    with pytest.raises(ConfigurationError, match=r"compile\.backend='warp'"):
+        compile_model(model, CompileConfig(backend="warp"), CASES["qwen"].family, ledger)
+    with pytest.raises(UnsupportedError, match="Sequential has no blocks where family 'qwen_image' expects them"):
+        compile_model(model, CompileConfig(), CASES["qwen"].family, ledger)
+    assert ledger.changes == ()
+    assert all(type(module) is stock_class(module) for module in model.modules())
+
+
+def test_inductor_agrees_with_stock() -> None:
+    compiled = Compiled(qwen(blocks=2), CASES["qwen"].family, {"backend": "inductor"})
+    assert compiled.difference(qwen_inputs()) < 1e-5
+    assert compiled.difference(qwen_inputs(text=9)) < 1e-5
+    assert compiled.report.counters.graphs == 1
