@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
-from pipeboost.cache import attach_cache
+from pipeboost.cache import CacheCount, attach_cache
 from pipeboost.call import Call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
@@ -36,7 +36,7 @@ from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.seams import stock_class
-from pipeboost.stages import WHOLE_CALL, Report, timed, watch, watched_components
+from pipeboost.stages import WHOLE_CALL, Report, Span, timed, watch, watched_components
 
 P = TypeVar("P")
 
@@ -46,10 +46,13 @@ _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=fro
 
 @dataclass(frozen=True)
 class _Part:
-    """One component of the pipeline, or of a view of it, and what was done to it."""
+    """One component of the pipeline, or of a view of it, and what was done to it.
+
+    It holds the component weakly: what the pipeline drops must free its memory at once.
+    """
 
     path: str
-    obj: Any
+    target: weakref.ref[Any]
     ledger: Ledger
     compiled: CompiledModel | None
     of_view: bool
@@ -143,14 +146,15 @@ class Acceleration:
         self._ledger = Ledger()
         self._parts: dict[int, _Part] = {}
         self._calls: set[Call] = set()
-        self._finished: Call | None = None
+        self._finished: tuple[list[Span], tuple[CacheCount, ...]] | None = None
         self._lock = threading.RLock()
         self._removed = False
         with self._ledger:
-            self._ledger.set_attribute(pipe, "acceleration", self)
-            self._ledger.record("components", self._undo_all_parts)
+            pipe.acceleration = self
+            self._ledger.record("pipe.acceleration", _weakly(self._detach))
+            self._ledger.record("components", _weakly(self._undo_all_parts))
             self._bind(pipe)
-            self._ledger.add_layer(pipe, "__call__", self._run, order=_CALL_DOOR_ORDER)
+            self._ledger.add_layer(pipe, "__call__", _weakly(self._run), order=_CALL_DOOR_ORDER)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
         return self
@@ -167,15 +171,16 @@ class Acceleration:
         """
         if self._finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
-        caches = self._finished.state.get("cache")
-        return Report.of_call(
-            self._finished,
+        spans, counts = self._finished
+        return Report.of_spans(
+            spans,
+            pipeline=self.plan.facts.pipeline,
             cache={
                 f"{count.denoiser}.{count.blocks} branch {count.branch}": {
                     "computed": count.computed_steps,
                     "skipped": count.cached_steps,
                 }
-                for count in (caches.counts() if caches is not None else ())
+                for count in counts
             },
             compiled={
                 part.path: asdict(part.compiled.counters) for part in self._parts.values() if part.compiled is not None
@@ -253,8 +258,8 @@ class Acceleration:
         bound.apply_defaults()
         with self._opened(pipe, dict(bound.arguments)) as call:
             result = timed(call, WHOLE_CALL, None, None, lambda: call_next(*args, **kwargs))
-        call.arguments.clear()
-        self._finished = call
+        caches = call.state.get("cache")
+        self._finished = (call.events, caches.counts() if caches is not None else ())
         return result
 
     @contextlib.contextmanager
@@ -273,16 +278,17 @@ class Acceleration:
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
         models = self.plan.family.models(pipe)
-        components = watched_components(pipe, models)
+        components: dict[str, Any] = watched_components(pipe, models)
         with self._lock:
             if pipe is self._pipe():
                 for key, part in tuple(self._parts.items()):
-                    if part.path in components and not part.of_view and components[part.path] is not part.obj:
+                    if part.path in components and not part.of_view and components[part.path] is not part.target():
                         self._undo_part(key)
             for path, obj in components.items():
-                if id(obj) in self._parts:
+                known = self._parts.get(id(obj))
+                if known is not None and known.target() is obj:
                     if path in models and self.plan["attention"].on:
-                        rebind_attention(obj)
+                        rebind_attention(models[path])
                     continue
                 part = self._apply(path, obj, denoiser=path in models, of_view=pipe is not self._pipe())
                 if part.ledger.changes:
@@ -293,7 +299,15 @@ class Acceleration:
         plan, compiled = self.plan, None
         with Ledger() as ledger:
             if denoiser and plan["attention"].on:
-                swap_attention(obj, plan["attention"].settings, ledger, tier=plan.quality, hardware=plan.hardware)
+                swap_attention(
+                    obj,
+                    plan["attention"].settings,
+                    ledger,
+                    tier=plan.quality,
+                    hardware=plan.hardware,
+                    right_padded=plan.family.padded_text is not None,
+                    functions=plan.family.processor_functions,
+                )
                 trim_padded_text(obj, plan.family, ledger)
             if denoiser and plan["cache"].on:
                 position = plan.family.denoisers.index(path)
@@ -301,7 +315,12 @@ class Acceleration:
             if denoiser and plan["compile"].on:
                 compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
             watch(path, obj, ledger, denoiser=denoiser)
-        return _Part(path, obj, ledger, compiled, of_view)
+        return _Part(path, weakref.ref(obj), ledger, compiled, of_view)
+
+    def _detach(self) -> None:
+        pipe = self._pipe()
+        if pipe is not None and vars(pipe).get("acceleration") is self:
+            del pipe.acceleration
 
     def _undo_part(self, key: int) -> None:
         self._parts.pop(key).ledger.undo()
@@ -309,6 +328,19 @@ class Acceleration:
     def _undo_all_parts(self) -> None:
         for key in reversed(tuple(self._parts)):
             self._undo_part(key)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object alive, so that no cycle delays the freeing of a dropped pipeline."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        target = reference()
+        if target is None:
+            raise PipeboostError("the acceleration of this pipeline is gone; call accelerate_pipeline again")
+        return target(*args, **kwargs)
+
+    return call
 
 
 @functools.cache

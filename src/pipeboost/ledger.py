@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -28,7 +30,8 @@ class Change:
 class Ledger:
     """Records changes with their inverses. Used as a context manager, an exception inside rolls everything back.
 
-    An inverse touches only what is still ours: an attribute that the user has set since keeps the user's value.
+    An inverse touches only what is still ours: an attribute that the user has set since keeps the user's value. The
+    ledger keeps nothing alive, so a pipeline that is dropped without `undo` frees its memory at once.
     """
 
     def __init__(self) -> None:
@@ -47,14 +50,16 @@ class Ledger:
         """Set an attribute in the object's own `__dict__`; the inverse restores it if it is still `value`."""
         before = vars(obj).get(name, _MISSING)
         vars(obj)[name] = value
+        reference = weakref.ref(obj)
 
         def undo() -> None:
-            if vars(obj).get(name, _MISSING) is not value:
+            target = reference()
+            if target is None or vars(target).get(name, _MISSING) is not value:
                 return
             if before is _MISSING:
-                del vars(obj)[name]
+                del vars(target)[name]
             else:
-                vars(obj)[name] = before
+                vars(target)[name] = before
 
         self.record(f"{type(obj).__name__}.{name} set", undo)
 
@@ -92,11 +97,15 @@ class Ledger:
         """
         with _lock:
             shared = _shared_changes.setdefault(obj, {})
+            if kind in shared and shared[kind].settings != settings:
+                gc.collect()  # holders that were dropped without `undo` may wait in a cycle
+            if kind in shared and not shared[kind].holders:
+                shared.pop(kind).ledger.undo()
             if kind not in shared:
                 inner = Ledger()
                 with inner:
                     apply(inner)
-                shared[kind] = _SharedChange(settings, inner, [])
+                shared[kind] = _SharedChange(settings, inner, weakref.WeakSet())
             change = shared[kind]
             if change.settings != settings:
                 raise UnsupportedError(
@@ -105,17 +114,18 @@ class Ledger:
                 )
             if self in change.holders:
                 return False
-            change.holders.append(self)
-        self.record(f"{kind} of {type(obj).__name__}", lambda: self._leave(obj, kind))
+            change.holders.add(self)
+        self.record(f"{kind} of {type(obj).__name__}", functools.partial(self._leave, weakref.ref(obj), kind))
         return True
 
-    def _leave(self, obj: Any, kind: str) -> None:
+    def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
         with _lock:
-            shared = _shared_changes.get(obj, {})
+            obj = reference()
+            shared = _shared_changes.get(obj, {}) if obj is not None else {}
             if kind not in shared or self not in shared[kind].holders:
                 return
             change = shared[kind]
-            change.holders.remove(self)
+            change.holders.discard(self)
             if not change.holders:
                 del shared[kind]
                 change.ledger.undo()
@@ -149,4 +159,4 @@ class Ledger:
 class _SharedChange:
     settings: Hashable
     ledger: Ledger
-    holders: list[Ledger]
+    holders: weakref.WeakSet[Ledger]

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -304,6 +306,36 @@ def test_pipelines_that_share_a_transformer_must_agree():
     with pytest.raises(UnsupportedError, match="shared with another accelerated pipeline"):
         accelerate_pipeline(second, quality="lossless", compile=CompileConfig(backend="aot_eager"))
     assert not hasattr(second, "acceleration")
+
+
+def test_a_dropped_pipeline_frees_its_transformer_at_once():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
+    entry.call(pipe, steps=4)
+    # Diffusers' own cache contexts make a cycle of a transformer and its hooks; of ours there must be none.
+    vars(pipe.transformer).pop("_diffusers_hook", None)
+    transformer = weakref.ref(pipe.transformer)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipe
+        assert transformer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_transformer_that_outlives_its_pipeline_can_be_accelerated_with_other_settings():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    entry.call(pipe)
+    transformer = pipe.transformer
+    del pipe
+    second = entry.build()
+    second.transformer = transformer
+    accelerate_pipeline(second, quality="lossless", attention="flex", compile=None)
+    assert difference(entry.call(second), entry.call(entry.build())) < ROUNDING
+    second.acceleration.remove()
+    assert difference(entry.call(second), entry.call(entry.build())) == 0
 
 
 def test_views_in_two_threads_never_see_each_others_state():

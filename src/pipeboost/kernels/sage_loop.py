@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,32 +62,33 @@ def int8_attention(
     return out, lse * _LN_2
 
 
+# Triton evaluates annotations in the kernel's scope, so its pointers and strides have none.
 @triton.jit
-def _attend(
-    q_pointer: Any,
-    k_pointer: Any,
-    v_pointer: Any,
-    q_scale_pointer: Any,
-    k_scale_pointer: Any,
-    lengths_pointer: Any,
-    out_pointer: Any,
-    lse_pointer: Any,
-    q_batch: Any,
-    q_token: Any,
-    q_head: Any,
-    k_batch: Any,
-    k_token: Any,
-    k_head: Any,
-    v_batch: Any,
-    v_token: Any,
-    v_head: Any,
-    tokens: Any,
-    keys: Any,
-    heads: Any,
+def _attend(  # type: ignore[no-untyped-def]
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    q_scale_pointer,
+    k_scale_pointer,
+    lengths_pointer,
+    out_pointer,
+    lse_pointer,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    tokens,
+    keys,
+    heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0)
     head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)

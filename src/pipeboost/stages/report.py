@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from pipeboost.call import Call
 from pipeboost.stages.watch import Span
 
 
@@ -48,12 +47,18 @@ class Report:
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of_call(cls, call: Call, *, cache: dict[str, dict[str, int]], compiled: dict[str, dict[str, float]]) -> Report:
-        """Read a finished call whose first span is the whole of it; on CUDA this waits for the call's work."""
+    def of_spans(
+        cls,
+        spans: list[Span],
+        *,
+        pipeline: str,
+        cache: dict[str, dict[str, int]],
+        compiled: dict[str, dict[str, float]],
+    ) -> Report:
+        """Read a finished call's spans, the first of which is the whole of it; on CUDA this waits for its work."""
         on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_cuda:
             torch.cuda.synchronize()
-        spans: list[Span] = call.events
         own = _without_nested(spans)
         stages: dict[str, float] = {}
         steps: dict[int, float] = {}
@@ -62,7 +67,7 @@ class Report:
             if span.step is not None:
                 steps[span.step] = steps.get(span.step, 0.0) + own_seconds
         return cls(
-            pipeline=type(call.pipe).__name__,
+            pipeline=pipeline,
             seconds=spans[0].seconds(),
             stages=stages,
             steps=[steps[step] for step in sorted(steps)],
