@@ -153,13 +153,13 @@ def _text_dims_of_model(model: nn.Module, family: Family) -> dict[str, int]:
     return {name: dim for name, dim in text_dims.items() if name in parameters}
 
 
-def _outermost(model: nn.Module, class_names: Sequence[str]) -> Iterator[nn.Module]:
-    """Modules of the named classes, but none inside another."""
+def _outermost(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Modules of the classes that Diffusers names, but none inside another."""
     for child in model.children():
-        if stock_class(child).__name__ in class_names:
+        if stock_class(child).__name__ in names:
             yield child
         else:
-            yield from _outermost(child, class_names)
+            yield from _outermost(child, names)
 
 
 def _longest_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
