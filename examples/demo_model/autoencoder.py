@@ -9,25 +9,34 @@ from diffusers import AutoencoderKL
 from .pace import Pace
 from .render import render
 
-KL_WEIGHT = 3e-4
+KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
+THING_WEIGHT = 6.0
 LATENT_NOISE = 0.05
+CHUNK = 250
 
 
-def train_autoencoder(vae: AutoencoderKL, canvases: Iterator[tuple[torch.Tensor, ...]], pace: Pace) -> None:
-    """Train in place, then set `scaling_factor` and `shift_factor` so that latents have mean 0 and deviation 1."""
+def draw_pool(canvases: Iterator[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Draw every canvas the iterator has: (scenes, 3, 128, 128) bytes."""
+    return torch.cat([((render(*canvas) + 1) * 127.5).round().byte() for canvas in canvases])
+
+
+def train_autoencoder(vae: AutoencoderKL, pool: torch.Tensor, pace: Pace, *, batch_size: int) -> None:
+    """Train in place on pictures of the pool, then set `scaling_factor` and `shift_factor` for unit latents.
+
+    The number of steps matters here, hardly the size of the batch: 120 steps of 8 pictures and of 128 came to the same
+    PSNR, 21 dB.
+    """
     vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)
     while pace.more():
-        with torch.no_grad():
-            images = render(*next(canvases))
+        images = _floats(pool[torch.randint(len(pool), (batch_size,), device=pool.device)])
         posterior = vae.encode(images).latent_dist
         latents = posterior.sample()
         # The decoder will be given the transformer's latents, which are never quite right.
         drawn = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample
-        loss = F.l1_loss(drawn, images) + EDGE_WEIGHT * _edge_loss(drawn, images)
         # `kl()` sums over a sample's latents; the weight is per latent.
-        loss = loss + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
+        loss = _reconstruction_loss(drawn, images) + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -36,29 +45,37 @@ def train_autoencoder(vae: AutoencoderKL, canvases: Iterator[tuple[torch.Tensor,
         optimizer.zero_grad()
         pace.advance(loss=loss.item() if pace.prints() else None)
     vae.eval()
-    _measure(vae, [render(*next(canvases)) for _ in range(16)])
+    _measure(vae, pool[: 4 * CHUNK])
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, canvases: Iterator[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """Latents (scenes, 4, 32, 32) in float16, of mean 0 and deviation 1, of every canvas the iterator has."""
-    latents = [vae.encode(render(*canvas)).latent_dist.mode() for canvas in canvases]
-    return ((torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor).half()
+def encode_pool(vae: AutoencoderKL, pool: torch.Tensor) -> torch.Tensor:
+    """Latents (scenes, 4, 32, 32) in float16, of mean 0 and deviation 1, of every picture of the pool."""
+    latents = torch.cat([vae.encode(_floats(images)).latent_dist.mode() for images in pool.split(CHUNK)])
+    return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).half()
 
 
 @torch.no_grad()
-def _measure(vae: AutoencoderKL, images: list[torch.Tensor]) -> None:
-    latents = [vae.encode(image).latent_dist.mode() for image in images]
-    error = torch.stack([F.mse_loss(vae.decode(z).sample, x) for z, x in zip(latents, images, strict=True)]).mean()
-    deviation, mean = torch.std_mean(torch.cat(latents))
+def _measure(vae: AutoencoderKL, pool: torch.Tensor) -> None:
+    latents = torch.cat([vae.encode(_floats(images)).latent_dist.mode() for images in pool.split(CHUNK)])
+    drawn = torch.cat([vae.decode(chunk).sample.clamp(-1, 1) for chunk in latents.split(CHUNK)])
+    error = F.mse_loss(drawn, _floats(pool))
+    deviation, mean = torch.std_mean(latents)
     vae.register_to_config(scaling_factor=round(1 / deviation.item(), 5), shift_factor=round(mean.item(), 5))
     print(
         f"vae: PSNR {10 * torch.log10(4 / error):.1f} dB, latent mean {mean:.3f}, deviation {deviation:.3f}, "
-        f"by channel {[round(channel, 2) for channel in torch.cat(latents).std((0, 2, 3)).tolist()]}",
+        f"by channel {[round(channel, 2) for channel in latents.std((0, 2, 3)).tolist()]}",
         flush=True,
     )
 
 
-def _edge_loss(drawn: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def _reconstruction_loss(drawn: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    # Things are a tenth of a picture: weigh what differs from the background, whose colour the left border has.
+    weight = 1 + THING_WEIGHT * (images - images[..., :1]).abs().amax(1, keepdim=True)
     difference = drawn - images
-    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return (weight * difference.abs()).mean() / weight.mean() + EDGE_WEIGHT * edges
+
+
+def _floats(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1

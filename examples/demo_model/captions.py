@@ -2,9 +2,10 @@
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing, is_held_out, sample_scene
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
 
 SHAPE_WORDS = {shape: (shape,) for shape in SHAPES} | {"circle": ("circle", "disc"), "moon": ("moon", "crescent moon")}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
@@ -87,18 +88,6 @@ def parse_caption(text: str) -> Scene:
     return Scene(things, background[1] if background else None)
 
 
-def held_out_scenes(n: int = 200) -> list[Prompt]:
-    """The first `n` of a fixed list of distinct captions, places always named, whose scenes training never drew."""
-    rng = random.Random("held-out captions")
-    prompts: dict[str, Prompt] = {}
-    while len(prompts) < n:
-        prompt = write_caption(sample_scene(rng, held_out=True), rng)
-        if prompt.scene.things[0].place is not None:
-            prompts.setdefault(prompt.text, prompt)
-    assert all(is_held_out(prompt.scene) for prompt in prompts.values())
-    return list(prompts.values())
-
-
 def _word_thing(thing: Thing, rng: random.Random, *, place_first: bool) -> str:
     words = f"{thing.colour} {rng.choice(SHAPE_WORDS[thing.shape])}"
     if thing.size is not None:
@@ -110,7 +99,7 @@ def _word_thing(thing: Thing, rng: random.Random, *, place_first: bool) -> str:
     return f"{place} {words}" if place_first else f"{words} {place}"
 
 
-def _inverse(words: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _inverse(words: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     return {word: key for key, group in words.items() for word in group}
 
 

@@ -28,12 +28,12 @@ def train_denoiser(
     """Train transformer and text encoders in place; they end as the exponential moving average of the run.
 
     `latents` (scenes, 4, 32, 32) are what `captions` chooses from. `save` is called `saves` times on the way, with the
-    average in place. Every eighth step pads the text to the stock 512 tokens (on a quarter of the batch, which costs
-    about the same), the others to 64: T5 and the transformer attend to the padding, as the stock pipeline has it.
+    average in place. Every eighth step pads the text to the stock 512 tokens (on an eighth of the batch), the others
+    to 64: T5 and the transformer attend to the padding, as the stock pipeline has it.
     """
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
     modules.train()
-    parameters = list(modules.parameters())
+    parameters: list[torch.Tensor] = list(modules.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
     # Autocast would make the embedders answer in bfloat16, and with them the residual stream and the timestep.
     hooks = [
@@ -45,12 +45,12 @@ def train_denoiser(
     optimizer = torch.optim.AdamW(
         parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=parameters[0].device.type == "cuda"
     )
-    running = 0.0
+    running = torch.zeros(())
     while pace.more():
         long_text = pace.step % LONG_TEXT_EVERY == LONG_TEXT_EVERY - 1
         chosen, clip_ids, t5_ids = next(captions)
         if long_text:
-            chosen, clip_ids, t5_ids = (tensor[: max(1, len(tensor) // 4)] for tensor in (chosen, clip_ids, t5_ids))
+            chosen, clip_ids, t5_ids = (tensor[: max(1, len(tensor) // 8)] for tensor in (chosen, clip_ids, t5_ids))
             t5_ids = F.pad(t5_ids, (0, STOCK_TEXT_LENGTH - TEXT_LENGTH), value=pipe.tokenizer_2.pad_token_id)
         # A second compilation costs more than it saves on one step in eight.
         with torch.compiler.set_stance("force_eager" if long_text else "default"):
@@ -63,7 +63,7 @@ def train_denoiser(
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 1 - min(EMA_DECAY, (1 + pace.step) / (10 + pace.step)))
-        running = 0.98 * running + 0.02 * loss.detach() if pace.step else loss.detach()
+        running = loss.detach() if pace.step == 0 else torch.lerp(running, loss.detach(), 0.02)
         pace.advance(loss=float(running) if pace.prints() else None)
         if pace.step % max(1, pace.steps // (saves + 1)) == 0 and pace.more():
             _swap(parameters, average)
@@ -111,7 +111,7 @@ def _pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _swap(parameters: list[torch.nn.Parameter], average: list[torch.Tensor]) -> None:
+def _swap(parameters: list[torch.Tensor], average: list[torch.Tensor]) -> None:
     for parameter, other in zip(parameters, average, strict=True):
         kept = parameter.detach().clone()
         parameter.copy_(other)

@@ -77,10 +77,12 @@ def _fit(shape: str, mask: np.ndarray, box: tuple[slice, slice]) -> tuple[float,
     radius = ((columns.stop - columns.start) / (high_x - low_x) + (rows.stop - rows.start) / (high_y - low_y)) / 2
     x = (columns.start + columns.stop) / 2 - radius * (low_x + high_x) / 2
     y = (rows.start + rows.stop) / 2 - radius * (low_y + high_y) / 2
-    axis = torch.arange(PIXELS) + 0.5
-    grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
+    # No fitted outline leaves the box by more than a pixel or two, so nothing farther out need be drawn.
+    window = tuple(slice(max(0, side.start - 4), side.stop + 4) for side in box)
+    grid_y, grid_x = torch.meshgrid(_CENTRES[window[0]], _CENTRES[window[1]], indexing="ij")
     drawn = (signed_distance(shape, (grid_x - x) / radius, (grid_y - y) / radius) < 0).numpy()
-    return float((drawn & mask).sum() / (drawn | mask).sum()), shape, x, y, radius
+    seen = mask[window]
+    return float((drawn & seen).sum() / (drawn | seen).sum()), shape, x, y, radius
 
 
 def _backdrop(lab: np.ndarray) -> np.ndarray:
@@ -110,6 +112,7 @@ def _unit_box(shape: str) -> tuple[float, float, float, float]:
     return xs.min().item(), xs.max().item(), ys.min().item(), ys.max().item()
 
 
+_CENTRES = torch.arange(PIXELS) + 0.5
 _UNIT_BOX = {shape: _unit_box(shape) for shape in SHAPES}
 _COLOUR_LAB = {name: rgb2lab(np.array(rgb) / 255) for name, rgb in COLOURS.items()}
 _BACKGROUND_LAB = {name: rgb2lab(np.array(rgb) / 255 * 0.975) for name, rgb in BACKGROUNDS.items()}

@@ -13,11 +13,10 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from .captions import Prompt, held_out_scenes
+from .captions import Prompt
+from .prompts import WEIGHTS, held_out_scenes
 from .reading import Picture, read_scene
 from .scenes import PIXELS, Scene, Thing
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def is_right(image: Picture, scene: Scene) -> bool:

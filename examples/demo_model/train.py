@@ -3,20 +3,33 @@
 import argparse
 import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
 
-from .autoencoder import encode_pool, train_autoencoder
+from .autoencoder import draw_pool, encode_pool, train_autoencoder
 from .data import Canvases, Captions, batches
 from .denoiser import train_denoiser
 from .model import build_pipeline, save_pipeline
 from .pace import Pace
 
-# Steps and batch of the VAE, scenes in the pool, steps and batch of the transformer.
-RECIPE = (6_000, 64, 200_000, 20_000, 256)
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run takes besides its seed."""
+
+    pool: int = 100_000
+    vae_steps: int = 8_000
+    vae_batch: int = 16
+    steps: int = 12_000
+    batch: int = 512
+    peak: float = 2e-3
+
+
+SMOKE = Recipe(pool=32, vae_steps=4, vae_batch=4, steps=16, batch=8)
 
 
 def main() -> None:
@@ -27,7 +40,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, help="cut stage one to what fits in this time")
     parser.add_argument("--seconds", type=float, help="cut stage two to what fits in this time")
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="highest learning rate of stage two")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage, to see that it runs")
     settings = parser.parse_args()
 
@@ -37,27 +49,38 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    # cuDNN's attention, torch 2.11's first choice on Hopper, reads out of bounds in the backward pass here.
+    # With cuDNN's attention (torch 2.11's first choice on Hopper) a compiled backward pass read out of bounds.
     torch.backends.cuda.enable_cudnn_sdp(False)
     pipe = FluxPipeline.from_pretrained(str(settings.resume)) if settings.resume else build_pipeline()
     pipe.to(device, torch.float32)
     torch.manual_seed(settings.seed + 1)
     workers = 12 if on_gpu else 0
-    vae_steps, vae_batch, pool, steps, batch = (8, 8, 16, 16, 8) if settings.smoke else RECIPE
-
+    recipe = SMOKE if settings.smoke else Recipe()
     save = partial(_save, pipe, settings.out)
-    canvases = Canvases(size=vae_batch, seed=settings.seed)
+
+    size = min(250, recipe.pool)
+    canvases = Canvases(size=size, seed=settings.seed)
+    pool = draw_pool(batches(canvases, device=device, workers=workers, numbers=range(recipe.pool // size)))
+    print(f"drew {len(pool)} scenes, {time.monotonic() - started:.0f} s since the start", flush=True)
     if not settings.resume:
-        pace = Pace("vae", steps=vae_steps, peak=2e-3, warmup=100, seconds=settings.vae_seconds)
-        train_autoencoder(pipe.vae, batches(canvases, device=device, workers=workers), pace)
+        pace = Pace("vae", steps=recipe.vae_steps, peak=2e-3, warmup=100, seconds=settings.vae_seconds)
+        train_autoencoder(pipe.vae, pool, pace, batch_size=recipe.vae_batch)
         save()
     pipe.vae.requires_grad_(False)
-    latents = encode_pool(pipe.vae, batches(canvases, device=device, workers=workers, numbers=range(pool // vae_batch)))
-    print(f"encoded {len(latents)} scenes, {time.monotonic() - started:.0f} s since the start", flush=True)
+    latents = encode_pool(pipe.vae, pool)
+    print(f"encoded them, {time.monotonic() - started:.0f} s since the start", flush=True)
 
-    captions = batches(Captions(size=batch, pool=pool, seed=settings.seed), device=device, workers=workers)
-    pace = Pace("denoiser", steps=steps, peak=settings.peak, warmup=300, seconds=settings.seconds)
-    train_denoiser(pipe, latents, captions, pace, save=save, saves=3, compile_blocks=on_gpu)
+    captions = Captions(size=recipe.batch, pool=len(pool), seed=settings.seed)
+    pace = Pace("denoiser", steps=recipe.steps, peak=recipe.peak, warmup=200, seconds=settings.seconds)
+    train_denoiser(
+        pipe,
+        latents,
+        batches(captions, device=device, workers=workers),
+        pace,
+        save=save,
+        saves=2,
+        compile_blocks=on_gpu,
+    )
     save()
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     print(f"trained in {time.monotonic() - started:.0f} s, {memory:.1f} GiB", flush=True)
