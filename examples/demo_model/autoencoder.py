@@ -24,8 +24,8 @@ def draw_pool(canvases: Iterator[tuple[torch.Tensor, ...]]) -> torch.Tensor:
 def train_autoencoder(vae: AutoencoderKL, pool: torch.Tensor, pace: Pace, *, batch_size: int) -> None:
     """Train in place on pictures of the pool, then set `scaling_factor` and `shift_factor` for unit latents.
 
-    The number of steps matters here, hardly the size of the batch: 120 steps of 8 pictures and of 128 came to the same
-    PSNR, 21 dB.
+    Small batches leave time for many steps: some 130 steps of 8 pictures on a CPU came as far (22 dB) as 120 steps of
+    128 on a GPU (21 dB).
     """
     vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=1e-4)

@@ -49,7 +49,8 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    # With cuDNN's attention (torch 2.11's first choice on Hopper) a compiled backward pass read out of bounds.
+    # A first run with cuDNN's attention died of an illegal memory access in a compiled backward pass, a second without
+    # it did not. Other things differed too, and cuDNN's attention alone runs at these shapes: the cause is not known.
     torch.backends.cuda.enable_cudnn_sdp(False)
     pipe = FluxPipeline.from_pretrained(str(settings.resume)) if settings.resume else build_pipeline()
     pipe.to(device, torch.float32)
