@@ -34,22 +34,26 @@ class Canvases(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Captions(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
-    """Item n holds `size` of the first `pool` scenes, each newly worded, one in ten by the empty prompt.
+    """Item n holds `wordings` captions of each of the scenes n·size to (n+1)·size.
 
-    The scenes' numbers (size,), their CLIP ids (size, 64) and their T5 ids (size, 64), padded.
+    The scenes' numbers (size·wordings,), their CLIP ids and their T5 ids, both (size·wordings, 64), padded.
     """
 
-    def __init__(self, *, size: int, pool: int, seed: int) -> None:
-        self.size, self.pool, self.seed = size, pool, seed
+    def __init__(self, *, size: int, wordings: int, seed: int) -> None:
+        self.size, self.wordings, self.seed = size, wordings, seed
         self.clip, self.t5 = build_clip_tokenizer(), build_t5_tokenizer()
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rng = random.Random(f"captions {self.seed}/{number}")
-        chosen = [rng.randrange(self.pool) for _ in range(self.size)]
-        texts = [write_caption(training_scene(index, seed=self.seed)[0], rng).text for index in chosen]
-        texts = ["" if rng.random() < CAPTION_DROPOUT else text for text in texts]
+        scenes = range(number * self.size, (number + 1) * self.size)
+        chosen = [scene for scene in scenes for _ in range(self.wordings)]
+        texts = [write_caption(training_scene(scene, seed=self.seed)[0], rng).text for scene in chosen]
+        return torch.tensor(chosen), *self.encode(texts)
+
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP and T5 ids of some captions, both (captions, 64), in 16 bits."""
         padding = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
-        return torch.tensor(chosen), self.clip(texts, **padding).input_ids, self.t5(texts, **padding).input_ids
+        return self.clip(texts, **padding).input_ids.short(), self.t5(texts, **padding).input_ids.short()
 
 
 def batches(

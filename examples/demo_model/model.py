@@ -14,13 +14,13 @@ TEXT_WIDTH = 128
 
 
 def build_vae() -> AutoencoderKL:
-    """128×128 pixels to 4×32×32 latents."""
+    """128×128 pixels to 16×16×16 latents."""
     return AutoencoderKL(
-        block_out_channels=(32, 48, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 48, 64, 80),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=16,
         norm_num_groups=8,
         sample_size=128,
         mid_block_add_attention=False,
@@ -33,10 +33,10 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """Four double and six single blocks, four heads of 40; every block starts as the identity (DiT's adaLN-zero)."""
+    """Three double and six single blocks, four heads of 40; every block starts as the identity (DiT's adaLN-zero)."""
     transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=4,
+        in_channels=64,
+        num_layers=3,
         num_single_layers=6,
         attention_head_dim=40,
         num_attention_heads=4,

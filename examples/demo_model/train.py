@@ -12,24 +12,25 @@ from diffusers import FluxPipeline
 
 from .autoencoder import draw_pool, encode_pool, train_autoencoder
 from .data import Canvases, Captions, batches
-from .denoiser import train_denoiser
+from .denoiser import Examples, train_denoiser
 from .model import build_pipeline, save_pipeline
 from .pace import Pace
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run takes besides its seed."""
+    """What a run takes besides its seed; `wordings` are captions for each scene of the pool."""
 
     pool: int = 100_000
-    vae_steps: int = 8_000
-    vae_batch: int = 16
-    steps: int = 12_000
-    batch: int = 512
-    peak: float = 2e-3
+    wordings: int = 3
+    vae_steps: int = 40_000
+    vae_batch: int = 32
+    steps: int = 60_000
+    batch: int = 256
+    peak: float = 1.5e-3
 
 
-SMOKE = Recipe(pool=32, vae_steps=4, vae_batch=4, steps=16, batch=8)
+SMOKE = Recipe(pool=32, vae_steps=4, vae_batch=4, steps=18, batch=8)
 
 
 def main() -> None:
@@ -49,8 +50,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    # A first run with cuDNN's attention died of an illegal memory access in a compiled backward pass, a second without
-    # it did not. Other things differed too, and cuDNN's attention alone runs at these shapes: the cause is not known.
+    # With cuDNN's attention (torch 2.11's first choice on Hopper) a compiled backward pass read out of bounds.
     torch.backends.cuda.enable_cudnn_sdp(False)
     pipe = FluxPipeline.from_pretrained(str(settings.resume)) if settings.resume else build_pipeline()
     pipe.to(device, torch.float32)
@@ -67,21 +67,18 @@ def main() -> None:
         pace = Pace("vae", steps=recipe.vae_steps, peak=2e-3, warmup=100, seconds=settings.vae_seconds)
         train_autoencoder(pipe.vae, pool, pace, batch_size=recipe.vae_batch)
         save()
+    captions = Captions(size=size, wordings=recipe.wordings, seed=settings.seed)
+    words = batches(captions, device=device, workers=workers, numbers=range(recipe.pool // size))
+    chosen, clip_ids, t5_ids = (torch.cat(parts) for parts in zip(*words, strict=True))
+    print(f"wrote {len(chosen)} captions, {time.monotonic() - started:.0f} s since the start", flush=True)
     pipe.vae.requires_grad_(False)
     latents = encode_pool(pipe.vae, pool)
     print(f"encoded them, {time.monotonic() - started:.0f} s since the start", flush=True)
 
-    captions = Captions(size=recipe.batch, pool=len(pool), seed=settings.seed)
-    pace = Pace("denoiser", steps=recipe.steps, peak=recipe.peak, warmup=200, seconds=settings.seconds)
-    train_denoiser(
-        pipe,
-        latents,
-        batches(captions, device=device, workers=workers),
-        pace,
-        save=save,
-        saves=2,
-        compile_blocks=on_gpu,
-    )
+    examples = Examples(latents, chosen, clip_ids, t5_ids, *(ids[0].to(device) for ids in captions.encode([""])))
+    del pool
+    pace = Pace("denoiser", steps=recipe.steps, peak=recipe.peak, warmup=500, seconds=settings.seconds)
+    train_denoiser(pipe, examples, pace, batch_size=recipe.batch, save=save, saves=2, compile_blocks=on_gpu)
     save()
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     print(f"trained in {time.monotonic() - started:.0f} s, {memory:.1f} GiB", flush=True)
