@@ -7,13 +7,6 @@ from typing import Any
 import torch
 
 from pipeboost.families import Blocks, Family, FullSize, true_cfg_branches
-from pipeboost.kernels.rotary import rotate_pairs
-
-
-def apply_rotary_emb_qwen(x: torch.Tensor, freqs_cis: torch.Tensor, use_real: bool = True) -> torch.Tensor:
-    """Stock's function of this name, as the attention processor calls it: with complex frequencies."""
-    assert not use_real
-    return rotate_pairs(x, freqs_cis)
 
 
 def forward_arguments(
@@ -63,7 +56,6 @@ FAMILY = Family(
     ),
     padded_text=None,
     branches=true_cfg_branches,
-    processor_functions={"apply_rotary_emb_qwen": apply_rotary_emb_qwen},
     full_sizes=(
         FullSize(
             name="qwen-image",

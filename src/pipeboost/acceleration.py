@@ -306,7 +306,6 @@ class Acceleration:
                     tier=plan.quality,
                     hardware=plan.hardware,
                     right_padded=plan.family.padded_text is not None,
-                    functions=plan.family.processor_functions,
                 )
                 trim_padded_text(obj, plan.family, ledger)
             if denoiser and plan["cache"].on:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -106,8 +106,6 @@ class Family:
         blocks: the repeated blocks of a transformer.
         padded_text: how it masks padded text, where it does.
         branches: `(pipe, call arguments) -> how many separate transformer forwards a step makes` (1, or 2 with CFG).
-        processor_functions: global names that its attention processors call → functions of ours that give the same but
-            for rounding and compile into faster code; they take the stock function's place in compiled blocks only.
         full_sizes: published sizes for `pipeboost bench`.
         measured: speeds we measured, which a plan quotes on the same hardware.
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
@@ -123,8 +121,7 @@ class Family:
     blocks: tuple[Blocks, ...]
     padded_text: PaddedText | None
     branches: Callable[[Any, Mapping[str, Any]], int] | None
-    processor_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    full_sizes: tuple[FullSize, ...] = ()
+    full_sizes: tuple[FullSize, ...]
     measured: tuple[Measured, ...] = ()
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
     missing: tuple[str, ...] = ()

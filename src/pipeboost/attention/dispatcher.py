@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ class DispatcherSettings:
         tier: the quality tier, which bounds what `"auto"` may choose.
         hardware: the device that the plan was made for.
         right_padded: key-padding masks are known to have their padding last, so keys need not be moved.
-        functions: global names that processors call, and what takes their place in compiled blocks.
         scope: whoever hangs layers on `attend`, such as a device mesh; dispatchers of different scopes are not shared.
     """
 
@@ -35,7 +34,6 @@ class DispatcherSettings:
     tier: str
     hardware: Hardware
     right_padded: bool = False
-    functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
     scope: Hashable = None
 
     def __repr__(self) -> str:

@@ -1,18 +1,16 @@
 """Swap the attention processors of one model for ones that call our dispatcher, in place and per instance.
 
-A processor's class gets a disguised subclass whose `__call__` is the stock function with globals exchanged:
-`dispatch_attention_fn`, and what the family gives functions for. The processor object stays the same, with its state;
-only its `__class__` changes. There is one subclass per stock class and dispatcher, because torch.compile guards on the
-class.
+A processor's class gets a disguised subclass whose `__call__` is the stock function with one global exchanged:
+`dispatch_attention_fn`. The processor object stays the same, with its state; only its `__class__` changes. There is one
+subclass per stock class and dispatcher, because torch.compile guards on the class.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +94,6 @@ def swap_attention(
     tier: str = "lossless",
     hardware: Hardware | None = None,
     right_padded: bool = False,
-    functions: Mapping[str, Callable[..., Any]] | None = None,
     scope: Hashable = None,
 ) -> SwapReport:
     """Make the attention processors of one model call our dispatcher while a pipeline call of ours runs.
@@ -109,7 +106,6 @@ def swap_attention(
         tier: the quality tier, which bounds the choice.
         hardware: where the model will run (default: this machine's accelerator, else its CPU).
         right_padded: the model's key-padding masks always have their padding last.
-        functions: see `Family.processor_functions`.
         scope: see `DispatcherSettings.scope`.
 
     Raises:
@@ -129,7 +125,7 @@ def swap_attention(
         head_dim=head_dim if isinstance(head_dim, int) else None,
     )
     _refuse_second_choice(model, backend)
-    settings = DispatcherSettings(backend, tier, hardware, right_padded, tuple((functions or {}).items()), scope)
+    settings = DispatcherSettings(backend, tier, hardware, right_padded, scope)
 
     # The ledger of a shared change must not keep its model alive.
     reference = weakref.ref(model)
@@ -199,12 +195,7 @@ def _uses_global(code: types.CodeType) -> bool:
 def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
     function = stock.__call__
     assert isinstance(function, types.FunctionType)
-    replaced = {
-        name: _only_compiled(ours, function.__globals__[name])
-        for name, ours in dispatcher.settings.functions
-        if name in function.__globals__
-    }
-    scope = {**function.__globals__, **replaced, _GLOBAL: dispatcher.dispatch}
+    scope = {**function.__globals__, _GLOBAL: dispatcher.dispatch}
     # With a module's name in it dynamo would take the scope for that module's and guard on the stock global. Relative
     # imports inside the function go by `__package__`.
     del scope["__name__"]
@@ -221,11 +212,3 @@ def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
     twin.__module__ = function.__module__
     twin.__doc__ = function.__doc__
     return twin
-
-
-def _only_compiled(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        return ours(*args, **kwargs) if torch.compiler.is_compiling() else stock(*args, **kwargs)
-
-    return chosen
