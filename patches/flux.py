@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured, true_cfg_branches
 
 
 def forward_arguments(
@@ -69,6 +69,15 @@ FAMILY = Family(
             config={"guidance_embeds": True},
             inputs=forward_arguments,
             workload="1024×1024: 4096 image + 512 text tokens",
+        ),
+    ),
+    measured=(
+        Measured(
+            hardware="H100",
+            tier="lossless",
+            workload="1024×1024",
+            speedup=1.37,
+            source="benchmarks/results/flux.1-dev_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),
 )

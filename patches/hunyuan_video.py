@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, PaddedText, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText, true_cfg_branches
 
 
 def forward_arguments(
@@ -64,6 +64,15 @@ FAMILY = Family(
             config={"guidance_embeds": True},
             inputs=forward_arguments,
             workload="544×960, 33 frames: 18,360 video + 256 text tokens, of which 60 are real",
+        ),
+    ),
+    measured=(
+        Measured(
+            hardware="H100",
+            tier="lossless",
+            workload="544×960, 33 frames",
+            speedup=1.76,
+            source="benchmarks/results/hunyuan-video_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),
 )

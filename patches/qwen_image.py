@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured, true_cfg_branches
 
 
 def forward_arguments(
@@ -64,6 +64,15 @@ FAMILY = Family(
             config={},
             inputs=forward_arguments,
             workload="1024×1024, one guidance branch: 4096 image + 128 text tokens",
+        ),
+    ),
+    measured=(
+        Measured(
+            hardware="H100",
+            tier="lossless",
+            workload="1024×1024",
+            speedup=1.33,
+            source="benchmarks/results/qwen-image_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),
 )

@@ -77,5 +77,14 @@ FAMILY = Family(
             workload="480×832, 81 frames, one guidance branch: 32,760 video + 512 text tokens",
         ),
     ),
+    measured=(
+        Measured(
+            hardware="H100",
+            tier="lossless",
+            workload="1.3B, 480×832, 81 frames",
+            speedup=1.40,
+            source="benchmarks/results/wan2.1-1.3b_h100-80gb-hbm3_2026-11-22.md",
+        ),
+    ),
     expert_steps=expert_steps,
 )

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .captions import write_caption
-from .scenes import Scene, place_on_canvas, sample_scene
+from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, place_on_canvas, sample_scene
 from .text import build_clip_tokenizer, build_t5_tokenizer
 
 TEXT_LENGTH = 64
@@ -33,27 +33,43 @@ class Canvases(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return torch.tensor([rows for _, rows, _ in scenes]), torch.tensor([background for *_, background in scenes])
 
 
-class Captions(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+class Captions(Dataset[tuple[torch.Tensor, ...]]):
     """Item n holds `wordings` captions of each of the scenes n·size to (n+1)·size.
 
-    The scenes' numbers (size·wordings,), their CLIP ids and their T5 ids, both (size·wordings, 64), padded.
+    The scenes' numbers (size·wordings,), their CLIP ids and their T5 ids, both (size·wordings, 64), padded, and their
+    layouts (size·wordings, 28): shape, colour and size of the nine places, counted from 1, and the background.
     """
 
     def __init__(self, *, size: int, wordings: int, seed: int) -> None:
         self.size, self.wordings, self.seed = size, wordings, seed
         self.clip, self.t5 = build_clip_tokenizer(), build_t5_tokenizer()
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...]:
         rng = random.Random(f"captions {self.seed}/{number}")
-        scenes = range(number * self.size, (number + 1) * self.size)
-        chosen = [scene for scene in scenes for _ in range(self.wordings)]
-        texts = [write_caption(training_scene(scene, seed=self.seed)[0], rng).text for scene in chosen]
-        return torch.tensor(chosen), *self.encode(texts)
+        numbers = range(number * self.size, (number + 1) * self.size)
+        scenes = [training_scene(index, seed=self.seed)[0] for index in numbers for _ in range(self.wordings)]
+        chosen = torch.tensor([index for index in numbers for _ in range(self.wordings)])
+        layouts = torch.tensor([_layout(scene) for scene in scenes], dtype=torch.int16)
+        return chosen, *self.encode([write_caption(scene, rng).text for scene in scenes]), layouts
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP and T5 ids of some captions, both (captions, 64), in 16 bits."""
         padding = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True, "return_tensors": "pt"}
         return self.clip(texts, **padding).input_ids.short(), self.t5(texts, **padding).input_ids.short()
+
+
+def _layout(scene: Scene) -> list[int]:
+    rows = {place: [0, 0, 0] for place in PLACES}
+    for thing in scene.things:
+        assert thing.place is not None
+        assert thing.size is not None
+        rows[thing.place] = [
+            1 + SHAPES.index(thing.shape),
+            1 + tuple(COLOURS).index(thing.colour),
+            1 + tuple(SIZES).index(thing.size),
+        ]
+    assert scene.background is not None
+    return [*itertools.chain.from_iterable(rows.values()), tuple(BACKGROUNDS).index(scene.background)]
 
 
 def batches(

@@ -115,10 +115,7 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
-    family = family_of(pipe)
-    models = family.models(pipe)
-    hardware = detect_hardware(next(iter(models.values())).device)
-    plan = make_plan(settings, hardware, family, facts_of(pipe, models))
+    plan = _plan_for(pipe, settings)
     previous = vars(pipe).get("acceleration")
     if isinstance(previous, Acceleration):
         previous.remove()
@@ -220,6 +217,7 @@ class Acceleration:
     def open(self) -> Iterator[Call]:
         """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
         pipe = self._alive_pipe()
+        self._follow_device(pipe)
         self._bind(pipe)
         with self._opened(pipe, {}) as call:
             yield call
@@ -253,6 +251,7 @@ class Acceleration:
         if id(self) in _paused.get():
             with no_call():
                 return call_next(*args, **kwargs)
+        self._follow_device(pipe)
         self._bind(pipe)
         bound = _signature(stock_class(pipe)).bind(pipe, *args, **kwargs)
         bound.apply_defaults()
@@ -274,6 +273,16 @@ class Acceleration:
                 yield call
             finally:
                 self._calls.discard(call)
+
+    def _follow_device(self, pipe: Any) -> None:
+        """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does."""
+        with self._lock:
+            unmoved = pipe._execution_device.type == self.plan.hardware.device
+            if unmoved or self._calls or pipe is not self._pipe():
+                return
+            plan = _plan_for(pipe, self.config)
+            self._undo_all_parts()
+            self.plan = plan
 
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
@@ -327,6 +336,12 @@ class Acceleration:
     def _undo_all_parts(self) -> None:
         for key in reversed(tuple(self._parts)):
             self._undo_part(key)
+
+
+def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
+    family = family_of(pipe)
+    # Where Diffusers offloads, the weights wait on the CPU, but the pipeline runs elsewhere.
+    return make_plan(config, detect_hardware(pipe._execution_device), family, facts_of(pipe, family.models(pipe)))
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

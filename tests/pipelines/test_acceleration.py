@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import sys
 import threading
@@ -13,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.hardware import Hardware
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,
@@ -306,6 +308,18 @@ def test_pipelines_that_share_a_transformer_must_agree():
     with pytest.raises(UnsupportedError, match="shared with another accelerated pipeline"):
         accelerate_pipeline(second, quality="lossless", compile=CompileConfig(backend="aot_eager"))
     assert not hasattr(second, "acceleration")
+
+
+def test_a_pipeline_moved_to_another_device_is_planned_anew():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), quality="balanced")
+    here = pipe.acceleration.plan
+    elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
+    pipe.acceleration.plan = dataclasses.replace(here, hardware=elsewhere)
+    assert difference(entry.call(pipe), entry.call(entry.build())) < ROUNDING
+    assert pipe.acceleration.plan == here
+    pipe.acceleration.remove()
+    assert difference(entry.call(pipe), entry.call(entry.build())) == 0
 
 
 def test_a_dropped_pipeline_frees_its_transformer_at_once():
