@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize
+from pipeboost.families import Blocks, Family, FullSize, Measured
 
 
 def branches(pipe: Any, arguments: Mapping[str, Any]) -> int:
