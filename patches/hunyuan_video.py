@@ -70,7 +70,7 @@ FAMILY = Family(
         Measured(
             hardware="H100",
             tier="lossless",
-            workload="544×960, 33 frames",
+            workload="544×960, 33 frames, FlashAttention 3",
             speedup=1.76,
             source="benchmarks/results/hunyuan-video_h100-80gb-hbm3_2026-11-22.md",
         ),

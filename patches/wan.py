@@ -81,7 +81,7 @@ FAMILY = Family(
         Measured(
             hardware="H100",
             tier="lossless",
-            workload="1.3B, 480×832, 81 frames",
+            workload="1.3B, 480×832, 81 frames, FlashAttention 3",
             speedup=1.40,
             source="benchmarks/results/wan2.1-1.3b_h100-80gb-hbm3_2026-11-22.md",
         ),

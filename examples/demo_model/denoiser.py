@@ -1,4 +1,4 @@
-"""Stage two: the transformer learns flow matching on the VAE's latents, together with the two text encoders."""
+"""The transformer's stage: it learns flow matching on the VAE's latents, together with the two text encoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ EMA_DECAY = 0.999
 
 @dataclass(frozen=True)
 class Examples:
-    """What stage two learns from, all on the training device.
+    """What this stage learns from, all on the training device.
 
     Attributes:
         latents: (scenes, 16, 16, 16), of mean 0 and deviation 1.

@@ -1,4 +1,4 @@
-"""Stage one of three: the text encoders learn to say what stands where, before any picture is involved.
+"""The text encoders' stage: they learn to say what stands where, before any picture is involved.
 
 FLUX gives text tokens no position in its attention, so which colour belongs to which thing must be told by the T5
 states themselves. Learnt through the denoising loss alone, that takes most of a run.

@@ -13,6 +13,7 @@ from diffusers import FluxPipeline
 from .autoencoder import draw_pool, encode_pool, train_autoencoder
 from .data import Canvases, Captions, batches
 from .denoiser import Examples, train_denoiser
+from .encoders import train_encoders
 from .model import build_pipeline, save_pipeline
 from .pace import Pace
 
@@ -25,22 +26,27 @@ class Recipe:
     wordings: int = 3
     vae_steps: int = 40_000
     vae_batch: int = 32
+    encoder_steps: int = 6_000
+    encoder_batch: int = 512
     steps: int = 60_000
     batch: int = 256
     peak: float = 1.5e-3
 
 
-SMOKE = Recipe(pool=32, vae_steps=4, vae_batch=4, steps=18, batch=8)
+SMOKE = Recipe(pool=32, vae_steps=4, vae_batch=4, encoder_steps=4, encoder_batch=8, steps=18, batch=8)
 
 
 def main() -> None:
-    """Both stages, saving several times on the way."""
+    """All stages, saving several times on the way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the Diffusers folder to write")
-    parser.add_argument("--resume", type=Path, help="go on from this folder: its VAE is kept, stage two runs again")
+    parser.add_argument(
+        "--resume", type=Path, help="start from this folder and go on with the transformer alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-seconds", type=float, help="cut stage one to what fits in this time")
-    parser.add_argument("--seconds", type=float, help="cut stage two to what fits in this time")
+    parser.add_argument("--vae-seconds", type=float, help="cut the VAE's stage to what fits in this time")
+    parser.add_argument("--encoder-seconds", type=float, help="cut the text encoders' stage to what fits in this time")
+    parser.add_argument("--seconds", type=float, help="cut the transformer's stage to what fits in this time")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage, to see that it runs")
     settings = parser.parse_args()
 
@@ -69,8 +75,11 @@ def main() -> None:
         save()
     captions = Captions(size=size, wordings=recipe.wordings, seed=settings.seed)
     words = batches(captions, device=device, workers=workers, numbers=range(recipe.pool // size))
-    chosen, clip_ids, t5_ids = (torch.cat(parts) for parts in zip(*words, strict=True))
+    chosen, clip_ids, t5_ids, layouts = (torch.cat(parts) for parts in zip(*words, strict=True))
     print(f"wrote {len(chosen)} captions, {time.monotonic() - started:.0f} s since the start", flush=True)
+    if not settings.resume:
+        pace = Pace("encoders", steps=recipe.encoder_steps, peak=2e-3, warmup=200, seconds=settings.encoder_seconds)
+        train_encoders(pipe, clip_ids, t5_ids, layouts, pace, batch_size=recipe.encoder_batch)
     pipe.vae.requires_grad_(False)
     latents = encode_pool(pipe.vae, pool)
     print(f"encoded them, {time.monotonic() - started:.0f} s since the start", flush=True)
