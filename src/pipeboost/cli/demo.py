@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ TEXT_TOKENS = 64
 
 @dataclass
 class Run:
-    """One row of the table: a variant, its images, seconds for all of them, and seconds spent before the first."""
+    """One row of the table: a variant, its images, the median seconds of one, and those of a first, discarded one."""
 
     name: str
     images: list[Image.Image]
@@ -78,15 +79,19 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
 
 def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
     try:
-        from pipeboost.demo_model.captions import DEMO_PROMPTS
-        from pipeboost.demo_model.score import WEIGHTS, score_images
+        from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
+        from pipeboost.demo_model.score import score_images
     except ImportError as error:
         raise MissingPackageError(
             f"the demo reads its pictures back with {error.name}: pip install 'pipeboost[quality]'"
         ) from error
+    import transformers
     from diffusers import FluxPipeline
+    from diffusers.utils import logging
 
-    pipe = FluxPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32, local_files_only=True).to(hardware.device)
+    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = FluxPipeline.from_pretrained(str(WEIGHTS), local_files_only=True).to(hardware.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, list(DEMO_PROMPTS), score_images
 
@@ -121,17 +126,19 @@ def _draw(
     started = time.perf_counter()
     _image(pipe, prompts[0].text, 0, steps, advance)
     warm_up = time.perf_counter() - started
-    started = time.perf_counter()
-    images = [_image(pipe, prompt.text, seed, steps, advance) for seed, prompt in enumerate(prompts)]
-    seconds = time.perf_counter() - started
+    images, seconds = [], []
+    for seed, prompt in enumerate(prompts):
+        started = time.perf_counter()
+        images.append(_image(pipe, prompt.text, seed, steps, advance))
+        seconds.append(time.perf_counter() - started)
     note = ""
     if settings is not None:
         note = ", ".join(
-            f"{counts['skipped']} of {counts['skipped'] + counts['computed']} steps skipped"
+            f"{counts['skipped']}/{counts['skipped'] + counts['computed']}"
             for counts in pipe.acceleration.report().cache.values()
         )
         pipe.acceleration.remove()
-    return Run(name, images, seconds, warm_up, note)
+    return Run(name, images, statistics.median(seconds), warm_up, note)
 
 
 def _image(pipe: Any, prompt: str, seed: int, steps: int, advance: Callable[[], None]) -> Image.Image:
@@ -152,21 +159,25 @@ def _image(pipe: Any, prompt: str, seed: int, steps: int, advance: Callable[[], 
 
 def _print_table(console: Console, runs: list[Run], scenes: list[Any], score: Callable[..., float]) -> None:
     table = Table()
-    for heading in ("", "s per image", "speed-up", "first call s", "PSNR to stock", "drawn right", "cache"):
-        table.add_column(heading, justify="left" if heading in ("", "cache") else "right")
+    for heading in ("", "s/image", "speed-up", "first", "to stock", "right", "skipped"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     stock = runs[0]
     reference = _stack(stock.images)
     for run in runs:
         table.add_row(
             run.name,
-            f"{run.seconds / len(run.images):.2f}",
+            f"{run.seconds:.2f}",
             f"{stock.seconds / run.seconds:.2f}x",
-            f"{run.warm_up:.1f}",
+            f"{run.warm_up:.1f} s",
             "identical" if np.array_equal(_stack(run.images), reference) else _decibels(run.images, reference),
             f"{score(run.images, scenes):.0%}",
             run.note,
         )
     console.print(table)
+    console.print(
+        "[dim]first: the first call, which compiles; to stock: PSNR; right: pictures that show just what the prompt "
+        "says; skipped: steps of the latest picture, by the cache[/]"
+    )
 
 
 def _decibels(images: list[Image.Image], reference: np.ndarray) -> str:
@@ -191,9 +202,7 @@ def _grid(runs: list[Run], prompts: list[str]) -> Image.Image:
         y = top + row * (side + margin)
         speed = runs[0].seconds / run.seconds
         pen.text((8, y + side // 2 - 24), run.name, fill="black", font_size=18)
-        pen.text(
-            (8, y + side // 2), f"{run.seconds / len(run.images):.2f} s ({speed:.2f}x)", fill="black", font_size=14
-        )
+        pen.text((8, y + side // 2), f"{run.seconds:.2f} s ({speed:.2f}x)", fill="black", font_size=14)
         for column, image in enumerate(run.images):
             enlarged = image.resize((side, side), Image.Resampling.LANCZOS)
             grid.paste(enlarged, (left + column * (side + margin), y))
