@@ -7,13 +7,13 @@ config object or file, which wins over `PIPEBOOST_*` environment variables.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeboost.config_sources import environment_settings, file_settings, variable_of
 from pipeboost.errors import ConfigurationError, not_one_of
 
 TIERS = ("exact", "lossless", "balanced", "fast")
@@ -21,6 +21,8 @@ FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload")
 ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "flash4", "sage", "flex")
 STEP_MASKS = ("slow", "medium", "fast", "ultra")
 COMPILE_SCOPES = ("regional", "full")
+QUANTIZE_SCHEMES = ("fp8",)
+OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 
 Tier = Literal["exact", "lossless", "balanced", "fast"]
 
@@ -61,6 +63,14 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
             _require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
+        for name in ("vae", "text_encoder"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+                raise not_one_of(f"parallel.{name}", value, ("auto", True, False))
+        if self.group is not None and not _is_process_group(self.group):
+            raise ConfigurationError(
+                f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"
+            )
 
     @property
     def size(self) -> int:
@@ -101,8 +111,8 @@ class CacheConfig:
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or not 0 < self.threshold <= 1:
             raise ConfigurationError(f"cache.threshold={self.threshold!r} must be a number in (0, 1]")
-        if self.taylorseer_order not in (None, 1, 2, 3, 4):
-            raise not_one_of("cache.taylorseer_order", self.taylorseer_order, (None, 1, 2, 3, 4))
+        if self.taylorseer_order is not None:
+            _require_integer("cache.taylorseer_order", self.taylorseer_order, minimum=1, maximum=4)
         if isinstance(self.step_mask, str):
             if self.step_mask not in STEP_MASKS:
                 raise not_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
@@ -110,6 +120,8 @@ class CacheConfig:
             object.__setattr__(self, "step_mask", _checked_bins(self.step_mask))
         if isinstance(self.secondary, Mapping):
             object.__setattr__(self, "secondary", _from_mapping(CacheConfig, "cache.secondary", self.secondary))
+        elif not isinstance(self.secondary, CacheConfig | None):
+            raise ConfigurationError(f"cache.secondary={self.secondary!r} must be CacheConfig(...) or None")
 
 
 @dataclass(frozen=True)
@@ -118,20 +130,27 @@ class CompileConfig:
 
     Attributes:
         scope: `"regional"` compiles one block and reuses it for all that are alike; `"full"` the whole transformer.
-        backend: a torch.compile backend.
+        backend: a torch.compile backend: its name, or a function as torch.compile takes it.
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
     """
 
     scope: str = "regional"
-    backend: str = "inductor"
+    backend: str | Callable[..., Any] = "inductor"
     dynamic: bool = False
     recompile_limit: int = 64
 
     def __post_init__(self) -> None:
         if self.scope not in COMPILE_SCOPES:
             raise not_one_of("compile", self.scope, COMPILE_SCOPES)
-        _require_integer("compile.recompile_limit", self.recompile_limit, minimum=1)
+        if not isinstance(self.backend, str) and not callable(self.backend):
+            raise ConfigurationError(
+                f"compile.backend={self.backend!r} must be a torch.compile backend: a name such as 'inductor', or a "
+                "function"
+            )
+        if not isinstance(self.dynamic, bool):
+            raise not_one_of("compile.dynamic", self.dynamic, (True, False))
+        _require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
 
 
 @dataclass(frozen=True)
@@ -141,8 +160,8 @@ class QuantizeConfig:
     scheme: str = "fp8"
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("fp8",):
-            raise not_one_of("quantize", self.scheme, ("fp8",))
+        if self.scheme not in QUANTIZE_SCHEMES:
+            raise not_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
 
 
 @dataclass(frozen=True)
@@ -152,8 +171,8 @@ class OffloadConfig:
     policy: str = "resident"
 
     def __post_init__(self) -> None:
-        if self.policy not in ("resident", "stage", "layerwise"):
-            raise not_one_of("offload", self.policy, ("resident", "stage", "layerwise"))
+        if self.policy not in OFFLOAD_POLICIES:
+            raise not_one_of("offload", self.policy, OFFLOAD_POLICIES)
 
 
 @dataclass(frozen=True)
@@ -181,7 +200,7 @@ class AccelerationConfig:
         Raises:
             ConfigurationError: the file is missing, unreadable, or has a key or value that is not allowed.
         """
-        return cls(**_read_settings(Path(path)))
+        return cls(**file_settings(Path(path), _SETTINGS))
 
 
 _CLASSES: dict[str, type] = {
@@ -192,13 +211,15 @@ _CLASSES: dict[str, type] = {
     "quantize": QuantizeConfig,
     "offload": OffloadConfig,
 }
-_SHORT_NAME_FIELD = {
-    "attention": "backend",
-    "cache": "step_mask",
-    "compile": "scope",
-    "quantize": "scheme",
-    "offload": "policy",
+_SHORT_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "attention": ("backend", ATTENTION_BACKENDS),
+    "cache": ("step_mask", STEP_MASKS),
+    "compile": ("scope", COMPILE_SCOPES),
+    "quantize": ("scheme", QUANTIZE_SCHEMES),
+    "offload": ("policy", OFFLOAD_POLICIES),
 }
+_SETTINGS = ("quality", *FEATURES)
+_OFF_WORDS = ("none", "off", "false", "0")
 
 
 def resolve_config(
@@ -214,18 +235,20 @@ def resolve_config(
         environment: where `PIPEBOOST_QUALITY`, `PIPEBOOST_ATTENTION`, … are looked up (default: the process's).
 
     Raises:
-        ConfigurationError: a value that is not allowed.
+        ConfigurationError: a value that is not allowed, or a `PIPEBOOST_*` variable that stands for no setting.
     """
     environment = os.environ if environment is None else environment
     settings: dict[str, Any] = {}
-    for name in ("quality", *FEATURES):
-        text = environment.get(f"PIPEBOOST_{name.upper()}")
-        if text is not None:
-            settings[name] = None if text.lower() in ("none", "off", "false", "0") else text
+    for name, text in environment_settings(environment, _SETTINGS).items():
+        value: Any = None if name in FEATURES and text.lower() in _OFF_WORDS else text
+        try:
+            settings[name] = getattr(AccelerationConfig(**{name: value}), name)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"environment variable {variable_of(name)}: {error}") from error
     if isinstance(config, AccelerationConfig):
         settings.update({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     elif isinstance(config, (str, os.PathLike)):
-        settings.update(_read_settings(Path(config)))
+        settings.update(file_settings(Path(config), _SETTINGS))
     elif config is not None:
         raise ConfigurationError(
             f"config must be an AccelerationConfig or the path of a YAML or JSON file, not {type(config).__name__}"
@@ -236,17 +259,22 @@ def resolve_config(
 
 def _feature_setting(feature: str, value: Any) -> Any:
     cls = _CLASSES[feature]
-    if value is None or value is False or value == "off":
+    field, names = _SHORT_NAMES.get(feature, ("", ()))
+    if value is None or value is False:
         return None
-    if value is True or (isinstance(value, str) and value == "auto"):
-        return "auto"
     if isinstance(value, cls):
         return value
     if isinstance(value, Mapping):
         return _from_mapping(cls, feature, value)
-    if isinstance(value, str) and feature in _SHORT_NAME_FIELD:
-        return cls(**{_SHORT_NAME_FIELD[feature]: value})
-    raise ConfigurationError(f"{feature}={value!r} is not allowed; use 'auto', None, a short name or a {cls.__name__}")
+    if isinstance(value, str):
+        if value == "off":
+            return None
+        if value == "auto":
+            return "auto"
+        if value in names:
+            return cls(**{field: value})
+    allowed = ", ".join(map(repr, ("auto", *names, None, False)))
+    raise ConfigurationError(f"{feature}={value!r} is not allowed; use one of {allowed} or {cls.__name__}(...)")
 
 
 def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
@@ -255,32 +283,6 @@ def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
         if key not in known:
             raise ConfigurationError(f"{argument} has no setting {key!r}; it has {', '.join(known)}")
     return cls(**values)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from error
-    if path.suffix == ".json":
-        try:
-            settings = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"config file {path} is not valid JSON: {error}") from error
-    else:
-        import yaml
-
-        try:
-            settings = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"config file {path} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigurationError(f"config file {path} must hold a mapping of settings")
-    known = ("quality", *FEATURES)
-    for key in settings:
-        if key not in known:
-            raise ConfigurationError(f"config file {path} has no setting {key!r}; it may have {', '.join(known)}")
-    return settings
 
 
 def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -297,6 +299,13 @@ def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return compute, cache
 
 
-def _require_integer(argument: str, value: Any, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigurationError(f"{argument}={value!r} must be an integer of at least {minimum}")
+def _require_integer(argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > (maximum or value):
+        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ConfigurationError(f"{argument}={value!r} must be an integer {allowed}")
+
+
+def _is_process_group(group: Any) -> bool:
+    import torch.distributed
+
+    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from pipeboost.config import (
     AccelerationConfig,
@@ -34,7 +35,8 @@ def test_a_json_file_and_an_object_give_the_same_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, None), (False, None), (True, "auto"), ("full", CompileConfig("full"))]
+    ("value", "expected"),
+    [(None, None), (False, None), ("off", None), ("auto", "auto"), ("full", CompileConfig("full"))],
 )
 def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected):
     assert AccelerationConfig(compile=value).compile == expected
@@ -48,16 +50,53 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         (lambda: CacheConfig(fn=0), "cache.fn=0 must be an integer of at least 1"),
         (lambda: CacheConfig(step_mask="quick"), "'slow', 'medium', 'fast', 'ultra'"),
         (lambda: CacheConfig(step_mask=([8, 3], [])), "positive integers in both"),
-        (lambda: CacheConfig(taylorseer_order=9), "cache.taylorseer_order=9 is not allowed"),
+        (lambda: CacheConfig(taylorseer_order=9), "cache.taylorseer_order=9 must be an integer from 1 to 4"),
+        (lambda: CacheConfig(taylorseer_order=True), "cache.taylorseer_order=True must be an integer from 1 to 4"),
+        (lambda: CacheConfig(secondary="fast"), r"cache.secondary='fast' must be CacheConfig\(...\) or None"),
+        (lambda: CacheConfig(secondary=5), "cache.secondary=5 must be"),
         (lambda: CompileConfig(scope="blocks"), "compile='blocks' is not allowed; use one of 'regional', 'full'"),
+        (lambda: CompileConfig(backend=3), "compile.backend=3 must be a torch.compile backend"),
+        (lambda: CompileConfig(dynamic="no"), "compile.dynamic='no' is not allowed; use one of True, False"),
+        (lambda: CompileConfig(recompile_limit=10_001), "must be an integer from 1 to 10000"),
         (lambda: ParallelConfig(ulysses=0), "parallel.ulysses=0 must be an integer of at least 1"),
-        (lambda: AccelerationConfig(cache=3), "cache=3 is not allowed; use 'auto', None"),
-        (lambda: AccelerationConfig(parallel="all"), "parallel='all' is not allowed"),
+        (lambda: ParallelConfig(vae="nonsense"), "parallel.vae='nonsense' is not allowed; use one of 'auto', True"),
+        (lambda: ParallelConfig(text_encoder=1), "parallel.text_encoder=1 is not allowed"),
+        (lambda: ParallelConfig(group=7), "parallel.group=7 must be a torch.distributed process group, or None"),
+        (
+            lambda: AccelerationConfig(cache=3),
+            r"cache=3 is not allowed; use one of 'auto', 'slow', 'medium', 'fast', 'ultra', None, False or CacheConfig",
+        ),
+        (
+            lambda: AccelerationConfig(parallel="all"),
+            "parallel='all' is not allowed; use one of 'auto', None, False or ParallelConfig",
+        ),
+        (lambda: AccelerationConfig(attention=True), "attention=True is not allowed; use one of 'auto', 'sdpa'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(make, words):
     with pytest.raises(ConfigurationError, match=words):
         make()
+
+
+def test_a_process_group_is_taken():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert ParallelConfig(group=torch.distributed.group.WORLD).size == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"PIPEBOOST_CACHE": "1"}, "PIPEBOOST_CACHE: cache='1' is not allowed; use one of 'auto', 'slow'"),
+        ({"PIPEBOOST_QUALITY": "off"}, "PIPEBOOST_QUALITY: quality='off' is not allowed; use one of 'exact'"),
+        ({"PIPEBOOST_CHACHE": "fast"}, "PIPEBOOST_CHACHE is not one of pipeboost's; it knows PIPEBOOST_QUALITY, "),
+    ],
+)
+def test_a_bad_environment_variable_is_named(environment, words):
+    with pytest.raises(ConfigurationError, match=words):
+        resolve_config(None, {}, environment)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +111,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(make, words):
 def test_a_bad_file_is_refused(tmp_path, name, text, words):
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(ConfigurationError, match=words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        AccelerationConfig.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\x80\xff\x00")
+    with pytest.raises(ConfigurationError, match="is not text in UTF-8"):
         AccelerationConfig.load(path)
