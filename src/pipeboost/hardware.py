@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeboost.errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -38,7 +40,11 @@ class Hardware:
 
 
 def detect_hardware(device: str | torch.device | None = None) -> Hardware:
-    """Describe a device: the given one, else the current CUDA device where there is one, else the CPU."""
+    """Describe a device: the given one, else the current CUDA device where there is one, else the CPU.
+
+    Raises:
+        UnsupportedError: a device that is neither a CPU nor one of CUDA.
+    """
     chosen = torch.device(device) if device is not None else torch.device("cuda" if has_cuda() else "cpu")
     if chosen.type == "cuda":
         index = chosen.index if chosen.index is not None else torch.cuda.current_device()
@@ -54,6 +60,8 @@ def detect_hardware(device: str | torch.device | None = None) -> Hardware:
             peer_links=bool(pairs) and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
             compiler=_importable("triton"),
         )
+    if chosen.type != "cpu":
+        raise UnsupportedError(f"pipeboost runs on cpu and cuda devices, not on {chosen.type!r}; use pipe.to('cuda')")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
     return Hardware("cpu", f"CPU with {os.cpu_count()} cores", None, memory, 1, False, compiler)

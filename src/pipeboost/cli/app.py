@@ -14,7 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Quality = Annotated[str, typer.Option("--quality", "--tier", help="exact, lossless, balanced or fast")]
+Quality = Annotated[
+    str | None, typer.Option("--quality", "--tier", help="exact, lossless, balanced or fast; else as the settings say")
+]
 
 
 @app.command()
@@ -32,7 +34,7 @@ def demo(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="folder of a Diffusers pipeline, a hub id, or a size bench knows")],
-    quality: Quality = "lossless",
+    quality: Quality = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings")] = None,
 ) -> None:

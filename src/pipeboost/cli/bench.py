@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeboost.cli.flags import device_hardware, make_output_folder
 from pipeboost.config import TIERS
-from pipeboost.errors import not_one_of
+from pipeboost.errors import ConfigurationError, not_one_of
 from pipeboost.families import FullSize
-from pipeboost.hardware import has_cuda
+from pipeboost.hardware import Hardware
 from pipeboost.quality.benchmark import benchmark, check_counts
 from pipeboost.quality.benchmark_result import BenchmarkResult
-from pipeboost.quality.full_size import full_size_named, full_sizes
+from pipeboost.quality.full_size import full_size_named, full_sizes, parameter_count
 from pipeboost.quality.tuned_stock import forget_compiled
 
 
@@ -33,27 +34,44 @@ def run_bench(
         steps: also time a pipeline call of this many denoising steps; 0 for none.
         repeats: timed forwards of each variant.
         output: folder for the JSON and Markdown files, which are written as each model is done.
-        device: `"auto"`, `"cuda"`, `"cuda:1"` or `"cpu"`.
+        device: `"auto"`, `"cuda"` or `"cpu"`.
 
     Returns:
         The exit code: 0 where everything could be measured.
 
     Raises:
-        ConfigurationError: an unknown model or tier, or a count that is out of range.
+        ConfigurationError: an unknown model or tier, a count that is out of range, a device that is not here, a model
+            too large for it, or an output that cannot be a folder.
     """
-    if list(models) == ["list"]:
+    if set(models) == {"list"}:
         for size in full_sizes().values():
             print(f"{size.name:<16} {size.workload}")
         return 0
+    if "list" in models:
+        others = " ".join(name for name in models if name != "list")
+        raise ConfigurationError(f"`pipeboost bench list` takes no other name; to measure: `pipeboost bench {others}`")
     sizes = [full_size_named(name) for name in dict.fromkeys(models)]
     for tier in tiers:
         if tier not in TIERS:
             raise not_one_of("tier", tier, TIERS)
     check_counts(repeats=repeats, steps=steps)
-    chosen = device if device != "auto" else "cuda" if has_cuda() else "cpu"
+    hardware = device_hardware(device)
+    for size in sizes:
+        _require_room(size, hardware)
+    make_output_folder(output)
     return measure_sizes(
-        sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=chosen
+        sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
     )
+
+
+def _require_room(size: FullSize, hardware: Hardware) -> None:
+    dtype, itemsize = ("bf16", 2) if hardware.device == "cuda" else ("fp32", 4)
+    needed = itemsize * parameter_count(size)
+    if needed > hardware.memory:
+        raise ConfigurationError(
+            f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
+            "smaller size of `pipeboost bench list` or a device with more memory"
+        )
 
 
 def run_benchmark(

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipeboost import accelerate_pipeline
-from pipeboost.cli.plan import device_hardware
+from pipeboost.cli.flags import device_hardware, make_output_folder
+from pipeboost.cli.picture import picture_grid
 from pipeboost.config import TIERS, CompileConfig
 from pipeboost.errors import ConfigurationError, MissingPackageError
 from pipeboost.hardware import Hardware
@@ -48,12 +49,14 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigurationError: the device is not here, or `steps` is not positive.
+        ConfigurationError: the device is not here, `steps` is not positive, `output` cannot be a folder, or the weights
+            that we ship are missing.
         MissingPackageError: the packages that read the pictures back are missing.
     """
     if steps < 1:
         raise ConfigurationError(f"--steps {steps} must be at least 1")
     hardware = device_hardware(device)
+    make_output_folder(output)
     console = Console()
     pipe, prompts, score = _load(hardware)
     variants = _variants(hardware, steps)
@@ -68,22 +71,29 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     _print_table(console, runs, [prompt.scene for prompt in prompts], score)
     for line in _left_out(hardware):
         console.print(f"[dim]{line}[/]")
-    output.mkdir(parents=True, exist_ok=True)
     for run in runs:
         for index, image in enumerate(run.images):
             image.save(output / f"{_slug(run.name)}_{index}.png")
-    grid = _grid(runs, [prompt.text for prompt in prompts])
-    grid.save(output / "demo.png")
+    rows = [(run.name, f"{run.seconds:.2f} s ({runs[0].seconds / run.seconds:.2f}x)", run.images) for run in runs]
+    picture_grid(rows, [prompt.text for prompt in prompts]).save(output / "demo.png")
     console.print(f"Pictures: {output / 'demo.png'}")
 
 
 def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
+    from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
+
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise ConfigurationError(
+            f"the demo model's weights are not in {WEIGHTS}; check them out, or train them with "
+            f"`python -m examples.demo_model.train --out {WEIGHTS}`"
+        )
     try:
-        from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
         from pipeboost.demo_model.score import score_images
     except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
+            raise
         raise MissingPackageError(
-            f"the demo reads its pictures back with {error.name}: pip install 'pipeboost[quality]'"
+            f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
         ) from error
     import transformers
     from diffusers import FluxPipeline
@@ -186,33 +196,6 @@ def _decibels(images: list[Image.Image], reference: np.ndarray) -> str:
 
 def _stack(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
-
-
-def _grid(runs: list[Run], prompts: list[str]) -> Image.Image:
-    """One row a run, one column a prompt, twice the size, with labels."""
-    scale, margin, left, top = 2, 8, 150, 56
-    side = PIXELS * scale
-    grid = Image.new("RGB", (left + len(prompts) * (side + margin), top + len(runs) * (side + margin)), "white")
-    pen = ImageDraw.Draw(grid)
-    for column, prompt in enumerate(prompts):
-        x = left + column * (side + margin)
-        for line, text in enumerate(_wrapped(prompt, 40)[:3]):
-            pen.text((x, 6 + 15 * line), text, fill="black", font_size=13)
-    for row, run in enumerate(runs):
-        y = top + row * (side + margin)
-        speed = runs[0].seconds / run.seconds
-        pen.text((8, y + side // 2 - 24), run.name, fill="black", font_size=18)
-        pen.text((8, y + side // 2), f"{run.seconds:.2f} s ({speed:.2f}x)", fill="black", font_size=14)
-        for column, image in enumerate(run.images):
-            enlarged = image.resize((side, side), Image.Resampling.LANCZOS)
-            grid.paste(enlarged, (left + column * (side + margin), y))
-    return grid
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)
 
 
 def _slug(name: str) -> str:

@@ -14,12 +14,12 @@ from pipeboost.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Kernel, unavailable_reason, wrong_hardware
 
 _EXTRAS = (
-    ("peft", "LoRA", "pip install 'pipeboost[lora]'"),
-    ("av", "writing videos", "pip install 'pipeboost[video]'"),
-    ("ftfy", "Wan's prompt clean-up", "pip install 'pipeboost[video]'"),
-    ("matplotlib", "Report.plot", "pip install 'pipeboost[plot]'"),
-    ("scikit-image", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
-    ("scipy", "reading the demo's pictures back", "pip install 'pipeboost[quality]'"),
+    ("peft", "LoRA", "pip install peft"),
+    ("av", "writing videos", "pip install av"),
+    ("ftfy", "Wan's prompt clean-up", "pip install ftfy"),
+    ("matplotlib", "Report.plot", "pip install matplotlib"),
+    ("scikit-image", "reading the demo's pictures back", "pip install scikit-image"),
+    ("scipy", "reading the demo's pictures back", "pip install scipy"),
 )
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "cache-dit")
@@ -31,6 +31,9 @@ def print_diagnosis() -> None:
     hardware = detect_hardware()
     cuda = torch.version.cuda or "none"
     console.print(f"[bold]Device[/]  {hardware}, Python {platform.python_version()}, CUDA {cuda}")
+    if hardware.count > 1:
+        reach = "each reaches" if hardware.peer_links else "not all reach"
+        console.print(f"[bold]Links[/]  {hardware.count} devices; {reach} the others' memory directly")
     console.print("[bold]Packages[/]  " + ", ".join(f"{name} {_version(name) or 'MISSING'}" for name in _REQUIRED))
     console.print(f"[bold]Compile[/]  {_compile_line(hardware)}")
     console.print(_kernels(hardware))

@@ -8,43 +8,35 @@ from typing import Any
 
 import torch
 
+from pipeboost.cli.flags import device_hardware
 from pipeboost.config import resolve_config
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family, FullSize, families, family_named, generic_family
-from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.families import Family, families, family_named, generic_family
+from pipeboost.hardware import Hardware
 from pipeboost.plan import ModelFacts, Plan, make_plan
+from pipeboost.quality.full_size import parameter_count
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def print_plan(model: str, *, quality: str, device: str, config: Path | None) -> None:
+def print_plan(model: str, *, quality: str | None, device: str, config: Path | None) -> None:
     """Print what `accelerate_pipeline` would do.
 
     Args:
         model: folder of a Diffusers pipeline, a hub id, or a name of `FullSize`.
+        quality: the tier; None leaves it to `config`, `PIPEBOOST_QUALITY` or the default.
+        device: `auto`, `cpu` or `cuda`.
+        config: YAML or JSON file of settings.
 
     Raises:
-        ConfigurationError: the model cannot be found or a setting is not allowed.
+        ConfigurationError: the model cannot be found or read, or a setting is not allowed.
     """
     print(plan_of(model, quality=quality, hardware=device_hardware(device), config=config))
 
 
-def device_hardware(device: str) -> Hardware:
-    """The hardware behind `auto`, `cpu` or `cuda`.
-
-    Raises:
-        ConfigurationError: the device is not here.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigurationError(f"--device {device} is not allowed; use auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    return detect_hardware(None if device == "auto" else device)
-
-
-def plan_of(model: str, *, quality: str, hardware: Hardware, config: Path | None = None) -> Plan:
+def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None) -> Plan:
     """The plan of a model by name or path, from its configuration files alone."""
-    settings = resolve_config(config, {"quality": quality})
+    settings = resolve_config(config, {} if quality is None else {"quality": quality})
     family, facts = _published(model) or _stored(model)
     return make_plan(settings, hardware, family, facts)
 
@@ -53,22 +45,17 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
     for family in families():
         for size in family.full_sizes:
             if size.name == model:
-                return family, ModelFacts(size.pipeline, torch.bfloat16, _weights_of(size), weighed="the transformer")
+                weights = torch.bfloat16.itemsize * parameter_count(size)
+                return family, ModelFacts(size.pipeline, torch.bfloat16, weights, weighed="the transformer")
     return None
-
-
-def _weights_of(size: FullSize) -> int:
-    import diffusers
-
-    with torch.device("meta"):
-        transformer = getattr(diffusers, size.transformer)(**size.config)
-    return 2 * sum(parameter.numel() for parameter in transformer.parameters())
 
 
 def _stored(model: str) -> tuple[Family, ModelFacts]:
     folder = Path(model)
     index = _local_index(folder) if folder.is_dir() else _hub_index(model)
-    pipeline = index.get("_class_name", "")
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str):
+        raise ConfigurationError(f"{model} names no pipeline: its model_index.json has no _class_name")
     components = {
         name: entry[0] is not None
         for name, entry in index.items()
@@ -83,7 +70,13 @@ def _local_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.exists():
         raise ConfigurationError(f"{folder} is not a Diffusers pipeline: it has no model_index.json")
-    return json.loads(path.read_text())
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise ConfigurationError(f"{path} must hold a mapping of components, not a {type(index).__name__}")
+    return index
 
 
 def _hub_index(model: str) -> dict[str, Any]:
@@ -95,20 +88,30 @@ def _hub_index(model: str) -> dict[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(model))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {reason}") from error
 
 
 def _stored_weights(folder: Path, family: Family) -> tuple[int, torch.dtype]:
     """Bytes of all weights, and the transformer's dtype, read from the files' headers."""
-    from safetensors import safe_open
-
     files = sorted(folder.glob("*/*.safetensors"))
     if not files:
         raise UnsupportedError(f"{folder} holds no safetensors weights, so their size and dtype cannot be told")
     dtype = torch.float32
     for file in files:
         if file.parent.name in family.denoisers:
-            with safe_open(file, framework="pt") as weights:
-                dtype = _DTYPES.get(weights.get_slice(next(iter(weights.keys()))).get_dtype(), torch.float32)
+            dtype = _stored_dtype(file)
             break
     return sum(file.stat().st_size for file in files), dtype
+
+
+def _stored_dtype(file: Path) -> torch.dtype:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            first = next(iter(weights.keys()), None)
+            stored = "F32" if first is None else weights.get_slice(first).get_dtype()
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
+    return _DTYPES.get(stored, torch.float32)

@@ -41,6 +41,15 @@ def full_sizes() -> dict[str, FullSize]:
     return {size.name: size for family in families() for size in family.full_sizes}
 
 
+def parameter_count(size: FullSize) -> int:
+    """The parameters of its transformer, counted without building any."""
+    import diffusers
+
+    with torch.device("meta"):
+        transformer = getattr(diffusers, size.transformer)(**size.config)
+    return sum(parameter.numel() for parameter in transformer.parameters())
+
+
 def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) -> Any:
     """A stock pipeline of this size: the same random weights every time, the default scheduler, nothing else.
 

@@ -1,0 +1,33 @@
+"""What several commands make of the same flags: `--device` and `--output`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeboost.errors import ConfigurationError
+from pipeboost.hardware import Hardware, detect_hardware, has_cuda
+
+
+def device_hardware(device: str) -> Hardware:
+    """The hardware behind `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigurationError: the device is not here.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"--device {device} is not allowed; use auto, cpu or cuda")
+    if device == "cuda" and not has_cuda():
+        raise ConfigurationError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    return detect_hardware(None if device == "auto" else device)
+
+
+def make_output_folder(output: Path) -> None:
+    """Make the folder that results go to, before any work is spent on them.
+
+    Raises:
+        ConfigurationError: it cannot be a folder.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output {output} cannot be made a folder: {error.strerror}") from error

@@ -1,0 +1,185 @@
+"""The command line: what it prints, and that each mistake is one line on stderr and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeboost.cli import bench, demo, doctor, main
+from pipeboost.cli.picture import picture_grid
+from pipeboost.cli.plan import plan_of
+from pipeboost.config import ATTENTION_BACKENDS
+from pipeboost.demo_model import prompts
+from pipeboost.errors import UnsupportedError
+from pipeboost.hardware import Hardware, detect_hardware
+
+WEIGHTS = Path(__file__).parents[2] / "examples" / "demo_model" / "weights"
+INDEX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+GPUS = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 2, True, True)
+
+
+@pytest.fixture
+def pipeboost(monkeypatch, capsys):
+    """Runs a command line; returns its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["pipeboost", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(pipeboost):
+    """Runs a command line that must fail in one line; returns that line."""
+
+    def run(*words):
+        code, out, err = pipeboost(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    return run
+
+
+def stored_pipeline(folder, dtype=torch.float32):
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    save_file({"weight": torch.zeros(4, dtype=dtype)}, folder / "transformer" / "weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["plan", "flux.1-dev", "--quality", "perfect"], "quality='perfect' is not allowed; use one of 'exact'"),
+        (["plan", "flux.1-dev", "--device", "tpu"], "--device tpu is not allowed; use auto, cpu or cuda"),
+        (["plan", "nothing"], "'nothing' is neither a folder, nor a hub id, nor one of flux.1-dev"),
+        (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["demo", "--device", "tpu"], "--device tpu is not allowed"),
+        (["bench", "nope"], "model='nope' is not allowed; use one of 'flux.1-dev'"),
+        (["bench", "list", "nope"], "`pipeboost bench list` takes no other name"),
+        (["bench", "flux.1-dev", "--tier", "turbo"], "tier='turbo' is not allowed"),
+        (["bench", "flux.1-dev", "--device", "tpu"], "--device tpu is not allowed"),
+        (["bench", "flux.1-dev", "--repeats", "1"], "repeats=1 is too few"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(refused, words, sentence):
+    assert sentence in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [("{", "cannot be read as JSON"), ("[]", "must hold a mapping of components"), ("{}", "has no _class_name")],
+)
+def test_a_broken_index_is_refused_by_plan(refused, tmp_path, index, sentence):
+    (tmp_path / "model_index.json").write_text(index)
+    assert sentence in refused("plan", tmp_path, "--device", "cpu")
+
+
+def test_broken_weights_are_refused_by_plan(refused, tmp_path):
+    stored_pipeline(tmp_path)
+    (tmp_path / "transformer" / "weights.safetensors").write_bytes(b"no weights")
+    assert "weights.safetensors cannot be read as safetensors" in refused("plan", tmp_path, "--device", "cpu")
+
+
+def test_plan_reads_a_stored_pipeline_from_its_headers(tmp_path):
+    made = plan_of(str(stored_pipeline(tmp_path, torch.bfloat16)), quality=None, hardware=detect_hardware("cpu"))
+    assert made.facts.dtype == torch.bfloat16
+    assert made.family.name == "flux"
+
+
+def test_without_a_tier_plan_takes_the_files_or_the_environments(pipeboost, tmp_path, monkeypatch):
+    folder = stored_pipeline(tmp_path / "pipe")
+    monkeypatch.setenv("PIPEBOOST_QUALITY", "exact")
+    assert "quality='exact'" in pipeboost("plan", folder, "--device", "cpu")[1]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("quality: balanced\n")
+    assert "quality='balanced'" in pipeboost("plan", folder, "--device", "cpu", "--config", settings)[1]
+    words = ["plan", folder, "--device", "cpu", "--config", settings, "--tier", "fast"]
+    assert "quality='fast'" in pipeboost(*words)[1]
+
+
+@pytest.mark.skipif(not (WEIGHTS / "model_index.json").exists(), reason="the demo model is not in this checkout")
+def test_plan_knows_the_shipped_model(pipeboost):
+    code, out, _ = pipeboost("plan", WEIGHTS, "--device", "cpu")
+    assert code == 0
+    assert "FluxPipeline" in out
+
+
+def test_plan_knows_a_published_size(pipeboost):
+    code, out, _ = pipeboost("plan", "wan2.1-1.3b", "--device", "cpu")
+    assert code == 0
+    assert "WanPipeline" in out
+
+
+def test_doctor_prints_every_attention_kernel(pipeboost):
+    code, out, _ = pipeboost("doctor")
+    assert code == 0
+    assert [name for name in ATTENTION_BACKENDS if name not in out] == []
+
+
+def test_doctor_says_how_several_devices_are_linked_and_names_packages_that_exist(pipeboost, monkeypatch):
+    monkeypatch.setattr(doctor, "detect_hardware", lambda: GPUS)
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    out = pipeboost("doctor")[1]
+    assert "2 devices; each reaches the others' memory directly" in out
+    assert "pip install peft" in out
+    assert "pipeboost[" not in out
+
+
+@pytest.mark.parametrize("command", [["demo", "--steps", "1"], ["bench", "wan2.1-1.3b"]])
+def test_an_output_that_is_a_file_is_refused_before_any_work(refused, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(demo, "_load", lambda hardware: pytest.fail("loaded"))
+    monkeypatch.setattr(bench, "measure_sizes", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "_require_room", lambda size, hardware: None)
+    file = tmp_path / "taken"
+    file.write_text("")
+    assert f"--output {file} cannot be made a folder" in refused(*command, "--device", "cpu", "--output", file)
+
+
+def test_bench_refuses_what_is_too_large_before_building_anything(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "device_hardware", lambda device: Hardware("cpu", "a CPU", None, 2**33, 1, False, True))
+    monkeypatch.setattr(bench, "measure_sizes", lambda *args, **kwargs: pytest.fail("measured"))
+    line = refused("bench", "wan2.1-1.3b", "flux.1-dev", "--output", tmp_path / "results")
+    assert "flux.1-dev has 44 GiB of weights in fp32, more than a CPU (8 GiB) holds" in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_demo_without_its_weights_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "WEIGHTS", tmp_path / "weights")
+    line = refused("demo", "--device", "cpu", "--output", tmp_path)
+    assert f"the demo model's weights are not in {tmp_path / 'weights'}" in line
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"), [("skimage.color", True), ("scipy", True), ("pipeboost.demo_model.render", False)]
+)
+def test_only_a_missing_reader_is_called_one(missing, told, tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(prompts, "WEIGHTS", tmp_path)
+    for module in ("score", "reading"):
+        monkeypatch.delitem(sys.modules, f"pipeboost.demo_model.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError) as caught:
+        demo._load(detect_hardware("cpu"))
+    assert ("pip install scikit-image scipy" in str(caught.value)) is told
+
+
+def test_the_picture_has_a_cell_for_each_image():
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    grid = picture_grid([("stock", "1.00 s", images), ("fast", "0.50 s", images[::-1])], ["a", "b"])
+    colours = {colour for _, colour in grid.getcolors(grid.width * grid.height)}
+    assert {(255, 0, 0), (0, 0, 255)} <= colours
+    assert grid.getpixel((160, 60)) == grid.getpixel((160 + 40, 60 + 40)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_another_kind_of_device_is_refused(device):
+    with pytest.raises(UnsupportedError, match=f"cpu and cuda devices, not on '{device}'"):
+        detect_hardware(device)
