@@ -2,6 +2,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# One stamp a torch, so that naming another one installs it.
+TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' "$(TORCH)" | tr -c 'A-Za-z0-9.' '-')
 
 .PHONY: demo test lint setup clean
 
@@ -19,16 +21,17 @@ lint: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	rm -f $(VENV)/.torch-*
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(TORCH_STAMP) pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[quality]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(TORCH_STAMP) pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/.demo
 

@@ -1,8 +1,11 @@
 """The package installs with its patches, and importing it stays light."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["flux", "hunyuan_video", "qwen_image", "wan"]
@@ -44,3 +47,19 @@ def test_importing_pipeboost_imports_nothing_that_is_used_later():
     loaded = _python(code)
     for package in ("cache_dit", "flash_attn", "fa3_fwd_interface", "sageattention", "triton", "matplotlib", "peft"):
         assert f"'{package}'" not in loaded
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_another_torch_into_an_environment_that_has_one(tmp_path):
+    def planned(torch: str) -> str:
+        words = ["make", "-n", "-C", str(ROOT), "demo", f"VENV={tmp_path}", f"TORCH={torch}"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    stamp = planned("torch==2.11.0").split("touch ")[1].split("\n")[0]
+    Path(stamp).touch()
+    (tmp_path / ".demo").touch()
+    assert "pip install" not in planned("torch==2.11.0")
+    other = planned("torch==2.13.0+cpu")
+    assert 'pip install --quiet "torch==2.13.0+cpu"' in other
+    assert f"rm -f {tmp_path}/.torch-*" in other
+    assert "--editable" in other
