@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured
 
 
 def forward_arguments(
@@ -54,13 +54,11 @@ FAMILY = Family(
     ),
     transformers=("FluxTransformer2DModel",),
     denoisers=("transformer",),
-    text_encoders=("text_encoder", "text_encoder_2"),
     blocks=(
         Blocks(path="transformer_blocks", returns="text_image", text_dims={}),
         Blocks(path="single_transformer_blocks", returns="text_image", text_dims={}, cached_with_previous=True),
     ),
     padded_text=None,
-    branches=true_cfg_branches,
     full_sizes=(
         FullSize(
             name="flux.1-dev",

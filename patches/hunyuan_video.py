@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText
 
 
 def forward_arguments(
@@ -43,7 +43,6 @@ FAMILY = Family(
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
     transformers=("HunyuanVideoTransformer3DModel",),
     denoisers=("transformer",),
-    text_encoders=("text_encoder", "text_encoder_2"),
     blocks=(
         Blocks(
             path="transformer_blocks", returns="image_text", text_dims={"encoder_hidden_states": 1, "attention_mask": 3}
@@ -55,7 +54,6 @@ FAMILY = Family(
         ),
     ),
     padded_text=PaddedText(embeds="encoder_hidden_states", mask="encoder_attention_mask", block_mask="attention_mask"),
-    branches=true_cfg_branches,
     full_sizes=(
         FullSize(
             name="hunyuan-video",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, true_cfg_branches
+from pipeboost.families import Blocks, Family, FullSize, Measured
 
 
 def forward_arguments(
@@ -46,7 +46,6 @@ FAMILY = Family(
     ),
     transformers=("QwenImageTransformer2DModel",),
     denoisers=("transformer",),
-    text_encoders=("text_encoder",),
     blocks=(
         Blocks(
             path="transformer_blocks",
@@ -55,7 +54,6 @@ FAMILY = Family(
         ),
     ),
     padded_text=None,
-    branches=true_cfg_branches,
     full_sizes=(
         FullSize(
             name="qwen-image",

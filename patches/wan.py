@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pipeboost.families import Blocks, Family, FullSize, Measured
-
-
-def branches(pipe: Any, arguments: Mapping[str, Any]) -> int:
-    """Two forwards a step when the guidance scale is above 1; Wan's own default is 5."""
-    return 2 if arguments.get("guidance_scale", 5.0) > 1 else 1
 
 
 def forward_arguments(
@@ -55,10 +49,8 @@ FAMILY = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     transformers=("WanTransformer3DModel",),
     denoisers=("transformer", "transformer_2"),
-    text_encoders=("text_encoder",),
     blocks=(Blocks(path="blocks", returns="image", text_dims={}),),
     padded_text=None,
-    branches=branches,
     full_sizes=(
         FullSize(
             name="wan2.1-1.3b",

@@ -29,13 +29,13 @@ from pipeboost.cache import CacheCount, attach_cache
 from pipeboost.call import Call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
-from pipeboost.errors import PipeboostError
+from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import family_of
 from pipeboost.hardware import detect_hardware
 from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
-from pipeboost.seams import stock_class
+from pipeboost.seams import attach, stock_class
 from pipeboost.stages import WHOLE_CALL, Report, Span, timed, watch, watched_components
 
 P = TypeVar("P")
@@ -118,6 +118,11 @@ def accelerate_pipeline(
     plan = _plan_for(pipe, settings)
     previous = vars(pipe).get("acceleration")
     if isinstance(previous, Acceleration):
+        if not previous.accelerates(pipe):
+            raise UnsupportedError(
+                "this pipeline is a shallow copy of an accelerated one and shares its acceleration; accelerate the "
+                "original, or a copy.deepcopy"
+            )
         previous.remove()
     try:
         Acceleration(pipe, plan, settings)
@@ -147,18 +152,19 @@ class Acceleration:
         self._lock = threading.RLock()
         self._removed = False
         with self._ledger:
-            pipe.acceleration = self
-            self._ledger.record("pipe.acceleration", _weakly(self._detach))
             self._ledger.record("components", _weakly(self._undo_all_parts))
             self._bind(pipe)
             self._ledger.add_layer(pipe, "__call__", _weakly(self._run), order=_CALL_DOOR_ORDER)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
-        return self
+            attach(pipe, "acceleration", self)
+            self._ledger.record("pipe.acceleration", _weakly(self._detach))
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else "active"
         return f"<Acceleration of {self.plan.facts.pipeline}, quality={self.plan.quality!r}, {state}>"
+
+    def accelerates(self, pipe: Any) -> bool:
+        """Whether this is the acceleration of `pipe` itself, not of a pipeline that `pipe` is a shallow copy of."""
+        return self._pipe() is pipe
 
     def report(self) -> Report:
         """Where the time of the latest finished call went.
@@ -242,13 +248,15 @@ class Acceleration:
 
     def _alive_pipe(self) -> Any:
         pipe = self._pipe()
-        if pipe is None or self._removed:
+        if self._removed:
             raise PipeboostError("this acceleration was removed; call accelerate_pipeline again")
+        if pipe is None:
+            raise PipeboostError("the pipeline that was accelerated is gone; only shallow copies of it are left")
         return pipe
 
     def _run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
-        if id(self) in _paused.get():
+        if self._removed or id(self) in _paused.get():
             with no_call():
                 return call_next(*args, **kwargs)
         self._follow_device(pipe)
@@ -269,6 +277,7 @@ class Acceleration:
                 if self._removed:
                     raise PipeboostError("this acceleration was removed while the call was starting")
                 self._calls.add(call)
+            call.rebind = functools.partial(self._bind, pipe)
             try:
                 yield call
             finally:
@@ -289,10 +298,12 @@ class Acceleration:
         models = self.plan.family.models(pipe)
         components: dict[str, Any] = watched_components(pipe, models)
         with self._lock:
-            if pipe is self._pipe():
-                for key, part in tuple(self._parts.items()):
-                    if part.path in components and not part.of_view and components[part.path] is not part.target():
-                        self._undo_part(key)
+            for key, part in tuple(self._parts.items()):
+                target = part.target()
+                replaced = pipe is self._pipe() and not part.of_view and components.get(part.path) is not target
+                # A view may be in the middle of a call with what the pipeline itself has given up.
+                if target is None or (replaced and not self._calls):
+                    self._undo_part(key)
             for path, obj in components.items():
                 known = self._parts.get(id(obj))
                 if known is not None and known.target() is obj:

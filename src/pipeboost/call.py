@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 from pipeboost.errors import Cancelled
 
@@ -30,6 +32,7 @@ class Call:
         events: named time spans, in order, as a report reads them.
         state: what a feature keeps for the length of this call, by feature name.
         resources: closed when the call ends, whether it returns or raises.
+        rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
     """
 
     def __init__(
@@ -44,11 +47,20 @@ class Call:
         self.events: list[Any] = []
         self.state: dict[str, Any] = {}
         self.resources = contextlib.ExitStack()
+        self.rebind: Callable[[], None] = _nothing
+        self._scheduler = getattr(pipe, "scheduler", None)
         self._cancelled = threading.Event()
 
     def has(self, feature: str) -> bool:
         """Whether a feature acts in this call."""
         return self.features is None or feature in self.features
+
+    def follow_scheduler(self) -> None:
+        """Bind a scheduler that the user put on the pipeline during the call, so that steps go on counting."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is not self._scheduler:
+            self._scheduler = scheduler
+            self.rebind()
 
     def cancel(self) -> None:
         """Make the call raise `Cancelled` at its next step; may be called from any thread."""
@@ -58,6 +70,10 @@ class Call:
         """Raise `Cancelled` if someone asked for it."""
         if self._cancelled.is_set():
             raise Cancelled(f"the call was cancelled after step {self.step}")
+
+
+def _nothing() -> None:
+    return None
 
 
 def current_call() -> Call | None:
@@ -87,3 +103,23 @@ def no_call() -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+_tracing = threading.local()
+
+
+@contextlib.contextmanager
+def tracing_our_call() -> Iterator[None]:
+    """Inside, torch.compile traces code that will run in our calls only. A context variable could not be traced."""
+    before = getattr(_tracing, "ours", False)
+    _tracing.ours = True
+    try:
+        yield
+    finally:
+        _tracing.ours = before
+
+
+@torch.compiler.assume_constant_result
+def is_tracing_our_call() -> bool:
+    """Whether `tracing_our_call` is open in this thread; while tracing, the answer is a constant without a guard."""
+    return getattr(_tracing, "ours", False)

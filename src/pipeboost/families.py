@@ -102,10 +102,8 @@ class Family:
         pipelines: Diffusers pipeline class names.
         transformers: Diffusers transformer class names.
         denoisers: attributes of the pipeline that hold its transformers, in the order the loop uses them.
-        text_encoders: attributes that hold its text encoders.
         blocks: the repeated blocks of a transformer.
         padded_text: how it masks padded text, where it does.
-        branches: `(pipe, call arguments) -> how many separate transformer forwards a step makes` (1, or 2 with CFG).
         full_sizes: published sizes for `pipeboost bench`.
         measured: speeds we measured, which a plan quotes on the same hardware.
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
@@ -117,10 +115,8 @@ class Family:
     pipelines: tuple[str, ...]
     transformers: tuple[str, ...]
     denoisers: tuple[str, ...]
-    text_encoders: tuple[str, ...]
     blocks: tuple[Blocks, ...]
     padded_text: PaddedText | None
-    branches: Callable[[Any, Mapping[str, Any]], int] | None
     full_sizes: tuple[FullSize, ...]
     measured: tuple[Measured, ...] = ()
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
@@ -130,12 +126,6 @@ class Family:
         """The transformers this pipeline has, by attribute name, in the order the loop uses them."""
         found = {name: getattr(pipe, name, None) for name in self.denoisers}
         return {name: model for name, model in found.items() if model is not None}
-
-
-def true_cfg_branches(pipe: Any, arguments: Mapping[str, Any]) -> int:
-    """`Family.branches` of pipelines with true CFG: two when the scale is above 1 and a negative prompt was given."""
-    given = arguments.get("negative_prompt") is not None or arguments.get("negative_prompt_embeds") is not None
-    return 2 if given and arguments.get("true_cfg_scale", 1.0) > 1 else 1
 
 
 @functools.cache
@@ -186,14 +176,12 @@ def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
         pipelines=(pipeline,),
         transformers=(),
         denoisers=denoisers,
-        text_encoders=tuple(name for name in components if name.startswith("text_encoder")),
         blocks=(),
         padded_text=None,
-        branches=None,
         full_sizes=(),
         missing=(
             "which block arguments carry the text length: a new prompt length may recompile",
-            "how many forwards a step makes: caching is refused",
+            "which blocks may be skipped together: caching is refused",
             "where padded text is masked: masks reach the attention kernels as they are",
         ),
     )

@@ -14,7 +14,6 @@ from typing import Any
 from pipeboost.errors import UnsupportedError
 from pipeboost.seams import Layer, add_layer, has_layer, remove_layer
 
-_MISSING = object()
 _lock = threading.RLock()
 _shared_changes: weakref.WeakKeyDictionary[Any, dict[str, _SharedChange]] = weakref.WeakKeyDictionary()
 
@@ -30,8 +29,7 @@ class Change:
 class Ledger:
     """Records changes with their inverses. Used as a context manager, an exception inside rolls everything back.
 
-    An inverse touches only what is still ours: an attribute that the user has set since keeps the user's value. The
-    ledger keeps nothing alive, so a pipeline that is dropped without `undo` frees its memory at once.
+    The ledger keeps nothing alive, so a pipeline that is dropped without `undo` frees its memory at once.
     """
 
     def __init__(self) -> None:
@@ -45,23 +43,6 @@ class Ledger:
     def record(self, what: str, undo: Callable[[], None]) -> None:
         """Note a change that has just been made."""
         self._changes.append(Change(what, undo))
-
-    def set_attribute(self, obj: Any, name: str, value: Any) -> None:
-        """Set an attribute in the object's own `__dict__`; the inverse restores it if it is still `value`."""
-        before = vars(obj).get(name, _MISSING)
-        vars(obj)[name] = value
-        reference = weakref.ref(obj)
-
-        def undo() -> None:
-            target = reference()
-            if target is None or vars(target).get(name, _MISSING) is not value:
-                return
-            if before is _MISSING:
-                del vars(target)[name]
-            else:
-                vars(target)[name] = before
-
-        self.record(f"{type(obj).__name__}.{name} set", undo)
 
     def add_layer(self, obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
         """Hang a layer on a door, once: a layer that is already there stays where it is."""

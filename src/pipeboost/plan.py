@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from pipeboost.attention import explain_choice
+from pipeboost.attention import explain_choice, swappable_processors
 from pipeboost.config import (
+    FEATURES,
     AccelerationConfig,
     AttentionConfig,
     CacheConfig,
@@ -24,6 +25,7 @@ from pipeboost.config import (
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family
 from pipeboost.hardware import Hardware
+from pipeboost.kernels import available_kernels
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ModelFacts:
         weighed: whose weights those are.
         offloaded: whether Diffusers' own CPU offload is on.
         controlnet: whether a ControlNet adds residuals between the transformer's blocks.
+        processors: how many attention processors can be swapped, None where the model is not loaded.
+        stock_processors: class name and reason, for each kind of processor that cannot.
     """
 
     pipeline: str
@@ -69,17 +73,24 @@ class ModelFacts:
     weighed: str = "all components"
     offloaded: bool = False
     controlnet: bool = False
+    processors: int | None = None
+    stock_processors: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `accelerate_pipeline` does to one pipeline on this machine."""
+    """What `accelerate_pipeline` does to one pipeline on this machine.
+
+    Attributes:
+        default: whether every choice is the one that was measured: the tier's own, with the kernels it prefers.
+    """
 
     quality: str
     family: Family
     hardware: Hardware
     facts: ModelFacts
     decisions: tuple[Decision, ...]
+    default: bool
 
     def __getitem__(self, feature: str) -> Decision:
         return next(decision for decision in self.decisions if decision.feature == feature)
@@ -89,7 +100,7 @@ class Plan:
         """Expected speed, from our own measurements where this hardware and family were measured."""
         if not any(decision.on for decision in self.decisions):
             return "stock speed: nothing in this plan changes it"
-        for measured in self.family.measured:
+        for measured in self.family.measured if self.default else ():
             if measured.hardware in self.hardware.name and measured.tier == self.quality:
                 return f"{measured.speedup:.2f}x per step over stock eager ({measured.workload}, {measured.source})"
         return "not measured on this hardware; pipe.acceleration.verify() and `pipeboost bench` measure it"
@@ -129,6 +140,9 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _compile(config, hardware),
             _offload(config, facts),
         ),
+        default=all(getattr(config, feature) == "auto" for feature in FEATURES)
+        and facts.dtype == torch.bfloat16
+        and "flash3" in available_kernels(hardware),
     )
 
 
@@ -142,7 +156,15 @@ def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts
         return Decision("attention", "off", "another kernel changes rounding, which tier 'exact' does not allow")
     settings = AttentionConfig() if asked == "auto" else asked
     choice, why, considered = explain_choice(settings, hardware=hardware, tier=config.quality, dtype=facts.dtype)
-    return Decision("attention", choice, why, considered, settings)
+    left = tuple(f"{name} stays stock: {reason}" for name, reason in facts.stock_processors)
+    if facts.processors == 0:
+        if settings.backend != "auto":
+            raise UnsupportedError(
+                f"attention={settings.backend!r} would not run in {facts.pipeline}, whose processors call their kernel "
+                "themselves; use attention=None"
+            )
+        return Decision("attention", "off", "its processors call their kernel themselves", left)
+    return Decision("attention", choice, why, (*considered, *left), settings)
 
 
 def _parallel(config: AccelerationConfig) -> Decision:
@@ -169,15 +191,15 @@ def _cache(config: AccelerationConfig, family: Family, facts: ModelFacts) -> Dec
         return Decision("cache", "off", "turned off")
     if not tier_allows(config.quality, "fast"):
         if asked != "auto":
-            raise _needs_tier("cache", "on", "fast", config.quality)
+            raise _needs_tier("cache", asked, "fast", config.quality)
         return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
-    if family.branches is None:
+    if not family.blocks:
         if asked != "auto":
             raise UnsupportedError(
-                f"cache needs to know how many forwards a step makes, which no family tells for {family.pipelines[0]}; "
+                f"cache needs to know which blocks it may skip, which no family tells for {family.pipelines[0]}; "
                 "use cache=None or add a family (entry-point group 'pipeboost.patches')"
             )
-        return Decision("cache", "off", "no family tells how many forwards a step of this pipeline makes")
+        return Decision("cache", "off", "no family tells which blocks of this pipeline may be skipped")
     if facts.controlnet:
         if asked != "auto":
             raise UnsupportedError(
@@ -235,7 +257,7 @@ def _offload(config: AccelerationConfig, facts: ModelFacts) -> Decision:
     return Decision("offload", "off", "components stay where they are")
 
 
-def _needs_tier(feature: str, choice: str, tier: str, given: str) -> ConfigurationError:
+def _needs_tier(feature: str, choice: object, tier: str, given: str) -> ConfigurationError:
     return ConfigurationError(f"{feature}={choice!r} is not allowed in quality={given!r}; it needs quality={tier!r}")
 
 
@@ -246,6 +268,7 @@ def _distributed() -> bool:
 def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
     """Read the facts off a loaded pipeline."""
     models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    swappable = [swappable_processors(model) for model in denoisers.values()]
     unique = {id(parameter): parameter for model in models for parameter in model.parameters()}
     return ModelFacts(
         pipeline=type(pipe).__name__,
@@ -253,4 +276,6 @@ def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
         weights=sum(parameter.numel() * parameter.element_size() for parameter in unique.values()),
         offloaded=any(hasattr(model, "_hf_hook") for model in models),
         controlnet=pipe.components.get("controlnet") is not None,
+        processors=sum(report.swapped for report in swappable),
+        stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
     )

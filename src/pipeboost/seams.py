@@ -3,7 +3,8 @@
 A layer is a callable `layer(call_next, owner, *args, **kwargs)`: `call_next(*args, **kwargs)` continues the chain and
 ends in the stock method; `owner` is the object the door was called on, which for a `copy.copy` view is the view.
 The object's `__class__` becomes a subclass that passes for the stock class (same name, module, signatures; it pickles
-and saves as the stock class) and whose doors look up the object's own chain.
+and saves as the stock class) and whose doors look up the object's own chain. A `copy.copy` shares the chain; a deep
+copy, like a pickle, is a stock object.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ _lock = threading.RLock()
 
 
 class _Chains(dict[str, tuple[tuple[float, Layer], ...]]):
-    """The layers of one object: door name → ((order, layer), …), outermost first. Deep copies share it."""
+    """The layers of one object: door name → ((order, layer), …), outermost first.
+
+    Attributes:
+        attached: names of attributes of ours, which deep copies and pickles leave out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attached: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Chains:
-        return self
+        return _Chains()
 
 
 def stock_class(obj: object) -> type:
@@ -43,8 +52,8 @@ def stock_class(obj: object) -> type:
 def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: type | None = None) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
-    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Instances pickle as instances of `base`;
-    `copy.copy` and `copy.deepcopy` keep the subclass.
+    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Deep copies and pickles of its instances are
+    instances of `base`; `copy.copy` keeps the subclass.
     """
     members = {
         **namespace,
@@ -78,6 +87,12 @@ def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
         _set_doors(obj, frozenset(chains))
 
 
+def attach(obj: Any, name: str, value: Any) -> None:
+    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it."""
+    vars(obj)[_CHAINS].attached.add(name)
+    setattr(obj, name, value)
+
+
 def remove_layer(obj: Any, door: str, layer: Layer) -> None:
     """Take `layer` off again; when the last one goes the object has its stock class back. Absent layers are ignored."""
     with _lock:
@@ -106,7 +121,10 @@ def has_layer(obj: Any, door: str, layer: Layer) -> bool:
 
 @functools.cache
 def _equal_to_stock(stock_metaclass: type) -> type:
-    """A metaclass whose classes equal their stock class: `from_pipe` asks whether `type(component) in` some types."""
+    """A metaclass whose classes equal their stock class and construct its instances.
+
+    `from_pipe` asks whether `type(component) in` some types, and is called on `type(pipe)`.
+    """
 
     def equal(cls: type, other: object) -> bool:
         return cls is other or cls.__dict__[_STOCK] is other
@@ -114,7 +132,11 @@ def _equal_to_stock(stock_metaclass: type) -> type:
     def hash_of_stock(cls: type) -> int:
         return hash(cls.__dict__[_STOCK])
 
-    return type(stock_metaclass.__name__, (stock_metaclass,), {"__eq__": equal, "__hash__": hash_of_stock})
+    def construct_stock(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return cls.__dict__[_STOCK](*args, **kwargs)
+
+    members = {"__eq__": equal, "__hash__": hash_of_stock, "__call__": construct_stock}
+    return type(stock_metaclass.__name__, (stock_metaclass,), members)
 
 
 def _set_doors(obj: Any, doors: frozenset[str]) -> None:
@@ -167,7 +189,7 @@ def _reduce_as_stock(self: Any, protocol: Any) -> Any:
     """Pickle as the stock class and without layers: what is loaded elsewhere, without pipeboost, is a stock object."""
     _, _, *rest = super(type(self), self).__reduce_ex__(protocol)
     if rest and isinstance(rest[0], dict):
-        rest[0] = {name: value for name, value in rest[0].items() if name != _CHAINS}
+        rest[0] = _without_ours(rest[0])
     # pickle lets `copyreg.__newobj__` name only the object's own class, so the older reconstructor names the stock one.
     return (copyreg._reconstructor, (stock_class(self), object, None), *rest)  # type: ignore[attr-defined]
 
@@ -179,7 +201,13 @@ def _copy(self: T) -> T:
 
 
 def _deepcopy(self: T, memo: dict[int, Any]) -> T:
-    twin = copyreg.__newobj__(type(self))  # type: ignore[attr-defined]
+    twin = copyreg.__newobj__(stock_class(self))  # type: ignore[attr-defined]
     memo[id(self)] = twin
-    vars(twin).update(copy.deepcopy(vars(self), memo))
+    vars(twin).update(copy.deepcopy(_without_ours(vars(self)), memo))
     return twin
+
+
+def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
+    chains = attributes.get(_CHAINS)
+    ours = {_CHAINS, *chains.attached} if chains is not None else {_CHAINS}
+    return {name: value for name, value in attributes.items() if name not in ours}

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from pipeboost import accelerate_pipeline
 from pipeboost.cache import CacheCount, attach_cache
 from pipeboost.call import Call, current_call, open_call
 from pipeboost.config import CacheConfig
@@ -248,21 +249,20 @@ def test_calls_in_threads_give_what_each_gives_alone() -> None:
         {"steps": 12, "seed": 2, "prompt": OTHER_PROMPT, "height": 96, "width": 96},
         {"steps": 9, "seed": 3, "true_cfg_scale": 1.0},
     ]
-    pipe = entry.build()
+    pipe = accelerate_pipeline(entry.build(), quality="fast", cache=ONE_IN_TWO, attention=None)
     outputs: dict[int, torch.Tensor] = {}
-    with cached(pipe, ONE_IN_TWO):
-        alone = [entry.call(pipe, **request) for request in requests]
+    alone = [entry.call(pipe, **request) for request in requests]
 
-        def run(index: int) -> None:
-            view = copy.copy(pipe)
-            view.scheduler = copy.deepcopy(pipe.scheduler)
-            outputs[index] = entry.call(view, **requests[index])
+    def run(index: int) -> None:
+        view = copy.copy(pipe)
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+        outputs[index] = entry.call(view, **requests[index])
 
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(requests))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert all(torch.equal(outputs[index], alone[index]) for index in range(len(requests)))
 
 
@@ -427,7 +427,7 @@ def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:
     refused(ConfigurationError, "fn=5 and cache.bn=3 are more than the 7 blocks", CacheConfig(fn=5, bn=3))
     secondary = CacheConfig(secondary=CacheConfig(fn=8))
     refused(ConfigurationError, "fn=8 and cache.bn=0 are more than the 7 blocks", secondary, position=1)
-    refused(UnsupportedError, "no family says", CacheConfig(), family=dataclasses.replace(family, branches=None))
+    refused(UnsupportedError, "no family says", CacheConfig(), family=dataclasses.replace(family, blocks=()))
     assert everything_global(pipe) == before
     pipe.transformer._is_cached = True
     refused(UnsupportedError, "cache-dit is on this FluxTransformer2DModel already", CacheConfig())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from pipeboost.seams import add_layer, has_layer, layers_of, remove_layer, stock_class
+from pipeboost.seams import add_layer, attach, has_layer, layers_of, remove_layer, stock_class
 
 
 class Greeter:
@@ -86,7 +86,7 @@ def test_a_shallow_copy_calls_the_layers_with_itself_as_owner():
     assert owners == [view]
 
 
-def test_deep_copies_share_layers_and_step_themselves():
+def test_a_deep_copy_is_a_stock_object():
     scheduler = FlowMatchEulerDiscreteScheduler()
     steps = []
 
@@ -95,13 +95,25 @@ def test_deep_copies_share_layers_and_step_themselves():
         return call_next(*args, **kwargs)
 
     add_layer(scheduler, "step", count)
+    attach(scheduler, "note", "ours")
     twin = copy.deepcopy(scheduler)
+    assert type(twin) is FlowMatchEulerDiscreteScheduler
+    assert not hasattr(twin, "note")
+    assert vars(twin).keys() == vars(FlowMatchEulerDiscreteScheduler()).keys()
     twin.set_timesteps(4)
     sample = torch.ones(1, 2)
     twin.step(sample, twin.timesteps[0], sample)
-    assert steps == [twin]
+    assert steps == []
     assert twin.step_index == 1
     assert scheduler.step_index is None
+    assert scheduler.note == "ours"
+
+
+def test_constructing_through_a_seamed_class_gives_a_stock_object():
+    seamed = Greeter()
+    add_layer(seamed, "__call__", shout)
+    assert type(seamed) in (int, Greeter)
+    assert type(type(seamed)("you")) is Greeter
 
 
 def test_pickling_gives_the_stock_class_without_layers():

@@ -5,10 +5,10 @@ from pipeboost.attention.dispatcher import Dispatcher
 from pipeboost.attention.padding import TRIM_ORDER, trim_padded_text
 from pipeboost.attention.swap import (
     SwapReport,
-    attention_report,
     dispatcher_of,
     rebind_attention,
     swap_attention,
+    swappable_processors,
 )
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "Dispatcher",
     "KernelChoice",
     "SwapReport",
-    "attention_report",
     "choose_kernel",
     "dispatcher_of",
     "explain_choice",
     "rebind_attention",
     "swap_attention",
+    "swappable_processors",
     "trim_padded_text",
 ]

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from pipeboost.attention.choice import choose_kernel, refusal
-from pipeboost.call import current_call
+from pipeboost.call import current_call, is_tracing_our_call
 from pipeboost.errors import UnsupportedError
 from pipeboost.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
@@ -79,8 +79,8 @@ class Dispatcher:
         Raises:
             UnsupportedError: the kernel that the user named cannot take the call.
         """
-        # A compiled block runs within our calls only, and a context variable must not be traced.
-        ours = torch.compiler.is_compiling() or _attention_is_on()
+        # What a user compiles may run outside our calls, so only what our own compile traces is ours.
+        ours = is_tracing_our_call() if torch.compiler.is_compiling() else _attention_is_on()
         special = dropout_p != 0.0 or is_causal or enable_gqa or bool(attention_kwargs)
         theirs = backend is not None or parallel_config is not None
         if ours and special and not theirs and self.settings.backend not in ("auto", "sdpa"):

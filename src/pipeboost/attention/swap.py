@@ -150,9 +150,12 @@ def dispatcher_of(model: torch.nn.Module) -> Dispatcher:
     return _swaps[model].dispatcher
 
 
-def attention_report(model: torch.nn.Module) -> SwapReport:
-    """What is accelerated on a swapped model now."""
-    return _swaps[model].report()
+def swappable_processors(model: torch.nn.Module) -> SwapReport:
+    """What `swap_attention` would do to a model, without doing it."""
+    stock = [stock_class(module.processor) for module in model.modules() if hasattr(module, "processor")]
+    reasons = {cls: _why_not(cls) for cls in stock}
+    left = {cls.__name__: reason for cls, reason in reasons.items() if reason is not None}
+    return SwapReport(sum(reasons[cls] is None for cls in stock), tuple(sorted(left.items())))
 
 
 def _restore(model: torch.nn.Module | None, swap: _Swap) -> None:

@@ -42,13 +42,13 @@ def attach_cache(
         position: which of `family.denoisers` this model is.
 
     Raises:
-        UnsupportedError: the family does not say how its loop calls the transformer, the blocks are not of the form it
+        UnsupportedError: the family does not say which blocks there are, the blocks are not of the form it
             declares, or another cache is on the model. Nothing was changed.
         ConfigurationError: `fn + bn` is more than the blocks there are. Nothing was changed.
     """
-    if family.branches is None or not family.blocks:
+    if not family.blocks:
         raise UnsupportedError(
-            f"cache is not possible for {stock_class(model).__name__}: no family says how many forwards a step makes; "
+            f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "
             "use cache=None or add a family (entry-point group 'pipeboost.patches')"
         )
     _refuse_other_caches(model)

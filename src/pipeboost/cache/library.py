@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,20 +18,25 @@ from torch import nn
 from pipeboost.config import CacheConfig
 from pipeboost.families import BlockReturn
 
+_LEFT_BEHIND = "FFPA_CUDA_ALLOW_SMALL_D"
+
 
 @contextlib.contextmanager
-def _logger_class_kept() -> Iterator[None]:
-    """cache-dit replaces two methods that transformers gave to `logging.Logger`; they go back afterwards."""
+def _process_kept() -> Iterator[None]:
+    """cache-dit replaces two methods of `logging.Logger` and sets an environment variable; both go back afterwards."""
     names = ("warning_once", "info_once")
-    before = {name: vars(logging.Logger)[name] for name in names if name in vars(logging.Logger)}
+    methods = {name: vars(logging.Logger)[name] for name in names if name in vars(logging.Logger)}
+    variable = os.environ.get(_LEFT_BEHIND)
     try:
         yield
     finally:
-        for name, method in before.items():
+        for name, method in methods.items():
             setattr(logging.Logger, name, method)
+        if variable is None:
+            os.environ.pop(_LEFT_BEHIND, None)
 
 
-with _logger_class_kept():
+with _process_kept():
     from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig, steps_mask
     from cache_dit.caching import CachedBlocks, CachedContextManager
     from cache_dit.caching.cache_blocks import pattern_base

@@ -22,6 +22,7 @@ from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch.fx.experimental import _config as _shape_config
 
+from pipeboost.call import tracing_our_call
 from pipeboost.config import CompileConfig
 from pipeboost.errors import UnsupportedError
 from pipeboost.seams import stock_class
@@ -137,6 +138,7 @@ class _Compiler:
                 skip_nnmodule_hook_guards=False,
             ),
             _SHAPE_CONFIG.patch(use_duck_shape=False),
+            tracing_our_call(),
         ):
             if self.region._generation != generation:
                 raise _CompiledMeanwhile

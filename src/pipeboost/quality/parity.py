@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeboost.errors import PipeboostError
+from pipeboost.quality.tuned_stock import stock_compile
 from pipeboost.seams import add_layer, remove_layer
 
 FLOOR_MARGIN = 1.2
@@ -119,7 +119,7 @@ def verify_acceleration(
             with torch.no_grad(), opened():
                 errors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
             if quality == "lossless" and errors[name] > 0:
-                with torch.no_grad(), paused(), _compiled_as_stock_does(denoisers[name]):
+                with torch.no_grad(), paused(), stock_compile(denoisers[name], fullgraph=True):
                     floors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
     promise, passed = _judge(quality, difference, ratio, errors, floors)
     return Verification(quality, passed, promise, ratio, difference, errors, floors)
@@ -178,24 +178,6 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
     finally:
         for name, layer in layers.items():
             remove_layer(denoisers[name], "__call__", layer)
-
-
-@contextlib.contextmanager
-def _compiled_as_stock_does(model: Any) -> Iterator[None]:
-    """Stock's own regional compile, taken off again."""
-    if not getattr(model, "_repeated_blocks", None):
-        raise PipeboostError(
-            f"{type(model).__name__} names no repeated blocks, so stock's compile cannot give a noise floor for it"
-        )
-    before = {module: vars(module).get("_compiled_call_impl") for module in model.modules()}
-    model.compile_repeated_blocks(fullgraph=True)
-    try:
-        yield
-    finally:
-        for module, compiled in before.items():
-            vars(module).pop("_compiled_call_impl", None)
-            if compiled is not None:
-                vars(module)["_compiled_call_impl"] = compiled
 
 
 def _sample(output: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.quality.timing import time_runs
 
 NATIVE = "native"
@@ -76,13 +76,22 @@ def stock_attention(model: Any, backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock_compile(model: Any, *, fullgraph: bool) -> Iterator[None]:
-    """Diffusers' own regional compile, taken off again."""
+    """Diffusers' own regional compile, taken off again; what the user had compiled stays compiled.
+
+    Raises:
+        UnsupportedError: the model names no repeated blocks.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise UnsupportedError(f"{type(model).__name__} names no repeated blocks for Diffusers' own compile")
+    before = {module: vars(module).get("_compiled_call_impl") for module in model.modules()}
     try:
         model.compile_repeated_blocks(fullgraph=fullgraph)
         yield
     finally:
-        for module in model.modules():
-            module._compiled_call_impl = None
+        for module, compiled in before.items():
+            vars(module).pop("_compiled_call_impl", None)
+            if compiled is not None:
+                vars(module)["_compiled_call_impl"] = compiled
 
 
 @contextlib.contextmanager

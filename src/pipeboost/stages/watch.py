@@ -68,14 +68,19 @@ def watched_components(pipe: Any, denoisers: Mapping[str, Any]) -> dict[str, Any
 
 
 def watch(path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
-    """Stand in the doors of one object; doors that are watched already stay as they are."""
-    for component, method, stage in DOORS:
-        if component == path and callable(getattr(obj, method, None)):
-            ledger.add_layer(obj, method, _stage_layer(stage), order=OUTERMOST)
+    """Stand in the doors of one object; pipelines that share it share the layers."""
+    doors = [(method, _stage_layer(stage)) for component, method, stage in DOORS if component == path]
     if denoiser:
-        ledger.add_layer(obj, "__call__", _denoise, order=OUTERMOST)
-    if path == "scheduler" and callable(getattr(obj, "step", None)):
-        ledger.add_layer(obj, "step", _advance, order=OUTERMOST)
+        doors.append(("__call__", _denoise))
+    if path == "scheduler":
+        doors.append(("step", _advance))
+
+    def apply(inner: Ledger) -> None:
+        for method, layer in doors:
+            if callable(getattr(obj, method, None)):
+                inner.add_layer(obj, method, layer, order=OUTERMOST)
+
+    ledger.share(obj, "watch", path, apply)
 
 
 _stage_layers: dict[str, Layer] = {}
@@ -96,6 +101,7 @@ def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
     if call is None:
         return call_next(*args, **kwargs)
     call.raise_if_cancelled()
+    call.follow_scheduler()
     call.branch += 1
     return timed(call, "denoising", call.step, call.branch, lambda: call_next(*args, **kwargs))
 
