@@ -118,10 +118,17 @@ def test_plan_knows_a_published_size(pipeboost):
     assert "WanPipeline" in out
 
 
-def test_doctor_prints_every_attention_kernel(pipeboost):
+def test_doctor_prints_every_attention_kernel_and_whether_it_runs_in_80_columns(pipeboost, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(doctor, "detect_hardware", lambda: detect_hardware("cpu"))
     code, out, _ = pipeboost("doctor")
     assert code == 0
-    assert [name for name in ATTENTION_BACKENDS if name not in out] == []
+    rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("│") for line in out.splitlines()) if cells[1:]}
+    assert [name for name in ATTENTION_BACKENDS if name not in rows] == []
+    assert rows["sdpa"] == "yes"
+    assert rows["flash3"].startswith("needs")
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(line[-1] in " │┃" for line in out.splitlines() if "│" in line or "┃" in line)
 
 
 def test_doctor_says_how_several_devices_are_linked_and_names_packages_that_exist(pipeboost, monkeypatch):

@@ -42,8 +42,8 @@ def print_diagnosis() -> None:
 
 def _kernels(hardware: Hardware) -> Table:
     table = Table(title="Attention kernels", title_justify="left")
-    for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks", "LSE"):
-        table.add_column(heading, no_wrap=heading != "here")
+    for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks"):
+        table.add_column(heading, no_wrap=heading == "attention=", min_width=15 if heading == "here" else None)
     for name in ATTENTION_BACKENDS:
         kernel = KERNELS[name]
         smallest, largest, multiple = kernel.head_dims
@@ -54,7 +54,6 @@ def _kernels(hardware: Hardware) -> Table:
             " ".join(_DTYPES[dtype] for dtype in kernel.dtypes),
             f"{smallest}-{largest}" + (f" by {multiple}" if multiple > 1 else ""),
             kernel.masks,
-            "yes" if kernel.lse else "no",
         )
     return table
 
