@@ -128,7 +128,7 @@ def test_doctor_prints_every_attention_kernel_and_whether_it_runs_in_80_columns(
     assert rows["sdpa"] == "yes"
     assert rows["flash3"].startswith("needs")
     assert max(map(len, out.splitlines())) <= 80
-    assert all(line[-1] in " │┃" for line in out.splitlines() if "│" in line or "┃" in line)
+    assert all(line[-1] in "│┃" for line in out.splitlines() if "│" in line or "┃" in line)
 
 
 def test_doctor_says_how_several_devices_are_linked_and_names_packages_that_exist(pipeboost, monkeypatch):

@@ -43,7 +43,7 @@ def print_diagnosis() -> None:
 def _kernels(hardware: Hardware) -> Table:
     table = Table(title="Attention kernels", title_justify="left")
     for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks"):
-        table.add_column(heading, no_wrap=heading == "attention=", min_width=15 if heading == "here" else None)
+        table.add_column(heading, no_wrap=heading == "attention=", width=16 if heading == "here" else None)
     for name in ATTENTION_BACKENDS:
         kernel = KERNELS[name]
         smallest, largest, multiple = kernel.head_dims
