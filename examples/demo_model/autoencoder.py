@@ -10,10 +10,12 @@ from .pace import Pace
 from .render import render
 from .replay import replayed
 
-KL_WEIGHT = 1e-4
+SIZE_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
 THING_WEIGHT = 6.0
 SQUARE_WEIGHT = 4.0
+BACKDROP_WEIGHT = 2.0
+BACKDROP_CELL = 16
 LATENT_NOISE = 0.05
 CHUNK = 250
 
@@ -40,13 +42,11 @@ def train_autoencoder(vae: AutoencoderKL, pool: torch.Tensor, pace: Pace, *, bat
         optimizer.zero_grad()
         images = _floats(pool[torch.randint(len(pool), (batch_size,), device=device)])
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            posterior = vae.encode(images).latent_dist
-            latents = posterior.sample()
+            # No sampling: the noise of an untrained posterior drowns what little tells one background from another.
+            latents = vae.encode(images).latent_dist.mode()
             # The decoder will be given the transformer's latents, which are never quite right.
             drawn = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample.float()
-        # `kl()` sums over a sample's latents; the weight is per latent.
-        kl = posterior.kl().float().mean() / latents[0].numel()
-        loss = _reconstruction_loss(drawn, images) + KL_WEIGHT * kl
+        loss = _reconstruction_loss(drawn, images) + SIZE_WEIGHT * latents.float().square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -89,7 +89,8 @@ def _reconstruction_loss(drawn: torch.Tensor, images: torch.Tensor) -> torch.Ten
     edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     absolute = (weight * difference.abs()).mean() / weight.mean()
     # Absolute error alone settles on the commonest background; squares pull towards the right one from afar.
-    return absolute + SQUARE_WEIGHT * difference.square().mean() + EDGE_WEIGHT * edges
+    backdrop = F.avg_pool2d(difference, BACKDROP_CELL).abs().mean()
+    return absolute + SQUARE_WEIGHT * difference.square().mean() + EDGE_WEIGHT * edges + BACKDROP_WEIGHT * backdrop
 
 
 def _floats(images: torch.Tensor) -> torch.Tensor:
