@@ -22,7 +22,7 @@ from tests.pipelines.tiny import TINY
 SOURCE = Path(pipeboost.__file__).parent
 PATCHES = Path(__file__).parents[2] / "patches"
 FLOORS = (
-    ("config", "errors"),
+    ("config", "config_sources", "errors"),
     ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
     ("families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload"),

@@ -104,13 +104,13 @@ class Report:
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture: stages as one bar, steps as a line. Needs the extra `pipeboost[plot]`."""
+        """Write a picture: stages as one bar, steps as a line. Needs matplotlib, the extra `plot`."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             from pipeboost.errors import MissingPackageError
 
-            raise MissingPackageError("Report.plot needs matplotlib: pip install 'pipeboost[plot]'") from error
+            raise MissingPackageError("Report.plot needs matplotlib: pip install matplotlib") from error
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         names = sorted(self.stages, key=self.stages.__getitem__)
