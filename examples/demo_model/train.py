@@ -40,9 +40,7 @@ def main() -> None:
     """All stages, saving several times on the way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the Diffusers folder to write")
-    parser.add_argument(
-        "--resume", type=Path, help="start from this folder and go on with the transformer alone"
-    )
+    parser.add_argument("--resume", type=Path, help="start from this folder and go on with the transformer alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-seconds", type=float, help="cut the VAE's stage to what fits in this time")
     parser.add_argument("--encoder-seconds", type=float, help="cut the text encoders' stage to what fits in this time")
