@@ -73,8 +73,8 @@ FAMILY = Family(
         Measured(
             hardware="H100",
             tier="lossless",
-            workload="1024×1024",
-            speedup=1.37,
+            workload="1024×1024, FlashAttention 3",
+            speedup=1.40,
             source="benchmarks/results/flux.1-dev_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),

@@ -68,8 +68,8 @@ FAMILY = Family(
         Measured(
             hardware="H100",
             tier="lossless",
-            workload="1024×1024",
-            speedup=1.33,
+            workload="1024×1024, FlashAttention 3",
+            speedup=1.35,
             source="benchmarks/results/qwen-image_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),

@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: `python -m examples.demo_model.train --out weights` (one H100, minutes)."""
+"""Trains the demo model from nothing: `python -m examples.demo_model.train --out weights` (one H100, 8 minutes)."""
 
 import argparse
 import shutil
@@ -20,15 +20,18 @@ from .pace import Pace
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run takes besides its seed; `wordings` are captions for each scene of the pool."""
+    """What a run takes besides its seed; `wordings` are captions for each scene of the pool.
+
+    The steps are those that made the weights we ship.
+    """
 
     pool: int = 100_000
     wordings: int = 3
-    vae_steps: int = 40_000
+    vae_steps: int = 7_577
     vae_batch: int = 32
-    encoder_steps: int = 6_000
+    encoder_steps: int = 2_353
     encoder_batch: int = 512
-    steps: int = 60_000
+    steps: int = 15_388
     batch: int = 256
     peak: float = 1.5e-3
 

@@ -15,7 +15,7 @@ CPU = detect_hardware("cpu")
 AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)
 HOPPER = Hardware("cuda", "NVIDIA H100", (9, 0), 80 << 30, 1, False, True)
 BLACKWELL = Hardware("cuda", "NVIDIA B200", (10, 0), 180 << 30, 1, False, True)
-FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 4608, 32760, 512
+SMALL_TOKENS, FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 1536, 4608, 32760, 512
 
 
 def everything(hardware):
@@ -29,7 +29,8 @@ def choose(queries, keys, hardware, *, mask="none", tier="lossless", dtype=torch
 
 def test_auto_takes_flash3_on_hopper_where_tokens_are_many():
     assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER) == "flash3"
-    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER) == "sdpa"
+    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER) == "flash3"
+    assert choose(SMALL_TOKENS, SMALL_TOKENS, HOPPER) == "sdpa"
 
 
 def test_auto_leaves_cross_attention_with_few_keys_to_torch():
@@ -40,7 +41,8 @@ def test_auto_leaves_cross_attention_with_few_keys_to_torch():
 def test_auto_takes_eight_bits_only_where_the_tier_allows_it():
     assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, tier="balanced") == "flash3_fp8"
     assert choose(WAN_TOKENS, WAN_TOKENS, HOPPER, tier="fast") == "flash3_fp8"
-    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER, tier="balanced") == "sdpa"
+    assert choose(FLUX_TOKENS, FLUX_TOKENS, HOPPER, tier="balanced") == "flash3"
+    assert choose(SMALL_TOKENS, SMALL_TOKENS, HOPPER, tier="balanced") == "sdpa"
 
 
 def test_auto_keeps_a_fast_kernel_under_key_padding():
@@ -73,19 +75,21 @@ def test_the_choice_is_traced_without_a_graph_per_token_count():
 
     counter = CompileCounter()
     compiled = torch.compile(tokens_by_choice, backend=counter, fullgraph=True, dynamic=True)
-    for tokens in (4608, 5000, 8191, 8192, 9000, 4609):
+    for tokens in (1536, 4608, 5000, 8191, 8192, 9000, 4609, 2000):
         name = choose(tokens, 9000, HOPPER, mask="key padding", tier="balanced")
         assert compiled(torch.zeros(tokens)).unique().item() == len(name)
-    assert counter.frame_count == 2
+    assert counter.frame_count == 3
 
 
 def test_the_plan_names_both_choices_and_what_spoke_against_the_others(monkeypatch):
     monkeypatch.setattr(table, "_is_installed", lambda module: module == "fa3_fwd_interface")
     choice, why, considered = explain_choice(AttentionConfig(), hardware=HOPPER, tier="lossless", dtype=torch.bfloat16)
-    assert choice == "flash3 from 8192 tokens, else sdpa"
-    assert "fastest" in why
+    assert choice == "flash3 from 4096 tokens, else sdpa"
+    assert "flash3 is the fastest" in why
     assert any("flash4" in line and "compute capability 10.0" in line for line in considered)
     assert any("flash3_fp8" in line and "tier" in line for line in considered)
+    balanced = explain_choice(AttentionConfig(), hardware=HOPPER, tier="balanced", dtype=torch.bfloat16)
+    assert balanced[0] == "flash3_fp8 from 8192 tokens, flash3 from 4096 tokens, else sdpa"
     monkeypatch.setattr(table, "_is_installed", lambda module: False)
     choice, _, considered = explain_choice(AttentionConfig(), hardware=HOPPER, tier="lossless", dtype=torch.bfloat16)
     assert choice == "sdpa"

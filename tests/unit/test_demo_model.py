@@ -109,7 +109,6 @@ def test_weights_fit_in_16_megabytes() -> None:
 
 
 @needs_weights
-@pytest.mark.xfail(strict=True, reason="the weights are provisional: 29 of 200 held-out captions are drawn right")
 def test_stock_pipeline_draws_a_demo_prompt() -> None:
     from diffusers import FluxPipeline
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 56
+_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 72
 
 
 def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:
@@ -23,7 +23,7 @@ def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts
     pen = ImageDraw.Draw(grid)
     for column, prompt in enumerate(prompts):
         x = _LEFT + column * (side + _MARGIN)
-        for line, text in enumerate(textwrap.wrap(prompt, 40)[:3]):
+        for line, text in enumerate(textwrap.wrap(prompt, 40)[:4]):
             pen.text((x, 6 + 15 * line), text, fill="black", font_size=13)
     for row, (name, time, images) in enumerate(rows):
         y = _TOP + row * (side + _MARGIN)

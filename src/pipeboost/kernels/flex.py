@@ -27,18 +27,39 @@ def flex(
 ) -> Attended:
     """FlexAttention; key-padding masks. A sample without any real key gives zeros.
 
-    On CUDA outside torch.compile it runs through a private compiled copy, because uncompiled it would materialise all
-    scores. On a CPU it does materialise them.
+    On CUDA it runs through a private compiled copy, because uncompiled it would materialise all scores, and inside an
+    operator of ours: compiled into a graph whose key count varies, torch 2.11's masked kernel reads wrong addresses on
+    an H100. On a CPU it does materialise the scores.
     """
-    function: Any = flex_attention
-    if q.device.type != "cpu" and not torch.compiler.is_compiling():
-        function = _compiled()
-    block_mask = None if mask is None else key_padding_blocks(valid_keys(mask, q.shape[0]), q.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not return_lse:
-        return function(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
-    out, extra = function(q, k, v, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return out.transpose(1, 2), extra.lse.to(torch.float32)
+    valid = None if mask is None else valid_keys(mask, q.shape[0])
+    attend = _attend if q.device.type == "cpu" else torch.ops.pipeboost.flex
+    out, lse = attend(q, k, v, valid, q.shape[-1] ** -0.5 if scale is None else scale)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    function: Any = flex_attention if q.device.type == "cpu" else _compiled()
+    block_mask = None if valid is None else key_padding_blocks(valid, q.shape[1])
+    out, extra = function(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=block_mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=True),
+    )
+    return out.transpose(1, 2).contiguous(), extra.lse.to(torch.float32)
+
+
+_flex_operator = torch.library.custom_op("pipeboost::flex", _attend, mutates_args=())
+
+
+@_flex_operator.register_fake
+def _flex_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return torch.empty_like(q).contiguous(), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
