@@ -183,7 +183,7 @@ def test_the_picture_has_a_cell_for_each_image():
     grid = picture_grid([("stock", "1.00 s", images), ("fast", "0.50 s", images[::-1])], ["a", "b"])
     colours = {colour for _, colour in grid.getcolors(grid.width * grid.height)}
     assert {(255, 0, 0), (0, 0, 255)} <= colours
-    assert grid.getpixel((160, 60)) == grid.getpixel((160 + 40, 60 + 40)) == (255, 0, 0)
+    assert grid.getpixel((160, 76)) == grid.getpixel((160 + 40, 76 + 40)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
