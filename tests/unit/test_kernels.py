@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeboost.config import ATTENTION_BACKENDS
 from pipeboost.hardware import Hardware, detect_hardware
@@ -26,6 +27,7 @@ from pipeboost.kernels import (
     unavailable_reason,
 )
 from pipeboost.kernels.flash import quantize_heads
+from pipeboost.kernels.flex import key_padding_blocks
 
 CPU = detect_hardware("cpu")
 AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)
@@ -328,3 +330,20 @@ def test_only_torch_kernels_take_masks_that_differ_between_queries(name):
     assert refuses(kernel, mask="any", **call) == "it does not honour this mask"
     assert refuses(kernel, mask="none", **{**call, "head_dim": 100_000}) == "it does not have this head dimension"
     assert refuses(kernel, mask="none", **{**call, "device": "xpu"}) == "it does not run on this device"
+
+
+def test_flex_block_masks_equal_those_that_torch_would_derive():
+    valid = torch.rand(3, 700, generator=torch.Generator().manual_seed(0)) < 0.1
+    valid[0, 128:300] = False
+    valid[1] = False
+    ours = key_padding_blocks(valid, 500)
+    derived = BlockMask.from_kv_blocks(
+        ours.kv_num_blocks, ours.kv_indices, BLOCK_SIZE=128, mask_mod=ours.mask_mod, seq_lengths=(500, 700)
+    )
+    assert torch.equal(ours.to_dense(), derived.to_dense())
+    assert torch.equal(ours.q_num_blocks, derived.q_num_blocks)
+    for sample, key_block in zip(*torch.nonzero(ours.q_num_blocks[:, 0], as_tuple=True), strict=True):
+        count = ours.q_num_blocks[sample, 0, key_block]
+        assert torch.equal(
+            ours.q_indices[sample, 0, key_block, :count], derived.q_indices[sample, 0, key_block, :count]
+        )
