@@ -44,8 +44,8 @@ def flex(
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
     """The block mask of a key-padding mask, made of tensor operations alone.
 
-    Built field by field: `from_kv_blocks` would turn the table around by a scatter under vmap, which torch 2.11 compiles
-    wrongly where the key count varies, and here every query block sees the same key blocks.
+    Built field by field: `from_kv_blocks` would turn the table around by a scatter under vmap, which torch 2.11
+    compiles wrongly where the key count varies, and here every query block sees the same key blocks.
 
     Args:
         valid: `(batch, keys)`, True where a key is real.
