@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText
+from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText, stage_doors
 
 
 def forward_arguments(
@@ -73,4 +73,5 @@ FAMILY = Family(
             source="benchmarks/results/hunyuan-video_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),
+    doors=stage_doors(text_outputs=("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured
+from pipeboost.families import Blocks, Family, FullSize, Measured, stage_doors
 
 
 def forward_arguments(
@@ -79,4 +79,5 @@ FAMILY = Family(
         ),
     ),
     expert_steps=expert_steps,
+    doors=stage_doors(text_outputs=("prompt_embeds", "negative_prompt_embeds")),
 )

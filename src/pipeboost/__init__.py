@@ -14,6 +14,7 @@ from pipeboost.config import (
     QuantizeConfig,
 )
 from pipeboost.errors import Cancelled, PipeboostError
+from pipeboost.stages import Checks, FailedCheck, Progress, Stage, StageParallelism
 
 __all__ = [
     "Acceleration",
@@ -21,10 +22,15 @@ __all__ = [
     "AttentionConfig",
     "CacheConfig",
     "Cancelled",
+    "Checks",
     "CompileConfig",
+    "FailedCheck",
     "OffloadConfig",
     "ParallelConfig",
     "PipeboostError",
+    "Progress",
     "QuantizeConfig",
+    "Stage",
+    "StageParallelism",
     "accelerate_pipeline",
 ]

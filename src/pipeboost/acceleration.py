@@ -19,7 +19,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -30,18 +30,44 @@ from pipeboost.call import Call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware
 from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.seams import attach, stock_class
-from pipeboost.stages import WHOLE_CALL, Report, Span, timed, watch, watched_components
+from pipeboost.stages import (
+    COMPOSITION,
+    INPUT_VALIDATION,
+    RECORDER,
+    TRAJECTORY_ARGUMENT,
+    TURN,
+    WHOLE_CALL,
+    Composition,
+    Load,
+    Progress,
+    Recorder,
+    Report,
+    Stage,
+    current_turn,
+    follow_trajectory,
+    one_by_one,
+    overlapped,
+    verified,
+    watch,
+    watched_components,
+    weights_of,
+    with_trajectory,
+)
 
 P = TypeVar("P")
 
 _CALL_DOOR_ORDER = -1000.0
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
+_profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
+_unreported: ContextVar[bool] = ContextVar("pipeboost_unreported", default=False)
+_call_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_call_locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,16 @@ class _Part:
     ledger: Ledger
     compiled: CompiledModel | None
     of_view: bool
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a report needs of a call that is over; not the call itself, which would keep its pipeline alive."""
+
+    events: list[Any]
+    caches: tuple[CacheCount, ...]
+    loads: tuple[tuple[str, int, float], ...]
+    reuse: dict[str, int]
 
 
 class _Default:
@@ -139,16 +175,21 @@ class Acceleration:
     Attributes:
         plan: what was decided and why; print it.
         config: the settings it was made from.
+        stages: the stages of a call, in order; print them.
+        progress: called with a `Progress` at the start of each stage and after each denoising step; None to leave it.
+            What it raises ends the call.
     """
 
     def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig) -> None:
         self.plan = plan
         self.config = config
+        self.stages = Composition(plan.family, pipe)
+        self.progress: Callable[[Progress], None] | None = None
         self._pipe = weakref.ref(pipe)
         self._ledger = Ledger()
         self._parts: dict[int, _Part] = {}
         self._calls: set[Call] = set()
-        self._finished: tuple[list[Span], tuple[CacheCount, ...]] | None = None
+        self._finished: _Finished | None = None
         self._lock = threading.RLock()
         self._removed = False
         with self._ledger:
@@ -174,21 +215,100 @@ class Acceleration:
         """
         if self._finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
-        spans, counts = self._finished
+        pipe = self._pipe()
         return Report.of_spans(
-            spans,
+            self._finished.events,
             pipeline=self.plan.facts.pipeline,
+            components={} if pipe is None else weights_of(pipe.components),
+            loads=[Load(*load) for load in self._finished.loads],
             cache={
                 f"{count.denoiser}.{count.blocks} branch {count.branch}": {
                     "computed": count.computed_steps,
                     "skipped": count.cached_steps,
                 }
-                for count in counts
+                for count in self._finished.caches
             },
+            reuse=self._finished.reuse,
             compiled={
                 part.path: asdict(part.compiled.counters) for part in self._parts.values() if part.compiled is not None
             },
         )
+
+    def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
+        """Put a stage of your own right before or right after another one; from the next call on.
+
+        Args:
+            name: what reports call it.
+            stage: an instance of a subclass of `Stage`.
+            before, after: name of the other stage; one of the two.
+
+        Raises:
+            ConfigurationError: the name is taken, there is no such place, or nothing can stand there.
+            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+        """
+        self._alive_pipe()
+        self.stages.add(name, stage, before=before, after=after)
+
+    def replace_stage(self, name: str, stage: Stage) -> None:
+        """Put a stage of your own in the place of another; it keeps the name. From the next call on.
+
+        The stage that replaces a built-in one gets its arguments by name and returns its results by name; kept before,
+        `pipe.acceleration.stages[name].run(values)` does the stock work from inside it.
+
+        Raises:
+            ConfigurationError: there is no such stage, or it is the script's own: `"denoising"`, `"other"`.
+            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+        """
+        self._alive_pipe()
+        self.stages.replace(name, stage)
+
+    def remove_stage(self, name: str) -> None:
+        """Take out a stage of your own; where it had replaced a built-in one, that one is back.
+
+        Raises:
+            ConfigurationError: there is no such stage, or it is a built-in one.
+        """
+        self.stages.remove(name)
+
+    def run_many(self, requests: Sequence[Mapping[str, Any]], *, overlap: bool = True) -> Iterator[Any]:
+        """Run `pipe(**request)` for each request and yield what they return, in order.
+
+        While one denoises, the text of the next is encoded and the previous is decoded. The results are those of one
+        call after the other, to the bit. They do run one after the other where that would not hold (a request without a
+        `generator` of its own), and where components are offloaded.
+
+        Args:
+            requests: arguments of each call.
+            overlap: False runs them one after the other.
+
+        Raises:
+            PipeboostError: the acceleration was removed. What a request raises comes up in its turn; the requests after
+                it are not run.
+        """
+        pipe = self._alive_pipe()
+        together = overlap and len(requests) > 1 and not self.plan["offload"].on and one_by_one(requests) is None
+        if not together or self._removed or id(self) in _paused.get():
+            for request in requests:
+                yield pipe(**request)
+            return
+        yield from overlapped(pipe, requests, self._cancel_turns)
+
+    def warm_up(self, **call: Any) -> None:
+        """Run `pipe(**call)` without reporting it, so that what comes after is compiled and loaded."""
+        token = _unreported.set(True)
+        try:
+            self._alive_pipe()(**call)
+        finally:
+            _unreported.reset(token)
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Inside, a report knows the peak memory of each stage. Restarts torch's peak counter at every stage."""
+        token = _profiled.set(True)
+        try:
+            yield
+        finally:
+            _profiled.reset(token)
 
     def verify(self, **call: Any) -> Verification:
         """Run `pipe(**call)` stock and accelerated, and check the promise of the tier.
@@ -244,6 +364,7 @@ class Acceleration:
             if self._calls:
                 raise PipeboostError("a call of this pipeline is running; wait for it, or cancel() it, then remove()")
             self._removed = True
+        self.stages.offload()
         self._ledger.undo()
 
     def _alive_pipe(self) -> Any:
@@ -259,15 +380,29 @@ class Acceleration:
         if self._removed or id(self) in _paused.get():
             with no_call():
                 return call_next(*args, **kwargs)
-        self._follow_device(pipe)
-        self._bind(pipe)
-        bound = _signature(stock_class(pipe)).bind(pipe, *args, **kwargs)
-        bound.apply_defaults()
-        with self._opened(pipe, dict(bound.arguments)) as call:
-            result = timed(call, WHOLE_CALL, None, None, lambda: call_next(*args, **kwargs))
-        caches = call.state.get("cache")
-        self._finished = (call.events, caches.counts() if caches is not None else ())
-        return result
+        signature = _signature(stock_class(pipe))
+        wants_trajectory = TRAJECTORY_ARGUMENT not in signature.parameters and kwargs.pop(TRAJECTORY_ARGUMENT, False)
+        with _alone_with(pipe):
+            self._follow_device(pipe)
+            self._bind(pipe)
+            bound = signature.bind(pipe, *args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            if self.plan.family.name != GENERIC and INPUT_VALIDATION in self.stages:
+                verified(self.stages[INPUT_VALIDATION], INPUT_VALIDATION, "input", arguments)
+            with self._opened(pipe, arguments) as call:
+                trajectory = follow_trajectory(call) if wants_trajectory else None
+                with call.state[RECORDER].span(WHOLE_CALL):
+                    result = call_next(*args, **kwargs)
+        if not _unreported.get():
+            caches = call.state.get("cache")
+            self._finished = _Finished(
+                events=call.events,
+                caches=() if caches is None else caches.counts(),
+                loads=tuple(call.state.get("loads", ())),
+                reuse=dict(call.state.get("reuse", {})),
+            )
+        return result if trajectory is None else with_trajectory(result, trajectory)
 
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[Call]:
@@ -278,10 +413,25 @@ class Acceleration:
                     raise PipeboostError("this acceleration was removed while the call was starting")
                 self._calls.add(call)
             call.rebind = functools.partial(self._bind, pipe)
+            call.state[COMPOSITION] = self.stages
+            call.state[RECORDER] = Recorder(
+                call, device=pipe._execution_device, exact_peaks=_profiled.get(), progress=self.progress
+            )
+            turn = current_turn()
+            if turn is not None:
+                call.state[TURN] = turn
             try:
                 yield call
             finally:
                 self._calls.discard(call)
+                if self.plan["offload"].on:
+                    self.stages.offload()
+
+    def _cancel_turns(self, turns: Any) -> None:
+        for call in tuple(self._calls):
+            turn = call.state.get(TURN)
+            if turn is not None and turn.turns is turns:
+                call.cancel()
 
     def _follow_device(self, pipe: Any) -> None:
         """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does."""
@@ -296,7 +446,7 @@ class Acceleration:
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
         models = self.plan.family.models(pipe)
-        components: dict[str, Any] = watched_components(pipe, models)
+        components: dict[str, Any] = watched_components(pipe, self.plan.family)
         with self._lock:
             for key, part in tuple(self._parts.items()):
                 target = part.target()
@@ -333,7 +483,7 @@ class Acceleration:
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
             if denoiser and plan["compile"].on:
                 compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
-            watch(path, obj, ledger, denoiser=denoiser)
+            watch(path, obj, plan.family, ledger)
         return _Part(path, weakref.ref(obj), ledger, compiled, of_view)
 
     def _detach(self) -> None:
@@ -353,6 +503,12 @@ def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     # Where Diffusers offloads, the weights wait on the CPU, but the pipeline runs elsewhere.
     return make_plan(config, detect_hardware(pipe._execution_device), family, facts_of(pipe, family.models(pipe)))
+
+
+def _alone_with(pipe: Any) -> threading.RLock:
+    """The lock of a pipeline's scheduler, whose state a call goes through: calls that share one run in turn."""
+    with _call_locks_lock:
+        return _call_locks.setdefault(getattr(pipe, "scheduler", None) or pipe, threading.RLock())
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,48 @@ from typing import Any, Literal
 from pipeboost.errors import UnsupportedError
 from pipeboost.seams import stock_class
 
+GENERIC = "generic"
+"""Name of the family of pipelines that no family claims."""
 BlockReturn = Literal["image_text", "text_image", "image"]
+
+
+@dataclass(frozen=True)
+class StageDoor:
+    """A method at which a stage of the call begins and ends.
+
+    Attributes:
+        component: attribute of the pipeline that has it; empty for the pipeline itself.
+        method: its name.
+        stage: the stage's name. Several doors may belong to one stage.
+        outputs: names of what it returns, in order; what has no name here is called `output_1` and so on.
+    """
+
+    component: str
+    method: str
+    stage: str
+    outputs: tuple[str, ...] = ()
+
+
+def stage_doors(*, text_outputs: tuple[str, ...] = ("prompt_embeds",)) -> tuple[StageDoor, ...]:
+    """The doors of a Diffusers pipeline by the names that Diffusers gives them; a pipeline has some of them.
+
+    Args:
+        text_outputs: names of what its `encode_prompt` returns.
+    """
+    return (
+        StageDoor("", "check_inputs", "input validation"),
+        StageDoor("", "encode_prompt", "text encoding", text_outputs),
+        StageDoor("", "encode_image", "image encoding", ("image_embeds",)),
+        StageDoor("", "prepare_ip_adapter_image_embeds", "image encoding", ("image_embeds",)),
+        StageDoor("vae", "encode", "image VAE encoding", ("latent_dist",)),
+        StageDoor("scheduler", "set_timesteps", "timestep preparation"),
+        StageDoor("", "get_timesteps", "timestep preparation", ("timesteps", "num_inference_steps")),
+        StageDoor("", "prepare_latents", "latent preparation", ("latents",)),
+        StageDoor("", "prepare_mask_latents", "latent preparation", ("mask", "masked_image_latents")),
+        StageDoor("vae", "decode", "decoding", ("sample",)),
+        StageDoor("image_processor", "postprocess", "postprocessing", ("images",)),
+        StageDoor("video_processor", "postprocess_video", "postprocessing", ("frames",)),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +149,7 @@ class Family:
         measured: speeds we measured, which a plan quotes on the same hardware.
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
             hands over from one to the next; None where the first one makes them all. Asked inside the loop.
+        doors: where the stages of a call begin and end.
         missing: for the generic family, what is not known and therefore left out, in words.
     """
 
@@ -120,6 +162,7 @@ class Family:
     full_sizes: tuple[FullSize, ...]
     measured: tuple[Measured, ...] = ()
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
+    doors: tuple[StageDoor, ...] = stage_doors()
     missing: tuple[str, ...] = ()
 
     def models(self, pipe: Any) -> dict[str, Any]:
@@ -172,7 +215,7 @@ def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
         unet = " (its denoiser is a U-Net, which pipeboost does not accelerate)" if components.get("unet") else ""
         raise UnsupportedError(f"{pipeline} has no transformer to accelerate{unet}")
     return Family(
-        name="generic",
+        name=GENERIC,
         pipelines=(pipeline,),
         transformers=(),
         denoisers=denoisers,

@@ -1,6 +1,42 @@
-"""Runs and observes a whole generation: where its stages begin and end, and how long each took."""
+"""The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
 
-from pipeboost.stages.report import Report
-from pipeboost.stages.watch import WHOLE_CALL, Span, timed, watch, watched_components
+from pipeboost.stages.composition import INPUT_VALIDATION, Composition
+from pipeboost.stages.doorway import COMPOSITION
+from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
+from pipeboost.stages.report import Load, Report, weights_of
+from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
+from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
+from pipeboost.stages.trajectory import ARGUMENT as TRAJECTORY_ARGUMENT
+from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_trajectory
+from pipeboost.stages.turns import TURN
+from pipeboost.stages.watch import watch, watched_components
 
-__all__ = ["WHOLE_CALL", "Report", "Span", "timed", "watch", "watched_components"]
+__all__ = [
+    "COMPOSITION",
+    "INPUT_VALIDATION",
+    "RECORDER",
+    "TRAJECTORY_ARGUMENT",
+    "TURN",
+    "WHOLE_CALL",
+    "Checks",
+    "Composition",
+    "FailedCheck",
+    "Load",
+    "Progress",
+    "Recorder",
+    "Report",
+    "Span",
+    "Stage",
+    "StageParallelism",
+    "StageVerificationError",
+    "Trajectory",
+    "current_turn",
+    "follow_trajectory",
+    "one_by_one",
+    "overlapped",
+    "verified",
+    "watch",
+    "watched_components",
+    "weights_of",
+    "with_trajectory",
+]

@@ -1,24 +1,56 @@
-"""Where the time of one call went: per stage and per denoising step, as a table, JSON, a trace or a picture."""
+"""Where the time and memory of one call went: per stage and denoising step, as a table, JSON, a trace or a picture."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeboost.stages.watch import Span
+from pipeboost.errors import MissingPackageError
+from pipeboost.stages.spans import WHOLE_CALL, Span
 
 
 @dataclass(frozen=True)
 class TraceEvent:
-    """One span on the call's own clock: seconds from the start of the call."""
+    """One span on the call's own clock: seconds from the start of the call; bytes on the device around it."""
 
     stage: str
+    what: str
     step: int | None
     branch: int | None
     start: float
+    seconds: float
+    memory_before: int | None = None
+    memory_after: int | None = None
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes allocated on the device around a stage.
+
+    Attributes:
+        before: at the stage's first start.
+        after: at its last end.
+        peak: the most in between, where it is known: in a profiled call, or where it was the highest so far.
+        moved: bytes of weights that went from host to device in it.
+    """
+
+    before: int
+    after: int
+    peak: int | None
+    moved: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """A component's weights as they were put on the device."""
+
+    component: str
+    bytes: int
     seconds: float
 
 
@@ -30,9 +62,14 @@ class Report:
         pipeline: class name of the pipeline.
         seconds: wall time of the call.
         stages: stage → seconds, without what ran nested inside it; `"other"` is the rest of the call.
-        steps: seconds of each denoising step's forwards and scheduler step.
-        memory: peak bytes allocated on the device since the process began or the user reset it; None on CPU.
+        steps: seconds of each denoising step, from its first forward to the end of the scheduler's step.
+        memory: peak bytes allocated on the device, in the call where it was profiled, else since the process began or
+            the user reset it; None on a CPU.
+        stage_memory: stage → the memory around it; empty on a CPU.
+        components: component → bytes of its weights.
+        loads: what was put on the device during the call.
         cache: per guidance branch and expert, `"transformer branch 0"` → steps computed and steps skipped.
+        reuse: prompts whose embeddings were found, and those that were encoded.
         compiled: transformer → graphs compiled and seconds spent on it in this process so far.
         trace: every span.
     """
@@ -42,43 +79,47 @@ class Report:
     stages: dict[str, float]
     steps: list[float]
     memory: int | None
+    stage_memory: dict[str, StageMemory] = field(default_factory=dict)
+    components: dict[str, int] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
+    reuse: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, dict[str, float]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of_spans(
-        cls,
-        spans: list[Span],
-        *,
-        pipeline: str,
-        cache: dict[str, dict[str, int]],
-        compiled: dict[str, dict[str, float]],
-    ) -> Report:
-        """Read a finished call's spans, the first of which is the whole of it; on CUDA this waits for its work."""
-        on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        if on_cuda:
-            torch.cuda.synchronize()
+    def of_spans(cls, spans: Sequence[Span], *, pipeline: str, **details: Any) -> Report:
+        """Read a finished call's spans, the first of which is the whole of it; on CUDA this waits for its end.
+
+        Args:
+            details: the other fields, as they are.
+        """
+        whole = spans[0]
+        if whole.events is not None:
+            whole.events[1].synchronize()
         own = _without_nested(spans)
         stages: dict[str, float] = {}
-        steps: dict[int, float] = {}
         for span, own_seconds in zip(spans, own, strict=True):
             stages[span.stage] = stages.get(span.stage, 0.0) + own_seconds
-            if span.step is not None:
-                steps[span.step] = steps.get(span.step, 0.0) + own_seconds
+        memory = whole.memory_peak
+        if memory is None and whole.memory_after is not None:
+            memory = torch.cuda.max_memory_allocated()
         return cls(
             pipeline=pipeline,
-            seconds=spans[0].seconds(),
+            seconds=whole.seconds(),
             stages=stages,
-            steps=[steps[step] for step in sorted(steps)],
-            memory=torch.cuda.max_memory_allocated() if on_cuda else None,
-            cache=cache,
-            compiled=compiled,
+            steps=[span.seconds() for span in spans if span.what == "step"],
+            memory=memory,
+            stage_memory=_stage_memory(spans),
             trace=[
-                TraceEvent(span.stage, span.step, span.branch, span.start - spans[0].start, span.seconds())
+                TraceEvent(
+                    span.stage, span.what, span.step, span.branch, _start(span, whole), span.seconds(),
+                    span.memory_before, span.memory_after,
+                )
                 for span in spans
             ],
-        )
+            **details,
+        )  # fmt: skip
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All fields as JSON; also written to `path` if one is given."""
@@ -88,10 +129,11 @@ class Report:
         return text
 
     def to_chrome_trace(self, path: str | Path) -> None:
-        """Write a trace that chrome://tracing and Perfetto open; one row, microseconds."""
-        events = [
+        """Write a trace that chrome://tracing and Perfetto open: spans in one row, device memory as a counter."""
+        events: list[dict[str, Any]] = [
             {
-                "name": event.stage if event.step is None else f"{event.stage} {event.step}",
+                "name": event.stage if event.what == "stage" else f"{event.what} {event.step}",
+                "cat": event.stage,
                 "ph": "X",
                 "ts": event.start * 1e6,
                 "dur": event.seconds * 1e6,
@@ -101,6 +143,15 @@ class Report:
             }
             for event in self.trace
         ]
+        for event in self.trace:
+            for when, memory in (
+                (event.start, event.memory_before),
+                (event.start + event.seconds, event.memory_after),
+            ):
+                if memory is not None:
+                    events.append(
+                        {"name": "memory", "ph": "C", "ts": when * 1e6, "pid": 0, "args": {"GiB": memory / 2**30}}
+                    )
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def plot(self, path: str | Path) -> None:
@@ -108,8 +159,6 @@ class Report:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            from pipeboost.errors import MissingPackageError
-
             raise MissingPackageError("Report.plot needs matplotlib: pip install matplotlib") from error
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -127,7 +176,8 @@ class Report:
         width = max(len(name) for name in self.stages)
         lines = [f"{self.pipeline}: {self.seconds:.3f} s"]
         for name, seconds in sorted(self.stages.items(), key=lambda item: -item[1]):
-            lines.append(f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}")
+            line = f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}"
+            lines.append(line + _memory_in_words(self.stage_memory.get(name)))
         if self.steps:
             fastest, slowest = min(self.steps), max(self.steps)
             lines.append(
@@ -136,14 +186,50 @@ class Report:
             )
         if self.memory is not None:
             lines.append(f"  peak memory {self.memory / 2**30:.2f} GiB")
+        if self.loads:
+            moved = sum(load.bytes for load in self.loads)
+            lines.append(f"  {len(self.loads)} loads moved {moved / 2**30:.2f} GiB to the device")
         for name, counts in self.cache.items():
             lines.append(f"  cache: {name}: {counts['computed']} steps computed, {counts['skipped']} skipped")
+        if self.reuse:
+            lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         for name, cost in self.compiled.items():
             lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
         return "\n".join(lines)
 
 
-def _without_nested(spans: list[Span]) -> list[float]:
+def _start(span: Span, whole: Span) -> float:
+    """Seconds from the start of the call, on the device's clock where there is one: the host runs ahead of it."""
+    if span.events is not None and whole.events is not None:
+        return float(whole.events[0].elapsed_time(span.events[0])) / 1e3
+    return span.start - whole.start
+
+
+def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
+    found: dict[str, StageMemory] = {}
+    for span in spans:
+        if span.memory_before is None or span.memory_after is None or span.stage == WHOLE_CALL:
+            continue
+        earlier = found.get(span.stage)
+        peaks = [peak for peak in (span.memory_peak, earlier.peak if earlier else None) if peak is not None]
+        found[span.stage] = StageMemory(
+            before=span.memory_before if earlier is None else earlier.before,
+            after=span.memory_after,
+            peak=max(peaks, default=None),
+            moved=span.bytes_moved + (0 if earlier is None else earlier.moved),
+        )
+    return found
+
+
+def _memory_in_words(memory: StageMemory | None) -> str:
+    if memory is None:
+        return ""
+    peak = "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
+    moved = "" if not memory.moved else f", {memory.moved / 2**30:.2f} moved"
+    return f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB{peak}{moved}"
+
+
+def _without_nested(spans: Sequence[Span]) -> list[float]:
     """Each span's time less that of the spans directly inside it; spans are in order of their start."""
     own = [span.seconds() for span in spans]
     open_spans: list[int] = []
@@ -153,3 +239,12 @@ def _without_nested(spans: list[Span]) -> list[float]:
             own[open_spans[-1]] -= span.seconds()
         open_spans.append(index)
     return own
+
+
+def weights_of(components: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of parameters and buffers, by component."""
+    return {
+        name: sum(t.numel() * t.element_size() for t in (*component.parameters(), *component.buffers()))
+        for name, component in components.items()
+        if isinstance(component, torch.nn.Module)
+    }

@@ -1,136 +1,119 @@
-"""Layers on a pipeline's doors that count steps, take times and obey cancellation. They change no value.
+"""Layers on a pipeline's doors: stages begin and end there, steps are counted, cancellation is obeyed.
 
-Times on CUDA are event pairs, read after the call, so that nothing in the loop waits for the device.
+They change no value unless the user put a stage of their own there.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from pipeboost.call import Call, current_call
+from pipeboost.families import Family
 from pipeboost.ledger import Ledger
-from pipeboost.seams import Layer
+from pipeboost.stages.doorway import door_layer, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
+from pipeboost.stages.stage import Values
+from pipeboost.stages.trajectory import note_step
+from pipeboost.stages.turns import TURN
 
 OUTERMOST = -100.0
-WHOLE_CALL = "other"
-"""The stage of a call's outermost span: what no door below it accounts for."""
-
-DOORS: tuple[tuple[str, str, str], ...] = (
-    ("", "check_inputs", "input validation"),
-    ("", "encode_prompt", "text encoding"),
-    ("", "encode_image", "image encoding"),
-    ("", "prepare_latents", "latent preparation"),
-    ("vae", "encode", "image VAE encoding"),
-    ("scheduler", "set_timesteps", "timestep preparation"),
-    ("vae", "decode", "decoding"),
-)
-"""Component (empty: the pipeline itself), method, and the stage that begins and ends there."""
+COMPANIONS = ("controlnet",)
+"""Components that a denoising step calls before the transformer, so that the step begins with them."""
 
 
-@dataclass
-class Span:
-    """A stretch of a call.
-
-    Attributes:
-        stage: the stage's name.
-        step: the denoising step it belongs to, None outside the loop.
-        branch: the CFG branch of a forward, None elsewhere.
-        start: host time, `time.perf_counter` seconds.
-        end: the same; 0 while it runs.
-        events: CUDA events at start and end, where there is a CUDA device.
-        depth: how many spans it is nested in.
-    """
-
-    stage: str
-    step: int | None
-    branch: int | None
-    start: float
-    end: float = 0.0
-    events: tuple[Any, Any] | None = None
-    depth: int = 0
-
-    def seconds(self) -> float:
-        """Device time where there are events, which must have completed; else host time."""
-        if self.events is not None:
-            return self.events[0].elapsed_time(self.events[1]) / 1e3
-        return self.end - self.start
-
-
-def watched_components(pipe: Any, denoisers: Mapping[str, Any]) -> dict[str, Any]:
+def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
     """The objects in whose doors `watch` stands, by path from the pipeline (the pipeline itself: the empty path)."""
-    found = {path: pipe if not path else getattr(pipe, path, None) for path, _, _ in DOORS}
-    return {path: obj for path, obj in {**found, **denoisers}.items() if obj is not None}
+    paths = dict.fromkeys((*(door.component for door in family.doors), "scheduler", *COMPANIONS))
+    found = {path: pipe if not path else getattr(pipe, path, None) for path in paths}
+    return {path: obj for path, obj in {**found, **family.models(pipe)}.items() if obj is not None}
 
 
-def watch(path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
+def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
     """Stand in the doors of one object; pipelines that share it share the layers."""
-    doors = [(method, _stage_layer(stage)) for component, method, stage in DOORS if component == path]
-    if denoiser:
-        doors.append(("__call__", _denoise))
+    doors = tuple(door for door in family.doors if door.component == path)
+    layers = [(door.method, door_layer(door)) for door in doors]
+    if path in family.denoisers:
+        layers.append(("__call__", _denoise))
+    elif path in COMPANIONS:
+        layers.append(("__call__", _accompany))
     if path == "scheduler":
-        doors.append(("step", _advance))
+        layers.append(("step", _advance))
 
     def apply(inner: Ledger) -> None:
-        for method, layer in doors:
+        for method, layer in layers:
             if callable(getattr(obj, method, None)):
                 inner.add_layer(obj, method, layer, order=OUTERMOST)
 
-    ledger.share(obj, "watch", path, apply)
+    ledger.share(obj, "watch", (path, doors), apply)
 
 
-_stage_layers: dict[str, Layer] = {}
-
-
-def _stage_layer(stage: str) -> Layer:
-    def watched(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-        call = current_call()
-        if call is None:
-            return call_next(*args, **kwargs)
-        return timed(call, stage, None, None, lambda: call_next(*args, **kwargs))
-
-    return _stage_layers.setdefault(stage, watched)
+def _accompany(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is None:
+        return call_next(*args, **kwargs)
+    _begin_step(call)
+    with recorder_of(call).span(DENOISING, "forward", step=call.step):
+        return call_next(*args, **kwargs)
 
 
 def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    call.raise_if_cancelled()
+    _begin_step(call)
     call.follow_scheduler()
     call.branch += 1
-    return timed(call, "denoising", call.step, call.branch, lambda: call_next(*args, **kwargs))
+    with recorder_of(call).span(DENOISING, "forward", step=call.step, branch=call.branch):
+        return call_next(*args, **kwargs)
+
+
+def _begin_step(call: Call) -> None:
+    call.raise_if_cancelled()
+    recorder = recorder_of(call)
+    if recorder.current_step() is None:
+        if TURN in call.state and call.step == 0:
+            with recorder.span(WAITING):
+                call.state[TURN].begin()
+        recorder.open(DENOISING, "step", step=call.step)
 
 
 def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    result = timed(call, "scheduler step", call.step, None, lambda: call_next(*args, **kwargs))
+    recorder = recorder_of(call)
+    with recorder.span(DENOISING, "scheduler", step=call.step):
+        result = call_next(*args, **kwargs)
+    note_step(call, args, kwargs, result)
+    step = recorder.current_step()
+    if step is not None:
+        recorder.close(step)
     call.step += 1
     call.branch = -1
+    recorder.step_done(call.step)
     call.raise_if_cancelled()
-    return result
+    return _after_the_loop(call, result) if _was_last(call, owner) else result
 
 
-def timed(call: Call, stage: str, step: int | None, branch: int | None, run: Callable[[], Any]) -> Any:
-    """Run `run()` as a span of `call` and return its result."""
-    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if on_cuda else None
-    depth = call.state.get("open spans", 0)
-    call.state["open spans"] = depth + 1
-    span = Span(stage, step, branch, time.perf_counter(), events=events, depth=depth)
-    call.events.append(span)
-    if events is not None:
-        events[0].record()
-    try:
-        return run()
-    finally:
-        if events is not None:
-            events[1].record()
-        span.end = time.perf_counter()
-        call.state["open spans"] = depth
+def _after_the_loop(call: Call, result: Any) -> Any:
+    if TURN in call.state:
+        call.state[TURN].end()
+    slot = user_stages(call).get(DENOISING)
+    if slot is None:
+        return result
+    outputs = named_results(result, ("latents",))
+    (name, latents), *_ = outputs.items()
+    values: Values = {"latents": latents}
+    for stage in slot.after:
+        values = run_user_stage(call, stage, values)
+    return rebuilt({**outputs, name: values.get("latents")}, result, ("latents",))
+
+
+def _was_last(call: Call, scheduler: Any) -> bool:
+    """Whether the scheduler has made the last of its steps; asked of host numbers alone."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
+        return False
+    index: int | None = getattr(scheduler, "step_index", None)
+    return (call.step if index is None else index) >= len(timesteps)

@@ -1,0 +1,262 @@
+"""`Composition`: the stages of one accelerated pipeline in the order of its call, and the user's own among them."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeboost.call import current_call
+from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
+from pipeboost.families import Family, StageDoor
+from pipeboost.stages.spans import DENOISING, WHOLE_CALL
+from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values
+
+INPUT_VALIDATION = "input validation"
+_ORDER = (
+    INPUT_VALIDATION,
+    "text encoding",
+    "image encoding",
+    "image VAE encoding",
+    "timestep preparation",
+    "latent preparation",
+    DENOISING,
+    "decoding",
+    "postprocessing",
+    WHOLE_CALL,
+)
+FRAMES = "door frames"
+"""Where a call's state keeps the doors it is in, innermost last, each as a callable from values to values."""
+
+
+class BuiltInStage(Stage):
+    """A stage that the stock script has; `run` does what stock does, from within a stage that replaces it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def run(self, values: Values) -> Values:
+        """Go on as stock: the door's own work on these arguments.
+
+        Raises:
+            PipeboostError: not inside the stage that replaces this one.
+        """
+        call = current_call()
+        frames = call.state.get(FRAMES) if call is not None else None
+        if not frames:
+            raise PipeboostError(f"the stage {self.name!r} runs inside a call, from the stage that replaces it")
+        result: Values = frames[-1](values)
+        return result
+
+
+class InputValidation(BuiltInStage):
+    """Checks what stock would die of in the middle of a call. It never refuses what stock accepts."""
+
+    def verify_input(self, values: Mapping[str, Any]) -> list[FailedCheck]:
+        """Step count and size of a call's arguments."""
+        checks = Checks(values)
+        if "num_inference_steps" in values and values.get("sigmas") is None and values.get("timesteps") is None:
+            checks.require(
+                "num_inference_steps", _is_positive_index(values["num_inference_steps"]), "a positive integer"
+            )
+        for size in ("height", "width"):
+            value = values.get(size)
+            negative = isinstance(value, (int, float)) and value < 0
+            checks.require(size, not isinstance(value, str) and not negative, "a positive integer")
+        return checks.failed
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One stage in its place: the built-in stage whose door it runs at, and on which side of it."""
+
+    stage: Stage
+    anchor: str
+    side: str
+    built_in: Stage | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The user's stages at one built-in stage."""
+
+    before: tuple[Stage, ...]
+    instead: Stage | None
+    after: tuple[Stage, ...]
+
+
+class Composition:
+    """The stages of a pipeline, in order: a sequence of `Stage`, also by name.
+
+    Args:
+        family: says which doors begin and end a stage.
+        pipe: has some of these doors.
+    """
+
+    def __init__(self, family: Family, pipe: Any) -> None:
+        there = {door.stage for door in family.doors if has_door(pipe, door)} | {DENOISING, WHOLE_CALL}
+        own = {door.stage: None for door in family.doors if door.stage not in _ORDER}
+        names = [*(name for name in _ORDER[:-1] if name in there), *(name for name in own if name in there), WHOLE_CALL]
+        stages = [InputValidation(name) if name == INPUT_VALIDATION else BuiltInStage(name) for name in names]
+        self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
+        self._loaded: set[int] = set()
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter([entry.stage for entry in self._entries])
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return any(entry.stage.name == name for entry in self._entries)
+
+    def __getitem__(self, key: str | int) -> Stage:
+        if isinstance(key, int):
+            return self._entries[key].stage
+        return self._entries[self._index(key)].stage
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            entry.stage.name if entry.stage is entry.built_in else f"{entry.stage.name}  ({type(entry.stage).__name__})"
+            for entry in self._entries
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages' names, in order."""
+        return tuple(entry.stage.name for entry in self._entries)
+
+    def slots(self) -> Mapping[str, Slot]:
+        """The user's stages, by the built-in stage at whose door they run; a snapshot."""
+        slots: dict[str, Slot] = {}
+        for entry in self._entries:
+            if entry.stage is entry.built_in:
+                continue
+            slot = slots.get(entry.anchor, Slot((), None, ()))
+            if entry.side == "before":
+                slot = replace(slot, before=(*slot.before, entry.stage))
+            elif entry.side == "after":
+                slot = replace(slot, after=(*slot.after, entry.stage))
+            else:
+                slot = replace(slot, instead=entry.stage)
+            slots[entry.anchor] = slot
+        return slots
+
+    def add(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
+        """Put a stage right before or right after another one.
+
+        Raises:
+            ConfigurationError: the name is taken, there is no such place, or nothing can stand there.
+            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+        """
+        _require_runnable(name, stage)
+        if (before is None) == (after is None):
+            raise ConfigurationError(f"add_stage({name!r}, ...) needs either before= or after=, and not both")
+        with self._lock:
+            if name in self:
+                raise ConfigurationError(f"there is a stage {name!r} already; replace_stage puts another in its place")
+            position = self._index(before if before is not None else after)
+            beside = self._entries[position]
+            side = "before" if before is not None else "after"
+            if beside.anchor == WHOLE_CALL:
+                raise ConfigurationError(f"{WHOLE_CALL!r} is the rest of the call, so no stage can stand beside it")
+            if beside.anchor == DENOISING and side == "before" and beside.side == "self":
+                raise ConfigurationError(
+                    "denoising begins with the transformer's first call, so no stage can stand before it; use "
+                    "after='latent preparation'"
+                )
+            entry = _Entry(stage, beside.anchor, side if beside.side == "self" else beside.side)
+            position += side == "after"
+            self._entries = (*self._entries[:position], entry, *self._entries[position:])
+            stage.name = name
+
+    def replace(self, name: str, stage: Stage) -> None:
+        """Put a stage in the place of another; it keeps the name.
+
+        Raises:
+            ConfigurationError: there is no such stage, or it is the loop or the rest of the call.
+            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+        """
+        _require_runnable(name, stage)
+        with self._lock:
+            position = self._index(name)
+            entry = self._entries[position]
+            if entry.side == "self" and entry.anchor in (DENOISING, WHOLE_CALL):
+                raise ConfigurationError(
+                    f"{name!r} is the pipeline's own script and cannot be replaced; add a stage beside another one"
+                )
+            self._give_up(entry.stage)
+            self._put(position, replace(entry, stage=stage))
+            stage.name = name
+
+    def remove(self, name: str) -> None:
+        """Take a user's stage out; where it had replaced a built-in one, that one is back.
+
+        Raises:
+            ConfigurationError: there is no such stage, or it is a built-in one.
+        """
+        with self._lock:
+            position = self._index(name)
+            entry = self._entries[position]
+            if entry.stage is entry.built_in:
+                raise ConfigurationError(
+                    f"{name!r} is built in and the script needs it; replace_stage puts another in its place"
+                )
+            self._give_up(entry.stage)
+            if entry.built_in is not None:
+                self._put(position, replace(entry, stage=entry.built_in))
+            else:
+                self._entries = (*self._entries[:position], *self._entries[position + 1 :])
+
+    def load(self, stage: Stage) -> None:
+        """Load a stage unless it is loaded."""
+        with self._lock:
+            if id(stage) not in self._loaded:
+                stage.load()
+                self._loaded.add(id(stage))
+
+    def offload(self) -> None:
+        """Offload every stage that is loaded."""
+        for stage in self:
+            self._give_up(stage)
+
+    def _give_up(self, stage: Stage) -> None:
+        with self._lock:
+            if id(stage) in self._loaded:
+                self._loaded.discard(id(stage))
+                stage.offload()
+
+    def _put(self, position: int, entry: _Entry) -> None:
+        self._entries = (*self._entries[:position], entry, *self._entries[position + 1 :])
+
+    def _index(self, name: str | None) -> int:
+        for position, entry in enumerate(self._entries):
+            if entry.stage.name == name:
+                return position
+        raise not_one_of("stage", name, self.names)
+
+
+def has_door(pipe: Any, door: StageDoor) -> bool:
+    """Whether a pipeline has a door."""
+    owner = pipe if not door.component else getattr(pipe, door.component, None)
+    return callable(getattr(owner, door.method, None))
+
+
+def _require_runnable(name: str, stage: Any) -> None:
+    if not isinstance(stage, Stage):
+        raise UnsupportedError(f"stage {name!r} must be an instance of pipeboost.Stage, not {type(stage).__name__}")
+    if stage.parallelism is not StageParallelism.REPLICATED:
+        raise UnsupportedError(
+            f"stage {name!r} asks for {stage.parallelism!s}, which is not in this version yet; use "
+            "StageParallelism.REPLICATED"
+        )
+
+
+def _is_positive_index(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False

@@ -1,0 +1,193 @@
+"""What happens at a stage's door: the user's stages before it, the stage itself as a span, and those after it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from pipeboost.call import Call, current_call
+from pipeboost.errors import PipeboostError
+from pipeboost.families import StageDoor
+from pipeboost.seams import Layer, stock_class
+from pipeboost.stages.composition import FRAMES, Composition, Slot
+from pipeboost.stages.spans import recorder_of
+from pipeboost.stages.stage import Stage, Values, verified
+
+COMPOSITION = "composition"
+"""Where a call's state keeps its pipeline's `Composition`."""
+_SLOTS = "stage slots"
+_INSIDE = "inside stages"
+
+
+@functools.cache
+def door_layer(door: StageDoor) -> Layer:
+    """The layer for a door, one object for all that stand in the same."""
+
+    def pass_through(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        if call is None:
+            return call_next(*args, **kwargs)
+        call.raise_if_cancelled()
+        inside: list[str] = call.state.setdefault(_INSIDE, [])
+        slot = None if door.stage in inside else user_stages(call).get(door.stage)
+        inside.append(door.stage)
+        try:
+            if slot is not None:
+                return _compose(call, slot, door, call_next, owner, args, kwargs)
+            with recorder_of(call).span(door.stage):
+                return call_next(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    return pass_through
+
+
+def user_stages(call: Call) -> Mapping[str, Slot]:
+    """The user's stages as they were when the call began."""
+    slots: Mapping[str, Slot] | None = call.state.get(_SLOTS)
+    if slots is None:
+        composition: Composition | None = call.state.get(COMPOSITION)
+        slots = call.state[_SLOTS] = {} if composition is None else composition.slots()
+    return slots
+
+
+def run_user_stage(call: Call, stage: Stage, values: Values) -> Values:
+    """Load, verify and run one of the user's stages, as a span of its name.
+
+    Raises:
+        StageVerificationError: it has something against its input or output.
+        PipeboostError: it returned something else than values by name.
+    """
+    with recorder_of(call).span(stage.name):
+        call.state[COMPOSITION].load(stage)
+        result = stage.run(dict(verified(stage, stage.name, "input", values)))
+        if not isinstance(result, dict):
+            raise PipeboostError(
+                f"stage {stage.name!r} returned {type(result).__name__}; run() must return its values as a dict"
+            )
+        return verified(stage, stage.name, "output", result)
+
+
+def named_results(result: Any, names: tuple[str, ...]) -> Values:
+    """What a door returned, by name: the fields of a Diffusers output, or the elements of a tuple."""
+    if result is None:
+        return {}
+    if isinstance(result, Mapping):
+        return dict(result)
+    elements = result if isinstance(result, tuple) else (result,)
+    return {names[i] if i < len(names) else f"output_{i}": element for i, element in enumerate(elements)}
+
+
+def rebuilt(values: Values, like: Any, names: tuple[str, ...]) -> Any:
+    """The inverse of `named_results`, for a result that looked like `like`.
+
+    Raises:
+        PipeboostError: the values lack a name.
+    """
+    if like is None:
+        return None
+    order = tuple(named_results(like, names))
+    missing = [name for name in order if name not in values]
+    if missing:
+        raise PipeboostError(
+            f"a stage left out {', '.join(map(repr, missing))}; run() returns all of {', '.join(order)}"
+        )
+    if isinstance(like, Mapping):
+        return type(like)(**{name: values[name] for name in order})
+    if isinstance(like, tuple):
+        return tuple(values[name] for name in order)
+    return values[order[0]]
+
+
+def _compose(
+    call: Call,
+    slot: Slot,
+    door: StageDoor,
+    call_next: Callable[..., Any],
+    owner: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    arguments = _Arguments(getattr(stock_class(owner), door.method), owner, args, kwargs)
+    values = arguments.values
+    for stage in slot.before:
+        values = run_user_stage(call, stage, values)
+    seen: list[Any] = []
+
+    def stock(changed: Values) -> Values:
+        changed_args, changed_kwargs = arguments.changed_to(changed)
+        with recorder_of(call).span(door.stage):
+            seen.append(call_next(*changed_args, **changed_kwargs))
+        return named_results(seen[-1], door.outputs)
+
+    if slot.instead is None:
+        outputs = stock(values)
+    else:
+        frames = call.state.setdefault(FRAMES, [])
+        frames.append(stock)
+        try:
+            outputs = run_user_stage(call, slot.instead, values)
+        finally:
+            frames.pop()
+    for stage in slot.after:
+        outputs = run_user_stage(call, stage, outputs)
+    if seen:
+        return rebuilt(outputs, seen[-1], door.outputs)
+    return _as_the_script_expects(outputs, door, values)
+
+
+def _as_the_script_expects(outputs: Values, door: StageDoor, arguments: Values) -> Any:
+    """The result of a door whose own work was not done, so that there is nothing to look like."""
+    if not door.outputs:
+        return None
+    missing = [name for name in door.outputs if name not in outputs]
+    if missing:
+        raise PipeboostError(
+            f"the stage that replaces {door.stage!r} left out {', '.join(map(repr, missing))} of its results"
+        )
+    if arguments.get("return_dict") is True:
+        return SimpleNamespace(**outputs)
+    if len(door.outputs) > 1 or "return_dict" in arguments:
+        return tuple(outputs.values())
+    return outputs[door.outputs[0]]
+
+
+class _Arguments:
+    """A door's arguments by name, and the way back to a call."""
+
+    def __init__(self, method: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._bound = inspect.signature(method).bind(owner, *args, **kwargs)
+        self._bound.apply_defaults()
+        parameters = self._bound.signature.parameters.values()
+        self._rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        self._owner_name = next(iter(self._bound.arguments))
+
+    @property
+    def values(self) -> Values:
+        """Every argument but the object itself; those in `**kwargs` by their own names."""
+        named = {name: value for name, value in self._bound.arguments.items() if name != self._owner_name}
+        return {**named, **named.pop(self._rest)} if self._rest is not None else named
+
+    def changed_to(self, values: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call with these values.
+
+        Raises:
+            PipeboostError: a value has a name that the door does not take.
+        """
+        bound = inspect.BoundArguments(self._bound.signature, dict(self._bound.arguments))
+        if self._rest is not None:
+            bound.arguments[self._rest] = {}
+        for name, value in values.items():
+            if name in bound.arguments and name not in (self._owner_name, self._rest):
+                bound.arguments[name] = value
+            elif self._rest is not None:
+                bound.arguments[self._rest][name] = value
+            else:
+                known = ", ".join(self.values)
+                raise PipeboostError(
+                    f"a stage returned the value {name!r}, which this door does not take; it has {known}"
+                )
+        return bound.args[1:], bound.kwargs

@@ -1,0 +1,89 @@
+"""Overlap: a list of requests in threads, each with its own view of the pipeline and its own stream.
+
+While one request denoises, the next encodes its text and the previous decodes. What runs in each request is the same
+as in a call by itself, so the results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from pipeboost.stages.turns import Turn, Turns
+
+IN_FLIGHT = 3
+"""One request before its loop, one in it, one after it."""
+
+_turn: ContextVar[Turn | None] = ContextVar("pipeboost_turn", default=None)
+
+
+def current_turn() -> Turn | None:
+    """The turn of the request that this thread runs, or None."""
+    return _turn.get()
+
+
+def one_by_one(requests: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why these requests cannot overlap and give the same results; None where they can."""
+    generators = [request.get("generator") for request in requests]
+    flat = [g for given in generators for g in (given if isinstance(given, (list, tuple)) else (given,))]
+    if any(generator is None for generator in flat):
+        return "a request without a generator draws from the global random state, in the order of the requests"
+    if len({id(generator) for generator in flat}) < len(flat):
+        return "requests share a generator, so each draws what the one before it left"
+    return None
+
+
+def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callable[[Turns], None]) -> Iterator[Any]:
+    """Run `pipe(**request)` for each request and yield the results in order.
+
+    Args:
+        cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
+    """
+    turns = Turns()
+    device = pipe._execution_device
+    streams = [torch.cuda.Stream(device) for _ in range(IN_FLIGHT)] if device.type == "cuda" else []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+
+    def run(position: int) -> Any:
+        turn = Turn(turns, position)
+        turn.wait_to_start()
+        _turn.set(turn)
+        view = copy.copy(pipe)
+        if getattr(pipe, "scheduler", None) is not None:
+            view.scheduler = copy.deepcopy(pipe.scheduler)
+        try:
+            if not streams:
+                return view(**requests[position])
+            stream = streams[position % IN_FLIGHT]
+            with torch.cuda.stream(stream):
+                result = view(**requests[position])
+                stream.synchronize()
+            return result
+        finally:
+            turn.end()
+
+    with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pipeboost-overlap") as pool:
+        waiting: list[Future[Any]] = []
+        try:
+            for position in range(len(requests) + IN_FLIGHT):
+                if position < len(requests):
+                    waiting.append(pool.submit(contextvars.copy_context().run, run, position))
+                if position >= IN_FLIGHT - 1 and waiting:
+                    yield waiting.pop(0).result()
+        finally:
+            if waiting:
+                turns.stop()
+                for future in waiting:
+                    future.cancel()
+                cancel(turns)
+                for future in waiting:
+                    with contextlib.suppress(BaseException):
+                        future.result()

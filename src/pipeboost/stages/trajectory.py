@@ -1,0 +1,51 @@
+"""The latents and timesteps of every denoising step, for `pipe(..., return_trajectory=True)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeboost.call import Call
+from pipeboost.stages.doorway import named_results
+
+ARGUMENT = "return_trajectory"
+_KEY = "trajectory"
+
+
+@dataclass
+class Trajectory:
+    """What a denoising loop went through.
+
+    Attributes:
+        timesteps: the timestep of each step.
+        latents: the latents after each step, in the layout of the pipeline's loop, on its device.
+    """
+
+    timesteps: list[Any] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
+
+
+def follow_trajectory(call: Call) -> Trajectory:
+    """Begin to note the steps of a call."""
+    trajectory: Trajectory = call.state.setdefault(_KEY, Trajectory())
+    return trajectory
+
+
+def note_step(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note one `scheduler.step(model_output, timestep, sample)` and what it returned, if the call asks for it."""
+    trajectory: Trajectory | None = call.state.get(_KEY)
+    if trajectory is None:
+        return
+    trajectory.timesteps.append(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    latents = next(iter(named_results(result, ("latents",)).values()))
+    trajectory.latents.append(latents.detach().clone())
+
+
+def with_trajectory(result: Any, trajectory: Trajectory) -> Any:
+    """A pipeline's result with the trajectory: an attribute of an output, one more element of a tuple."""
+    if isinstance(result, tuple):
+        return (*result, trajectory)
+    result.trajectory = trajectory
+    return result
