@@ -607,7 +607,7 @@ def test_a_report_says_where_the_time_went(tmp_path):
     assert len(report.steps) == 3
     assert {"text encoding", "denoising", "decoding", "latent preparation"} <= report.stages.keys()
     assert sum(report.stages.values()) == pytest.approx(report.seconds)
-    assert len([event for event in report.trace if event.stage == "denoising"]) == 3 * entry.branches
+    assert len([event for event in report.trace if event.what == "forward"]) == 3 * entry.branches
     report.to_json(tmp_path / "report.json")
     report.to_chrome_trace(tmp_path / "trace.json")
     report.plot(tmp_path / "report.png")

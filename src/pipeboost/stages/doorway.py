@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,16 @@ _SLOTS = "stage slots"
 _INSIDE = "inside stages"
 
 
+_component_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _component_lock(component: Any) -> threading.RLock:
+    """Views in threads share components, and video VAEs keep the convolution caches of a call on the module."""
+    with _locks_lock:
+        return _component_locks.setdefault(component, threading.RLock())
+
+
 @functools.cache
 def door_layer(door: StageDoor) -> Layer:
     """The layer for a door, one object for all that stand in the same."""
@@ -35,10 +48,11 @@ def door_layer(door: StageDoor) -> Layer:
         slot = None if door.stage in inside else user_stages(call).get(door.stage)
         inside.append(door.stage)
         try:
-            if slot is not None:
-                return _compose(call, slot, door, call_next, owner, args, kwargs)
-            with recorder_of(call).span(door.stage):
-                return call_next(*args, **kwargs)
+            with _component_lock(owner) if door.component else contextlib.nullcontext():
+                if slot is not None:
+                    return _compose(call, slot, door, call_next, owner, args, kwargs)
+                with recorder_of(call).span(door.stage):
+                    return call_next(*args, **kwargs)
         finally:
             inside.pop()
 
@@ -169,7 +183,8 @@ class _Arguments:
     def values(self) -> Values:
         """Every argument but the object itself; those in `**kwargs` by their own names."""
         named = {name: value for name, value in self._bound.arguments.items() if name != self._owner_name}
-        return {**named, **named.pop(self._rest)} if self._rest is not None else named
+        rest = named.pop(self._rest) if self._rest is not None else {}
+        return {**named, **rest}
 
     def changed_to(self, values: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call with these values.

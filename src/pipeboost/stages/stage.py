@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pipeboost.call import current_call
 from pipeboost.errors import PipeboostError
 
 Values = dict[str, Any]
@@ -79,6 +80,18 @@ class Stage:
 
     name: str = ""
     parallelism: StageParallelism = StageParallelism.REPLICATED
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments of the pipeline's running call, by name, defaults included.
+
+        Raises:
+            PipeboostError: no call is running in this thread.
+        """
+        call = current_call()
+        if call is None:
+            raise PipeboostError(f"stage {self.name!r} knows the call's arguments only while it runs")
+        return call.arguments
 
     def run(self, values: Values) -> Values:
         """Do the stage's work.

@@ -1,0 +1,532 @@
+"""The stages of a call on real tiny pipelines: found, bit-identical, composed, cancelled, overlapped."""
+
+import gc
+import json
+import random
+import threading
+
+import pytest
+import torch
+
+from examples.stages import LatentFilter, PromptRewriter, Watermark
+from pipeboost import (
+    Cancelled,
+    Checks,
+    PipeboostError,
+    Progress,
+    Stage,
+    StageParallelism,
+    accelerate_pipeline,
+)
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.stages import StageVerificationError
+from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
+
+FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
+EVERY_CALL_HAS = {
+    "input validation",
+    "text encoding",
+    "timestep preparation",
+    "latent preparation",
+    "denoising",
+    "decoding",
+    "postprocessing",
+    "other",
+}
+FROM_IMAGES = {
+    "flux_kontext": "image VAE encoding",
+    "flux_img2img": "image VAE encoding",
+    "flux_ip_adapter": "image encoding",
+    "qwen_image_edit": "image VAE encoding",
+    "qwen_image_edit_plus": "image VAE encoding",
+    "wan21_i2v": "image encoding",
+    "wan22_i2v": "image VAE encoding",
+    "hunyuan_video_i2v": "image VAE encoding",
+}
+
+
+def exact(name, **arguments):
+    return accelerate_pipeline(TINY[name].build(), quality="exact", reuse=None, **arguments)
+
+
+def stock(name, **overrides):
+    return TINY[name].call(TINY[name].build(), **overrides)
+
+
+class Failing(Stage):
+    def run(self, values):
+        raise RuntimeError("a stage of the user's failed")
+
+
+class Recording(Stage):
+    def __init__(self):
+        self.seen = []
+
+    def run(self, values):
+        self.seen.append(values)
+        return values
+
+
+@pytest.mark.parametrize("name", tiny_names(*FAMILIES))
+def test_every_stage_is_found_and_the_output_is_stocks(name):
+    entry, pipe = TINY[name], exact(name)
+    assert torch.equal(entry.call(pipe), stock(name))
+    report = pipe.acceleration.report()
+    assert report.stages.keys() >= EVERY_CALL_HAS
+    assert FROM_IMAGES.get(name, "denoising") in report.stages
+    assert set(report.stages) <= set(pipe.acceleration.stages.names)
+    assert sum(report.stages.values()) == pytest.approx(report.seconds)
+    assert len(report.steps) == entry.steps - (name in ("flux_img2img", "flux_inpaint"))
+    assert all(seconds >= 0 for seconds in report.stages.values())
+
+
+def test_an_unknown_pipeline_gets_what_can_be_found():
+    entry = TINY["sd3"]
+    pipe = accelerate_pipeline(entry.build(), quality="exact")
+    assert torch.equal(entry.call(pipe), entry.call(entry.build()))
+    assert pipe.acceleration.report().stages.keys() >= EVERY_CALL_HAS
+
+
+def test_times_are_exclusive_of_nested_stages():
+    """Kontext encodes its image inside `prepare_latents`."""
+    pipe = exact("flux_kontext")
+    TINY["flux_kontext"].call(pipe)
+    trace = {event.stage: event for event in pipe.acceleration.report().trace if event.what == "stage"}
+    outer, inner = trace["latent preparation"], trace["image VAE encoding"]
+    assert outer.start <= inner.start
+    assert inner.start + inner.seconds <= outer.start + outer.seconds
+    stages = pipe.acceleration.report().stages
+    assert stages["latent preparation"] == pytest.approx(outer.seconds - inner.seconds, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan21_t2v", "hunyuan_video"])
+def test_the_three_examples_do_what_they_say(name):
+    entry, pipe = TINY[name], exact(name)
+    pipe.acceleration.add_stage("rewriter", PromptRewriter(" in the rain"), before="text encoding")
+    rewritten = entry.call(pipe)
+    assert torch.equal(rewritten, stock(name, prompt=PROMPT + " in the rain"))
+    pipe.acceleration.add_stage("watermark", Watermark(), after="decoding")
+    marked = entry.call(pipe)
+    assert torch.equal(marked[..., :-8], rewritten[..., :-8])
+    assert marked[..., -8, -8].max() > 0.99
+    pipe.acceleration.remove_stage("watermark")
+    pipe.acceleration.remove_stage("rewriter")
+    pipe.acceleration.add_stage("filter", LatentFilter(), after="denoising")
+    latents = entry.call(pipe, output_type="latent")
+    assert torch.equal(latents, stock(name, output_type="latent").clamp(-3, 3))
+    pipe.acceleration.remove_stage("filter")
+    assert torch.equal(entry.call(pipe), stock(name))
+
+
+def test_stages_are_listed_in_order_and_stand_where_they_were_put():
+    pipe = exact("flux_dev")
+    acceleration, order = pipe.acceleration, []
+
+    class Noting(Stage):
+        def run(self, values):
+            order.append(self.name)
+            return values
+
+    acceleration.add_stage("b", Noting(), before="decoding")
+    acceleration.add_stage("a", Noting(), before="b")
+    acceleration.add_stage("c", Noting(), after="decoding")
+    acceleration.add_stage("d", Noting(), after="c")
+    acceleration.add_stage("loop", Noting(), after="denoising")
+    TINY["flux_dev"].call(pipe)
+    assert order == ["loop", "a", "b", "c", "d"]
+    names = acceleration.stages.names
+    assert names[names.index("denoising") :] == (
+        "denoising", "loop", "a", "b", "decoding", "c", "d", "postprocessing", "other",
+    )  # fmt: skip
+    assert "Noting" in str(acceleration.stages)
+    assert {"loop", "a", "d"} <= acceleration.report().stages.keys()
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan21_i2v", "hunyuan_video"])
+@pytest.mark.parametrize("stage", sorted(EVERY_CALL_HAS - {"denoising", "other"}))
+def test_a_replacement_that_does_the_stock_work_changes_nothing(name, stage):
+    pipe = exact(name)
+    built_in = pipe.acceleration.stages[stage]
+    runs = []
+
+    class Wrapped(Stage):
+        def run(self, values):
+            runs.append(sorted(values))
+            return built_in.run(values)
+
+    pipe.acceleration.replace_stage(stage, Wrapped())
+    assert torch.equal(TINY[name].call(pipe), stock(name))
+    assert runs
+    pipe.acceleration.remove_stage(stage)
+    assert pipe.acceleration.stages[stage] is built_in
+
+
+def test_a_replacement_may_do_the_work_itself():
+    pipe = exact("flux_dev")
+    width = pipe.transformer.config.joint_attention_dim
+
+    class OwnEncoder(Stage):
+        def run(self, values):
+            return {
+                "prompt_embeds": torch.zeros(1, 7, width),
+                "pooled_prompt_embeds": torch.zeros(1, pipe.transformer.config.pooled_projection_dim),
+                "text_ids": torch.zeros(7, 3),
+            }
+
+    class Grey(Stage):
+        def run(self, values):
+            return {"sample": torch.zeros(1, 3, HEIGHT, HEIGHT)}
+
+    embeds = OwnEncoder().run({})
+    given = {name: embeds[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    expected = stock("flux_dev", prompt=None, **given)
+    pipe.acceleration.replace_stage("text encoding", OwnEncoder())
+    assert torch.equal(TINY["flux_dev"].call(pipe), expected)
+    pipe.acceleration.replace_stage("decoding", Grey())
+    assert torch.equal(TINY["flux_dev"].call(pipe).unique(), torch.tensor([0.5]))
+
+
+def test_a_replacement_that_leaves_a_result_out_is_told_so():
+    pipe = exact("flux_dev")
+
+    class Forgetful(Stage):
+        def run(self, values):
+            return {"prompt_embeds": torch.zeros(1, 7, 64)}
+
+    pipe.acceleration.replace_stage("text encoding", Forgetful())
+    with pytest.raises(PipeboostError, match="left out 'pooled_prompt_embeds', 'text_ids'"):
+        TINY["flux_dev"].call(pipe)
+
+
+def test_every_failed_check_is_raised_at_once_with_field_value_and_rule():
+    pipe = exact("flux_dev")
+
+    class Strict(Stage):
+        def verify_input(self, values):
+            checks = Checks(values)
+            checks.tensor("sample", shape=(1, 4, None, None))
+            checks.no_nan("sample")
+            checks.positive_integer("nothing")
+            return checks.failed
+
+    pipe.acceleration.add_stage("strict", Strict(), after="decoding")
+    with pytest.raises(StageVerificationError) as caught:
+        TINY["flux_dev"].call(pipe)
+    assert [check.field for check in caught.value.failed] == ["sample", "nothing"]
+    assert "of shape (1, 4, any, any)" in str(caught.value)
+    assert "nothing=None must be a positive integer" in str(caught.value)
+    pipe.acceleration.remove_stage("strict")
+    assert torch.equal(TINY["flux_dev"].call(pipe), stock("flux_dev"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a positive integer"),
+        ({"num_inference_steps": 2.5, "height": -16}, "2.5 must be a positive integer; height=-16 must be"),
+        ({"width": "128"}, "width='128' must be a positive integer"),
+    ],
+)
+def test_arguments_that_stock_would_die_of_are_refused_together(arguments, words):
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    with pytest.raises((ZeroDivisionError, TypeError, RuntimeError)):
+        entry.build()(**{**entry.call_kwargs(), **arguments})
+    with pytest.raises(StageVerificationError, match=words):
+        pipe(**{**entry.call_kwargs(), **arguments})
+
+
+def test_verification_refuses_nothing_that_stock_accepts():
+    entry = TINY["flux_dev"]
+    for arguments in (
+        {"num_inference_steps": torch.tensor(2)},
+        {"num_inference_steps": True},
+        {"height": 0, "width": None},
+        {"height": float(HEIGHT)},
+        {"num_inference_steps": 0, "sigmas": [1.0, 0.5]},
+    ):
+        kwargs = {**entry.call_kwargs(), **arguments}
+        expected = entry.build()(**kwargs)[0]
+        kwargs = {**entry.call_kwargs(), **arguments}
+        assert torch.equal(exact("flux_dev")(**kwargs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.add_stage("x", object(), before="decoding"), "must be an instance of pipeboost.Stage, not object"),
+        (lambda a: a.add_stage("x", Stage()), "either before= or after="),
+        (lambda a: a.add_stage("x", Stage(), before="decoding", after="decoding"), "either before= or after="),
+        (lambda a: a.add_stage("x", Stage(), before="dekoding"), "'dekoding' is not allowed; use one of 'input valid"),
+        (lambda a: a.add_stage("decoding", Stage(), after="denoising"), "there is a stage 'decoding' already"),
+        (lambda a: a.add_stage("x", Stage(), before="denoising"), "use after='latent preparation'"),
+        (lambda a: a.add_stage("x", Stage(), after="other"), "no stage can stand beside it"),
+        (lambda a: a.replace_stage("denoising", Stage()), "cannot be replaced"),
+        (lambda a: a.remove_stage("decoding"), "is built in"),
+        (lambda a: a.remove_stage("x"), "'x' is not allowed"),
+    ],
+)
+def test_a_stage_that_cannot_stand_there_is_refused_and_nothing_changes(change, words):
+    pipe = exact("flux_dev")
+    before = pipe.acceleration.stages.names
+    with pytest.raises((ConfigurationError, UnsupportedError), match=words):
+        change(pipe.acceleration)
+    assert pipe.acceleration.stages.names == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in StageParallelism if kind is not StageParallelism.REPLICATED])
+def test_other_parallelisms_are_declared_and_raise(kind):
+    pipe, stage = exact("flux_dev"), Stage()
+    stage.parallelism = kind
+    with pytest.raises(UnsupportedError, match="not in this version yet"):
+        pipe.acceleration.add_stage("x", stage, after="decoding")
+
+
+def test_a_stage_is_loaded_before_its_first_run_and_offloaded_when_it_goes():
+    pipe, log = exact("flux_dev"), []
+
+    class Heavy(Stage):
+        def load(self):
+            log.append("load")
+
+        def run(self, values):
+            log.append("run")
+            return values
+
+        def offload(self):
+            log.append("offload")
+
+    pipe.acceleration.add_stage("heavy", Heavy(), after="decoding")
+    for _ in range(2):
+        TINY["flux_dev"].call(pipe)
+    pipe.acceleration.remove()
+    assert log == ["load", "run", "run", "offload"]
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "wan22_t2v"])
+def test_an_exception_in_any_stage_leaves_the_pipe_clean(name):
+    entry, pipe = TINY[name], exact(name)
+    expected = stock(name)
+    for built_in in pipe.acceleration.stages.names[:-1]:
+        pipe.acceleration.add_stage("failing", Failing(), after=built_in)
+        failed = built_in in EVERY_CALL_HAS
+        if failed:
+            with pytest.raises(RuntimeError, match="of the user's failed"):
+                entry.call(pipe)
+        pipe.acceleration.remove_stage("failing")
+    for component in ("text_encoder", "transformer", "vae"):
+        module = getattr(pipe, component)
+        hook = next(module.modules()).register_forward_pre_hook(lambda *_: 1 / 0)
+        if component != "vae":
+            with pytest.raises(ZeroDivisionError):
+                entry.call(pipe)
+        hook.remove()
+    assert torch.equal(entry.call(pipe), expected)
+    pipe.acceleration.remove()
+    assert torch.equal(entry.call(pipe), expected)
+
+
+def test_the_trajectory_holds_every_steps_latents_and_timesteps():
+    entry, pipe = TINY["wan21_t2v"], exact("wan21_t2v")
+    output = pipe(**entry.call_kwargs(steps=3, output_type="latent"), return_trajectory=True)
+    assert len(output.trajectory.latents) == len(output.trajectory.timesteps) == 3
+    assert torch.equal(output.trajectory.latents[-1], output.frames)
+    assert torch.equal(torch.stack(output.trajectory.timesteps), pipe.scheduler.timesteps)
+    as_tuple = pipe(**entry.call_kwargs(output_type="latent"), return_dict=False, return_trajectory=True)
+    assert len(as_tuple) == 2
+    plain = pipe(**entry.call_kwargs(output_type="latent"))
+    assert not hasattr(plain, "trajectory")
+    pipe.acceleration.remove()
+    with pytest.raises(TypeError, match="return_trajectory"):
+        pipe(**entry.call_kwargs(), return_trajectory=True)
+
+
+def test_progress_names_each_stage_and_counts_the_steps():
+    entry, pipe = TINY["flux_true_cfg"], exact("flux_true_cfg")
+    told: list[Progress] = []
+    pipe.acceleration.progress = told.append
+    entry.call(pipe, steps=3)
+    assert [p.step for p in told if p.step is not None] == [1, 2, 3]
+    assert {p.steps for p in told if p.step is not None} == {3}
+    stages = [p.stage for p in told]
+    assert stages[0] == "input validation"
+    assert stages.index("text encoding") < stages.index("denoising") < stages.index("decoding")
+    assert [p.seconds for p in told] == sorted(p.seconds for p in told)
+
+
+def test_a_warm_up_is_not_reported():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    pipe.acceleration.warm_up(**entry.call_kwargs(steps=1))
+    with pytest.raises(PipeboostError, match="call the pipeline first"):
+        pipe.acceleration.report()
+    entry.call(pipe, steps=3)
+    pipe.acceleration.warm_up(**entry.call_kwargs(steps=1))
+    assert len(pipe.acceleration.report().steps) == 3
+
+
+def test_a_report_knows_the_weights_and_writes_a_trace_that_a_browser_reads(tmp_path):
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    with pipe.acceleration.profiled():
+        entry.call(pipe)
+    report = pipe.acceleration.report()
+    assert report.components["transformer"] == sum(p.numel() * 4 for p in pipe.transformer.parameters())
+    assert set(report.components) == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    report.to_chrome_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"denoising", "decoding"} <= {event["cat"] for event in events if event["ph"] == "X"}
+    assert json.loads(report.to_json())["stages"].keys() == report.stages.keys()
+
+
+def test_two_hundred_cancellations_at_random_points_leak_nothing():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    expected = stock("flux_dev")
+    entry.call(pipe)
+    rng = random.Random(0)
+    classes = {name: type(part) for name, part in pipe.components.items()}
+
+    def cancel_after(count):
+        def tell(progress):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                thread = threading.Thread(target=pipe.acceleration.cancel)
+                thread.start()
+                thread.join()
+
+        return tell
+
+    gc.collect()
+    tensors, threads = _tensors(), threading.active_count()
+    cancelled = 0
+    for _ in range(200):
+        pipe.acceleration.progress = cancel_after(rng.randint(1, 12))
+        try:
+            entry.call(pipe, steps=4, output_type="latent")
+        except Cancelled:
+            cancelled += 1
+    pipe.acceleration.progress = None
+    assert cancelled > 100
+    gc.collect()
+    assert _tensors() == tensors
+    assert threading.active_count() == threads
+    assert {name: type(part) for name, part in pipe.components.items()} == classes
+    assert torch.equal(entry.call(pipe), expected)
+    assert not pipe.acceleration._calls
+
+
+def _tensors():
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+def test_two_threads_that_call_one_pipe_never_mix(name):
+    entry, pipe = TINY[name], exact(name)
+    expected = {seed: stock(name, seed=seed) for seed in range(3)}
+    results = {}
+
+    def work(seed):
+        results[seed] = entry.call(pipe, seed=seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, output in expected.items():
+        assert torch.equal(results[seed], output)
+
+
+@pytest.mark.parametrize("name", ["flux_true_cfg", "qwen_image_edit", "wan22_i2v", "hunyuan_video"])
+def test_overlapped_requests_give_what_they_give_one_by_one(name):
+    entry, pipe = TINY[name], exact(name)
+    seeds = range(5)
+
+    def requests():
+        prompts = [PROMPT, OTHER_PROMPT]
+        return [entry.call_kwargs(seed=seed, prompt=prompts[seed % 2], steps=2 + seed % 3) for seed in seeds]
+
+    alone = [pipe(**request)[0] for request in requests()]
+    together = [output[0] for output in pipe.acceleration.run_many(requests())]
+    assert len(together) == len(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_overlapped_requests_do_overlap_and_denoise_one_at_a_time():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    spans, threads = [], set()
+
+    class Noting(Stage):
+        def run(self, values):
+            threads.add(threading.current_thread().name)
+            return values
+
+    pipe.acceleration.add_stage("note", Noting(), before="decoding")
+    denoising, most = 0, 0
+
+    def count(module, args):
+        nonlocal denoising, most
+        denoising += 1
+        most = max(most, denoising)
+
+    def discount(module, args, output):
+        nonlocal denoising
+        denoising -= 1
+
+    pipe.transformer.register_forward_pre_hook(count)
+    pipe.transformer.register_forward_hook(discount)
+    list(pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(6)]))
+    assert most == 1
+    assert len(threads) > 1
+    assert not spans
+
+
+def test_requests_without_a_generator_of_their_own_run_one_by_one_as_stock_would():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+
+    def requests():
+        return [{**entry.call_kwargs(), "generator": None} for _ in range(3)]
+
+    other = entry.build()
+    torch.manual_seed(0)
+    expected = [other(**request)[0] for request in requests()]
+    torch.manual_seed(0)
+    for output, wanted in zip(pipe.acceleration.run_many(requests()), expected, strict=True):
+        assert torch.equal(output[0], wanted)
+
+
+def test_a_request_that_fails_comes_up_in_its_turn_and_ends_the_others():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    requests = [entry.call_kwargs(seed=seed) for seed in range(6)]
+    requests[2]["height"] = -16
+    threads = threading.active_count()
+    outputs = []
+    with pytest.raises(StageVerificationError, match="height=-16"):
+        outputs.extend(pipe.acceleration.run_many(requests))
+    iteration = pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(6)])
+    next(iteration)
+    iteration.close()
+    assert threading.active_count() == threads
+    assert not pipe.acceleration._calls
+    assert torch.equal(entry.call(pipe), stock("flux_dev"))
+
+
+def test_a_stage_that_takes_no_such_value_is_told_what_there_is():
+    pipe = exact("flux_dev")
+
+    class Inventing(Stage):
+        def run(self, values):
+            return values | {"weather": "rain"}
+
+    pipe.acceleration.add_stage("inventing", Inventing(), before="text encoding")
+    with pytest.raises(PipeboostError, match="'weather', which this door does not take; it has prompt"):
+        TINY["flux_dev"].call(pipe)
+
+
+def test_a_views_call_runs_the_users_stages_too():
+    pipe, recording = exact("flux_dev"), Recording()
+    pipe.acceleration.add_stage("recording", recording, after="denoising")
+    import copy
+
+    TINY["flux_dev"].call(copy.copy(pipe))
+    assert len(recording.seen) == 1
+    assert recording.seen[0]["latents"].ndim == 3
