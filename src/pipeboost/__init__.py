@@ -12,8 +12,10 @@ from pipeboost.config import (
     OffloadConfig,
     ParallelConfig,
     QuantizeConfig,
+    ReuseConfig,
 )
 from pipeboost.errors import Cancelled, PipeboostError
+from pipeboost.generate import free_models, generate_image, generate_video, load_model
 from pipeboost.stages import Checks, FailedCheck, Progress, Stage, StageParallelism
 
 __all__ = [
@@ -30,7 +32,12 @@ __all__ = [
     "PipeboostError",
     "Progress",
     "QuantizeConfig",
+    "ReuseConfig",
     "Stage",
     "StageParallelism",
     "accelerate_pipeline",
+    "free_models",
+    "generate_image",
+    "generate_video",
+    "load_model",
 ]

@@ -9,7 +9,8 @@ reverse:
 4. cache: decides which blocks run, and must call blocks that compile can still stand in front of;
 5. compile: captures what the blocks have become;
 6. offload: moves finished modules;
-7. stages: the outermost layers, which watch everything above.
+7. reuse: stands before the encoders, whatever they have become;
+8. stages: the outermost layers, which watch everything above.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pipeboost.hardware import detect_hardware
 from pipeboost.ledger import Ledger
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
+from pipeboost.reuse import PromptReuse, reuse_prompts
 from pipeboost.seams import attach, stock_class
 from pipeboost.stages import (
     COMPOSITION,
@@ -118,6 +120,7 @@ def accelerate_pipeline(
     compile: Any = _AUTO,
     quantize: Any = _AUTO,
     offload: Any = _AUTO,
+    reuse: Any = _AUTO,
     config: Any = None,
 ) -> P:
     """Accelerate a stock Diffusers pipeline in place and return the same object.
@@ -126,8 +129,8 @@ def accelerate_pipeline(
         pipe: any Diffusers pipeline with a transformer, on the device it will run on.
         quality: the tier, which bounds how far outputs may move from stock: `"exact"` (bit-identical), `"lossless"`
             (the default: rounding only), `"balanced"` (8-bit attention), `"fast"` (step caching).
-        attention, parallel, cache, compile, quantize, offload: `"auto"` (the default) lets the plan choose; None or
-            False turns the feature off; a short name (`"flash3"`, `"regional"`) or the feature's dataclass fixes it.
+        attention, parallel, cache, compile, quantize, offload, reuse: `"auto"` (the default) lets the plan choose; None
+            or False turns the feature off; a short name (`"flash3"`, `"regional"`) or the feature's dataclass fixes it.
         config: an `AccelerationConfig` or the path of a YAML/JSON file; the keyword arguments win over it, and it wins
             over `PIPEBOOST_*` environment variables.
 
@@ -147,6 +150,7 @@ def accelerate_pipeline(
             "compile": compile,
             "quantize": quantize,
             "offload": offload,
+            "reuse": reuse,
         }.items()
         if not isinstance(value, _Default)
     }
@@ -192,7 +196,11 @@ class Acceleration:
         self._finished: _Finished | None = None
         self._lock = threading.RLock()
         self._removed = False
+        self._prompts: PromptReuse | None = None
         with self._ledger:
+            if plan["reuse"].on:
+                self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
+                self._ledger.record("kept prompts", self._prompts.clear)
             self._ledger.record("components", _weakly(self._undo_all_parts))
             self._bind(pipe)
             self._ledger.add_layer(pipe, "__call__", _weakly(self._run), order=_CALL_DOOR_ORDER)
@@ -483,6 +491,8 @@ class Acceleration:
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
             if denoiser and plan["compile"].on:
                 compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
+            if not path and self._prompts is not None:
+                reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)
         return _Part(path, weakref.ref(obj), ledger, compiled, of_view)
 

@@ -17,7 +17,7 @@ from pipeboost.config_sources import environment_settings, file_settings, variab
 from pipeboost.errors import ConfigurationError, not_one_of
 
 TIERS = ("exact", "lossless", "balanced", "fast")
-FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload")
+FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "flash4", "sage", "flex")
 STEP_MASKS = ("slow", "medium", "fast", "ultra")
 COMPILE_SCOPES = ("regional", "full")
@@ -176,6 +176,20 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True)
+class ReuseConfig:
+    """Prompt embeddings are kept, so that a prompt is encoded once.
+
+    Attributes:
+        max_bytes: memory they may take, on the device the pipeline runs on; the least recently used go first.
+    """
+
+    max_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        _require_integer("reuse.max_bytes", self.max_bytes, minimum=1)
+
+
+@dataclass(frozen=True)
 class AccelerationConfig:
     """All settings of one acceleration. `"auto"` leaves a choice to the plan, None turns a feature off."""
 
@@ -186,6 +200,7 @@ class AccelerationConfig:
     compile: CompileConfig | Literal["auto"] | None = "auto"
     quantize: QuantizeConfig | Literal["auto"] | None = "auto"
     offload: OffloadConfig | Literal["auto"] | None = "auto"
+    reuse: ReuseConfig | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.quality not in TIERS:
@@ -210,6 +225,7 @@ _CLASSES: dict[str, type] = {
     "compile": CompileConfig,
     "quantize": QuantizeConfig,
     "offload": OffloadConfig,
+    "reuse": ReuseConfig,
 }
 _SHORT_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention": ("backend", ATTENTION_BACKENDS),

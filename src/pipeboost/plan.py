@@ -20,6 +20,7 @@ from pipeboost.config import (
     CompileConfig,
     OffloadConfig,
     ParallelConfig,
+    ReuseConfig,
     tier_allows,
 )
 from pipeboost.errors import ConfigurationError, UnsupportedError
@@ -63,6 +64,7 @@ class ModelFacts:
         weighed: whose weights those are.
         offloaded: whether Diffusers' own CPU offload is on.
         controlnet: whether a ControlNet adds residuals between the transformer's blocks.
+        encodes: whether it has an `encode_prompt`.
         processors: how many attention processors can be swapped, None where the model is not loaded.
         stock_processors: class name and reason, for each kind of processor that cannot.
     """
@@ -73,6 +75,7 @@ class ModelFacts:
     weighed: str = "all components"
     offloaded: bool = False
     controlnet: bool = False
+    encodes: bool = True
     processors: int | None = None
     stock_processors: tuple[tuple[str, str], ...] = ()
 
@@ -98,8 +101,8 @@ class Plan:
     @property
     def expected(self) -> str:
         """Expected speed, from our own measurements where this hardware and family were measured."""
-        if not any(decision.on for decision in self.decisions):
-            return "stock speed: nothing in this plan changes it"
+        if not any(decision.on for decision in self.decisions if decision.feature != "reuse"):
+            return "stock speed per step: nothing in this plan changes it"
         for measured in self.family.measured if self.default else ():
             if measured.hardware in self.hardware.name and measured.tier == self.quality:
                 return f"{measured.speedup:.2f}x per step over stock eager ({measured.workload}, {measured.source})"
@@ -139,6 +142,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _cache(config, family, facts),
             _compile(config, hardware),
             _offload(config, facts),
+            _reuse(config, facts),
         ),
         default=all(getattr(config, feature) == "auto" for feature in FEATURES)
         and facts.dtype == torch.bfloat16
@@ -257,6 +261,21 @@ def _offload(config: AccelerationConfig, facts: ModelFacts) -> Decision:
     return Decision("offload", "off", "components stay where they are")
 
 
+def _reuse(config: AccelerationConfig, facts: ModelFacts) -> Decision:
+    asked = config.reuse
+    if asked is None:
+        return Decision("reuse", "off", "turned off; every prompt is encoded anew")
+    if not facts.encodes:
+        if asked != "auto":
+            raise UnsupportedError(
+                f"reuse keeps what encode_prompt returns, which {facts.pipeline} does not have; use reuse=None"
+            )
+        return Decision("reuse", "off", "the pipeline has no encode_prompt")
+    settings = ReuseConfig() if asked == "auto" else asked
+    why = f"same prompt, encoders and settings, same embeddings; keeps at most {settings.max_bytes / 2**20:.0f} MiB"
+    return Decision("reuse", "prompts", why, settings=settings)
+
+
 def _needs_tier(feature: str, choice: object, tier: str, given: str) -> ConfigurationError:
     return ConfigurationError(f"{feature}={choice!r} is not allowed in quality={given!r}; it needs quality={tier!r}")
 
@@ -276,6 +295,7 @@ def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
         weights=sum(parameter.numel() * parameter.element_size() for parameter in unique.values()),
         offloaded=any(hasattr(model, "_hf_hook") for model in models),
         controlnet=pipe.components.get("controlnet") is not None,
+        encodes=callable(getattr(pipe, "encode_prompt", None)),
         processors=sum(report.swapped for report in swappable),
         stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
     )

@@ -25,7 +25,7 @@ FLOORS = (
     ("config", "config_sources", "errors"),
     ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
     ("families", "patches"),
-    ("attention", "parallel", "cache", "compile", "quantize", "offload"),
+    ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),
     ("plan", "acceleration"),
     ("serving", "cli"),

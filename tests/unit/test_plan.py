@@ -25,14 +25,14 @@ def test_every_feature_is_explained():
         for hardware in (CPU, H100):
             made = plan(hardware, quality=quality)
             text = str(made)
-            for feature in ("attention", "parallel", "quantize", "cache", "compile", "offload"):
+            for feature in ("attention", "parallel", "quantize", "cache", "compile", "offload", "reuse"):
                 assert made[feature].why
                 assert f"  {feature} " in text.replace("parallel  ", "parallel ")
 
 
 def test_exact_turns_off_whatever_changes_rounding():
     made = plan(quality="exact")
-    assert not any(decision.on for decision in made.decisions)
+    assert [decision.feature for decision in made.decisions if decision.on] == ["reuse"]
 
 
 def test_the_default_on_a_hopper_compiles_and_never_caches():
