@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeboost.cli.generate_flags import GenerateCommand, generate
+
 app = typer.Typer(
     help="pipeboost: one line gives a stock Diffusers pipeline the speed of a dedicated engine.",
     no_args_is_help=True,
@@ -29,6 +31,9 @@ def demo(
     from pipeboost.cli.demo import run_demo
 
     run_demo(steps=steps, output=output, device=device)
+
+
+app.command(cls=GenerateCommand)(generate)
 
 
 @app.command()

@@ -1,0 +1,190 @@
+"""The flags of `pipeboost generate`, grouped, and a file that may stand for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from pipeboost.config_sources import file_settings
+from pipeboost.errors import ConfigurationError
+
+_MODEL = "Model"
+_REQUEST = "What to make"
+_OUTPUT = "Output"
+_SPEED = "Speed"
+_GPUS = "Several GPUs"
+
+ACCELERATION_KEY = "acceleration"
+
+
+# Typer exports this one of its usage errors; its base is that of them all.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class GenerateCommand(TyperCommand):
+    """A command whose `--save-output` may stand without a value, and whose wrong flags are one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = []
+        for index, word in enumerate(args):
+            bare = word == "--save-output" and (index + 1 == len(args) or args[index + 1].startswith("--"))
+            words.append("--save-output=" if bare else word)
+        try:
+            return super().parse_args(ctx, words)
+        except _UsageError as error:
+            raise ConfigurationError(" ".join(error.format_message().split())) from None
+
+
+def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make a file's settings the flags' defaults, so that the command line wins and values are checked alike."""
+    if path is None:
+        return None
+    flags = {parameter.name: parameter for parameter in ctx.command.params}
+    known = [name for name in flags if name not in ("config", "help")]
+    settings = file_settings(path, [*known, ACCELERATION_KEY])
+    ctx.obj = settings.pop(ACCELERATION_KEY, None) or {}
+    if isinstance(settings.get("call"), Mapping):
+        settings["call"] = [f"{name}={json.dumps(value)}" for name, value in settings["call"].items()]
+    for name, value in settings.items():
+        if flags[name].multiple and not isinstance(value, list):
+            settings[name] = [value]
+    ctx.default_map = settings
+    return path
+
+
+def generate(
+    ctx: typer.Context,
+    model_path: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_MODEL, help="folder of a Diffusers pipeline or a hub id; else the demo model"),
+    ] = None,
+    vae_path: Annotated[
+        str | None, typer.Option(rich_help_panel=_MODEL, help="folder or hub id of another VAE for it")
+    ] = None,
+    lora_path: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_MODEL, help="a LoRA, PATH or PATH=SCALE; may be given several times"),
+    ] = None,
+    device: Annotated[str, typer.Option(rich_help_panel=_MODEL, help="auto, cpu or cuda")] = "auto",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_read_config,
+            help="YAML or JSON file: these flags with underscores, and `acceleration:`; flags given here win",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(rich_help_panel=_REQUEST, help="what to show; may be given several times")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=_REQUEST, help="a prompt a line; JSONL, JSON or YAML with values of each"),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=_REQUEST, help="what not to show")] = None,
+    image_path: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_REQUEST, help="path or URL of a picture to edit or animate; several where taken"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="pixels")] = None,
+    height: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="pixels")] = None,
+    num_frames: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="frames of a video")] = None,
+    fps: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="frames a second of a video (16)")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="denoising steps")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(rich_help_panel=_REQUEST, help="how closely to follow the prompt")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=_REQUEST, help="of the first request; the next ones count up")
+    ] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(rich_help_panel=_REQUEST, help="NAME=VALUE, a further argument of the pipeline's own call"),
+    ] = None,
+    save_output: Annotated[
+        str | None,
+        typer.Option(metavar="[PATH]", rich_help_panel=_OUTPUT, help="save, to this file or folder; the default"),
+    ] = None,
+    no_save_output: Annotated[
+        bool, typer.Option("--no-save-output", rich_help_panel=_OUTPUT, help="save nothing, only report")
+    ] = False,
+    output_path: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="folder that outputs go to (outputs)")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="JSON: each output's seed, path, times and memory")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Chrome trace of stages and steps, with exact memory")
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option("--quality", "--tier", rich_help_panel=_SPEED, help="exact, lossless, balanced or fast"),
+    ] = None,
+    attention_backend: Annotated[
+        str | None, typer.Option(rich_help_panel=_SPEED, help="attention kernel; `pipeboost doctor` lists them")
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", rich_help_panel=_SPEED, help="torch.compile; else the tier decides"),
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option(rich_help_panel=_SPEED, help="where components wait: resident, stage, layerwise")
+    ] = None,
+    warmup: Annotated[
+        bool, typer.Option("--warmup", rich_help_panel=_SPEED, help="first make an output that is not reported")
+    ] = False,
+    num_gpus: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs to share the work among")] = None,
+    enable_cfg_parallel: Annotated[
+        bool, typer.Option("--enable-cfg-parallel", rich_help_panel=_GPUS, help="one guidance branch a GPU")
+    ] = False,
+    ulysses_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the heads")] = None,
+    ring_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the tokens")] = None,
+    tp_size: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the weights")] = None,
+) -> None:
+    """Make images or videos from prompts; without any flag, an image of the model we ship."""
+    from pipeboost.cli.generate import Output, accelerated_by, parallel_by, run_generate
+    from pipeboost.generate.loading import ModelSettings
+
+    output = Output.of(save=save_output, no_save=no_save_output, folder=output_path, report=report, profile=profile)
+    settings = ModelSettings.of(
+        model_path,
+        vae_path=vae_path,
+        lora_path=lora_path or (),
+        device=device,
+        acceleration=accelerated_by(
+            ctx.obj,
+            quality=quality,
+            attention=attention_backend,
+            compile=compile,
+            offload=offload,
+            parallel=parallel_by(
+                gpus=num_gpus, cfg=enable_cfg_parallel, ulysses=ulysses_degree, ring=ring_degree, tensor=tp_size
+            ),
+        ),
+    )
+    request = {
+        "negative_prompt": negative_prompt,
+        "image_path": image_path or None,
+        "width": width,
+        "height": height,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
+    run_generate(
+        settings,
+        prompts=prompt or (),
+        prompt_file=prompt_file,
+        request=request,
+        call=call or (),
+        fps=fps,
+        warm_up=warmup,
+        output=output,
+    )

@@ -1,0 +1,211 @@
+"""A request → the arguments of one stock pipeline's `__call__`, read from its signature and its components.
+
+Whatever the pipeline would ignore, round or trip over is refused here, before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.generate.requests import Request
+from pipeboost.seams import stock_class
+
+Kind = Literal["image", "video"]
+
+# As the model cards of Qwen-Image word "no negative prompt"; without any, the pipelines leave true CFG out.
+NO_NEGATIVE_PROMPT = " "
+_OURS = (
+    "self",
+    "prompt",
+    "negative_prompt",
+    "image",
+    "generator",
+    "output_type",
+    "return_dict",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "callback_on_step_end",
+)
+
+
+class CallSignature:
+    """What one pipeline can be asked for.
+
+    Attributes:
+        name: class name of the pipeline.
+        parameters: parameters of its `__call__`, by name.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        cls = stock_class(pipe)
+        self._pipe = pipe
+        self.name = cls.__name__
+        signature = inspect.signature(cls.__call__)
+        self.parameters = signature.parameters
+        self._outputs = _output_fields(signature.return_annotation)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What it makes.
+
+        Raises:
+            UnsupportedError: neither images nor videos.
+        """
+        if "num_frames" in self.parameters or "frames" in self._outputs:
+            return "video"
+        if "images" in self._outputs or not self._outputs:
+            return "image"
+        raise UnsupportedError(f"{self.name} makes {', '.join(self._outputs)}, neither images nor videos")
+
+    @cached_property
+    def guidance(self) -> str | None:
+        """The argument that `guidance_scale` stands for: true CFG where the model has no guidance embedding."""
+        embedded = any(
+            getattr(getattr(component, "config", None), "guidance_embeds", False)
+            for component in self._pipe.components.values()
+        )
+        given = self.parameters.get("guidance_scale")
+        if "true_cfg_scale" in self.parameters and (given is None or given.default is None or not embedded):
+            return "true_cfg_scale"
+        return None if given is None else "guidance_scale"
+
+    @cached_property
+    def takes_several_images(self) -> bool:
+        """Whether one request may have several pictures; elsewhere a list would mean several requests."""
+        methods = (getattr(self._pipe, name, None) for name in ("prepare_latents", "prepare_image_latents"))
+        return any("images" in inspect.signature(method).parameters for method in methods if method is not None)
+
+    @cached_property
+    def needs_image(self) -> bool:
+        """Whether it cannot run without a picture."""
+        if "image" not in self.parameters:
+            return False
+        required = self.parameters["image"].default is inspect.Parameter.empty
+        encoded = "image" in inspect.signature(self._pipe.encode_prompt).parameters
+        return required or encoded or "strength" in self.parameters or "mask_image" in self.parameters
+
+    @cached_property
+    def size_multiple(self) -> int:
+        """What widths and heights must be multiples of: pixels of a latent, times those that a token takes."""
+        pipe = self._pipe
+        latent = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", None) or 1
+        patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None) or 1
+        patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
+        multiple = int(latent) * int(patch)
+        for name in ("image_processor", "video_processor"):
+            config = getattr(getattr(pipe, name, None), "config", None)
+            multiple = math.lcm(multiple, int(getattr(config, "vae_scale_factor", None) or 1))
+        return multiple
+
+    def arguments(self, request: Request) -> dict[str, Any]:
+        """The call's arguments, without a generator and an output type.
+
+        Raises:
+            ConfigurationError: a size, a number of frames or a picture that the pipeline cannot use.
+            UnsupportedError: something that the pipeline has no argument for.
+        """
+        arguments: dict[str, Any] = {"prompt": request.prompt}
+        for name in ("width", "height", "num_frames", "num_inference_steps"):
+            if (value := getattr(request, name)) is not None:
+                self._require(name, value)
+                arguments[name] = value
+        if request.guidance_scale is not None:
+            if self.guidance is None:
+                self._require("guidance_scale", request.guidance_scale)
+            else:
+                arguments[self.guidance] = request.guidance_scale
+        arguments |= self._own(request.call)
+        self._check_size(arguments)
+        arguments |= self._negative(request, arguments) | self._images(request)
+        if "max_area" in self.parameters and {"width", "height"} <= arguments.keys():
+            # Kontext keeps only the aspect ratio of a size, and scales it to this area.
+            arguments.setdefault("max_area", arguments["width"] * arguments["height"])
+        return arguments
+
+    def _require(self, name: str, value: Any) -> None:
+        if name not in self.parameters:
+            raise UnsupportedError(
+                f"{name}={value!r}: {self.name}, which makes {self.kind}s, has no such argument; leave it out"
+            )
+
+    def _own(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in call.items():
+            if name in _OURS:
+                raise ConfigurationError(f"call={{{name!r}: ...}} is not allowed, generate sets it; leave it out")
+            self._require(name, value)
+        return dict(call)
+
+    def _check_size(self, arguments: Mapping[str, Any]) -> None:
+        for name in ("width", "height"):
+            value, multiple = arguments.get(name), self.size_multiple
+            if value is not None and value % multiple:
+                below = value // multiple * multiple
+                near = f"{below} or {below + multiple}" if below else f"{multiple}"
+                raise ConfigurationError(
+                    f"{name}={value} is not a multiple of {multiple}, as {self.name} needs; use {near}"
+                )
+        frames = arguments.get("num_frames")
+        pipe = self._pipe
+        factor = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(
+            pipe, "vae_temporal_compression_ratio", None
+        )
+        if frames is None or not factor:
+            return
+        # Not every video VAE encodes the first frame by itself: the pipeline's own default shows whether this one does.
+        default = self.parameters["num_frames"].default
+        if isinstance(default, int) and (default - 1) % factor == 0 and (frames - 1) % factor:
+            below = (frames - 1) // factor * factor + 1
+            raise ConfigurationError(
+                f"num_frames={frames} is not one more than a multiple of {factor}, as {self.name} needs; "
+                f"use {below} or {below + factor}"
+            )
+
+    def _negative(self, request: Request, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """A negative prompt acts through the scale of true CFG, or of guidance where the pipeline knows but one."""
+        negative = request.negative_prompt
+        if "negative_prompt" not in self.parameters:
+            if negative is not None:
+                self._require("negative_prompt", negative)
+            return {}
+        name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
+        scale = None if name is None else arguments.get(name, self.parameters[name].default)
+        acts = not isinstance(scale, (int, float)) or scale > 1
+        if negative is None:
+            return {"negative_prompt": NO_NEGATIVE_PROMPT} if name == "true_cfg_scale" and acts else {}
+        if not acts:
+            way = "guidance_scale=4" if name == self.guidance else f"call={{{name!r}: 4}}"
+            raise ConfigurationError(
+                f"negative_prompt={negative!r} does nothing in {self.name} at {name}={scale}; use {way}, or leave it "
+                "out"
+            )
+        return {"negative_prompt": negative}
+
+    def _images(self, request: Request) -> dict[str, Any]:
+        images = list(request.images)
+        if not images:
+            if self.needs_image:
+                raise ConfigurationError(f"{self.name} needs an image to start from; give one with image_path")
+            return {}
+        if "image" not in self.parameters:
+            raise UnsupportedError(
+                f"image_path: {self.name} makes {self.kind}s from text alone; leave the image out, or load a model "
+                "that edits or animates one"
+            )
+        if len(images) > 1 and not self.takes_several_images:
+            raise UnsupportedError(f"image_path names {len(images)} images, but {self.name} takes one per request")
+        return {"image": images if self.takes_several_images else images[0]}
+
+
+def _output_fields(annotation: Any) -> tuple[str, ...]:
+    """Field names of the output class in a return annotation such as `FluxPipelineOutput | tuple`."""
+    for cls in typing.get_args(annotation) or (annotation,):
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            return tuple(field.name for field in dataclasses.fields(cls))
+    return ()

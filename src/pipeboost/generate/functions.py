@@ -1,0 +1,179 @@
+"""`generate_image`, `generate_video` and `load_model`: a model by its path, kept warm from call to call."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, overload
+
+from PIL import Image
+
+from pipeboost.generate.loading import ModelSettings
+from pipeboost.generate.outputs import DEFAULT_FPS, GeneratedImage, GeneratedVideo, check_fps
+from pipeboost.generate.session import LoadedModel, requests_of
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+ImageSource: TypeAlias = "PathLike | Image.Image"
+
+_warm: list[LoadedModel] = []
+_lock = threading.RLock()
+
+
+def load_model(
+    model_path: PathLike | None = None,
+    *,
+    vae_path: PathLike | None = None,
+    lora_path: Any = (),
+    device: str = "auto",
+    **acceleration: Any,
+) -> LoadedModel:
+    """Load and accelerate a model, to be freed by the `with` block it is used in, or by its `close()`.
+
+        with pipeboost.load_model(quality="fast") as model:
+            images = model.generate_image(["a red star", "a blue ring"], seed=1)
+
+    Args:
+        model_path: folder of a Diffusers pipeline, or a hub id; None is the demo model that we ship.
+        vae_path: folder or hub id of another VAE for it, or of a pipeline that has that VAE.
+        lora_path: an adapter or a list of them, each `"PATH"`, `"PATH=SCALE"` or `("PATH", scale)`.
+        device: `"auto"`, `"cpu"` or `"cuda"`. Weights are bfloat16 on a GPU and float32 on a CPU.
+        acceleration: arguments of `accelerate_pipeline`: `quality`, `attention`, `offload`, `config`, ….
+
+    Raises:
+        PipeboostError: something cannot be loaded, or not accelerated as asked.
+    """
+    return LoadedModel(
+        ModelSettings.of(model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration)
+    )
+
+
+def free_models() -> None:
+    """Free the model that `generate_image` and `generate_video` keep for their next call."""
+    with _lock:
+        while _warm:
+            _warm.pop().close()
+
+
+@overload
+def generate_image(model_path: PathLike | None = ..., prompt: str | None = ..., **settings: Any) -> GeneratedImage: ...
+@overload
+def generate_image(model_path: PathLike | None, prompt: Sequence[str], **settings: Any) -> list[GeneratedImage]: ...
+def generate_image(
+    model_path: PathLike | None = None,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    negative_prompt: str | None = None,
+    image_path: ImageSource | Sequence[ImageSource] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    call: Mapping[str, Any] | None = None,
+    vae_path: PathLike | None = None,
+    lora_path: Any = (),
+    device: str = "auto",
+    **acceleration: Any,
+) -> Any:
+    """Make images from prompts. The model stays loaded for the next call with the same model and settings.
+
+    Args:
+        model_path: folder of a Diffusers pipeline, or a hub id; None is the demo model that we ship.
+        prompt: a text, or a list of texts; the demo model has a default.
+        negative_prompt: what not to show; needs guidance.
+        image_path: picture to edit, or several where the model takes them: paths, http(s) URLs, or pictures.
+        width, height, num_inference_steps: None leaves them to the pipeline.
+        guidance_scale: goes where the pipeline's guidance is, `true_cfg_scale` where that is the only one that acts.
+        seed: request `i` gets seed + `i`; None draws one, which the results tell.
+        call: further arguments of the pipeline's own call, such as `{"max_sequence_length": 256}`.
+        vae_path, lora_path, device, acceleration: as `load_model` takes them.
+
+    Returns:
+        A `GeneratedImage` for one prompt, a list of them for a list.
+
+    Raises:
+        PipeboostError: something cannot be done as asked; nothing has run then.
+    """
+    request = {
+        "negative_prompt": negative_prompt,
+        "image_path": image_path,
+        "width": width,
+        "height": height,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "call": call,
+    }
+    settings = ModelSettings.of(
+        model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
+    )
+    requests = requests_of(settings, prompt, request)
+    with _lock:
+        made = _warm_model(settings).generate_all("image", requests)
+    return made if isinstance(prompt, (list, tuple)) else made[0]
+
+
+@overload
+def generate_video(model_path: PathLike | None = ..., prompt: str | None = ..., **settings: Any) -> GeneratedVideo: ...
+@overload
+def generate_video(model_path: PathLike | None, prompt: Sequence[str], **settings: Any) -> list[GeneratedVideo]: ...
+def generate_video(
+    model_path: PathLike | None = None,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    negative_prompt: str | None = None,
+    image_path: ImageSource | Sequence[ImageSource] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    fps: int = DEFAULT_FPS,
+    call: Mapping[str, Any] | None = None,
+    vae_path: PathLike | None = None,
+    lora_path: Any = (),
+    device: str = "auto",
+    **acceleration: Any,
+) -> Any:
+    """Make videos from prompts; all but these arguments are those of `generate_image`.
+
+    Args:
+        image_path: the picture that the video starts from, for an image-to-video model.
+        num_frames: frames of each video; None leaves it to the pipeline.
+        fps: frame rate that `save` writes.
+
+    Returns:
+        A `GeneratedVideo` for one prompt, a list of them for a list.
+
+    Raises:
+        PipeboostError: something cannot be done as asked, or the model makes images; nothing has run then.
+    """
+    request = {
+        "negative_prompt": negative_prompt,
+        "image_path": image_path,
+        "width": width,
+        "height": height,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "call": call,
+    }
+    settings = ModelSettings.of(
+        model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
+    )
+    check_fps(fps)
+    requests = requests_of(settings, prompt, request)
+    with _lock:
+        made = _warm_model(settings).generate_all("video", requests, fps=fps)
+    return made if isinstance(prompt, (list, tuple)) else made[0]
+
+
+def _warm_model(settings: ModelSettings) -> LoadedModel:
+    """The model of these settings; another one is freed first, since two may not fit."""
+    if not _warm or _warm[0].settings != settings:
+        free_models()
+        _warm.append(LoadedModel(settings))
+    return _warm[0]

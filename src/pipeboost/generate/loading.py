@@ -1,0 +1,189 @@
+"""Which model a user wants, and loading it: pipeline, another VAE, LoRAs, device, acceleration, in this order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeboost.config import FEATURES, AccelerationConfig, ParallelConfig, resolve_config
+from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.generate.locations import is_hub_id, one_line, require_pipeline
+from pipeboost.generate.lora import Lora, load_loras
+from pipeboost.hardware import has_cuda
+
+_ACCELERATION = ("quality", *FEATURES, "config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Everything that says which model is loaded and how; two equal ones share one loaded model.
+
+    Attributes:
+        model_path: folder of a Diffusers pipeline, or a hub id.
+        vae_path: folder or hub id of another VAE, or of a pipeline that has it.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    model_path: str
+    vae_path: str | None
+    loras: tuple[Lora, ...]
+    device: str
+    acceleration: AccelerationConfig
+
+    @classmethod
+    def of(
+        cls,
+        model_path: str | os.PathLike[str] | None = None,
+        *,
+        vae_path: str | os.PathLike[str] | None = None,
+        lora_path: Any = (),
+        device: str = "auto",
+        acceleration: Mapping[str, Any] | None = None,
+    ) -> ModelSettings:
+        """Check what a user gave; nothing is loaded.
+
+        Args:
+            model_path: None stands for the demo model.
+            lora_path: one adapter or a sequence, each as `Lora.of` takes it.
+            acceleration: arguments of `accelerate_pipeline`.
+
+        Raises:
+            PipeboostError: a path is missing, or a setting is not allowed.
+        """
+        path = str(_demo_weights()) if model_path is None else str(Path(model_path).expanduser())
+        require_pipeline(path)
+        if device not in ("auto", "cpu", "cuda"):
+            raise not_one_of("device", device, ("auto", "cpu", "cuda"))
+        if device == "cuda" and not has_cuda():
+            raise ConfigurationError("device='cuda': this torch sees no CUDA device; use device='cpu'")
+        given = dict(acceleration or {})
+        for name in given:
+            if name not in _ACCELERATION:
+                raise ConfigurationError(f"there is no setting {name!r}; use one of {', '.join(_ACCELERATION)}")
+        settings = resolve_config(given.pop("config", None), given)
+        if isinstance(settings.parallel, ParallelConfig) and settings.parallel.size > 1:
+            raise UnsupportedError(
+                f"parallel asks for {settings.parallel.size} GPUs, but this version runs on one; leave the parallel "
+                "settings out"
+            )
+        one = isinstance(lora_path, (str, os.PathLike))
+        return cls(
+            model_path=path,
+            vae_path=None if vae_path is None else _checked_vae(Path(vae_path).expanduser()),
+            loras=tuple(Lora.of(each) for each in ((lora_path,) if one else lora_path)),
+            device=("cuda" if has_cuda() else "cpu") if device == "auto" else device,
+            acceleration=settings,
+        )
+
+    @property
+    def request_defaults(self) -> dict[str, Any]:
+        """What a request gets that says nothing: the demo model's own size and steps; nothing for other models."""
+        from pipeboost.demo_model.prompts import DEMO_CALL, DEMO_PROMPTS, WEIGHTS
+
+        if Path(self.model_path).resolve() != WEIGHTS.resolve():
+            return {}
+        defaults = {name: value for name, value in DEMO_CALL.items() if name != "max_sequence_length"}
+        call = {"max_sequence_length": DEMO_CALL["max_sequence_length"]}
+        return {"prompt": DEMO_PROMPTS[-1].text, **defaults, "call": call}
+
+
+def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda text: None) -> Any:
+    """Load and accelerate a pipeline: bfloat16 on a GPU, float32 on a CPU.
+
+    Args:
+        tell: is given a few words as each part begins.
+
+    Raises:
+        PipeboostError: the model, VAE or a LoRA cannot be loaded, or cannot be accelerated as asked.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from pipeboost.acceleration import accelerate_pipeline
+
+    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+    tell(f"loading {settings.model_path}")
+    parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, dtype)}
+    with _one_sentence(f"model_path={settings.model_path!r}"):
+        pipe = DiffusionPipeline.from_pretrained(
+            settings.model_path,
+            local_files_only=Path(settings.model_path).is_dir(),
+            **{_dtype_argument(): dtype},
+            **parts,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    load_loras(pipe, settings.loras)
+    with _one_sentence(f"model_path={settings.model_path!r}"):
+        pipe.to(settings.device)
+    tell("accelerating")
+    return accelerate_pipeline(pipe, config=settings.acceleration)
+
+
+def _demo_weights() -> Path:
+    from pipeboost.demo_model.prompts import WEIGHTS
+
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise ConfigurationError(f"the demo model's weights are not in {WEIGHTS}; check them out, or give a model_path")
+    return WEIGHTS
+
+
+def _checked_vae(path: Path) -> str:
+    if path.is_dir():
+        if not ((path / "config.json").is_file() or (path / "vae" / "config.json").is_file()):
+            raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
+    elif path.exists() or not is_hub_id(str(path)):
+        raise ConfigurationError(f"vae_path='{path}' is neither a folder nor a hub id such as 'owner/name'")
+    return str(path)
+
+
+def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
+    """Load the VAE that replaces the pipeline's own, which must be of the same class and latent width."""
+    import diffusers
+
+    assert settings.vae_path is not None
+    with _one_sentence(f"model_path={settings.model_path!r}"):
+        index = diffusers.DiffusionPipeline.load_config(settings.model_path)
+    if not isinstance(index.get("vae"), list):
+        raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
+    cls = getattr(diffusers, index["vae"][1])
+    folder = Path(settings.vae_path)
+    nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
+    with _one_sentence(f"vae_path={settings.vae_path!r}"):
+        stored = cls.load_config(settings.vae_path, **nested)
+        own = cls.load_config(settings.model_path, subfolder="vae")
+        for name in ("_class_name", "latent_channels", "z_dim"):
+            if stored.get(name) != own.get(name):
+                raise ConfigurationError(
+                    f"vae_path={settings.vae_path!r} has {name.strip('_')} {stored.get(name)}, but the model needs "
+                    f"{own.get(name)}"
+                )
+        return cls.from_pretrained(settings.vae_path, **nested, **{_dtype_argument(): dtype})
+
+
+@contextlib.contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
+    except ImportError as error:
+        raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+        raise ConfigurationError(f"{what} cannot be loaded: {one_line(error)}") from error
+
+
+def _dtype_argument() -> str:
+    """Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name."""
+    import diffusers.utils
+
+    return "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"

@@ -1,0 +1,81 @@
+"""LoRA files and their scales: read from what a user types, loaded through Diffusers' own loaders."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError
+from pipeboost.generate.locations import is_hub_id, one_line
+
+_WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter.
+
+    Attributes:
+        path: a file of weights, a folder with one, or a hub id.
+        scale: how strongly it acts; 1 as it was trained.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, given: Any) -> Lora:
+        """Read `"PATH"`, `"PATH=0.8"`, `"PATH:0.8"` or `("PATH", 0.8)`.
+
+        Raises:
+            ConfigurationError: the file or folder does not exist, or the scale is no number.
+        """
+        path, scale = given if isinstance(given, (tuple, list)) and len(given) == 2 else (str(given), 1.0)
+        if not Path(str(path)).exists() and (match := _WITH_SCALE.fullmatch(str(path))):
+            path, scale = match["path"], float(match["scale"])
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ConfigurationError(f"lora_path={given!r}: the scale must be a number, as in 'style.safetensors=0.8'")
+        lora = cls(str(Path(str(path)).expanduser()), float(scale))
+        if not Path(lora.path).exists() and not is_hub_id(lora.path):
+            raise ConfigurationError(f"lora_path={lora.path!r} is neither a file, nor a folder, nor a hub id")
+        return lora
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Load adapters into a pipeline and set their scales.
+
+    Raises:
+        MissingPackageError: peft is not installed.
+        UnsupportedError: the pipeline takes no LoRA.
+        ConfigurationError: a file is no LoRA for this model.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UnsupportedError(f"lora_path: {type(pipe).__name__} takes no LoRA; leave it out")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("a LoRA needs peft: pip install peft") from error
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        _load(pipe, lora, name)
+    pipe.set_adapters(names, adapter_weights=[lora.scale for lora in loras])
+
+
+def _load(pipe: Any, lora: Lora, name: str) -> None:
+    from safetensors import SafetensorError
+
+    path = Path(lora.path)
+    where = {"weight_name": path.name} if path.is_file() else {}
+    try:
+        pipe.load_lora_weights(str(path.parent if path.is_file() else lora.path), adapter_name=name, **where)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ConfigurationError(f"lora_path={lora.path!r} cannot be loaded: {one_line(error)}") from error
+    loaded = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
+    if name not in loaded:
+        raise ConfigurationError(f"lora_path={lora.path!r} holds no weights for {type(pipe).__name__}")

@@ -1,0 +1,71 @@
+"""Many prompts from one file: a line each, or JSONL, JSON or YAML with a request's own settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeboost.errors import ConfigurationError
+from pipeboost.generate.requests import FIELDS
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The requests in a file, in order.
+
+    A `.jsonl` file has a JSON object a line; `.json`, `.yaml` and `.yml` files hold a list; any other file is plain
+    text with a prompt a line, where blank lines and lines that begin with `#` are skipped. An entry is a prompt, or a
+    mapping with the names in `FIELDS`.
+
+    Raises:
+        ConfigurationError: the file is missing, holds no prompt, or an entry is not one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"prompt file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"prompt file {path} is not text in UTF-8") from error
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        entries = [_parsed(line, path, f"line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    elif suffix in (".json", ".yaml", ".yml"):
+        entries = _parsed_list(text, path)
+    else:
+        entries = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not entries:
+        raise ConfigurationError(f"prompt file {path} holds no prompt")
+    return [_row(entry, path, number) for number, entry in enumerate(entries, 1)]
+
+
+def _parsed(line: str, path: Path, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ConfigurationError(f"prompt file {path}, {where}, is not JSON: {error}") from error
+
+
+def _parsed_list(text: str, path: Path) -> list[Any]:
+    import yaml
+
+    try:
+        entries = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"prompt file {path} is not valid {path.suffix[1:].upper()}: {reason}") from error
+    if entries is not None and not isinstance(entries, list):
+        raise ConfigurationError(f"prompt file {path} must hold a list of prompts, not a {type(entries).__name__}")
+    return entries or []
+
+
+def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"prompt": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ConfigurationError(f"prompt file {path}, entry {number}, must be a prompt or a mapping with a prompt")
+    for name in entry:
+        if name not in FIELDS:
+            raise ConfigurationError(
+                f"prompt file {path}, entry {number}, has no field {name!r}; it may have {', '.join(FIELDS)}"
+            )
+    return dict(entry)

@@ -1,0 +1,127 @@
+"""What one image or video is asked to be: a `Request`, and how rows and defaults become a batch of them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeboost.errors import ConfigurationError
+from pipeboost.generate.inputs import load_image
+
+FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "image_path",
+    "width",
+    "height",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "call",
+)
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image or video; None leaves a value to the pipeline.
+
+    Attributes:
+        prompt: what to show.
+        seed: of the CPU generator that all its noise comes from, so that it does not depend on the device.
+        images: pictures to edit or to start from.
+        call: further arguments of the pipeline's `__call__`, such as `{"max_sequence_length": 256}`.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    images: tuple[Image.Image, ...] = ()
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ConfigurationError(f"prompt={self.prompt!r} must be a text that is not empty")
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ConfigurationError(f"negative_prompt={self.negative_prompt!r} must be a text")
+        for name in ("width", "height", "num_frames", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and not (_is_integer(value) and value >= 1):
+                raise ConfigurationError(f"{name}={value!r} must be an integer of at least 1")
+        scale = self.guidance_scale
+        if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale >= 0):
+            raise ConfigurationError(f"guidance_scale={scale!r} must be a number of at least 0")
+        if not _is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigurationError(f"seed={self.seed!r} must be an integer from 0 to {LARGEST_SEED}")
+        if not isinstance(self.call, Mapping):
+            raise ConfigurationError(f"call={self.call!r} must map names of the pipeline's arguments to values")
+
+
+def make_requests(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[Request]:
+    """A batch: each row's own values win over the defaults, and its pictures are read.
+
+    Request `i` without a seed of its own gets the default seed + `i`; without a default one, a random seed is drawn
+    for the batch.
+
+    Args:
+        rows: values of each request, by the names in `FIELDS`.
+        defaults: values for all of them; None stands for no value.
+
+    Raises:
+        ConfigurationError: there is no row, a value is not allowed, or a picture cannot be read.
+    """
+    if not rows:
+        raise ConfigurationError("there is no prompt; give at least one")
+    given = {name: value for name, value in defaults.items() if value is not None}
+    first_seed = given.pop("seed", None)
+    if first_seed is None:
+        first_seed = secrets.randbits(31)
+    pictures: dict[str, Image.Image] = {}
+    requests = []
+    for index, row in enumerate(rows):
+        values = {**given, **{name: value for name, value in row.items() if value is not None}}
+        for name in values:
+            if name not in FIELDS:
+                raise ConfigurationError(f"a request has no field {name!r}; it may have {', '.join(FIELDS)}")
+        if "seed" not in values:
+            if not _is_integer(first_seed):
+                raise ConfigurationError(f"seed={first_seed!r} must be an integer from 0 to {LARGEST_SEED}")
+            values["seed"] = first_seed + index
+        values["images"] = tuple(_picture(source, pictures) for source in _listed(values.pop("image_path", ())))
+        if isinstance(call := values.get("call"), Mapping):
+            values["call"] = {
+                name: _picture(value, pictures) if name.endswith("image") and isinstance(value, (str, Path)) else value
+                for name, value in {**given.get("call", {}), **call}.items()
+            }
+        requests.append(Request(**{"prompt": "", **values}))
+    return requests
+
+
+def _picture(source: Any, known: dict[str, Image.Image]) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return load_image(source)
+    return known.setdefault(str(source), known.get(str(source)) or load_image(source))
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return (value,) if isinstance(value, (str, Path, Image.Image)) else tuple(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,217 @@
+"""A loaded, accelerated pipeline that stays warm between requests, and is freed at the end of a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.generate.call_arguments import CallSignature, Kind
+from pipeboost.generate.loading import ModelSettings, load_pipeline
+from pipeboost.generate.locations import one_line
+from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps
+from pipeboost.generate.requests import Request, make_requests
+from pipeboost.seams import stock_class
+
+if TYPE_CHECKING:
+    from pipeboost.stages import Progress
+
+
+class LoadedModel:
+    """One pipeline in memory; `pipeboost.load_model` makes it.
+
+    Attributes:
+        settings: what it was loaded from.
+        pipe: the accelerated pipeline; its handle is at `pipe.acceleration`.
+        kind: `"image"` or `"video"`, what it makes.
+    """
+
+    def __init__(self, settings: ModelSettings, *, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._pipe: Any = load_pipeline(settings, tell)
+        self._signature = CallSignature(self._pipe)
+        self.kind: Kind = self._signature.kind
+
+    @property
+    def pipe(self) -> Any:
+        if self._pipe is None:
+            raise PipeboostError("this model was freed; load it again")
+        return self._pipe
+
+    def generate_image(self, prompt: str | Sequence[str] | None = None, **request: Any) -> Any:
+        """One image for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_image`."""
+        made = self.generate_all("image", requests_of(self.settings, prompt, request))
+        return made if isinstance(prompt, (list, tuple)) else made[0]
+
+    def generate_video(
+        self, prompt: str | Sequence[str] | None = None, *, fps: int = DEFAULT_FPS, **request: Any
+    ) -> Any:
+        """One video for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_video`."""
+        made = self.generate_all("video", requests_of(self.settings, prompt, request), fps=fps)
+        return made if isinstance(prompt, (list, tuple)) else made[0]
+
+    def generate_all(self, kind: Kind, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> list[Generated]:
+        """What `generate` makes of all requests.
+
+        Raises:
+            UnsupportedError: the model makes the other kind.
+        """
+        if self.kind != kind:
+            raise UnsupportedError(f"{self._signature.name} makes {self.kind}s; use generate_{self.kind}")
+        return list(self.generate(requests, fps=fps))
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        fps: int = DEFAULT_FPS,
+        progress: Callable[[Progress], None] | None = None,
+        profiled: bool = False,
+        warm_up: bool = False,
+    ) -> Iterator[Generated]:
+        """Make each request's output, in order, as the iterator is read.
+
+        Args:
+            requests: all of them are checked before the first one runs.
+            fps: frame rate that videos are saved at.
+            progress: is told of each stage and step of the running request.
+            profiled: measure each stage's own peak memory.
+            warm_up: make the first request's output once more at the start, so that no report shows compiling.
+
+        Raises:
+            PipeboostError: a request that this model cannot serve; nothing has run then.
+        """
+        check_fps(fps)
+        calls = [{**self._signature.arguments(request), **self._output_type()} for request in requests]
+        return self._run(list(requests), calls, fps=fps, progress=progress, profiled=profiled, warm_up=warm_up)
+
+    def close(self) -> None:
+        """Free the model's memory. Harmless when repeated."""
+        with self._lock:
+            if self._pipe is None:
+                return
+            self._pipe.acceleration.remove()
+            self._pipe = self._signature = None  # type: ignore[assignment]
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _output_type(self) -> dict[str, Any]:
+        return {"output_type": "np" if self.kind == "video" else "pil"}
+
+    def _run(
+        self,
+        requests: list[Request],
+        calls: list[dict[str, Any]],
+        *,
+        fps: int,
+        progress: Callable[[Progress], None] | None,
+        profiled: bool,
+        warm_up: bool,
+    ) -> Iterator[Generated]:
+        for index, (request, call) in enumerate(zip(requests, calls, strict=True)):
+            # Not held between outputs: whoever stops reading must not keep the model from others.
+            with self._lock:
+                acceleration = self.pipe.acceleration
+                peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
+                acceleration.progress = progress
+                try:
+                    with peaks, _one_sentence(self.pipe, call):
+                        if warm_up and index == 0:
+                            acceleration.warm_up(**call, generator=_generator(request.seed))
+                        output = self.pipe(**call, generator=_generator(request.seed))
+                finally:
+                    acceleration.progress = None
+                report = acceleration.report()
+            yield self._made(request, output, report, fps)
+
+    def _made(self, request: Request, output: Any, report: Any, fps: int) -> Generated:
+        import numpy as np
+
+        common = {"prompt": request.prompt, "seed": request.seed, "report": report}
+        if self.kind == "video":
+            frames = (np.asarray(output.frames[0]) * 255).round().clip(0, 255).astype(np.uint8)
+            height, width = frames.shape[1:3]
+            drawn = {"width": width, "height": height, "num_frames": len(frames)}
+            return GeneratedVideo(**common, notes=_notes(request, drawn), frames=frames, fps=fps)
+        image = output.images[0]
+        drawn = {"width": image.width, "height": image.height}
+        return GeneratedImage(**common, notes=_notes(request, drawn), image=image)
+
+
+def requests_of(
+    settings: ModelSettings, prompt: str | Sequence[str] | None, request: Mapping[str, Any]
+) -> list[Request]:
+    """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
+    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
+        raise ConfigurationError(f"prompt={prompt!r} must be a text or a list of texts")
+    prompts: Sequence[str | None] = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
+    return make_requests([{"prompt": each} for each in prompts], with_defaults(settings, request))
+
+
+def with_defaults(settings: ModelSettings, request: Mapping[str, Any]) -> dict[str, Any]:
+    """A caller's values over the model's own defaults; the mappings in `call` are merged."""
+    defaults = settings.request_defaults
+    given = {name: value for name, value in request.items() if value is not None}
+    merged = {**defaults, **given}
+    if isinstance(given.get("call"), Mapping):
+        merged["call"] = {**defaults.get("call", {}), **given["call"]}
+    return merged
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _notes(request: Request, drawn: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(
+        f"{name} is {value}, not {asked} as asked for: the pipeline changed it"
+        for name, value in drawn.items()
+        if (asked := getattr(request, name)) is not None and asked != value
+    )
+
+
+@contextlib.contextmanager
+def _one_sentence(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """What the pipeline's own check of its inputs refuses, and a device that is too small, become one sentence."""
+    import torch
+
+    name = stock_class(pipe).__name__
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = ", ".join(f"{key}={call[key]}" for key in ("width", "height", "num_frames") if key in call)
+        raise PipeboostError(
+            f"{name} ran out of the GPU's memory{f' at {size}' if size else ''}; make it smaller, or set offload"
+        ) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, PipeboostError) or not _from_check_inputs(error):
+            raise
+        raise ConfigurationError(f"{name} refused the request: {one_line(error)}") from error
+
+
+def _from_check_inputs(error: BaseException) -> bool:
+    """Whether the pipeline itself found fault with its arguments, rather than failed over them."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "check_inputs":
+            return True
+        trace = trace.tb_next
+    return False
