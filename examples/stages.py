@@ -55,8 +55,7 @@ def main() -> None:
 
     from diffusers import FluxPipeline
 
-    from examples.demo_model import WEIGHTS
-    from examples.demo_model.prompts import DEMO_CALL
+    from examples.demo_model.prompts import DEMO_CALL, WEIGHTS
 
     pipe = accelerate_pipeline(FluxPipeline.from_pretrained(str(WEIGHTS)))
     call = {"prompt": "a red star in the centre", **DEMO_CALL}

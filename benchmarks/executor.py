@@ -1,0 +1,143 @@
+"""What watching a call costs, whether stage times add up, and what overlapping requests gains; at full size on a GPU.
+
+    python -m benchmarks.executor --output benchmarks/results [--flux] [--wan] [--requests 10]
+
+Weights are random at the published sizes; speed does not depend on them. Everything in one table is one run.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
+
+from pipeboost import accelerate_pipeline
+from pipeboost.hardware import detect_hardware
+
+FLUX_CALL = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5}
+WAN_CALL = {"height": 480, "width": 832, "num_frames": 81}
+
+
+def main() -> None:
+    """The parts that were asked for, or both models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=10)
+    parser.add_argument("--wan-steps", type=int, default=4)
+    parser.add_argument("--wan-guidance", type=float, default=1.0, help="above 1: two branches a step")
+    parser.add_argument("--flux", action="store_true")
+    parser.add_argument("--wan", action="store_true")
+    settings = parser.parse_args()
+    both = not settings.flux and not settings.wan
+    settings.output.mkdir(parents=True, exist_ok=True)
+    if settings.flux or both:
+        pipe = flux_pipeline("cuda")
+        _write("flux.1-dev", settings.output, measure(pipe, FLUX_CALL, requests=settings.requests, watching=True))
+        del pipe
+        torch.cuda.empty_cache()
+    if settings.wan or both:
+        call = WAN_CALL | {"num_inference_steps": settings.wan_steps, "guidance_scale": settings.wan_guidance}
+        pipe = wan_pipeline("cuda")
+        _write("wan2.1-1.3b", settings.output, measure(pipe, call, requests=settings.requests, watching=False))
+
+
+def measure(pipe: Any, call: dict[str, Any], *, requests: int, watching: bool) -> dict[str, Any]:
+    """All figures of one pipeline; `watching` also times stock against tier `exact`, which only watches."""
+    pipe.set_progress_bar_config(disable=True)
+    found: dict[str, Any] = {"call": call, "requests": requests}
+    if watching:
+        found["watching"] = _cost_of_watching(pipe, call)
+        print(found["watching"], flush=True)
+    accelerate_pipeline(pipe, quality="lossless")
+    pipe.acceleration.warm_up(**_request(call, -1))
+    seconds, _ = _timed(lambda: pipe(**_request(call, 0)))
+    report = pipe.acceleration.report()
+    total = sum(report.stages.values())
+    found["stages"] = {"wall_seconds": seconds, "sum_of_stages": total, **report.stages}
+    print(report, f"\nwall {seconds:.3f} s, stages {total:.3f} s", flush=True)
+    found["overlap"] = _overlap(pipe, call, requests)
+    print({name: value for name, value in found["overlap"].items()}, flush=True)
+    pipe.acceleration.remove()
+    return found
+
+
+def _cost_of_watching(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Whole calls, stock and watched in turn, after one of each."""
+    stock: list[float] = []
+    watched: list[float] = []
+    for repeat in range(4):
+        seconds, _ = _timed(lambda: pipe(**_request(call, 0)))
+        accelerate_pipeline(pipe, quality="exact", reuse=None)
+        ours, _ = _timed(lambda: pipe(**_request(call, 0)))
+        pipe.acceleration.remove()
+        if repeat:
+            stock.append(seconds)
+            watched.append(ours)
+    cost = statistics.median(watched) / statistics.median(stock) - 1
+    return {"stock_seconds": stock, "watched_seconds": watched, "cost": cost}
+
+
+def _overlap(pipe: Any, call: dict[str, Any], requests: int) -> dict[str, Any]:
+    warm = list(pipe.acceleration.run_many([_request(call, -seed) for seed in range(2, 5)]))
+    del warm
+    torch.cuda.synchronize()
+    alone_seconds, alone = _timed(lambda: _all(pipe, call, requests, overlap=False))
+    together_seconds, together = _timed(lambda: _all(pipe, call, requests, overlap=True))
+    return {
+        "one_by_one_seconds": alone_seconds,
+        "overlapped_seconds": together_seconds,
+        "throughput": alone_seconds / together_seconds,
+        "identical": all(map(_same, alone, together)),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def _all(pipe: Any, call: dict[str, Any], requests: int, *, overlap: bool) -> list[Any]:
+    listed = [_request(call, seed) for seed in range(requests)]
+    return [output[0] for output in pipe.acceleration.run_many(listed, overlap=overlap)]
+
+
+def _request(call: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A request of its own prompt, so that no embedding is reused."""
+    generator = torch.Generator("cpu").manual_seed(abs(seed))
+    return {**call, "prompt": f"a cat in weather number {seed}", "generator": generator}
+
+
+def _same(one: Any, other: Any) -> bool:
+    import numpy as np
+
+    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _write(model: str, folder: Path, found: dict[str, Any]) -> None:
+    hardware = detect_hardware("cuda")
+    found = {
+        "model": model,
+        "hardware": str(hardware),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "date": date.today().isoformat(),
+        **found,
+    }
+    name = hardware.name.lower().replace("nvidia ", "").replace(" ", "-")
+    path = folder / f"executor_{model}_{name}_{found['date']}.json"
+    path.write_text(json.dumps(found, indent=2, default=str))
+    print(f"written: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
