@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
@@ -34,6 +34,7 @@ from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware
 from pipeboost.ledger import Ledger
+from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.reuse import PromptReuse, reuse_prompts
@@ -386,7 +387,7 @@ class Acceleration:
     def _run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
         if self._removed or id(self) in _paused.get():
-            with no_call():
+            with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
         signature = _signature(stock_class(pipe))
         wants_trajectory = TRAJECTORY_ARGUMENT not in signature.parameters and kwargs.pop(TRAJECTORY_ARGUMENT, False)
@@ -429,7 +430,8 @@ class Acceleration:
             if turn is not None:
                 call.state[TURN] = turn
             try:
-                yield call
+                with residing(pipe):
+                    yield call
             finally:
                 self._calls.discard(call)
                 if self.plan["offload"].on:
@@ -442,12 +444,16 @@ class Acceleration:
                 call.cancel()
 
     def _follow_device(self, pipe: Any) -> None:
-        """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does."""
+        """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does.
+
+        So it is where Diffusers' own offload was turned on since: ours steps back.
+        """
         with self._lock:
+            taken_over = self.plan["offload"].on and stock_offload(pipe)
             unmoved = pipe._execution_device.type == self.plan.hardware.device
-            if unmoved or self._calls or pipe is not self._pipe():
+            if (unmoved and not taken_over) or self._calls or pipe is not self._pipe():
                 return
-            plan = _plan_for(pipe, self.config)
+            plan = _plan_for(pipe, replace(self.config, offload=None) if taken_over else self.config)
             self._undo_all_parts()
             self.plan = plan
 
@@ -455,6 +461,8 @@ class Acceleration:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
         models = self.plan.family.models(pipe)
         components: dict[str, Any] = watched_components(pipe, self.plan.family)
+        if self.plan["offload"].on:
+            components |= placed_components(pipe)
         with self._lock:
             for key, part in tuple(self._parts.items()):
                 target = part.target()
@@ -491,6 +499,8 @@ class Acceleration:
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
             if denoiser and plan["compile"].on:
                 compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
+            if plan["offload"].on:
+                place(path, obj, plan["offload"].settings, plan.family, ledger)
             if not path and self._prompts is not None:
                 reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)
@@ -511,8 +521,8 @@ class Acceleration:
 
 def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
-    # Where Diffusers offloads, the weights wait on the CPU, but the pipeline runs elsewhere.
-    return make_plan(config, detect_hardware(pipe._execution_device), family, facts_of(pipe, family.models(pipe)))
+    device = execution_device(pipe, config.offload)
+    return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
 
 
 def _alone_with(pipe: Any) -> threading.RLock:

@@ -23,6 +23,7 @@ STEP_MASKS = ("slow", "medium", "fast", "ultra")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
+OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
 Tier = Literal["exact", "lossless", "balanced", "fast"]
 
@@ -166,13 +167,38 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """Where components live between their stages."""
+    """Where components wait between their stages, and when their weights come to the device.
 
-    policy: str = "resident"
+    Attributes:
+        policy: of all components: `"resident"` on the device, `"stage"` on the host except for the component's stage,
+            `"layerwise"` block by block while it computes, or `"auto"`: the cheapest that fits.
+        text_encoders: policy of text and image encoders; None for the general one.
+        transformers: policy of denoisers, and of ControlNets and the like, which are called beside them.
+        vae: policy of the autoencoders.
+        memory: GiB that the pipeline may take on the device; None for what is free there.
+    """
+
+    policy: str = "auto"
+    text_encoders: str | None = None
+    transformers: str | None = None
+    vae: str | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in OFFLOAD_POLICIES:
-            raise not_one_of("offload", self.policy, OFFLOAD_POLICIES)
+        if self.policy not in ("auto", *OFFLOAD_POLICIES):
+            raise not_one_of("offload", self.policy, ("auto", *OFFLOAD_POLICIES))
+        for kind in OFFLOAD_KINDS:
+            if getattr(self, kind) not in (None, *OFFLOAD_POLICIES):
+                raise not_one_of(f"offload.{kind}", getattr(self, kind), (None, *OFFLOAD_POLICIES))
+        number = isinstance(self.memory, (int, float)) and not isinstance(self.memory, bool)
+        if self.memory is not None and (not number or not 0 < self.memory < float("inf")):
+            raise ConfigurationError(f"offload.memory={self.memory!r} must be a number of GiB above 0, or None")
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether this leaves every component where it is."""
+        chosen = [getattr(self, kind) or self.policy for kind in OFFLOAD_KINDS]
+        return all(policy == "resident" for policy in chosen)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,46 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Bytes as a linear function of the output's size.
+
+    Attributes:
+        fixed: bytes at size zero, as the line through the measurements gives it; may be negative.
+        per_pixel: bytes for each pixel of the output, over all frames.
+    """
+
+    fixed: float
+    per_pixel: float
+
+    def at(self, width: int, height: int, frames: int) -> int:
+        """Bytes for an output of `frames` pictures of `width` times `height` pixels."""
+        return max(0, round(self.fixed + self.per_pixel * width * height * frames))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Device memory that a stage takes beyond the weights on the device, at its peak, stock eager in bf16, batch 1.
+
+    Attributes:
+        denoising: of a denoiser's forward, both guidance branches one after the other.
+        decoding: of `vae.decode`.
+        text_encoding: bytes, whatever the size of the output.
+        width: of the output that a plan predicts the peak for, pixels.
+        height: the same.
+        frames: the same, 1 for an image.
+        source: the file that holds the measurement.
+    """
+
+    denoising: Linear
+    decoding: Linear
+    text_encoding: int
+    width: int
+    height: int
+    frames: int
+    source: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that is true of one model family and of no other.
 
@@ -147,6 +187,7 @@ class Family:
         padded_text: how it masks padded text, where it does.
         full_sizes: published sizes for `pipeboost bench`.
         measured: speeds we measured, which a plan quotes on the same hardware.
+        activations: what a call needs beside the weights, where it was measured.
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
             hands over from one to the next; None where the first one makes them all. Asked inside the loop.
         doors: where the stages of a call begin and end.
@@ -161,6 +202,7 @@ class Family:
     padded_text: PaddedText | None
     full_sizes: tuple[FullSize, ...]
     measured: tuple[Measured, ...] = ()
+    activations: Activations | None = None
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
     doors: tuple[StageDoor, ...] = stage_doors()
     missing: tuple[str, ...] = ()

@@ -67,6 +67,19 @@ def detect_hardware(device: str | torch.device | None = None) -> Hardware:
     return Hardware("cpu", f"CPU with {os.cpu_count()} cores", None, memory, 1, False, compiler)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch in this process could still allocate on a device; on a CPU, the memory of the machine.
+
+    It counts what torch's allocator keeps cached, and obeys `torch.cuda.set_per_process_memory_fraction`.
+    """
+    if device.type != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + torch.cuda.memory_reserved(device), allowed) - allocated)
+
+
 def has_cuda() -> bool:
     """Whether this torch can use a CUDA device."""
     return torch.cuda.is_available()

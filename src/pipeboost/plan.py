@@ -6,7 +6,7 @@ Making a plan changes nothing and loads nothing; whatever cannot be done is refu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from pipeboost.attention import explain_choice, swappable_processors
 from pipeboost.config import (
     FEATURES,
+    OFFLOAD_KINDS,
     AccelerationConfig,
     AttentionConfig,
     CacheConfig,
@@ -25,8 +26,21 @@ from pipeboost.config import (
 )
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family
-from pipeboost.hardware import Hardware
+from pipeboost.hardware import Hardware, free_memory
 from pipeboost.kernels import available_kernels
+from pipeboost.offload import (
+    Component,
+    Placement,
+    bytes_on,
+    choose_policies,
+    in_gib,
+    memory_in_words,
+    placed_components,
+    predict,
+    stock_offload,
+    unmovable_weights,
+    weigh,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,10 @@ class ModelFacts:
         weights: bytes of the weights.
         weighed: whose weights those are.
         offloaded: whether Diffusers' own CPU offload is on.
+        components: what each component weighs; empty where that is not known.
+        device: where the pipeline is to run; None for the hardware's first device.
+        free: bytes that the pipeline could take there, its weights included; None for all of the device's memory.
+        unmovable: component → reason, for each whose weights offload cannot move.
         controlnet: whether a ControlNet adds residuals between the transformer's blocks.
         encodes: whether it has an `encode_prompt`.
         processors: how many attention processors can be swapped, None where the model is not loaded.
@@ -74,6 +92,10 @@ class ModelFacts:
     weights: int
     weighed: str = "all components"
     offloaded: bool = False
+    components: tuple[Component, ...] = ()
+    device: torch.device | None = None
+    free: int | None = None
+    unmovable: Mapping[str, str] = field(default_factory=dict)
     controlnet: bool = False
     encodes: bool = True
     processors: int | None = None
@@ -86,6 +108,7 @@ class Plan:
 
     Attributes:
         default: whether every choice is the one that was measured: the tier's own, with the kernels it prefers.
+        policies: kind of component → where it lives: `"resident"`, `"stage"` or `"layerwise"`.
     """
 
     quality: str
@@ -94,6 +117,7 @@ class Plan:
     facts: ModelFacts
     decisions: tuple[Decision, ...]
     default: bool
+    policies: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, feature: str) -> Decision:
         return next(decision for decision in self.decisions if decision.feature == feature)
@@ -108,11 +132,21 @@ class Plan:
                 return f"{measured.speedup:.2f}x per step over stock eager ({measured.workload}, {measured.source})"
         return "not measured on this hardware; pipe.acceleration.verify() and `pipeboost bench` measure it"
 
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Predicted peak bytes on the device in each stage, weights included; empty where the weights are not known."""
+        if not self.facts.components or self.facts.offloaded:
+            return {}
+        return predict(self.facts.components, self.policies, self.family.activations)
+
     def __str__(self) -> str:
+        available = self.hardware.memory if self.facts.free is None else self.facts.free
         lines = [
             f"{self.facts.pipeline} ({self.family.name} family) on {self.hardware}, quality={self.quality!r}",
-            f"  memory    weights of {self.facts.weighed} {self.facts.weights / 2**30:.2f} GiB, device "
-            f"{self.hardware.memory / 2**30:.0f} GiB; attention and compile keep stock's peak within 3%",
+            f"  memory    {memory_in_words(self.facts.components, self.policies, self.family.activations)}"
+            if self.peaks
+            else f"  memory    weights of {self.facts.weighed} {in_gib(self.facts.weights)}",
+            f"            {in_gib(available)} {'free' if self.facts.free is not None else 'in all'} on the device",
             f"  expected  {self.expected}",
         ]
         for decision in self.decisions:
@@ -130,7 +164,9 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         UnsupportedError: a setting needs what this machine, model or version does not have.
         MissingPackageError: a setting needs a package that is not installed.
     """
+    offload = _offload(config, hardware, family, facts)
     return Plan(
+        policies={kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS},
         quality=config.quality,
         family=family,
         hardware=hardware,
@@ -141,7 +177,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _quantize(config),
             _cache(config, family, facts),
             _compile(config, hardware),
-            _offload(config, facts),
+            offload,
             _reuse(config, facts),
         ),
         default=all(getattr(config, feature) == "auto" for feature in FEATURES)
@@ -250,15 +286,42 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
     return Decision("compile", settings.scope, why, considered, settings)
 
 
-def _offload(config: AccelerationConfig, facts: ModelFacts) -> Decision:
-    if isinstance(config.offload, OffloadConfig) and config.offload.policy != "resident":
-        raise UnsupportedError(
-            f"offload={config.offload.policy!r} is not in this version yet; "
-            "Diffusers' pipe.enable_model_cpu_offload() works with an accelerated pipeline"
-        )
+def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Decision:
+    asked = config.offload
+    if isinstance(asked, OffloadConfig) and asked.all_resident:
+        return Decision("offload", "off", "components stay where they are")
     if facts.offloaded:
+        if isinstance(asked, OffloadConfig):
+            raise UnsupportedError(
+                f"offload={asked.policy!r} would fight Diffusers' own CPU offload, which is on; call "
+                "pipe.remove_all_hooks() first, or use offload=None"
+            )
         return Decision("offload", "off", "left as Diffusers' own CPU offload was set")
-    return Decision("offload", "off", "components stay where they are")
+    if asked is None:
+        return Decision("offload", "off", "turned off; components stay where they are")
+    if asked == "auto" and (hardware.device == "cpu" or not facts.components):
+        why = "the pipeline is on the CPU" if hardware.device == "cpu" else "the size of the weights is not known"
+        return Decision("offload", "off", f"components stay where they are: {why}")
+    settings = OffloadConfig() if asked == "auto" else asked
+    streams = not (isinstance(config.compile, CompileConfig) and config.compile.scope == "full")
+    budget = hardware.memory if facts.free is None else facts.free
+    policies, why = choose_policies(settings, facts.components, family.activations, budget, streams=streams)
+    if all(policy == "resident" for policy in policies.values()):
+        return Decision("offload", "off", f"components stay where they are: {why}")
+    if not streams and policies["transformers"] == "layerwise":
+        raise ConfigurationError(
+            "offload.transformers='layerwise' streams blocks, which compile='full' does not have; use 'regional'"
+        )
+    for component in facts.components:
+        if policies[component.kind] == "resident" or component.path not in facts.unmovable:
+            continue
+        reason = f"{component.path}, which has {facts.unmovable[component.path]}"
+        if asked != "auto":
+            raise UnsupportedError(f"offload cannot move {reason}; use offload=None")
+        return Decision("offload", "off", f"components stay where they are, for it cannot move {reason}")
+    where = ", ".join(f"{kind} {policy}" for kind, policy in policies.items())
+    placement = Placement(facts.device or torch.device(hardware.device), **policies)
+    return Decision("offload", where, why, settings=placement)
 
 
 def _reuse(config: AccelerationConfig, facts: ModelFacts) -> Decision:
@@ -284,16 +347,22 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def facts_of(pipe: Any, denoisers: Mapping[str, Any]) -> ModelFacts:
-    """Read the facts off a loaded pipeline."""
-    models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
+    """Read the facts off a loaded pipeline that is to run on `device`."""
+    denoisers = family.models(pipe)
+    modules = placed_components(pipe)
+    reasons = {path: unmovable_weights(module) for path, module in modules.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
-    unique = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    components = weigh(modules, family)
     return ModelFacts(
         pipeline=type(pipe).__name__,
         dtype=next(iter(denoisers.values())).dtype,
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in unique.values()),
-        offloaded=any(hasattr(model, "_hf_hook") for model in models),
+        weights=sum(component.nbytes for component in components),
+        offloaded=stock_offload(pipe),
+        components=components,
+        device=device,
+        free=free_memory(device) + bytes_on(device, modules.values()) if device.type == "cuda" else None,
+        unmovable={path: reason for path, reason in reasons.items() if reason is not None},
         controlnet=pipe.components.get("controlnet") is not None,
         encodes=callable(getattr(pipe, "encode_prompt", None)),
         processors=sum(report.swapped for report in swappable),

@@ -2,6 +2,7 @@
 
 A layer is a callable `layer(call_next, owner, *args, **kwargs)`: `call_next(*args, **kwargs)` continues the chain and
 ends in the stock method; `owner` is the object the door was called on, which for a `copy.copy` view is the view.
+A door may also be a property, which is read through the chain: `layer(call_next, owner)`.
 The object's `__class__` becomes a subclass that passes for the stock class (same name, module, signatures; it pickles
 and saves as the stock class) and whose doors look up the object's own chain. A `copy.copy` shares the chain; a deep
 copy, like a pickle, is a stock object.
@@ -70,14 +71,15 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: t
 
 
 def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
-    """Hang `layer` on the method `door` of this one object.
+    """Hang `layer` on the method or property `door` of this one object.
 
     Lower `order` is further out; among equals the first added is outermost. Adding a layer twice is an error of ours.
 
     Raises:
-        AttributeError: the object has no such method.
+        AttributeError: the object has no such method or property.
     """
-    if not callable(getattr(stock_class(obj), door, None)):
+    stock = getattr(stock_class(obj), door, None)
+    if not callable(stock) and not isinstance(stock, property):
         raise AttributeError(f"{stock_class(obj).__name__} has no method {door!r} to stand in")
     with _lock:
         chains = vars(obj).setdefault(_CHAINS, _Chains())
@@ -155,8 +157,10 @@ def _seamed_class(stock: type, doors: frozenset[str]) -> type:
     return _seamed_classes[key]
 
 
-def _door(stock: type, name: str) -> Callable[..., Any]:
+def _door(stock: type, name: str) -> Any:
     static = inspect.getattr_static(stock, name)
+    if isinstance(static, property):
+        return _property_door(static, name)
     if isinstance(static, (staticmethod, classmethod)):
         raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so no layer can stand in it")
 
@@ -166,6 +170,14 @@ def _door(stock: type, name: str) -> Callable[..., Any]:
         return _descend(chain, 0, self, getattr(stock, name), args, kwargs)
 
     return through_the_chain
+
+
+def _property_door(stock: property, name: str) -> property:
+    def through_the_chain(self: Any) -> Any:
+        chain = vars(self).get(_CHAINS, {}).get(name, ())
+        return _descend(chain, 0, self, stock.__get__, (), {})
+
+    return property(through_the_chain, stock.fset, stock.fdel, stock.__doc__)
 
 
 def _descend(
