@@ -15,7 +15,7 @@ from pipeboost.config import (
     ReuseConfig,
 )
 from pipeboost.errors import Cancelled, PipeboostError
-from pipeboost.generate import free_models, generate_image, generate_video, load_model
+from pipeboost.generate import GeneratedImage, GeneratedVideo, free_models, generate_image, generate_video, load_model
 from pipeboost.stages import Checks, FailedCheck, Progress, Stage, StageParallelism
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "Checks",
     "CompileConfig",
     "FailedCheck",
+    "GeneratedImage",
+    "GeneratedVideo",
     "OffloadConfig",
     "ParallelConfig",
     "PipeboostError",

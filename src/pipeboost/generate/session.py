@@ -34,8 +34,7 @@ class LoadedModel:
         self.settings = settings
         self._lock = threading.Lock()
         self._pipe: Any = load_pipeline(settings, tell)
-        self._signature = CallSignature(self._pipe)
-        self.kind: Kind = self._signature.kind
+        self.kind: Kind = CallSignature(self._pipe).kind
 
     @property
     def pipe(self) -> Any:
@@ -62,7 +61,7 @@ class LoadedModel:
             UnsupportedError: the model makes the other kind.
         """
         if self.kind != kind:
-            raise UnsupportedError(f"{self._signature.name} makes {self.kind}s; use generate_{self.kind}")
+            raise UnsupportedError(f"{stock_class(self.pipe).__name__} makes {self.kind}s; use generate_{self.kind}")
         return list(self.generate(requests, fps=fps))
 
     def generate(
@@ -87,7 +86,8 @@ class LoadedModel:
             PipeboostError: a request that this model cannot serve; nothing has run then.
         """
         check_fps(fps)
-        calls = [{**self._signature.arguments(request), **self._output_type()} for request in requests]
+        signature = CallSignature(self.pipe)
+        calls = [{**signature.arguments(request), **self._output_type()} for request in requests]
         return self._run(list(requests), calls, fps=fps, progress=progress, profiled=profiled, warm_up=warm_up)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class LoadedModel:
             if self._pipe is None:
                 return
             self._pipe.acceleration.remove()
-            self._pipe = self._signature = None  # type: ignore[assignment]
+            self._pipe = None
         gc.collect()
         import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import tempfile
@@ -37,7 +38,9 @@ def write_video(frames: Any, path: Path, *, fps: int) -> None:
         PipeboostError: the file cannot be written; nothing is left of it.
     """
     require_pyav()
-    write_whole(path, lambda file: _encode(frames, file, fps=fps))
+    # Encoded in memory, since PyAV hides what a write to a full disk raises.
+    video = _encoded(frames, fps=fps)
+    write_whole(path, lambda file: file.write(video))
 
 
 def require_pyav() -> None:
@@ -48,11 +51,12 @@ def require_pyav() -> None:
         raise MissingPackageError("writing a video needs PyAV: pip install av") from error
 
 
-def _encode(frames: Any, file: IO[bytes], *, fps: int) -> None:
+def _encoded(frames: Any, *, fps: int) -> bytes:
     import av
 
     height, width = frames.shape[1:3]
-    with av.open(file, "w", format="mp4") as container:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
         stream.width, stream.height = width, height
         # Players expect colour at half the resolution, which needs even sides.
@@ -60,6 +64,7 @@ def _encode(frames: Any, file: IO[bytes], *, fps: int) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
+    return buffer.getvalue()
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

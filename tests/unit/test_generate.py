@@ -1,0 +1,452 @@
+"""`pipeboost.generate_image`, `generate_video` and `load_model`: what they make, refuse, keep warm and write."""
+
+import errno
+import gc
+import math
+import os
+import weakref
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+
+import pipeboost
+from pipeboost.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
+from pipeboost.generate import functions, inputs
+from pipeboost.generate.call_arguments import CallSignature
+from pipeboost.generate.inputs import load_image
+from pipeboost.generate.lora import Lora
+from pipeboost.generate.prompt_file import read_prompts
+from pipeboost.generate.requests import make_requests
+from tests.pipelines.tiny import TINY, picture
+from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
+
+CALL = {"max_sequence_length": 35}
+TWO_STEPS = {**SIZE, "num_inference_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _cold():
+    yield
+    pipeboost.free_models()
+
+
+@pytest.fixture(scope="module")
+def flux():
+    with loaded("flux_dev") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def wan():
+    with loaded("wan21_t2v") as model:
+        yield model
+
+
+def pixels(made) -> np.ndarray:
+    return np.asarray(made.image)
+
+
+def refusal(function, /, **arguments) -> str:
+    with pytest.raises(PipeboostError) as caught:
+        function(**arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_an_argument_an_image_of_the_shipped_model_comes_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = pipeboost.generate_image(num_inference_steps=4)
+    assert made.image.size == (128, 128)
+    assert len(made.report.steps) == 4
+    path = made.save()
+    assert path.parent == pipeboost.generate.outputs.DEFAULT_FOLDER
+    assert str(made.seed) in path.name
+    assert np.array_equal(np.asarray(Image.open(path)), pixels(made))
+
+
+def test_the_same_seed_gives_stocks_image(flux):
+    entry = TINY["flux_dev"]
+    made = flux.generate_image("a red fox", seed=7, call=CALL, guidance_scale=2.0, **TWO_STEPS)
+    generator = torch.Generator("cpu").manual_seed(7)
+    arguments = {"prompt": "a red fox", "guidance_scale": 2.0, "generator": generator, **CALL, **TWO_STEPS}
+    assert np.array_equal(pixels(made), np.asarray(entry.build()(**arguments).images[0]))
+
+
+def test_many_prompts_give_a_list_whose_seeds_count_up(flux):
+    made = flux.generate_image(["a fox", "a fox"], seed=5, call=CALL, **TWO_STEPS)
+    assert [each.seed for each in made] == [5, 6]
+    assert not np.array_equal(pixels(made[0]), pixels(made[1]))
+    again = flux.generate_image("a fox", seed=6, call=CALL, **TWO_STEPS)
+    assert np.array_equal(pixels(again), pixels(made[1]))
+    assert len(flux.generate_image(["a fox"], call=CALL, **TWO_STEPS)) == 1
+
+
+def test_a_seed_is_drawn_and_told_where_none_is_given():
+    first, second = (make_requests([{"prompt": "a"}], {})[0].seed for _ in range(2))
+    assert first != second
+
+
+def test_a_model_stays_warm_for_the_same_arguments_and_is_freed_for_others():
+    call = {"device": "cpu", "call": CALL, **TWO_STEPS}
+    pipeboost.generate_image(stored("flux_dev"), "a fox", **call)
+    first = weakref.ref(functions._warm[0].pipe)
+    pipeboost.generate_image(stored("flux_dev"), "a dog", **call)
+    assert functions._warm[0].pipe is first()
+    pipeboost.generate_image(stored("flux_dev"), "a dog", quality="exact", **call)
+    gc.collect()
+    assert first() is None
+    second = weakref.ref(functions._warm[0].pipe)
+    pipeboost.free_models()
+    gc.collect()
+    assert (functions._warm, second()) == ([], None)
+
+
+def test_a_with_block_frees_its_model_and_a_freed_one_says_so():
+    with loaded("flux_dev") as model:
+        pipe = weakref.ref(model.pipe)
+    gc.collect()
+    assert pipe() is None
+    assert "was freed" in refusal(model.generate_image, prompt="a fox")
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"width": 100}, "width=100 is not a multiple of 16, as FluxPipeline needs; use 96 or 112"),
+        ({"width": 8}, "use 16"),
+        ({"height": 0}, "height=0 must be an integer of at least 1"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps=1.5 must be an integer"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan must be a number"),
+        ({"seed": -1}, "seed=-1 must be an integer from 0"),
+        ({"seed": "one"}, "seed='one' must be an integer"),
+        ({"prompt": " "}, "prompt=' ' must be a text that is not empty"),
+        ({"prompt": 5}, "prompt=5 must be a text or a list"),
+        ({"prompt": []}, "there is no prompt"),
+        ({"image_path": picture()}, "FluxPipeline makes images from text alone"),
+        ({"image_path": "nowhere.png"}, "image nowhere.png cannot be read: No such file"),
+        ({"num_frames": 5}, "num_frames=5: FluxPipeline, which makes images, has no such argument"),
+        ({"negative_prompt": "blurry"}, "does nothing in FluxPipeline at true_cfg_scale=1.0; use call="),
+        ({"call": {"strength": 0.5}}, "strength=0.5: FluxPipeline, which makes images, has no such argument"),
+        ({"call": {"output_type": "pt"}}, "call={'output_type': ...} is not allowed"),
+        ({"call": "width"}, "call='width' must map"),
+        ({"colour": "red"}, "a request has no field 'colour'"),
+        ({"call": {"max_sequence_length": 600}}, "FluxPipeline refused the request: `max_sequence_length`"),
+    ],
+)
+def test_a_request_that_the_model_cannot_serve_is_one_sentence(flux, arguments, sentence):
+    assert sentence in refusal(flux.generate_image, **{"prompt": "a fox", **arguments})
+
+
+def test_all_requests_are_checked_before_the_first_one_runs(flux, monkeypatch):
+    monkeypatch.setattr(type(flux.pipe), "__call__", lambda *_, **__: pytest.fail("ran"))
+    requests = make_requests([{"prompt": "a"}, {"prompt": "b", "width": 100}], {})
+    with pytest.raises(ConfigurationError, match="width=100"):
+        flux.generate(requests)
+
+
+def test_the_other_kind_names_the_function_to_use(flux, wan):
+    assert "FluxPipeline makes images; use generate_image" in refusal(flux.generate_video, prompt="a fox")
+    assert "WanPipeline makes videos; use generate_video" in refusal(wan.generate_image, prompt="a fox")
+    assert "makes images; use generate_image" in refusal(pipeboost.generate_video)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("flux_dev", "guidance_scale"),
+        ("flux_schnell", "true_cfg_scale"),
+        ("qwen_image", "true_cfg_scale"),
+        ("wan21_t2v", "guidance_scale"),
+        ("hunyuan_video", "guidance_scale"),
+        ("hunyuan_video_i2v", "true_cfg_scale"),
+        ("sd3", "guidance_scale"),
+    ],
+)
+def test_guidance_goes_where_it_acts(name, argument):
+    entry = TINY[name]
+    pipe = entry.build()
+    signature = CallSignature(pipe)
+    assert signature.guidance == argument
+    images = {"image_path": picture()} if signature.needs_image else {}
+    seen = []
+    for scale in (2.0, 6.0):
+        request = make_requests([{"prompt": "a fox"}], {"guidance_scale": scale, "seed": 1, **images})[0]
+        arguments = entry.call_kwargs(generator=torch.Generator("cpu").manual_seed(1))
+        for replaced in ("negative_prompt", "true_cfg_scale", "guidance_scale"):
+            arguments.pop(replaced, None)
+        seen.append(torch.as_tensor(pipe(**{**arguments, **signature.arguments(request)})[0]))
+    assert not torch.equal(*seen)
+
+
+def test_a_negative_prompt_acts_with_guidance_and_is_refused_without():
+    with loaded("qwen_image") as model:
+        arguments = {"prompt": "a fox", "seed": 1, **TWO_STEPS}
+        with_guidance = [model.generate_image(negative_prompt=text, **arguments) for text in (None, "blurry, grey")]
+        assert not np.array_equal(*map(pixels, with_guidance))
+        line = refusal(model.generate_image, negative_prompt="blurry", guidance_scale=1.0, **arguments)
+        assert "does nothing in QwenImagePipeline at true_cfg_scale=1.0; use guidance_scale=4" in line
+
+
+def test_an_edit_model_takes_one_image_and_edit_plus_several(tmp_path):
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    picture().save(first)
+    picture(seed=1, width=64).save(second)
+    arguments = {"prompt": "a fox", "seed": 1, **TWO_STEPS}
+    with built("qwen_image_edit") as model:
+        made = [model.generate_image(image_path=path, **arguments) for path in (first, [second])]
+        assert not np.array_equal(*map(pixels, made))
+        assert "needs an image to start from" in refusal(model.generate_image, **arguments)
+        assert "takes one per request" in refusal(model.generate_image, image_path=[first, second], **arguments)
+    with built("qwen_image_edit_plus") as model:
+        made = [model.generate_image(image_path=paths, **arguments) for paths in (first, [first, second])]
+        assert not np.array_equal(*map(pixels, made))
+
+
+def test_kontext_draws_the_size_that_was_asked_for():
+    with loaded("flux_kontext") as model:
+        for images in ({}, {"image_path": picture()}):
+            made = model.generate_image("a fox", seed=1, call={"_auto_resize": False, **CALL}, **images, **TWO_STEPS)
+            assert (made.image.size, made.notes) == ((96, 64), ())
+
+
+def test_further_pictures_of_a_call_are_read_from_paths(tmp_path):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (96, 64), 255).save(mask)
+    with loaded("flux_fill") as model:
+        made = model.generate_image(
+            "a fox", image_path=picture(), seed=1, call={"mask_image": str(mask), **CALL}, **TWO_STEPS
+        )
+        assert made.image.size == (96, 64)
+        assert "image gone.png cannot be read" in refusal(
+            model.generate_image, prompt="a", image_path=picture(), call={"mask_image": "gone.png"}
+        )
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "wan21_i2v", "hunyuan_video"])
+def test_a_video_is_written_with_its_frames_size_and_rate(tmp_path, name):
+    images = {"image_path": picture()} if name == "wan21_i2v" else {}
+    with loaded(name) as model:
+        made = model.generate_video("a fox", num_frames=5, fps=12, seed=1, call=CALL, **images, **TWO_STEPS)
+    assert made.frames.shape == (5, 64, 96, 3)
+    path = made.save(tmp_path / "fox.mp4")
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.width, stream.height, stream.codec.name) == (12, 96, 64, "h264")
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert decoded.shape == made.frames.shape
+
+
+def test_a_written_video_shows_the_frames(tmp_path):
+    ramp = np.linspace(30, 220, 96, dtype=np.uint8)
+    frames = np.stack([np.broadcast_to(np.roll(ramp, 8 * n)[None, :, None], (64, 96, 3)) for n in range(6)])
+    path = tmp_path / "ramp.mp4"
+    pipeboost.GeneratedVideo(prompt="", seed=0, report=None, frames=np.ascontiguousarray(frames)).save(path)
+    with av.open(path) as container:
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert np.abs(decoded.astype(int) - frames).mean() < 3
+
+
+def test_a_number_of_frames_that_would_be_rounded_is_refused(wan):
+    line = refusal(wan.generate_video, prompt="a fox", num_frames=6)
+    assert "num_frames=6 is not one more than a multiple of 4, as WanPipeline needs; use 5 or 9" in line
+    assert "fps=0 must be an integer from 1 to 240" in refusal(wan.generate_video, prompt="a fox", fps=0)
+
+
+def test_without_pyav_saving_a_video_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    made = pipeboost.GeneratedVideo(prompt="a", seed=0, report=None, frames=np.zeros((1, 16, 16, 3), np.uint8))
+    with pytest.raises(MissingPackageError, match="pip install av"):
+        made.save(tmp_path / "a.mp4")
+
+
+def test_a_lora_acts_by_its_scale_and_several_add_up(tmp_path):
+    path, other = stored_lora(tmp_path), stored_lora(tmp_path, seed=1)
+    drawn = []
+    for loras in ((), path, f"{path}=0.3", f"{path}:0.3", [(path, 0.3)], [f"{path}=0.3", other]):
+        with loaded("flux_dev", lora_path=loras) as model:
+            drawn.append(pixels(model.generate_image("a fox", seed=1, call=CALL, **TWO_STEPS)).tobytes())
+    assert drawn[2] == drawn[3] == drawn[4]
+    assert len(set(drawn)) == 4
+
+
+def test_a_lora_that_is_none_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    assert "is neither a file, nor a folder, nor a hub id" in refusal(Lora.of, given="gone.safetensors=0.5")
+    assert "the scale must be a number" in refusal(Lora.of, given=(str(tmp_path), "much"))
+    foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
+    save_file({"something.weight": torch.zeros(2, 2)}, foreign)
+    damaged.write_bytes(b"no weights")
+    for path in (foreign, damaged):
+        line = refusal(pipeboost.load_model, model_path=stored("flux_dev"), lora_path=path, device="cpu")
+        assert path.name in line
+
+
+def test_another_vae_decodes_and_one_that_does_not_fit_is_refused(tmp_path):
+    pipe = TINY["flux_dev"].build()
+    for parameter in pipe.vae.decoder.parameters():
+        parameter.data.mul_(0.5)
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    drawn = []
+    for path in (None, tmp_path / "vae", tmp_path):
+        with loaded("flux_dev", vae_path=path) as model:
+            drawn.append(pixels(model.generate_image("a fox", seed=1, call=CALL, **TWO_STEPS)).tobytes())
+    assert drawn[1] == drawn[2] != drawn[0]
+    wider = AutoencoderKL(**{**pipe.vae.config, "latent_channels": 8})
+    wider.save_pretrained(tmp_path / "wider")
+    for path, sentence in (
+        (tmp_path / "wider", "has latent_channels 8, but the model needs 4"),
+        (stored("wan21_t2v"), "has class_name AutoencoderKLWan, but the model needs AutoencoderKL"),
+        (tmp_path / "gone", "is neither a folder nor a hub id"),
+        (stored("flux_dev") + "/scheduler", "holds no VAE"),
+    ):
+        assert sentence in refusal(pipeboost.load_model, model_path=stored("flux_dev"), vae_path=path, device="cpu")
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.safetensors").write_bytes(b"")
+    broken = tmp_path / "broken"
+    DiffusionPipeline.from_pretrained(stored("flux_dev")).save_pretrained(broken)
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    for path, sentence in (
+        ("gone/far/away", "does not exist, and is no hub id"),
+        ("a cat", "does not exist, and is no hub id"),
+        (tmp_path / "empty", "is not a Diffusers pipeline: it has no model_index.json"),
+        (tmp_path / "file.safetensors", "is a file; it must be the folder"),
+        (broken, "cannot be loaded"),
+    ):
+        assert sentence in refusal(pipeboost.load_model, model_path=path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"quality": "best"}, "quality='best' is not allowed"),
+        ({"colour": "red"}, "there is no setting 'colour'"),
+        ({"device": "tpu"}, "device='tpu' is not allowed"),
+        ({"parallel": {"ulysses": 2}}, "parallel asks for 2 GPUs"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(monkeypatch, settings, sentence):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert sentence in refusal(pipeboost.generate_image, **settings)
+
+
+def test_images_come_from_urls(monkeypatch):
+    monkeypatch.setattr(inputs, "LARGEST_DOWNLOAD", 100_000)
+    answers = {"/a.png": (200, png()), "/gone.png": (404, b""), "/text": (200, b"text"), "/huge": (200, bytes(100_001))}
+    with served(answers) as address:
+        assert np.array_equal(load_image(f"{address}/a.png"), picture())
+        for path, sentence in (
+            ("gone.png", "the server answered 404"),
+            ("text", "cannot be read as a picture"),
+            ("huge", "is larger than"),
+        ):
+            assert sentence in refusal(load_image, source=f"{address}/{path}")
+    assert "cannot be fetched" in refusal(load_image, source=f"{address}/a.png")
+
+
+def test_an_image_is_turned_upright_and_made_rgb(tmp_path):
+    image = Image.new("RGBA", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = load_image(tmp_path / "turned.png")
+    assert (turned.size, turned.mode) == ((2, 4), "RGB")
+
+
+def test_a_damaged_image_is_refused(tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(png()[:200])
+    assert "damaged.png cannot be read as a picture" in refusal(load_image, source=damaged)
+
+
+def test_a_prompt_file_may_be_text_jsonl_json_or_yaml(tmp_path):
+    files = {
+        "a.txt": "# scenes\na fox\n\n  a dog  \n",
+        "a.jsonl": '{"prompt": "a fox"}\n"a dog"\n',
+        "a.json": '["a fox", {"prompt": "a dog"}]',
+        "a.yaml": "- a fox\n- prompt: a dog\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == [{"prompt": "a fox"}, {"prompt": "a dog"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.txt", "# only this\n", "holds no prompt"),
+        ("a.jsonl", "{", "line 1, is not JSON"),
+        ("a.jsonl", '{"seed": 1}', "entry 1, must be a prompt"),
+        ("a.jsonl", '{"prompt": "a", "sed": 1}', "has no field 'sed'"),
+        ("a.yaml", "prompt: a", "must hold a list"),
+        ("a.yaml", "[", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    assert sentence in refusal(read_prompts, path=tmp_path / name)
+
+
+def test_a_row_wins_over_the_defaults():
+    rows = [{"prompt": "a", "seed": 9, "width": 32, "call": {"x": 1}}, {"prompt": "b"}]
+    first, second = make_requests(rows, {"seed": 5, "width": 16, "call": {"x": 0, "y": 0}})
+    assert (first.seed, first.width, first.call) == (9, 32, {"x": 1, "y": 0})
+    assert (second.seed, second.width, second.call) == (6, 16, {"x": 0, "y": 0})
+
+
+def an_image(**values) -> pipeboost.GeneratedImage:
+    defaults = {"image": picture(), "prompt": "A fox, in the snow!", "seed": 3, "report": None}
+    return pipeboost.GeneratedImage(**(defaults | values))
+
+
+def test_saving_into_a_folder_replaces_nothing(tmp_path):
+    names = [an_image().save(tmp_path).name for _ in range(3)]
+    assert names == ["a-fox-in-the-snow-seed3.png", "a-fox-in-the-snow-seed3-2.png", "a-fox-in-the-snow-seed3-3.png"]
+    assert len(an_image(prompt="long " * 99).save(tmp_path).name) < 80
+    assert an_image(prompt="../..").save(tmp_path).parent == tmp_path
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("deep/er/a.webp", "WEBP")])
+def test_the_name_says_the_format(tmp_path, name, kind):
+    assert Image.open(an_image().save(tmp_path / name)).format == kind
+
+
+def test_a_format_that_is_not_written_is_refused(tmp_path):
+    assert "must end in one of .png, .jpg" in refusal(an_image().save, path=tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("made", ["image", "video"])
+def test_a_write_that_fails_is_one_sentence_and_leaves_the_old_file(tmp_path, made):
+    frames = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    video = pipeboost.GeneratedVideo(prompt="a", seed=0, report=None, frames=frames)
+    each, path = (an_image(), tmp_path / "a.png") if made == "image" else (video, tmp_path / "a.mp4")
+    path.write_bytes(b"old")
+    with files_of_at_most(1000):
+        line = refusal(each.save, path=path)
+    assert f"{path} cannot be written: {os.strerror(errno.EFBIG)}" in line
+    assert (os.listdir(tmp_path), path.read_bytes()) == ([path.name], b"old")
+
+
+def test_every_tiny_pipeline_is_told_apart_by_its_signature():
+    for name, entry in TINY.items():
+        signature = CallSignature(entry.build())
+        video = entry.family in ("wan", "hunyuan_video")
+        assert signature.kind == ("video" if video else "image"), name
+        assert signature.needs_image == ("image" in entry.inputs() and name != "flux_kontext"), name
+        assert signature.takes_several_images == (name == "qwen_image_edit_plus"), name
+        assert signature.size_multiple in (8, 16), name
+
+
+def test_a_pipeline_of_neither_kind_is_refused():
+    from diffusers import AudioLDM2Pipeline
+
+    with pytest.raises(UnsupportedError, match="AudioLDM2Pipeline makes audios, neither images nor videos"):
+        _ = CallSignature(AudioLDM2Pipeline.__new__(AudioLDM2Pipeline)).kind
