@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.weak import WeakIdKeyDictionary
 
-PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+PLAIN = frozenset((type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size))
 
 
 class NotKeyable(ValueError):  # noqa: N818 - a reason to run stock, not a failure
@@ -26,8 +26,9 @@ class Serials:
     """
 
     def __init__(self) -> None:
-        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._next = itertools.count()
+        self._full = 1000
         self._lock = threading.Lock()
 
     def of(self, obj: Any) -> int:
@@ -36,11 +37,20 @@ class Serials:
         Raises:
             TypeError: the object cannot be referred to weakly.
         """
+        known = self._numbers.get(id(obj))
+        if known is None or known[0]() is not obj:
+            known = self._add(obj)
+        return known[1]
+
+    def _add(self, obj: Any) -> tuple[weakref.ref[Any], int]:
         with self._lock:
-            number = self._numbers.get(obj)
-            if number is None:
-                number = self._numbers[obj] = next(self._next)
-            return number
+            known = self._numbers.get(id(obj))
+            if known is None or known[0]() is not obj:
+                known = self._numbers[id(obj)] = (weakref.ref(obj), next(self._next))
+            if len(self._numbers) > self._full:
+                self._numbers = {key: entry for key, entry in self._numbers.items() if entry[0]() is not None}
+                self._full = 2 * len(self._numbers) + 1000
+            return known
 
 
 def content(value: Any) -> Any:

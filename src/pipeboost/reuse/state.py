@@ -2,9 +2,11 @@
 
 A weight counts by who it is, its version and a sample of its content. The version shows every change in place that
 torch can see; the sample shows those made through `.data`, which torch cannot see: peft merges and unmerges this way,
-and `module.to(torch.bfloat16).to(torch.float32)` rounds. Where a weight lies does not count where something moves it
-between host and device, so an offloaded encoder keeps its state. All plain attributes of all submodules count too: peft
-keeps its active adapters, scales and merges there, and transformers its settings.
+and `module.to(torch.bfloat16).to(torch.float32)` rounds. Of a large weight the sample holds an element in each row, so
+that a few elements within a row, changed through `.data`, are the one thing that goes unseen. Where a weight lies does
+not count where something moves it between host and device, so an offloaded encoder keeps its state. All plain
+attributes of all submodules count too: peft keeps its active adapters, scales and merges there, and transformers its
+settings.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from pipeboost.seams import stock_class
 MOST_SAMPLES = 2**18
 """Elements of one weight that are looked at, at most: one in each row even of the largest vocabularies."""
 
-_FEW = 2**16
+_FEWEST_SAMPLES = 2**12
 _MANY_ITEMS = 1000
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SKIPPED = {
-    *("_parameters", "_buffers", "_modules", *_HOOKS, "forward", "_old_forward"),
+    *("_parameters", "_buffers", "_modules", "forward", "_old_forward"),
+    *(*_HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
     # Saving, loading and training.
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_non_persistent_buffers_set", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
     # What accelerate and Diffusers put on a model that they offload, anew for every call.
     *("_hf_hook", "_diffusers_hook", "to", "cuda", "cpu"),
     # What transformers notes while it runs.
@@ -161,12 +164,12 @@ def _of_transformers(hook: Any) -> bool:
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Some elements of a tensor as integers; all of a small one.
 
-    The stride is one less than a row, so that every row is met, and one column after the other.
+    The stride is at most one less than a row, so that every row is met, and one column after the other.
     """
     flat = tensor.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    if flat.numel() > _FEW:
+    if flat.numel() > _FEWEST_SAMPLES:
         row = flat.numel() // tensor.shape[0]
-        flat = flat[:: max(row - 1, flat.numel() // MOST_SAMPLES, 1)]
+        flat = flat[:: max(min(row - 1, flat.numel() // _FEWEST_SAMPLES), flat.numel() // MOST_SAMPLES, 1)]
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
