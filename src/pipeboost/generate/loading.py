@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeboost.config import FEATURES, AccelerationConfig, ParallelConfig, resolve_config
+from pipeboost.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
 from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.generate.locations import is_hub_id, one_line, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
@@ -118,9 +118,24 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
     with _one_sentence(f"model_path={settings.model_path!r}"):
-        pipe.to(settings.device)
+        acceleration = _put_on_device(pipe, settings)
     tell("accelerating")
-    return accelerate_pipeline(pipe, config=settings.acceleration)
+    return accelerate_pipeline(pipe, config=acceleration)
+
+
+def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
+    """Move the weights to the device; those that do not fit stay on the host, from where offload takes them."""
+    import torch
+
+    offload = settings.acceleration.offload
+    waits = isinstance(offload, OffloadConfig) and not offload.all_resident
+    if settings.device == "cuda" and (waits or offload == "auto"):
+        models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+        weights = {id(each): each.numel() * each.element_size() for model in models for each in model.parameters()}
+        if sum(weights.values()) > torch.cuda.mem_get_info()[0]:
+            return replace(settings.acceleration, offload=offload if waits else OffloadConfig())
+    pipe.to(settings.device)
+    return settings.acceleration
 
 
 def _demo_weights() -> Path:

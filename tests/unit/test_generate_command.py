@@ -1,0 +1,353 @@
+"""`pipeboost generate`: every flag does something, every mistake is one line, and what is finished is kept."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeboost import Acceleration, OffloadConfig
+from pipeboost.cli import generate as command
+from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
+from pipeboost.generate import writing
+from tests.pipelines.tiny import picture
+from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
+
+pytestmark = pytest.mark.skipif(not (WEIGHTS / "model_index.json").exists(), reason="the demo model is not here")
+
+TINY_CALL = ["--device", "cpu", "--width", 96, "--height", 64, "--num-inference-steps", 2, "--seed", 1]
+FLUX = ["--model-path", "flux_dev", *TINY_CALL, "--call", "max_sequence_length=35"]
+
+
+class Result:
+    """What one command line left behind."""
+
+    def __init__(self, code: int, out: str, err: str, folder: Path) -> None:
+        self.code, self.out, self.err = code, out, err
+        report = folder / "report.json"
+        self.report = json.loads(report.read_text()) if report.exists() else None
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(row["path"]) for row in self.report["requests"]]
+
+    @property
+    def pixels(self) -> bytes:
+        return np.asarray(Image.open(self.paths[0])).tobytes()
+
+    def plan(self, feature: str) -> str:
+        return next(line.split(None, 1)[1] for line in self.report["plan"] if line.split()[:1] == [feature])
+
+
+@pytest.fixture
+def generate(tmp_path, monkeypatch, capfd):
+    """Runs `pipeboost generate` in an empty folder, two steps of the demo model if nothing else is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PIPEBOOST_QUALITY", raising=False)
+
+    def run(*words, steps=2, seed=1) -> Result:
+        words = [
+            stored(word) if word in ("flux_dev", "flux_kontext", "wan21_t2v", "wan21_i2v") else word for word in words
+        ]
+        if "--model-path" not in words:
+            defaults = {"--num-inference-steps": steps, "--seed": seed}
+            words += [part for name, value in defaults.items() if value and name not in words for part in (name, value)]
+        (tmp_path / "report.json").unlink(missing_ok=True)
+        code = run_main(monkeypatch, "generate", *words, *(() if "--report" in words else ("--report", "report.json")))
+        return Result(code, *capfd.readouterr(), tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def made(generate):
+    """Runs a command line that must succeed."""
+
+    def run(*words, **settings) -> Result:
+        result = generate(*words, **settings)
+        assert (result.code, result.err) == (0, ""), result.err
+        return result
+
+    return run
+
+
+@pytest.fixture
+def refused(generate):
+    """Runs a command line that must fail in one line; returns that line."""
+
+    def run(*words, out="", **settings) -> str:
+        result = generate(*words, **settings)
+        assert (result.code, result.out, result.err.count("\n")) == (2, out, 1), result.err
+        return result.err
+
+    return run
+
+
+def test_without_a_flag_an_image_of_the_shipped_model_is_saved(generate):
+    result = generate(steps=None, seed=None)
+    assert (result.code, result.err) == (0, "")
+    (row,) = result.report["requests"]
+    assert row["prompt"] == DEMO_PROMPTS[-1].text
+    assert len(row["report"]["steps"]) == 28
+    path = Path(row["path"])
+    assert (path.parent, Image.open(path).size) == (Path("outputs"), (128, 128))
+    assert f"{path}  seed {row['seed']}" in result.out
+
+
+@pytest.mark.parametrize(
+    ("base", "flags"),
+    [
+        ([], ["--prompt", "a blue ring"]),
+        ([], ["--seed", 2]),
+        ([], ["--num-inference-steps", 3]),
+        ([], ["--guidance-scale", 3]),
+        (["--guidance-scale", 3], ["--negative-prompt", "a red star"]),
+        ([], ["--call", "max_sequence_length=16"]),
+        ([], ["--quality", "fast", "--num-inference-steps", 8]),
+        ([], ["--model-path", "flux_dev", *TINY_CALL]),
+    ],
+    ids=lambda words: str(words[0]) if words else "",
+)
+def test_a_flag_changes_the_image(made, base, flags):
+    if "--quality" in flags:
+        base = flags[2:]
+    assert made(*base).pixels != made(*base, *flags).pixels
+
+
+def test_the_size_flags_set_the_size(made):
+    assert Image.open(made("--width", 96, "--height", 64).paths[0]).size == (96, 64)
+
+
+def test_image_path_is_the_picture_that_is_edited_from_a_path_or_a_url(made, tmp_path):
+    words = ["--model-path", "flux_kontext", *TINY_CALL, "--prompt", "a fox"]
+    words += ["--call", "max_sequence_length=35", "--call", "_auto_resize=false"]
+    picture().save(tmp_path / "a.png")
+    with served({"/b.png": (200, png(picture(seed=1)))}) as address:
+        drawn = [made(*words, "--image-path", source).pixels for source in ("a.png", f"{address}/b.png")]
+    assert len({*drawn, made(*words).pixels}) == 3
+
+
+def test_image_path_several_times_gives_edit_plus_several(made, tmp_path):
+    for seed in range(2):
+        picture(seed=seed).save(tmp_path / f"{seed}.png")
+    with built("qwen_image_edit_plus"):
+        words = ["--model-path", "flux_dev", *TINY_CALL, "--prompt", "a fox", "--image-path", "0.png"]
+        assert made(*words).pixels != made(*words, "--image-path", "1.png").pixels
+
+
+def test_a_video_has_the_frames_and_the_rate_of_its_flags(made):
+    words = ["--model-path", "wan21_t2v", *TINY_CALL, "--prompt", "a fox", "--call", "max_sequence_length=32"]
+    result = made(*words, "--num-frames", 5, "--fps", 10)
+    with av.open(result.paths[0]) as container:
+        stream = container.streams.video[0]
+        assert (stream.frames, stream.average_rate, stream.width, stream.height) == (5, 10, 96, 64)
+
+
+def test_a_lora_and_a_vae_change_the_image(made, tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(stored("flux_dev"), subfolder="vae")
+    for parameter in vae.decoder.parameters():
+        parameter.data.mul_(0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    first, second = stored_lora(tmp_path), stored_lora(tmp_path, seed=1)
+    words = [*FLUX, "--prompt", "a fox"]
+    flags = [[], ["--vae-path", "vae"], ["--lora-path", first], ["--lora-path", f"{first}=0.3"]]
+    flags += [["--lora-path", f"{first}=0.3", "--lora-path", second]]
+    assert len({made(*words, *each).pixels for each in flags}) == len(flags)
+
+
+def test_the_speed_flags_reach_the_plan(made):
+    assert "on a CPU building" in made().plan("compile")
+    assert "turned off" in made("--no-compile").plan("compile")
+    assert made("--attention-backend", "sdpa").plan("attention").startswith("sdpa")
+    assert "quality='exact'" in made("--tier", "exact").report["plan"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--compile", "--tier", "exact"], "compile='regional' is not allowed in quality='exact'"),
+        (["--attention-backend", "magic"], "attention='magic' is not allowed"),
+        (["--offload", "nowhere"], "offload='nowhere' is not allowed"),
+        (["--tier", "best"], "quality='best' is not allowed"),
+        (["--device", "tpu"], "device='tpu' is not allowed"),
+        (["--num-gpus", 0], "--num-gpus 0 must be at least 1"),
+        (["--num-gpus", 2], "--num-gpus 2: this version runs on one GPU"),
+        (["--enable-cfg-parallel"], "parallel asks for 2 GPUs"),
+        (["--ulysses-degree", 3], "parallel asks for 3 GPUs"),
+        (["--ring-degree", 4], "parallel asks for 4 GPUs"),
+        (["--tp-size", 5], "parallel asks for 5 GPUs"),
+        (["--tp-size", 0], "parallel.tensor=0 must be an integer of at least 1"),
+        (["--num-gpus", 4, "--ring-degree", 2], "--num-gpus 4 is not the product of the parallel flags, 2"),
+        (["--width", "abc"], "Invalid value for '--width'"),
+        (["--widht", 64], "No such option: --widht"),
+        (["--seed"], "requires an argument"),
+        (["--width", 100], "width=100 is not a multiple of 16"),
+        (["--fps", 0], "fps=0 must be an integer from 1 to 240"),
+        (["--fps", 12], "--fps 12: the model makes images"),
+        (["--num-frames", 5], "num_frames=5: FluxPipeline, which makes images, has no such argument"),
+        (["--image-path", "gone.png"], "image gone.png cannot be read: No such file"),
+        (["--negative-prompt", "blurry"], "does nothing in FluxPipeline at true_cfg_scale=1.0; use guidance_scale=4"),
+        (["--model-path", "gone/far/away"], "does not exist, and is no hub id"),
+        (["--lora-path", "gone.safetensors"], "is neither a file, nor a folder, nor a hub id"),
+        (["--vae-path", "gone"], "is neither a folder nor a hub id"),
+        (["--prompt", ""], "must be a text that is not empty"),
+        (["--prompt-file", "gone.txt"], "prompt file gone.txt cannot be read: No such file"),
+        (["--config", "gone.yaml"], "config file gone.yaml cannot be read"),
+        (["--call", "strength"], "--call strength must be NAME=VALUE"),
+        (["--call", "a=["], "the value is not valid YAML"),
+        (["--save-output", "a.tiff"], "must be a folder or a file that ends in"),
+        (["--save-output", "a.mp4"], "the model makes images; use a name that ends in .png"),
+        (["--save-output", "a.png", "--prompt", "a", "--prompt", "b"], "is one file for 2 images; name a folder"),
+        (["--no-save-output", "--save-output"], "--no-save-output contradicts"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(refused, tmp_path, flags, sentence):
+    assert sentence in refused(*flags)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_image_for_a_text_only_model_and_a_damaged_one_are_refused(refused, tmp_path):
+    picture().save(tmp_path / "a.png")
+    assert "FluxPipeline makes images from text alone" in refused("--image-path", "a.png")
+    (tmp_path / "damaged.png").write_bytes(png()[:200])
+    assert "image damaged.png cannot be read as a picture" in refused("--image-path", "damaged.png")
+    assert "needs an image to start from" in refused("--model-path", "wan21_i2v", *TINY_CALL, "--prompt", "a fox")
+    assert "there is no prompt; give --prompt" in refused("--model-path", "flux_dev", "--device", "cpu")
+
+
+def test_offload_and_device_reach_the_settings(generate, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "run_generate", lambda settings, **_: seen.append(settings))
+    generate("--offload", "layerwise", "--device", "cpu")
+    assert (seen[0].acceleration.offload, seen[0].device) == (OffloadConfig("layerwise"), "cpu")
+
+
+def test_warmup_makes_an_output_that_is_not_reported(made, monkeypatch):
+    calls = []
+    warm_up = Acceleration.warm_up
+    monkeypatch.setattr(Acceleration, "warm_up", lambda self, **call: (calls.append(call), warm_up(self, **call)))
+    assert len(made("--warmup").report["requests"]) == len(calls) == 1
+    assert len(made().report["requests"]) == len(calls) == 1
+
+
+def test_a_prompt_file_gives_many_and_its_rows_win(made, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red star", "seed": 9, "width": 64}\n"a blue ring"\n')
+    result = made("--prompt", "a pink heart", "--prompt-file", "prompts.jsonl")
+    rows = [(row["prompt"], row["seed"]) for row in result.report["requests"]]
+    assert rows == [("a pink heart", 1), ("a red star", 9), ("a blue ring", 3)]
+    assert [Image.open(path).size for path in result.paths] == [(128, 128), (64, 128), (128, 128)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "paths"),
+    [
+        (["--save-output"], ["outputs/a-fox-seed1.png"]),
+        (["--save-output", "deep/fox.jpg"], ["deep/fox.jpg"]),
+        (["--save-output", "folder"], ["folder/a-fox-seed1.png"]),
+        (["--save-output=folder.d/"], ["folder.d/a-fox-seed1.png"]),
+        (["--output-path", "there"], ["there/a-fox-seed1.png"]),
+        (["--output-path", "there", "--save-output", "fox.png"], ["there/fox.png"]),
+        (["--save-output", "--output-path", "there"], ["there/a-fox-seed1.png"]),
+        (["--no-save-output"], []),
+    ],
+)
+def test_outputs_go_where_the_flags_say(made, tmp_path, flags, paths):
+    result = made("--prompt", "a fox", *flags)
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(found) == sorted([*paths, "report.json"])
+    assert [row["path"] for row in result.report["requests"]] == (paths or [None])
+
+
+def test_a_named_file_that_is_replaced_is_said_to_be(made, tmp_path):
+    (tmp_path / "fox.png").write_bytes(b"old")
+    assert "fox.png (replaced)" in made("--save-output", "fox.png").out
+    assert "(replaced)" not in made("--save-output", "new.png").out
+
+
+def test_a_profile_is_one_chrome_trace_of_all_calls(made, tmp_path):
+    made("--prompt", "a", "--prompt", "b", "--profile", "deep/trace.json")
+    events = json.loads((tmp_path / "deep" / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    assert sum(event["name"] == "step 1" for event in events) == 2
+
+
+def test_the_report_flag_writes_the_report(made, tmp_path):
+    made("--report", "deep/out.json")
+    whole = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert whole["model"] == str(WEIGHTS)
+    assert "denoising" in whole["requests"][0]["report"]["stages"]
+
+
+def test_a_config_file_gives_flags_and_acceleration_and_the_command_line_wins(made, refused, tmp_path):
+    text = (
+        "prompt: a blue ring\nseed: 4\nwidth: 64\nnum_inference_steps: 3\nsave_output: ring.png\n"
+        "call: {max_sequence_length: 32}\nacceleration: {quality: exact, compile: false}\n"
+    )
+    (tmp_path / "settings.yaml").write_text(text)
+    result = made("--config", "settings.yaml", "--width", 96, steps=None, seed=None)
+    (row,) = result.report["requests"]
+    assert (row["prompt"], row["seed"], row["path"], len(row["report"]["steps"])) == ("a blue ring", 4, "ring.png", 3)
+    assert Image.open("ring.png").size == (96, 128)
+    assert "quality='exact'" in result.report["plan"][0]
+    tier = made("--config", "settings.yaml", "--tier", "lossless").report["plan"][0]
+    assert "quality='lossless'" in tier
+    for line, sentence in (
+        ("colour: red", "has no setting 'colour'"),
+        ("width: wide", "Invalid value for '--width'"),
+        ("acceleration: {colour: red}", "there is no setting 'colour'"),
+        ("acceleration: fast", "must be a mapping of settings"),
+    ):
+        (tmp_path / "settings.yaml").write_text(f"{line}\n")
+        assert sentence in refused("--config", "settings.yaml")
+
+
+def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch):
+    count = iter(range(3))
+    write = writing.write_image
+
+    def fill_the_disk(image: Image.Image, path: Path) -> None:
+        if next(count) == 2:
+            monkeypatch.setattr(Image.Image, "save", no_space)
+        write(image, path)
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeboost.generate.outputs.write_image", fill_the_disk)
+    result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
+    assert (result.code, result.err.count("\n"), result.out.count("\n")) == (2, 1, 2)
+    assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err
+    assert sorted(os.listdir("outputs")) == ["a-seed1.png", "b-seed2.png"]
+    assert [row["prompt"] for row in result.report["requests"]] == ["a", "b"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_exits_with_130(generate, monkeypatch):
+    run, count = Acceleration._run, iter(range(3))
+
+    def interrupted(self, *args, **kwargs):
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Acceleration, "_run", interrupted)
+    result = generate(*(word for name in "abc" for word in ("--prompt", name)))
+    assert (result.code, result.err.count("\n")) == (130, 1)
+    assert "stopped (1 of 3 were finished and are kept)" in result.err
+    assert os.listdir("outputs") == ["a-seed1.png"]
+    assert len(result.report["requests"]) == 1
+
+
+def test_help_shows_the_flags_in_groups(generate, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    result = generate("--help")
+    assert result.code == 0
+    for title in ("Model", "What to make", "Output", "Speed", "Several GPUs"):
+        assert f"─ {title} ─" in result.out
+    for flag in ("--model-path", "--prompt", "--num-gpus", "--save-output", "--attention-backend", "--lora-path"):
+        assert flag in result.out
