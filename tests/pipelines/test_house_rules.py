@@ -28,6 +28,7 @@ FLOORS = (
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),
     ("plan", "acceleration"),
+    ("generate",),
     ("serving", "cli"),
 )
 FAST = {"quality": "fast", "cache": CacheConfig(warmup=1, threshold=0.9), "compile": CompileConfig(backend="eager")}
