@@ -139,14 +139,18 @@ class Plan:
             return {}
         return predict(self.facts.components, self.policies, self.family.activations)
 
+    @property
+    def _weights(self) -> str:
+        facts = self.facts
+        if not self.peaks:
+            return f"weights of {facts.weighed} {in_gib(facts.weights)}"
+        return memory_in_words(facts.components, self.policies, self.family.activations, weighed=facts.weighed)
+
     def __str__(self) -> str:
         available = self.hardware.memory if self.facts.free is None else self.facts.free
         lines = [
             f"{self.facts.pipeline} ({self.family.name} family) on {self.hardware}, quality={self.quality!r}",
-            f"  memory    {memory_in_words(self.facts.components, self.policies, self.family.activations)}"
-            if self.peaks
-            else f"  memory    weights of {self.facts.weighed} {in_gib(self.facts.weights)}",
-            f"            {in_gib(available)} {'free' if self.facts.free is not None else 'in all'} on the device",
+            f"  memory    {self._weights}; {in_gib(available)} {'free' if self.facts.free else 'in all'} on the device",
             f"  expected  {self.expected}",
         ]
         for decision in self.decisions:

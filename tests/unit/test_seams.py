@@ -188,6 +188,37 @@ def test_an_unknown_door_is_refused_and_changes_nothing():
     assert vars(seamed) == {"name": "world"}
 
 
+class Placed:
+    def __init__(self):
+        self.where = "cpu"
+
+    @property
+    def device(self) -> str:
+        """Where it is."""
+        return self.where
+
+    @device.setter
+    def device(self, where: str) -> None:
+        self.where = where
+
+
+def test_a_property_is_a_door_whose_layers_see_the_owner_and_the_stock_answer():
+    placed, other = Placed(), Placed()
+    layer = lambda call_next, owner: f"{call_next()} of {owner.where}, ours"  # noqa: E731
+    add_layer(placed, "device", layer)
+    placed.device = "gpu"
+    view = copy.copy(placed)
+    view.where = "view"
+    assert placed.device == "gpu of gpu, ours"
+    assert view.device == "view of view, ours"
+    assert other.device == "cpu"
+    assert type(placed).device.__doc__ == "Where it is."
+    assert copy.deepcopy(placed).device == pickle.loads(pickle.dumps(placed)).device == "gpu"
+    remove_layer(placed, "device", layer)
+    assert type(placed) is Placed
+    assert placed.device == "gpu"
+
+
 def test_one_layer_costs_less_than_five_microseconds_a_call():
     class Silent:
         def __call__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pipeboost.config import resolve_config
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family, families, family_named, generic_family
 from pipeboost.hardware import Hardware
+from pipeboost.offload import weigh, weigh_stored
 from pipeboost.plan import ModelFacts, Plan, make_plan
-from pipeboost.quality.full_size import parameter_count
+from pipeboost.quality.full_size import meta_transformer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -45,8 +47,13 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
     for family in families():
         for size in family.full_sizes:
             if size.name == model:
-                weights = torch.bfloat16.itemsize * parameter_count(size)
-                return family, ModelFacts(size.pipeline, torch.bfloat16, weights, weighed="the transformer")
+                transformer = {family.denoisers[0]: meta_transformer(size, torch.bfloat16)}
+                components = weigh(transformer, family)
+                weights = sum(component.nbytes for component in components)
+                facts = ModelFacts(
+                    size.pipeline, torch.bfloat16, weights, weighed="the transformer", components=components
+                )
+                return family, facts
     return None
 
 
@@ -62,8 +69,11 @@ def _stored(model: str) -> tuple[Family, ModelFacts]:
         if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
     }
     family = family_named(pipeline) or generic_family(pipeline, components)
-    weights, dtype = _stored_weights(folder, family) if folder.is_dir() else (0, torch.bfloat16)
-    return family, ModelFacts(pipeline, dtype, weights)
+    if not folder.is_dir():
+        return family, ModelFacts(pipeline, torch.bfloat16, 0)
+    sizes, dtype = _stored_weights(folder, [name for name, present in components.items() if present], family)
+    weighed = weigh_stored(sizes, family)
+    return family, ModelFacts(pipeline, dtype, sum(each.nbytes for each in weighed), components=weighed)
 
 
 def _local_index(folder: Path) -> dict[str, Any]:
@@ -92,26 +102,42 @@ def _hub_index(model: str) -> dict[str, Any]:
         raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {reason}") from error
 
 
-def _stored_weights(folder: Path, family: Family) -> tuple[int, torch.dtype]:
-    """Bytes of all weights, and the transformer's dtype, read from the files' headers."""
-    files = sorted(folder.glob("*/*.safetensors"))
-    if not files:
+def _stored_weights(
+    folder: Path, components: Sequence[str], family: Family
+) -> tuple[dict[str, dict[str, int]], torch.dtype]:
+    """Bytes of each component's tensors, and the transformer's dtype, read from the files' headers."""
+    sizes: dict[str, dict[str, int]] = {}
+    dtype: torch.dtype | None = None
+    for component in components:
+        for file in _weight_files(folder / component):
+            tensors = _stored_tensors(file)
+            sizes.setdefault(component, {}).update({name: nbytes for name, (nbytes, _) in tensors.items()})
+            if dtype is None and component in family.denoisers:
+                dtype = next((_DTYPES.get(stored, torch.float32) for _, stored in tensors.values()), None)
+    if not sizes:
         raise UnsupportedError(f"{folder} holds no safetensors weights, so their size and dtype cannot be told")
-    dtype = torch.float32
-    for file in files:
-        if file.parent.name in family.denoisers:
-            dtype = _stored_dtype(file)
-            break
-    return sum(file.stat().st_size for file in files), dtype
+    return sizes, dtype or torch.float32
 
 
-def _stored_dtype(file: Path) -> torch.dtype:
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Diffusers loads: without variants (`model.fp16.safetensors`) where there are others."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name.count(".") == 1] or files
+
+
+def _stored_tensors(file: Path) -> dict[str, tuple[int, str]]:
+    """Name → bytes and dtype."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as weights:
-            first = next(iter(weights.keys()), None)
-            stored = "F32" if first is None else weights.get_slice(first).get_dtype()
-    except (OSError, SafetensorError) as error:
+        with safe_open(file, framework="pt"):  # checks the file
+            pass
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
-    return _DTYPES.get(stored, torch.float32)
+    return {
+        name: (entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

@@ -51,7 +51,7 @@ def choose_policies(
 
 
 def memory_in_words(
-    components: Iterable[Component], policies: Mapping[str, str], activations: Activations | None
+    components: Iterable[Component], policies: Mapping[str, str], activations: Activations | None, *, weighed: str
 ) -> str:
     """The predicted peak, what for, and where each component lives."""
     components = tuple(components)
@@ -61,12 +61,12 @@ def memory_in_words(
         size = "plus activations, which were not measured for this family"
     else:
         frames = f", {activations.frames} frames" if activations.frames > 1 else ""
-        size = f"for {activations.width}×{activations.height}{frames}, batch 1 ({activations.source})"
+        size = f"in {stage} for {activations.width}×{activations.height}{frames}, batch 1 ({activations.source})"
     weights = sum(component.nbytes for component in components)
     where = ", ".join(f"{each.path} {in_gib(each.nbytes)} {policies[each.kind]}" for each in components if each.nbytes)
-    return f"predicted peak {in_gib(peaks[stage])} in {stage}, {size}; weights {in_gib(weights)}: {where}"
+    return f"weights of {weighed} {in_gib(weights)} ({where}); predicted peak {in_gib(peaks[stage])} {size}"
 
 
 def in_gib(nbytes: float) -> str:
     """Bytes as a person reads them."""
-    return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

@@ -108,7 +108,7 @@ class HostStore:
                 entry.tensors = [each for each in entry.tensors if id(each) in wanted and _is(each, here)]
             chunk.entries = [entry for entry in chunk.entries if entry.tensors]
         # A chunk that is mostly holes costs more to send than to pack anew.
-        kept = [chunk for chunk in self.chunks if 2 * sum(entry.nbytes for entry in chunk.entries) >= chunk.nbytes]
+        kept = [each for each in self.chunks if 2 * sum(_aligned(entry.nbytes) for entry in each.entries) > each.nbytes]
         scattered = {id(each): entry.home for chunk in self.chunks for entry in chunk.entries for each in entry.tensors}
         places = {_place(entry.tensors[0]): entry for chunk in kept for entry in chunk.entries}
         known = {id(tensor) for entry in places.values() for tensor in entry.tensors}
