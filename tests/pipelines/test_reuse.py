@@ -286,6 +286,25 @@ def test_an_encoder_that_draws_random_numbers_is_never_reused():
     assert encoded(ENTRY, pipe, runs) == encoded(ENTRY, pipe, runs) > 0
 
 
+def test_an_encoder_that_changes_while_it_encodes_is_never_reused():
+    pipe, runs = accelerated()
+    encoder = pipe.text_encoder_2
+    encoder.register_forward_hook(lambda *_: setattr(encoder, "turns", encoder.turns + 1))
+    for _ in range(2):
+        encoder.turns = 0
+        assert encoded(ENTRY, pipe, runs) > 0
+        assert encoder.turns == 1
+
+
+def test_a_hit_leaves_the_attributes_that_the_script_would_have_set():
+    pipe, runs = accelerated()
+    counts = []
+    for scale in (0.5, 0.25, 0.5):
+        counts.append(encoded(ENTRY, pipe, runs, joint_attention_kwargs={"scale": scale}) > 0)
+        assert pipe._lora_scale == scale
+    assert counts == [True, True, False]
+
+
 def test_what_an_offloader_does_keeps_the_prompts():
     pipe, runs = accelerated()
     first = ENTRY.call(pipe)
