@@ -20,6 +20,7 @@ CHUNK = 512 * 2**20
 
 # The device allocator's own alignment, so that matrix libraries choose the kernel that they choose for stock's weights.
 _ALIGNMENT = 512
+_NEARLY_FULL = 0.97
 _PORTABLE = 1
 
 
@@ -123,8 +124,8 @@ class HostStore:
             fresh.append(_entry(tensor, scattered.get(key) or home or tensor.device))
             places[place] = fresh[-1]
         self.chunks = kept
-        for entries in _packed(fresh, self._chunk):
-            self.chunks.append(_filled(entries, self._device))
+        for entries, nbytes in _packed(fresh, self._chunk):
+            self.chunks.append(_filled(entries, nbytes, self._device))
 
     def load(self, buffers: Iterable[torch.Tensor]) -> None:
         """Point the tensors at the device, where `buffers` are copies of the chunks, under way or arrived."""
@@ -180,24 +181,27 @@ def _entry(tensor: torch.Tensor, home: torch.device) -> Entry:
     return Entry([tensor], 0, nbytes, tensor.dtype, tensor.shape, tensor.stride(), home)
 
 
-def _packed(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
-    """Lay entries out in chunks of at most `limit` bytes; one that is larger has a chunk to itself."""
-    batch: list[Entry] = []
-    end = 0
-    for entry in entries:
-        if batch and end + entry.nbytes > limit:
-            yield batch
-            batch, end = [], 0
+def _packed(entries: list[Entry], limit: int) -> Iterator[tuple[list[Entry], int]]:
+    """Lay entries out in chunks of at most `limit` bytes, the largest first; with each chunk's size.
+
+    One that is larger than that has a chunk to itself. A chunk that is nearly full is made full, so that they are alike.
+    """
+    chunks: list[tuple[list[Entry], int]] = []
+    for entry in sorted(entries, key=lambda entry: -entry.nbytes):
+        place = next((i for i, (_, end) in enumerate(chunks) if end + entry.nbytes <= limit), len(chunks))
+        if place == len(chunks):
+            chunks.append(([], 0))
+        batch, end = chunks[place]
         entry.offset = end
-        end = _aligned(end + entry.nbytes)
         batch.append(entry)
-    if batch:
-        yield batch
+        chunks[place] = batch, _aligned(end + entry.nbytes)
+    for batch, end in chunks:
+        yield batch, limit if _NEARLY_FULL * limit <= end <= limit else end
 
 
-def _filled(entries: list[Entry], device: torch.device) -> Chunk:
+def _filled(entries: list[Entry], nbytes: int, device: torch.device) -> Chunk:
     """A chunk on the host with these entries' bytes in it, and their tensors pointed there."""
-    chunk = Chunk(_host_buffer(_aligned(entries[-1].offset + entries[-1].nbytes), device), entries)
+    chunk = Chunk(_host_buffer(nbytes, device), entries)
     for entry in entries:
         entry.raw(chunk.host).copy_(_raw(entry.tensors[0].data))
         here = entry.view(chunk.host)

@@ -188,6 +188,8 @@ def _stage(
     _placed[module] = component
     ledger.record("weights on the host", functools.partial(_release, weakref.ref(module)))
     component.settle()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # where single weights were, no large buffer fits
     for door in DOORS:
         if callable(getattr(stock_class(module), door, None)):
             ledger.add_layer(module, door, component.door, order=_DOOR_ORDER)
