@@ -137,7 +137,7 @@ class Run:
         return {"seconds": seconds, "median": medians, "auto_over_none": medians["auto"] / medians["none"]}
 
     def capped(self) -> dict[str, Any]:
-        """Seconds a call and peak under a cap: stock's model offload, which needs no warm-up, and ours, compiled, warm."""
+        """Seconds a call and peak under a cap: stock's model offload, cold, and ours, compiled and warm."""
         pipe = self._pipe()
         rows: dict[str, Any] = {}
         pipe.to("cpu")

@@ -107,7 +107,8 @@ class Plan:
     """What `accelerate_pipeline` does to one pipeline on this machine.
 
     Attributes:
-        default: whether every choice is the one that was measured: the tier's own, with the kernels it prefers.
+        default: whether every choice is the one that was measured: the tier's own, with the kernels it prefers, and
+            all weights on the device.
         policies: kind of component → where it lives: `"resident"`, `"stage"` or `"layerwise"`.
     """
 
@@ -185,6 +186,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _reuse(config, facts),
         ),
         default=all(getattr(config, feature) == "auto" for feature in FEATURES)
+        and not offload.on
         and facts.dtype == torch.bfloat16
         and "flash3" in available_kernels(hardware),
     )
@@ -323,6 +325,8 @@ def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, fac
         if asked != "auto":
             raise UnsupportedError(f"offload cannot move {reason}; use offload=None")
         return Decision("offload", "off", f"components stay where they are, for it cannot move {reason}")
+    if hardware.device == "cpu":
+        why += "; on a CPU weights move within one memory, which saves nothing"
     where = ", ".join(f"{kind} {policy}" for kind, policy in policies.items())
     placement = Placement(facts.device or torch.device(hardware.device), **policies)
     return Decision("offload", where, why, settings=placement)

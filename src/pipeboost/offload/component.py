@@ -4,8 +4,8 @@ Inside a session (a pipeline's call) they stay until another stage's component c
 they stay for the length of that door.
 
 What is changed in place on the device is written back when the weights leave it, as torch's version counters tell. A
-change that goes around the counters (`weight.data += …` in a step callback, as when a LoRA is fused there) is lost if
-it is made while the component is loaded; made between calls, it is kept.
+change that goes around the counters (`weight.data += …`, as when a LoRA is fused) is kept if it is made between calls;
+made by a step callback it is lost with the loaded weights, or reaches a streamed block one step late.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _entry(tensor: torch.Tensor, home: torch.device) -> Entry:
 def _packed(entries: list[Entry], limit: int) -> Iterator[tuple[list[Entry], int]]:
     """Lay entries out in chunks of at most `limit` bytes, the largest first; with each chunk's size.
 
-    One that is larger than that has a chunk to itself. A chunk that is nearly full is made full, so that they are alike.
+    One that is larger than that has a chunk to itself. One nearly full is made full, so that they are alike.
     """
     chunks: list[tuple[list[Entry], int]] = []
     for entry in sorted(entries, key=lambda entry: -entry.nbytes):
