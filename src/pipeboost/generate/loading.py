@@ -108,7 +108,7 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     tell(f"loading {settings.model_path}")
     parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, dtype)}
-    with _one_sentence(f"model_path={settings.model_path!r}"):
+    with _one_sentence("model_path", settings.model_path):
         pipe = DiffusionPipeline.from_pretrained(
             settings.model_path,
             local_files_only=Path(settings.model_path).is_dir(),
@@ -117,7 +117,7 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
         )
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
-    with _one_sentence(f"model_path={settings.model_path!r}"):
+    with _one_sentence("model_path", settings.model_path):
         acceleration = _put_on_device(pipe, settings)
     tell("accelerating")
     return accelerate_pipeline(pipe, config=acceleration)
@@ -160,14 +160,14 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
     import diffusers
 
     assert settings.vae_path is not None
-    with _one_sentence(f"model_path={settings.model_path!r}"):
+    with _one_sentence("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
     if not isinstance(index.get("vae"), list):
         raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
     cls = getattr(diffusers, index["vae"][1])
     folder = Path(settings.vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
-    with _one_sentence(f"vae_path={settings.vae_path!r}"):
+    with _one_sentence("vae_path", settings.vae_path):
         stored = cls.load_config(settings.vae_path, **nested)
         own = cls.load_config(settings.model_path, subfolder="vae")
         for name in ("_class_name", "latent_channels", "z_dim"):
@@ -180,11 +180,12 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def _one_sentence(argument: str, path: str) -> Iterator[None]:
     """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
     import torch
     from safetensors import SafetensorError
 
+    what = f"{argument}={path!r}"
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -194,7 +195,13 @@ def _one_sentence(what: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
-        raise ConfigurationError(f"{what} cannot be loaded: {one_line(error)}") from error
+        raise ConfigurationError(f"{what} cannot be loaded{_from_where(path)}: {one_line(error)}") from error
+
+
+def _from_where(path: str) -> str:
+    return (
+        "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
+    )
 
 
 def _dtype_argument() -> str:
