@@ -195,6 +195,24 @@ def test_weights_that_a_callback_changes_in_place_are_written_back(policy):
     assert torch.equal(entry.call(pipe), after)
 
 
+def test_weights_that_a_callback_replaces_reach_a_streamed_block_that_was_sent_already():
+    entry = TINY["flux_dev"]
+
+    def replace(pipe, step, timestep, kwargs):
+        if step == 0:
+            for block in (pipe.transformer.transformer_blocks[0], pipe.transformer.single_transformer_blocks[-1]):
+                block.attn.to_k.weight = torch.nn.Parameter(block.attn.to_k.weight * 0.5)
+                block.attn.to_q.weight.data = block.attn.to_q.weight.data * 0.5
+        return kwargs
+
+    reference = entry.build()
+    expected = entry.call(reference, callback_on_step_end=replace)
+    after = entry.call(reference)
+    pipe = offloaded(entry, "layerwise")
+    assert torch.equal(entry.call(pipe, callback_on_step_end=replace), expected)
+    assert torch.equal(entry.call(pipe), after)
+
+
 def test_weights_that_the_user_moves_or_casts_meanwhile_are_taken_in_at_the_next_call():
     entry = TINY["flux_dev"]
     pipe = offloaded(entry)

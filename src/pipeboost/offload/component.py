@@ -133,10 +133,10 @@ class StagedComponent:
     def _load(self) -> None:
         self.settle()
         hosts = [chunk.host for chunk in self._store.chunks]
+        # Nothing is pointed at the device before all of it is allocated: running out of memory changes nothing.
         buffers = [self._lane.empty(host.numel()) for host in hosts]
         if self._stream is not None:
             self._stream.open()
-        # Nothing has been pointed at the device yet, so running out of memory until here changes nothing.
         self._arrival = self._lane.send(zip(buffers, hosts, strict=True))
         self._arrival.wait()
         self._buffers = buffers

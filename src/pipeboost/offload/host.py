@@ -30,6 +30,7 @@ class Entry:
 
     Attributes:
         home: the device it came from.
+        here: its view on the host.
         place: the view on the device that the tensors have while they are loaded.
         versions: their version counters when they were loaded.
     """
@@ -41,6 +42,7 @@ class Entry:
     shape: torch.Size
     stride: tuple[int, ...]
     home: torch.device
+    here: torch.Tensor | None = None
     place: torch.Tensor | None = None
     versions: list[int] = field(default_factory=list)
 
@@ -82,7 +84,7 @@ class HostStore:
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether the store consists of these tensors, none of them moved since. None may be loaded."""
         known = {
-            id(tensor): _is(tensor, entry.view(chunk.host))
+            id(tensor): _is(tensor, entry.here)
             for chunk in self.chunks
             for entry in chunk.entries
             for tensor in entry.tensors
@@ -105,8 +107,7 @@ class HostStore:
         wanted = {id(tensor): tensor for tensor in tensors}
         for chunk in self.chunks:
             for entry in chunk.entries:
-                here = entry.view(chunk.host)
-                entry.tensors = [each for each in entry.tensors if id(each) in wanted and _is(each, here)]
+                entry.tensors = [each for each in entry.tensors if id(each) in wanted and _is(each, entry.here)]
             chunk.entries = [entry for entry in chunk.entries if entry.tensors]
         # A chunk that is mostly holes costs more to send than to pack anew.
         kept = [each for each in self.chunks if 2 * sum(_aligned(entry.nbytes) for entry in each.entries) > each.nbytes]
@@ -145,7 +146,7 @@ class HostStore:
         all_back = True
         for chunk, buffer in zip(self.chunks, buffers, strict=True):
             for entry in chunk.entries:
-                assert entry.place is not None
+                assert entry.here is not None
                 ours = [_is(tensor, entry.place) for tensor in entry.tensors]
                 changed = [
                     mine and (version < 0 or _version(tensor) != version)
@@ -153,10 +154,9 @@ class HostStore:
                 ]
                 if any(changed):
                     entry.raw(chunk.host).copy_(entry.raw(buffer))
-                here = entry.view(chunk.host)
                 for mine, tensor in zip(ours, entry.tensors, strict=True):
                     if mine:
-                        tensor.data = here
+                        tensor.data = entry.here
                 all_back = all_back and all(ours)
                 entry.place = None
         return all_back
@@ -166,8 +166,7 @@ class HostStore:
         while self.chunks:
             chunk = self.chunks.pop()
             for entry in chunk.entries:
-                here = entry.view(chunk.host)
-                ours = [tensor for tensor in entry.tensors if _is(tensor, here)]
+                ours = [tensor for tensor in entry.tensors if _is(tensor, entry.here)]
                 if not ours:
                     continue
                 own = torch.empty_strided(entry.shape, entry.stride, dtype=entry.dtype, device=home or entry.home)
@@ -204,9 +203,9 @@ def _filled(entries: list[Entry], nbytes: int, device: torch.device) -> Chunk:
     chunk = Chunk(_host_buffer(nbytes, device), entries)
     for entry in entries:
         entry.raw(chunk.host).copy_(_raw(entry.tensors[0].data))
-        here = entry.view(chunk.host)
+        entry.here = entry.view(chunk.host)
         for tensor in entry.tensors:
-            tensor.data = here
+            tensor.data = entry.here
     return chunk
 
 
@@ -244,8 +243,8 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _is(tensor: torch.Tensor, view: torch.Tensor) -> bool:
-    return _place(tensor) == _place(view)
+def _is(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
+    return view is not None and _place(tensor) == _place(view)
 
 
 def _version(tensor: torch.Tensor) -> int:

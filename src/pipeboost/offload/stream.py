@@ -82,7 +82,8 @@ class BlockStream:
     def open(self) -> None:
         """Allocate the slots."""
         size = max(store.nbytes for store in self._stores)
-        self._slots = [_Slot(self._lane.empty(size)) for _ in range(min(SLOTS, len(self._stores)))]
+        memory = [self._lane.empty(size) for _ in range(min(SLOTS, len(self._stores)))]
+        self._slots = [_Slot(each) for each in memory]
         self.moved, self._last = 0, None
 
     def close(self) -> None:
@@ -116,17 +117,19 @@ class BlockStream:
             yield
         finally:
             self._computing.remove(index)
-            if not store.unload(parts):
+            if store.unload(parts):
+                slot.versions = store.versions()
+            else:
                 self._follow(index)
-            slot.versions = store.versions()
 
     def _follow(self, index: int) -> None:
         """Notice what was done to a block since its weights were sent: adapters added, weights changed or moved."""
         store, weights = self._stores[index], self._weights(index)
-        if not store.holds(weights):
+        same = store.holds(weights)
+        if not same:
             store.adopt(weights, self._home)
         for slot in self._slots:
-            if slot.holds == index and slot.versions != store.versions():
+            if slot.holds == index and not (same and slot.versions == store.versions()):
                 slot.holds = None
 
     def _prefetch(self, index: int) -> None:
