@@ -16,8 +16,8 @@ from typing import Any
 
 import diffusers
 import torch
-from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 
+from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 from pipeboost import accelerate_pipeline
 from pipeboost.hardware import detect_hardware
 

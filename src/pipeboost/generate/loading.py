@@ -199,9 +199,7 @@ def _one_sentence(argument: str, path: str) -> Iterator[None]:
 
 
 def _from_where(path: str) -> str:
-    return (
-        "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
-    )
+    return "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
 
 
 def _dtype_argument() -> str:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 
 @dataclass(frozen=True)
 class Names:
@@ -33,6 +31,8 @@ class Names:
 @functools.cache
 def names_in(pipeline_class: type, method: str) -> Names:
     """The attributes that `method` and the methods and properties it mentions, overridden ones included, touch."""
+    from diffusers import DiffusionPipeline
+
     own = [cls for cls in pipeline_class.__mro__ if cls not in DiffusionPipeline.__mro__]
     read: set[str] = set()
     written: set[str] = set()

@@ -7,9 +7,11 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping
+from types import NoneType, SimpleNamespace
 from typing import Any
+
+from torch.nn import Module
 
 from pipeboost.call import Call, current_call
 from pipeboost.errors import PipeboostError
@@ -25,14 +27,31 @@ _SLOTS = "stage slots"
 _INSIDE = "inside stages"
 
 
-_component_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
-def _component_lock(component: Any) -> threading.RLock:
-    """Views in threads share components, and video VAEs keep the convolution caches of a call on the module."""
-    with _locks_lock:
-        return _component_locks.setdefault(component, threading.RLock())
+@contextlib.contextmanager
+def _alone_with_what_it_shares(door: StageDoor, owner: Any) -> Iterator[None]:
+    """Views in threads share components, of which some keep the state of a call.
+
+    Video VAEs keep their convolution caches on the module. A tokenizer keeps padding and truncation of the last call in
+    itself, so that another thread's call in between is tokenized with them.
+    """
+    if door.component:
+        shared = [owner]
+    elif door.method.startswith("encode_"):
+        components = owner.components.items()
+        shared = [each for name, each in components if name != "scheduler" and not isinstance(each, (Module, NoneType))]
+    else:
+        shared = []
+    with contextlib.ExitStack() as stack:
+        # In one order everywhere, so that two calls never wait for each other.
+        for component in sorted(shared, key=id):
+            with _locks_lock:
+                lock = _locks.setdefault(component, threading.RLock())
+            stack.enter_context(lock)
+        yield
 
 
 @functools.cache
@@ -48,7 +67,7 @@ def door_layer(door: StageDoor) -> Layer:
         slot = None if door.stage in inside else user_stages(call).get(door.stage)
         inside.append(door.stage)
         try:
-            with _component_lock(owner) if door.component else contextlib.nullcontext():
+            with _alone_with_what_it_shares(door, owner):
                 if slot is not None:
                     return _compose(call, slot, door, call_next, owner, args, kwargs)
                 with recorder_of(call).span(door.stage):
