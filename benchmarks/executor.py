@@ -57,10 +57,13 @@ def measure(pipe: Any, call: dict[str, Any], *, requests: int, watching: bool) -
         print(found["watching"], flush=True)
     accelerate_pipeline(pipe, quality="lossless")
     pipe.acceleration.warm_up(**_request(call, -1))
-    seconds, _ = _timed(lambda: pipe(**_request(call, 0)))
+    with pipe.acceleration.profiled():
+        seconds, _ = _timed(lambda: pipe(**_request(call, 0)))
     report = pipe.acceleration.report()
     total = sum(report.stages.values())
     found["stages"] = {"wall_seconds": seconds, "sum_of_stages": total, **report.stages}
+    found["memory"] = {name: vars(memory) for name, memory in report.stage_memory.items()}
+    found["weights"] = report.components
     print(report, f"\nwall {seconds:.3f} s, stages {total:.3f} s", flush=True)
     found["overlap"] = _overlap(pipe, call, requests)
     print({name: value for name, value in found["overlap"].items()}, flush=True)
@@ -72,6 +75,7 @@ def _cost_of_watching(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     """Whole calls, stock and watched in turn, after one of each."""
     stock: list[float] = []
     watched: list[float] = []
+    call = {**call, "num_inference_steps": 10}
     for repeat in range(4):
         seconds, _ = _timed(lambda: pipe(**_request(call, 0)))
         accelerate_pipeline(pipe, quality="exact", reuse=None)
@@ -85,7 +89,7 @@ def _cost_of_watching(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlap(pipe: Any, call: dict[str, Any], requests: int) -> dict[str, Any]:
-    warm = list(pipe.acceleration.run_many([_request(call, -seed) for seed in range(2, 5)]))
+    warm = list(pipe.acceleration.run_many([_request(call, -seed) for seed in range(2, 4)]))
     del warm
     torch.cuda.synchronize()
     alone_seconds, alone = _timed(lambda: _all(pipe, call, requests, overlap=False))

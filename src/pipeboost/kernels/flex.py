@@ -28,24 +28,46 @@ def flex(
     """FlexAttention; key-padding masks. A sample without any real key gives zeros.
 
     On CUDA outside torch.compile it runs through a private compiled copy, because uncompiled it would materialise all
-    scores. On a CPU it does materialise them.
+    scores; on a CPU it does materialise them. Under a mask that copy runs inside torch.compile too, within an operator
+    of ours: built in the same graph, with a key count that varies, torch 2.11's block masks make the kernel read wrong
+    addresses on an H100. The copy then has graphs of its own, one for the first key count and one for all others.
     """
-    function: Any = flex_attention
-    if q.device.type != "cpu" and not torch.compiler.is_compiling():
-        function = _compiled()
-    block_mask = None if mask is None else key_padding_blocks(valid_keys(mask, q.shape[0]), q.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not return_lse:
-        return function(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
-    out, extra = function(q, k, v, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return out.transpose(1, 2), extra.lse.to(torch.float32)
+    valid = None if mask is None else valid_keys(mask, q.shape[0])
+    attend = _attend if valid is None or q.device.type == "cpu" else torch.ops.pipeboost.flex
+    out, lse = attend(q, k, v, valid, q.shape[-1] ** -0.5 if scale is None else scale)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    function: Any = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else _compiled()
+    block_mask = None if valid is None else key_padding_blocks(valid, q.shape[1])
+    out, extra = function(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=block_mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=True),
+    )
+    return out.transpose(1, 2).contiguous(), extra.lse.to(torch.float32)
+
+
+_flex_operator = torch.library.custom_op("pipeboost::flex", _attend, mutates_args=())
+
+
+@_flex_operator.register_fake
+def _flex_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return torch.empty_like(q).contiguous(), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
     """The block mask of a key-padding mask, made of tensor operations alone.
 
-    Built field by field: `from_kv_blocks` would turn the table around by a scatter under vmap, which torch 2.11
-    compiles wrongly where the key count varies, and here every query block sees the same key blocks.
+    Built field by field: `from_kv_blocks` would turn the table around under vmap, which an operator cannot run, and
+    here every query block sees the same key blocks.
 
     Args:
         valid: `(batch, keys)`, True where a key is real.
