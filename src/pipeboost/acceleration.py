@@ -25,6 +25,8 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
 from pipeboost.cache import CacheCount, attach_cache
 from pipeboost.call import Call, no_call, open_call
@@ -32,7 +34,7 @@ from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
-from pipeboost.hardware import detect_hardware
+from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
 from pipeboost.plan import Plan, facts_of, make_plan
@@ -352,9 +354,9 @@ class Acceleration:
     def open(self) -> Iterator[Call]:
         """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
         pipe = self._alive_pipe()
-        self._follow_device(pipe)
+        device = self._follow_device(pipe)
         self._bind(pipe)
-        with self._opened(pipe, {}) as call:
+        with self._opened(pipe, {}, device) as call:
             yield call
 
     def cancel(self, call: Call | None = None) -> None:
@@ -392,14 +394,14 @@ class Acceleration:
         signature = _signature(stock_class(pipe))
         wants_trajectory = TRAJECTORY_ARGUMENT not in signature.parameters and kwargs.pop(TRAJECTORY_ARGUMENT, False)
         with _alone_with(pipe):
-            self._follow_device(pipe)
+            device = self._follow_device(pipe)
             self._bind(pipe)
             bound = signature.bind(pipe, *args, **kwargs)
             bound.apply_defaults()
             arguments = dict(bound.arguments)
             if self.plan.family.name != GENERIC and INPUT_VALIDATION in self.stages:
                 verified(self.stages[INPUT_VALIDATION], INPUT_VALIDATION, "input", arguments)
-            with self._opened(pipe, arguments) as call:
+            with self._opened(pipe, arguments, device) as call:
                 trajectory = follow_trajectory(call) if wants_trajectory else None
                 with call.state[RECORDER].span(WHOLE_CALL):
                     result = call_next(*args, **kwargs)
@@ -414,18 +416,16 @@ class Acceleration:
         return result if trajectory is None else with_trajectory(result, trajectory)
 
     @contextlib.contextmanager
-    def _opened(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[Call]:
+    def _opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
         features = frozenset(decision.feature for decision in self.plan.decisions if decision.on)
-        with open_call(pipe, owner=self, arguments=arguments, features=features) as call:
+        with open_call(pipe, owner=self, arguments=arguments, features=features, device=device) as call:
             with self._lock:
                 if self._removed:
                     raise PipeboostError("this acceleration was removed while the call was starting")
                 self._calls.add(call)
             call.rebind = functools.partial(self._bind, pipe)
             call.state[COMPOSITION] = self.stages
-            call.state[RECORDER] = Recorder(
-                call, device=pipe._execution_device, exact_peaks=_profiled.get(), progress=self.progress
-            )
+            call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=self.progress)
             turn = current_turn()
             if turn is not None:
                 call.state[TURN] = turn
@@ -443,19 +443,24 @@ class Acceleration:
             if turn is not None and turn.turns is turns:
                 call.cancel()
 
-    def _follow_device(self, pipe: Any) -> None:
+    def _follow_device(self, pipe: Any) -> torch.device:
         """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does.
 
         So it is where Diffusers' own offload was turned on since: ours steps back.
+
+        Returns:
+            Where the call will run.
         """
+        device = device_of(pipe)
         with self._lock:
             taken_over = self.plan["offload"].on and stock_offload(pipe)
-            unmoved = pipe._execution_device.type == self.plan.hardware.device
+            unmoved = device.type == self.plan.hardware.device
             if (unmoved and not taken_over) or self._calls or pipe is not self._pipe():
-                return
+                return device
             plan = _plan_for(pipe, replace(self.config, offload=None) if taken_over else self.config)
             self._undo_all_parts()
             self.plan = plan
+        return device_of(pipe)
 
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""

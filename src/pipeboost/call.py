@@ -23,6 +23,7 @@ class Call:
 
     Attributes:
         pipe: the pipeline, or the view of it, that was called.
+        device: where its script runs.
         owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
         arguments: the arguments of the call by parameter name, defaults included.
         features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
@@ -36,9 +37,15 @@ class Call:
     """
 
     def __init__(
-        self, pipe: Any, owner: Any, arguments: dict[str, Any], features: frozenset[str] | None = None
+        self,
+        pipe: Any,
+        owner: Any,
+        arguments: dict[str, Any],
+        features: frozenset[str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.pipe = pipe
+        self.device = torch.device("cpu") if device is None else device
         self.owner = owner
         self.arguments = arguments
         self.features = features
@@ -83,10 +90,15 @@ def current_call() -> Call | None:
 
 @contextlib.contextmanager
 def open_call(
-    pipe: Any, *, owner: Any, arguments: dict[str, Any] | None = None, features: frozenset[str] | None = None
+    pipe: Any,
+    *,
+    owner: Any,
+    arguments: dict[str, Any] | None = None,
+    features: frozenset[str] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Call]:
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
-    call = Call(pipe, owner, arguments or {}, features)
+    call = Call(pipe, owner, arguments or {}, features, device)
     token = _current.set(call)
     try:
         with call.resources:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from pipeboost.errors import UnsupportedError
+from pipeboost.seams import layers_of
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,21 @@ def _importable(package: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(package) is not None
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline's script runs: what its `_execution_device` says.
+
+    Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
+    """
+    if layers_of(pipe, "_execution_device"):
+        return pipe._execution_device
+    devices = set()
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            if any("_hf_hook" in vars(part) or "_diffusers_hook" in vars(part) for part in component.modules()):
+                return pipe._execution_device
+            first = next(component.parameters(), None)
+            if first is not None:
+                devices.add(first.device)
+    return devices.pop() if len(devices) == 1 else pipe._execution_device

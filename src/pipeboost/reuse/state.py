@@ -2,8 +2,9 @@
 
 A weight counts by who it is, its version and a sample of its content. The version shows every change in place that
 torch can see; the sample shows those made through `.data`, which torch cannot see: peft merges and unmerges this way,
-and `module.to(torch.bfloat16).to(torch.float32)` rounds. Of a large weight the sample holds an element in each row, so
-that a few elements within a row, changed through `.data`, are the one thing that goes unseen. Where a weight lies does
+and `module.to(torch.bfloat16).to(torch.float32)` rounds. The sample holds a few hundred elements of a weight, of an
+embedding one in each row (textual inversion sets rows), so that a change through `.data` to a small part of another
+weight is the one thing that goes unseen. Where a weight lies does
 not count where something moves it between host and device, so an offloaded encoder keeps its state. All plain
 attributes of all submodules count too: peft keeps its active adapters, scales and merges there, and transformers its
 settings.
@@ -25,7 +26,7 @@ from pipeboost.seams import stock_class
 MOST_SAMPLES = 2**18
 """Elements of one weight that are looked at, at most: one in each row even of the largest vocabularies."""
 
-_FEWEST_SAMPLES = 2**12
+_FEWEST_SAMPLES = 2**8
 _MANY_ITEMS = 1000
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SKIPPED = {
@@ -92,7 +93,11 @@ class StateDigest:
             self._identity(stock_class(module)),
             None if forward is None else self._identity(getattr(forward, "__func__", forward)),
             [self._hooks(members[kind].values()) for kind in _HOOKS],
-            [(name, self._weight(weight, placed)) for name, weight in module._parameters.items() if weight is not None],
+            [
+                (name, self._weight(weight, placed, by_row=isinstance(module, nn.Embedding)))
+                for name, weight in module._parameters.items()
+                if weight is not None
+            ],
             [(name, self._tensor(buffer, placed)) for name, buffer in module._buffers.items() if buffer is not None],
             self._members(members),
         )
@@ -101,18 +106,18 @@ class StateDigest:
         # Those of transformers only collect hidden states; they come with the first call that asks for any.
         return [self._identity(hook) for hook in hooks if not _of_transformers(hook)]
 
-    def _weight(self, weight: torch.Tensor, placed: bool) -> Any:
+    def _weight(self, weight: torch.Tensor, placed: bool, *, by_row: bool) -> Any:
         if weight.is_inference():
             raise NotKeyable("a weight made in inference mode does not count its changes")
-        return (self._serials.of(weight), weight._version, self._tensor(weight, placed))
+        return (self._serials.of(weight), weight._version, self._tensor(weight, placed, by_row=by_row))
 
-    def _tensor(self, tensor: torch.Tensor, placed: bool) -> Any:
+    def _tensor(self, tensor: torch.Tensor, placed: bool, *, by_row: bool = False) -> Any:
         if is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise NotKeyable(f"a {type(tensor).__name__} on {tensor.device} cannot be looked at")
         where = str(tensor.device) if placed else None
         if id(tensor) not in self._seen:
             self._seen[id(tensor)] = len(self._seen)
-            sample = _sample(tensor.detach())
+            sample = _sample(tensor.detach(), by_row=by_row)
             self._order.append((tensor.device, sample.element_size()))
             self._samples.setdefault(self._order[-1], []).append(sample)
         return (tensor.dtype, tuple(tensor.shape), where, self._seen[id(tensor)])
@@ -161,15 +166,15 @@ def _of_transformers(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements of a tensor as integers; all of a small one.
-
-    The stride is at most one less than a row, so that every row is met, and one column after the other.
-    """
+def _sample(tensor: torch.Tensor, *, by_row: bool) -> torch.Tensor:
+    """Some elements of a tensor as integers; all of a small one. With `by_row`, at least one of each row."""
     flat = tensor.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     if flat.numel() > _FEWEST_SAMPLES:
-        row = flat.numel() // tensor.shape[0]
-        flat = flat[:: max(min(row - 1, flat.numel() // _FEWEST_SAMPLES), flat.numel() // MOST_SAMPLES, 1)]
+        stride = flat.numel() // _FEWEST_SAMPLES
+        if by_row:
+            # Less than a row, so that every row is met, and one column after the other.
+            stride = max(min(flat.numel() // tensor.shape[0] - 1, stride), flat.numel() // MOST_SAMPLES, 1)
+        flat = flat[::stride]
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])

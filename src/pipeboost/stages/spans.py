@@ -87,7 +87,6 @@ class Recorder:
 
     Args:
         call: the call; spans go to its `events`, in order of their start.
-        device: where the call runs.
         exact_peaks: restart the allocator's peak counter at each stage.
         progress: called with a `Progress`; what it raises ends the call.
     """
@@ -96,13 +95,12 @@ class Recorder:
         self,
         call: Call,
         *,
-        device: torch.device,
         exact_peaks: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._call = call
-        self._device = device
-        self._on_cuda = device.type == "cuda"
+        self._device = call.device
+        self._on_cuda = call.device.type == "cuda"
         self._exact_peaks = exact_peaks and self._on_cuda
         self._progress = progress
         self._open: list[Span] = []
@@ -209,6 +207,5 @@ def recorder_of(call: Call) -> Recorder:
     """The recorder of a call; one that was opened without gets one of its own."""
     recorder = call.state.get(RECORDER)
     if recorder is None:
-        device = getattr(call.pipe, "_execution_device", torch.device("cpu"))
-        recorder = call.state.setdefault(RECORDER, Recorder(call, device=device))
+        recorder = call.state.setdefault(RECORDER, Recorder(call))
     return recorder
