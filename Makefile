@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/pipeboost demo
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, stage_doors
+from pipeboost.families import Activations, Blocks, Family, FullSize, Linear, Measured, stage_doors
 
 
 def forward_arguments(
@@ -77,6 +77,15 @@ FAMILY = Family(
             speedup=1.40,
             source="benchmarks/results/flux.1-dev_h100-80gb-hbm3_2026-11-22.md",
         ),
+    ),
+    activations=Activations(
+        denoising=Linear(fixed=111_029_056, per_pixel=413.618),
+        decoding=Linear(fixed=56_286_674, per_pixel=2433.023),
+        text_encoding=293_298_130,
+        width=1024,
+        height=1024,
+        frames=1,
+        source="benchmarks/results/residency_flux.1-dev_h100-80gb-hbm3_2026-11-22.md",
     ),
     doors=stage_doors(text_outputs=("prompt_embeds", "pooled_prompt_embeds", "text_ids")),
 )

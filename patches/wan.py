@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, stage_doors
+from pipeboost.families import Activations, Blocks, Family, FullSize, Linear, Measured, stage_doors
 
 
 def forward_arguments(
@@ -77,6 +77,16 @@ FAMILY = Family(
             speedup=1.40,
             source="benchmarks/results/wan2.1-1.3b_h100-80gb-hbm3_2026-11-22.md",
         ),
+    ),
+    # At one size only, so that other sizes are told by proportion; decoding in float32, as the model card asks.
+    activations=Activations(
+        denoising=Linear(fixed=0, per_pixel=29.5),
+        decoding=Linear(fixed=0, per_pixel=291.8),
+        text_encoding=279_000_000,
+        width=832,
+        height=480,
+        frames=81,
+        source="benchmarks/results/executor_h100-80gb-hbm3_2026-11-22.md",
     ),
     expert_steps=expert_steps,
     doors=stage_doors(text_outputs=("prompt_embeds", "negative_prompt_embeds")),

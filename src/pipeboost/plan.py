@@ -145,7 +145,9 @@ class Plan:
         facts = self.facts
         if not self.peaks:
             return f"weights of {facts.weighed} {in_gib(facts.weights)}"
-        return memory_in_words(facts.components, self.policies, self.family.activations, weighed=facts.weighed)
+        # They were measured on a GPU; on a CPU, in float32, they are others.
+        activations = self.family.activations if self.hardware.device == "cuda" else None
+        return memory_in_words(facts.components, self.policies, activations, weighed=facts.weighed)
 
     def __str__(self) -> str:
         available = self.hardware.memory if self.facts.free is None else self.facts.free

@@ -58,7 +58,7 @@ def memory_in_words(
     peaks = predict(components, policies, activations, unmeasured=0)
     stage = max(peaks, key=lambda name: peaks[name])
     if activations is None:
-        size = "plus activations, which were not measured for this family"
+        size = "plus activations, which were not measured for this device"
     else:
         frames = f", {activations.frames} frames" if activations.frames > 1 else ""
         size = f"in {stage} for {activations.width}×{activations.height}{frames}, batch 1 ({activations.source})"
