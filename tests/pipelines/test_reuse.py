@@ -296,6 +296,18 @@ def test_an_encoder_that_changes_while_it_encodes_is_never_reused():
         assert encoder.turns == 1
 
 
+def test_a_weight_that_changes_while_it_encodes_is_seen():
+    pipe, runs = accelerated()
+    weight = pipe.text_encoder_2.shared.weight
+    pipe.text_encoder_2.register_forward_hook(lambda *_: _turn(weight))
+    assert encoded(ENTRY, pipe, runs) > 0
+    assert len(pipe.acceleration._prompts.store) == 0
+
+
+def _turn(weight):
+    weight.neg_()
+
+
 def test_a_hit_leaves_the_attributes_that_the_script_would_have_set():
     pipe, runs = accelerated()
     counts = []

@@ -14,7 +14,9 @@ from pipeboost import ReuseConfig, accelerate_pipeline
 from pipeboost.errors import ConfigurationError
 from pipeboost.reuse.content import NotKeyable, Serials, content
 from pipeboost.reuse.names import names_in
-from pipeboost.reuse.state import MOST_SAMPLES, StateDigest, _sample
+from pipeboost.reuse.sample import MOST_SAMPLES, sample_of
+from pipeboost.reuse.snapshots import Snapshots
+from pipeboost.reuse.state import StateDigest
 from pipeboost.reuse.store import Entry, Store
 
 
@@ -22,8 +24,8 @@ def entry(elements: int = 10) -> Entry:
     return Entry.of((torch.ones(elements), None), {})
 
 
-def digest(model: object, serials: Serials, *, placed: bool = True) -> bytes:
-    state = StateDigest(serials, placed=placed)
+def digest(model: object, snapshots: Snapshots, *, placed: bool = True) -> bytes:
+    state = StateDigest(snapshots, placed=placed)
     state.add("model", model)
     return state.digest()
 
@@ -129,10 +131,10 @@ def _replace_buffer(model: Encoder) -> None:
 
 @pytest.mark.parametrize("keep", [_swap, _replace_buffer, lambda model: model.to("cpu")])
 def test_the_state_survives_what_offload_does(keep):
-    model, serials = Encoder(), Serials()
-    before = digest(model, serials)
+    model, snapshots = Encoder(), Snapshots()
+    before = digest(model, snapshots)
     keep(model)
-    assert digest(model, serials) == before
+    assert digest(model, snapshots) == before
 
 
 CHANGES = {
@@ -155,30 +157,106 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_state_changes_with(change):
-    model, serials = Encoder(), Serials()
-    before = digest(model, serials)
-    assert digest(model, serials) == before
+    model, snapshots = Encoder(), Snapshots()
+    before = digest(model, snapshots)
+    assert digest(model, snapshots) == before
     with torch.no_grad():
         CHANGES[change](model)
-    assert digest(model, serials) != before
+    assert digest(model, snapshots) != before
+
+
+def test_an_attribute_under_another_name_or_on_another_class_is_another_state():
+    class Subclass(nn.Linear):
+        pass
+
+    model, snapshots = Encoder(), Snapshots()
+    model.linear.first = print
+    seen = {digest(model, snapshots)}
+    model.linear.second = model.linear.__dict__.pop("first")
+    seen.add(digest(model, snapshots))
+    model.linear.__class__ = Subclass
+    seen.add(digest(model, snapshots))
+    model.more = nn.ModuleDict({"a": nn.ReLU()}).eval()
+    seen.add(digest(model, snapshots))
+    model.more["b"] = model.more.pop("a")
+    seen.add(digest(model, snapshots))
+    assert len(seen) == 5
+
+
+def test_an_attribute_that_took_the_address_of_a_dead_one_is_another_state():
+    class Rule:
+        pass
+
+    model, snapshots = Encoder(), Snapshots()
+    seen = set()
+    for _ in range(50):
+        model.linear.rule = None
+        model.linear.rule = Rule()
+        seen.add(digest(model, snapshots))
+    assert len(seen) == 50
+
+
+def test_snapshots_keep_no_model_and_nothing_on_it_alive():
+    model, snapshots = Encoder(), Snapshots()
+    model.linear.forward = model.linear.forward
+    model.linear.owner = [model]
+    before = digest(model, snapshots)
+    snapshots.clear()
+    assert digest(model, snapshots) == before
+    alive = weakref.ref(model.linear.weight)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def _trace(model: object, snapshots: Snapshots) -> object:
+    state = StateDigest(snapshots, placed=True, sampled=False)
+    state.add("model", model)
+    return state.trace()
+
+
+def test_a_trace_shows_every_change_but_those_through_data_of_weights():
+    unseen = {name for name in CHANGES if "through .data" in name}
+    for name, change in CHANGES.items():
+        model, snapshots = Encoder(), Snapshots()
+        before = _trace(model, snapshots)
+        assert _trace(model, snapshots) == before
+        with torch.no_grad():
+            change(model)
+        if name not in unseen | {"buffer"}:
+            assert _trace(model, snapshots) != before, name
+    model, snapshots = Encoder(), Snapshots()
+    before = _trace(model, snapshots)
+    _swap(model)
+    assert _trace(model, snapshots) == before
+    model.positions.add_(1)
+    assert _trace(model, snapshots) != before
 
 
 def test_training_mode_and_weights_that_are_not_there_have_no_state():
     with pytest.raises(NotKeyable, match="training mode"):
-        digest(Encoder().train(), Serials())
+        digest(Encoder().train(), Snapshots())
     with pytest.raises(NotKeyable, match="meta"):
-        digest(Encoder().to("meta"), Serials())
+        digest(Encoder().to("meta"), Snapshots())
     with torch.inference_mode():
         model = Encoder()
     with pytest.raises(NotKeyable, match="inference mode"):
-        digest(model, Serials())
+        digest(model, Snapshots())
 
 
-def test_a_sample_meets_every_row_of_the_largest_vocabularies():
-    for rows, width in ((256_384, 4), (1000, 300), (300, 1000)):
-        marked = torch.arange(rows, dtype=torch.int32).repeat_interleave(width).view(rows, width)
-        assert set(_sample(marked).tolist()) == set(range(rows))
-    assert _sample(torch.empty(8 * MOST_SAMPLES, 1)).numel() <= MOST_SAMPLES
+@pytest.mark.parametrize("by_row", [True, False])
+def test_a_sample_meets_every_column_and_every_row_of_the_largest_vocabularies(by_row):
+    for rows, width in ((256_384, 4), (1000, 300), (300, 1000), (512, 512)):
+        marked = torch.arange(rows * width, dtype=torch.int32).view(rows, width)
+        sample = sample_of(marked, by_row=by_row)
+        assert set((sample % width).tolist()) == set(range(width))
+        if by_row:
+            assert set((sample // width).tolist()) == set(range(rows))
+        elif rows > width:
+            assert sample.numel() < rows
+        transposed = marked.t().contiguous().t()
+        assert torch.equal(sample_of(transposed, by_row=by_row), sample)
+    assert sample_of(torch.empty(8 * MOST_SAMPLES, 1), by_row=by_row).numel() <= MOST_SAMPLES
 
 
 def test_the_names_a_method_touches_are_found_through_helpers_properties_and_super():

@@ -42,6 +42,10 @@ class Serials:
             known = self._add(obj)
         return known[1]
 
+    def fresh(self) -> int:
+        """A number of no object."""
+        return next(self._next)
+
     def _add(self, obj: Any) -> tuple[weakref.ref[Any], int]:
         with self._lock:
             known = self._numbers.get(id(obj))

@@ -2,9 +2,8 @@
 
 A weight counts by who it is, its version and a sample of its content. The version shows every change in place that
 torch can see; the sample shows those made through `.data`, which torch cannot see: peft merges and unmerges this way,
-and `module.to(torch.bfloat16).to(torch.float32)` rounds. The sample holds a few hundred elements of a weight, of an
-embedding one in each row (textual inversion sets rows), so that a change through `.data` to a small part of another
-weight is the one thing that goes unseen. Where a weight lies does
+and `module.to(torch.bfloat16).to(torch.float32)` rounds. A change through `.data` that meets no element of the sample,
+less than a column of a weight or a row of an embedding, is the one thing that goes unseen. Where a weight lies does
 not count where something moves it between host and device, so an offloaded encoder keeps its state. All plain
 attributes of all submodules count too: peft keeps its active adapters, scales and merges there, and transformers its
 settings.
@@ -12,50 +11,41 @@ settings.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pipeboost.reuse.content import PLAIN, NotKeyable, Serials
-from pipeboost.seams import stock_class
+from pipeboost.reuse.content import PLAIN, NotKeyable
+from pipeboost.reuse.sample import Samples
+from pipeboost.reuse.snapshots import HOOKS, Snapshots, attributes_of, has_settings
 
-MOST_SAMPLES = 2**18
-"""Elements of one weight that are looked at, at most: one in each row even of the largest vocabularies."""
-
-_FEWEST_SAMPLES = 2**8
 _MANY_ITEMS = 1000
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_SKIPPED = {
-    *("_parameters", "_buffers", "_modules", "forward", "_old_forward"),
-    *(*_HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
-    # Saving, loading and training.
-    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-    *("_non_persistent_buffers_set", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-    # What accelerate and Diffusers put on a model that they offload, anew for every call.
-    *("_hf_hook", "_diffusers_hook", "to", "cuda", "cpu"),
-    # What transformers notes while it runs.
-    *("_output_capturing_hooks_installed", "deprecation_warnings"),
-}
+_ORDINARY = (nn.Parameter, torch.Tensor)
 
 
 class StateDigest:
     """Takes in components one by one, then gives the digest of them all.
 
+    Facts are kept as strings: thousands of tuples would wake Python's garbage collector, in the middle of every key.
+
     Args:
-        serials: tells objects apart; the same for all digests that are compared.
+        snapshots: what is known of modules; the same for all digests that are compared.
         placed: whether weights run where they lie. False where our own offload moves them.
+        sampled: whether the content of weights is looked at. False for a `trace` alone.
     """
 
-    def __init__(self, serials: Serials, *, placed: bool) -> None:
-        self._serials = serials
+    def __init__(self, snapshots: Snapshots, *, placed: bool, sampled: bool = True) -> None:
+        self._snapshots = snapshots
+        self._serial = snapshots.serials.of
         self._placed = placed
-        self._facts: list[Any] = []
-        self._samples: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
-        self._order: list[tuple[torch.device, int]] = []
+        self._facts: list[str] = []
+        self._touches: list[str] = []
+        self._samples = Samples() if sampled else None
         self._seen: dict[int, int] = {}
 
     def add(self, name: str, value: Any) -> None:
@@ -64,70 +54,88 @@ class StateDigest:
         Raises:
             NotKeyable: it is in training mode, or its weights cannot be looked at.
         """
-        self._facts.append((name, self._module(value) if isinstance(value, nn.Module) else self._value(value)))
+        self._facts.append(name)
+        if isinstance(value, nn.Module):
+            self._module(value)
+        else:
+            self._facts.append(repr(self._value(value)))
 
     def digest(self) -> bytes:
         """The digest of everything taken in; waits for the device that the weights are on."""
-        result = hashlib.blake2b(repr(self._facts).encode(), digest_size=20)
-        with torch.no_grad():
-            # One copy a device, however many weights; then in the order they came, wherever each of them lies.
-            fetched = {
-                group: iter(torch.cat(samples).cpu().split([sample.numel() for sample in samples]))
-                for group, samples in self._samples.items()
-            }
-            for group in self._order:
-                result.update(next(fetched[group]).numpy())
+        assert self._samples is not None
+        # Most processors have instructions for SHA-256, and the samples of a large encoder are megabytes.
+        result = hashlib.sha256("\0".join(self._facts).encode())
+        self._samples.update(result)
+        # The samples are views, which would keep weights where they are now.
+        self._samples = None
         return result.digest()
 
-    def _module(self, root: nn.Module) -> Any:
+    def trace(self) -> tuple[list[str], list[str]]:
+        """Everything but content: while it stays as it was, nothing was touched in a way that torch or Python shows.
+
+        If it does not, the state may still be the same, for tensors other than parameters count by who they are.
+        """
+        return (self._facts, self._touches)
+
+    def _module(self, root: nn.Module) -> None:
         # Offloaded by accelerate or Diffusers, a model lies here or there, and runs on the pipeline's device.
         placed = self._placed and not {"_hf_hook", "_diffusers_hook"} & vars(root).keys()
-        return [(name, self._submodule(module, placed)) for name, module in root.named_modules()]
+        facts, seen = self._facts, self._seen
+        waiting: list[tuple[str, nn.Module | None]] = [("", root)]
+        while waiting:
+            name, module = waiting.pop()
+            facts.append(name)
+            if module is None or id(module) in seen:
+                facts.append("none" if module is None else f"seen {seen[id(module)]}")
+                continue
+            seen[id(module)] = len(seen)
+            self._submodule(module, placed)
+            if submodules := module._modules:
+                facts.append(f"{len(submodules)} submodules")
+                waiting += submodules.items()
 
-    def _submodule(self, module: nn.Module, placed: bool) -> Any:
-        if module.training:
-            raise NotKeyable(f"{type(module).__name__} is in training mode")
-        members = vars(module)
-        forward = members.get("_old_forward", members.get("forward"))
-        return (
-            self._identity(stock_class(module)),
-            None if forward is None else self._identity(getattr(forward, "__func__", forward)),
-            [self._hooks(members[kind].values()) for kind in _HOOKS],
-            [
-                (name, self._weight(weight, placed, by_row=isinstance(module, nn.Embedding)))
-                for name, weight in module._parameters.items()
-                if weight is not None
-            ],
-            [(name, self._tensor(buffer, placed)) for name, buffer in module._buffers.items() if buffer is not None],
-            self._members(members),
-        )
+    def _submodule(self, module: nn.Module, placed: bool) -> None:
+        members, known, facts = module.__dict__, self._snapshots.of(module), self._facts
+        facts.append(known.told)
+        for kind in HOOKS:
+            if members[kind] and (hooks := self._hooks(members[kind])):
+                facts.append(f"{kind} {hooks}")
+        if weights := members["_parameters"]:
+            by_row = isinstance(module, nn.Embedding)
+            for name, weight in weights.items():
+                if weight is not None:
+                    if weight.is_inference():
+                        raise NotKeyable("a weight made in inference mode does not count its changes")
+                    told = self._tensor(weight, placed, by_row=by_row)
+                    facts.append(f"{name} {self._serial(weight)} {weight._version} {told}")
+        if buffers := members["_buffers"]:
+            facts += [f"{name} {self._content(each, placed)}" for name, each in buffers.items() if each is not None]
+        for name in known.open:
+            facts.append(f"{name} {self._value(members[name])!r}")
 
-    def _hooks(self, hooks: Iterable[Any]) -> Any:
+    def _hooks(self, hooks: Mapping[int, Any]) -> Any:
         # Those of transformers only collect hidden states; they come with the first call that asks for any.
-        return [self._identity(hook) for hook in hooks if not _of_transformers(hook)]
+        return [self._snapshots.identity(hook) for hook in hooks.values() if not _of_transformers(hook)]
 
-    def _weight(self, weight: torch.Tensor, placed: bool, *, by_row: bool) -> Any:
-        if weight.is_inference():
-            raise NotKeyable("a weight made in inference mode does not count its changes")
-        return (self._serials.of(weight), weight._version, self._tensor(weight, placed, by_row=by_row))
+    def _content(self, tensor: torch.Tensor, placed: bool) -> str:
+        """A tensor that counts by its content alone."""
+        if tensor.is_inference():
+            # Without a version, nothing but the content can say that it is as it was.
+            self._touches.append(f"{self._snapshots.serials.fresh()}")
+        else:
+            self._touches.append(f"{self._serial(tensor)} {tensor._version}")
+        return self._tensor(tensor, placed)
 
-    def _tensor(self, tensor: torch.Tensor, placed: bool, *, by_row: bool = False) -> Any:
-        if is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+    def _tensor(self, tensor: torch.Tensor, placed: bool, *, by_row: bool = False) -> str:
+        strided = tensor.layout is torch.strided and tensor.device.type != "meta"
+        if not strided or (type(tensor) not in _ORDINARY and is_traceable_wrapper_subclass(tensor)):
             raise NotKeyable(f"a {type(tensor).__name__} on {tensor.device} cannot be looked at")
-        where = str(tensor.device) if placed else None
-        if id(tensor) not in self._seen:
-            self._seen[id(tensor)] = len(self._seen)
-            sample = _sample(tensor.detach(), by_row=by_row)
-            self._order.append((tensor.device, sample.element_size()))
-            self._samples.setdefault(self._order[-1], []).append(sample)
-        return (tensor.dtype, tuple(tensor.shape), where, self._seen[id(tensor)])
-
-    def _members(self, members: dict[str, Any]) -> Any:
-        return [
-            (name, value if type(value) in PLAIN else self._value(value))
-            for name, value in members.items()
-            if name not in _SKIPPED and not name.startswith("_pipeboost")
-        ]
+        number = self._seen.get(id(tensor))
+        if number is None:
+            number = self._seen[id(tensor)] = len(self._seen)
+            if self._samples is not None:
+                self._samples.add(tensor, by_row=by_row)
+        return f"{_kind(tensor.dtype, tensor.shape, tensor.device if placed else None)} {number}"
 
     def _value(self, value: Any) -> Any:
         if type(value) in PLAIN:
@@ -141,10 +149,8 @@ class StateDigest:
             items = [self._value(item) for item in value]
             return (type(value).__name__, sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items)
         if isinstance(value, torch.Tensor):
-            return self._tensor(value, placed=False)
-        if hasattr(type(value), "push_to_hub") and not isinstance(value, nn.Module):
-            return self._settings(value)
-        return self._identity(value)
+            return self._content(value, placed=False)
+        return self._settings(value) if has_settings(value) else self._snapshots.identity(value)
 
     def _settings(self, holder: Any) -> Any:
         """A configuration, tokenizer or processor: everything that is set on it."""
@@ -153,28 +159,14 @@ class StateDigest:
         self._seen[id(holder)] = len(self._seen)
         added = holder.get_added_vocab() if hasattr(holder, "get_added_vocab") else None
         size = len(holder) if added is not None else None
-        return (self._identity(type(holder)), size, added, self._members(vars(holder)))
-
-    def _identity(self, value: Any) -> Any:
-        try:
-            return (type(value).__name__, self._serials.of(value))
-        except TypeError:
-            return (type(value).__name__, id(value))
+        members = [(name, self._value(value)) for name, value in attributes_of(vars(holder))]
+        return (self._snapshots.identity(type(holder)), size, added, members)
 
 
 def _of_transformers(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
-def _sample(tensor: torch.Tensor, *, by_row: bool) -> torch.Tensor:
-    """Some elements of a tensor as integers; all of a small one. With `by_row`, at least one of each row."""
-    flat = tensor.reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    if flat.numel() > _FEWEST_SAMPLES:
-        stride = flat.numel() // _FEWEST_SAMPLES
-        if by_row:
-            # Less than a row, so that every row is met, and one column after the other.
-            stride = max(min(flat.numel() // tensor.shape[0] - 1, stride), flat.numel() // MOST_SAMPLES, 1)
-        flat = flat[::stride]
-    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+@functools.lru_cache(maxsize=4096)
+def _kind(dtype: torch.dtype, shape: torch.Size, device: torch.device | None) -> str:
+    return f"{dtype} {tuple(shape)} {device}"
