@@ -39,21 +39,21 @@ def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
         ConfigurationError: the file is missing or unreadable, or has a key that is not one of the `known` settings.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"config file {path} is not text in UTF-8; it must be YAML or JSON") from error
     if path.suffix == ".json":
         try:
-            settings = json.loads(text)
+            settings = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"config file {path} is not valid JSON: {error}") from error
     else:
         import yaml
 
         try:
-            settings = yaml.safe_load(text)
+            settings = yaml.load(text, Loader=_loader(path))
         except yaml.YAMLError as error:
             raise ConfigurationError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -61,4 +61,26 @@ def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise ConfigurationError(f"config file {path} has no setting {key!r}; it may have {', '.join(known)}")
+    return settings
+
+
+def _loader(path: Path) -> Any:
+    """PyYAML's safe loader, which by itself lets the last of several equal keys win."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _without_repeats([(key.value, None) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"], path)
+            return dict(super().construct_mapping(node, deep=deep))
+
+    return Loader
+
+
+def _without_repeats(pairs: Sequence[tuple[Any, Any]], path: Path) -> dict[Any, Any]:
+    settings: dict[Any, Any] = {}
+    for key, value in pairs:
+        if isinstance(key, str) and key in settings:
+            raise ConfigurationError(f"config file {path} has {key!r} twice; leave one out")
+        if isinstance(key, str):
+            settings[key] = value
     return settings

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipeboost.cli import bench, demo, doctor, main
 from pipeboost.cli.picture import picture_grid
-from pipeboost.cli.plan import plan_of
+from pipeboost.cli.plan import plan_of, wrapped
 from pipeboost.config import ATTENTION_BACKENDS
 from pipeboost.demo_model import prompts
 from pipeboost.errors import UnsupportedError
@@ -110,6 +110,13 @@ def test_plan_knows_the_shipped_model(pipeboost):
     code, out, _ = pipeboost("plan", WEIGHTS, "--device", "cpu")
     assert code == 0
     assert "FluxPipeline" in out
+
+
+def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
+    text = str(plan_of("flux.1-dev", quality="fast", hardware=detect_hardware("cpu")))
+    lines = wrapped(text, 80).splitlines()
+    assert max(map(len, lines)) <= 80 < max(map(len, text.splitlines()))
+    assert " ".join(lines).split() == text.split()
 
 
 def test_plan_knows_a_published_size(pipeboost):

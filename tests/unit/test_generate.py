@@ -18,9 +18,11 @@ from pipeboost.errors import ConfigurationError, MissingPackageError, PipeboostE
 from pipeboost.generate import functions, inputs
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
+from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.lora import Lora
 from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import make_requests
+from pipeboost.generate.writing import write_whole
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
 
@@ -361,6 +363,35 @@ def test_an_image_is_turned_upright_and_made_rgb(tmp_path):
     assert (turned.size, turned.mode) == ((2, 4), "RGB")
 
 
+def test_a_16_bit_image_keeps_its_greys(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 4096, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "deep.png")
+    read = np.asarray(load_image(tmp_path / "deep.png"))
+    assert abs(read.mean() - 127.5) < 1
+    assert (read.min(), read.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("source", [5, b"a.png", None, "a\0b", "http://[::1"])
+def test_what_names_no_image_is_refused(source):
+    assert "image" in refusal(make_requests, rows=[{"prompt": "a"}], defaults={"image_path": [source]})
+
+
+def test_no_lora_may_be_said_as_none():
+    assert ModelSettings.of(lora_path=None).loras == ()
+    assert "lora_path='5' is neither" in refusal(ModelSettings.of, lora_path=5)
+
+
+def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):
+    target, link, pipe = tmp_path / "a.txt", tmp_path / "link.txt", tmp_path / "pipe"
+    link.symlink_to(target)
+    write_whole(link, lambda file: file.write(b"new"))
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"new")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, lambda file: file.write(b"new"))
+    assert (os.read(reader, 9), pipe.is_fifo()) == (b"new", True)
+    os.close(reader)
+
+
 def test_a_damaged_image_is_refused(tmp_path):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(png()[:200])
@@ -393,6 +424,11 @@ def test_a_prompt_file_may_be_text_jsonl_json_or_yaml(tmp_path):
 def test_a_wrong_prompt_file_is_refused(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     assert sentence in refusal(read_prompts, path=tmp_path / name)
+
+
+def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\r\n"c"\n', encoding="utf-8")
+    assert [row["prompt"] for row in read_prompts(tmp_path / "p.jsonl")] == ["a\u2028b", "c"]
 
 
 def test_a_row_wins_over_the_defaults():

@@ -203,6 +203,11 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--save-output", "a.mp4"], "the model makes images; use a name that ends in .png"),
         (["--save-output", "a.png", "--prompt", "a", "--prompt", "b"], "is one file for 2 images; name a folder"),
         (["--no-save-output", "--save-output"], "--no-save-output contradicts"),
+        (["--report", "."], ". is a folder; name a file in it"),
+        (["--profile", "."], ". is a folder; name a file in it"),
+        (["--report", "a.json", "--profile", "a.json"], "a.json is named by two flags"),
+        (["--save-output", "a.png", "--report", "a.png"], "a.png is named by two flags"),
+        (["--image-path", "http://[::1"], "image http://[::1 cannot be fetched: Invalid IPv6 URL"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(refused, tmp_path, flags, sentence):
@@ -273,6 +278,9 @@ def test_a_profile_is_one_chrome_trace_of_all_calls(made, tmp_path):
     events = json.loads((tmp_path / "deep" / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
     assert sum(event["name"] == "step 1" for event in events) == 2
+    first, second = ([event for event in events if event["pid"] == n and event["ph"] == "X"] for n in range(2))
+    assert max(event["ts"] + event["dur"] for event in first) <= min(event["ts"] for event in second) + 1
+    assert os.listdir("deep") == ["trace.json"]
 
 
 def test_the_report_flag_writes_the_report(made, tmp_path):
@@ -280,6 +288,14 @@ def test_the_report_flag_writes_the_report(made, tmp_path):
     whole = json.loads((tmp_path / "deep" / "out.json").read_text())
     assert whole["model"] == str(WEIGHTS)
     assert "denoising" in whole["requests"][0]["report"]["stages"]
+
+
+def test_the_memory_of_each_component_as_it_was_loaded_is_told_and_reported(made):
+    result = made()
+    assert result.report["components"]["transformer"] == {"bytes": 21203456, "device": "cpu"}
+    line = result.out.splitlines()[0]
+    assert line.startswith("loaded 28.7 MiB: ")
+    assert "transformer 20.2 MiB on cpu" in line
 
 
 def test_a_config_file_gives_flags_and_acceleration_and_the_command_line_wins(made, refused, tmp_path):
@@ -300,9 +316,21 @@ def test_a_config_file_gives_flags_and_acceleration_and_the_command_line_wins(ma
         ("width: wide", "Invalid value for '--width'"),
         ("acceleration: {colour: red}", "there is no setting 'colour'"),
         ("acceleration: fast", "must be a mapping of settings"),
+        ("seed: 1\nseed: 2", "has 'seed' twice; leave one out"),
+        ("prompt: {a: 1}", "prompt={'a': 1} is not a value of its flag"),
+        ("output_path: [a, b]", "output_path=['a', 'b'] is not a value of its flag"),
+        ("num_gpus: true", "num_gpus=True is not a value of its flag"),
+        ("call: {latents: 2020-01-01, x: 1}", "x=1: FluxPipeline, which makes images, has no such argument"),
     ):
         (tmp_path / "settings.yaml").write_text(f"{line}\n")
         assert sentence in refused("--config", "settings.yaml")
+
+
+def test_a_config_file_may_say_save_output_true_and_begin_with_a_byte_order_mark(made, tmp_path):
+    (tmp_path / "settings.yaml").write_bytes(b"\xef\xbb\xbfsave_output: true\n")
+    assert made("--config", "settings.yaml").paths[0].parent == Path("outputs")
+    (tmp_path / "settings.json").write_bytes(b'\xef\xbb\xbf{"prompt": "a fox"}')
+    assert made("--config", "settings.json").paths[0].name == "a-fox-seed1.png"
 
 
 def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch):
@@ -319,7 +347,7 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
 
     monkeypatch.setattr("pipeboost.generate.outputs.write_image", fill_the_disk)
     result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
-    assert (result.code, result.err.count("\n"), result.out.count("\n")) == (2, 1, 2)
+    assert (result.code, result.err.count("\n"), result.out.count(".png")) == (2, 1, 2)
     assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err
     assert sorted(os.listdir("outputs")) == ["a-seed1.png", "b-seed2.png"]
     assert [row["prompt"] for row in result.report["requests"]] == ["a", "b"]

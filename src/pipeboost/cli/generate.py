@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,13 @@ class Output:
             allowed = ", ".join((*IMAGE_FORMATS, *VIDEO_FORMATS))
             raise ConfigurationError(f"--save-output {save} must be a folder or a file that ends in {allowed}")
         _make_folder(target.parent if target and is_file else target)
-        for file in (report, profile):
-            _make_folder(file and file.parent)
+        files = [file for file in (target if is_file else None, report, profile) if file is not None]
+        for file in files:
+            if file.is_dir():
+                raise ConfigurationError(f"{file} is a folder; name a file in it")
+            if len([other for other in files if other.resolve() == file.resolve()]) > 1:
+                raise ConfigurationError(f"{file} is named by two flags, of which one would replace the other")
+            _make_folder(file.parent)
         return cls(target, is_file, report, profile)
 
     def check(self, kind: str, count: int) -> None:
@@ -97,11 +102,12 @@ class _Results:
     """What is finished so far, as the report file shows it."""
 
     settings: ModelSettings
+    components: Mapping[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, request: Request, made: Generated, path: Path | None) -> None:
-        process = len(self.rows)
+    def add(self, request: Request, made: Generated, path: Path | None, *, profile: Path | None) -> None:
+        process, start = len(self.rows), sum(row["report"]["seconds"] for row in self.rows)
         self.rows.append(
             {
                 "prompt": made.prompt,
@@ -111,11 +117,17 @@ class _Results:
                 "report": json.loads(made.report.to_json()),
             }
         )
-        self.events += _trace_events(made, process)
+        if profile is not None:
+            self.events += _trace_events(made, process, start, profile.parent)
 
     def write(self, output: Output, plan: str) -> None:
         if output.report is not None:
-            whole = {"model": self.settings.model_path, "plan": plan.splitlines(), "requests": self.rows}
+            whole = {
+                "model": self.settings.model_path,
+                "components": self.components,
+                "plan": plan.splitlines(),
+                "requests": self.rows,
+            }
             _write_json(output.report, whole)
         if output.profile is not None:
             _write_json(output.profile, {"traceEvents": self.events, "displayTimeUnit": "ms"})
@@ -177,11 +189,12 @@ def _make_all(
         profiled=output.profile is not None,
         warm_up=warm_up,
     )
-    results = _Results(model.settings)
+    results = _Results(model.settings, {name: asdict(each) for name, each in model.components.items()})
+    progress.finished_loading(model.loaded_line)
     try:
         for request, made in zip(requests, outputs, strict=True):
             path, line = output.save(made)
-            results.add(request, made, path)
+            results.add(request, made, path, profile=output.profile)
             progress.finished(f"{line}  seed {made.seed}  {made.report.seconds:.2f} s")
             for note in made.notes:
                 progress.note(note)
@@ -254,16 +267,19 @@ def _kept(results: _Results, requests: Sequence[Request]) -> str:
     return f" ({len(results.rows)} of {len(requests)} were finished and are kept)"
 
 
-def _trace_events(made: Generated, process: int) -> Iterator[dict[str, Any]]:
-    """The report's own Chrome trace, as one process of a trace of many calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        made.report.to_chrome_trace(path)
-        events = json.loads(path.read_text())["traceEvents"]
+def _trace_events(made: Generated, process: int, start: float, beside: Path) -> Iterator[dict[str, Any]]:
+    """The report's own Chrome trace, as one process of a trace of many calls, `start` seconds after the first."""
+    try:
+        with tempfile.TemporaryDirectory(dir=beside) as folder:
+            path = Path(folder) / "trace.json"
+            made.report.to_chrome_trace(path)
+            events = json.loads(path.read_text())["traceEvents"]
+    except OSError as error:
+        raise PipeboostError(f"the profile cannot be written to {beside}: {error.strerror or error}") from error
     name = f"seed {made.seed}: {made.prompt}"
     yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
     for event in events:
-        yield {**event, "pid": process}
+        yield {**event, "pid": process, "ts": event["ts"] + start * 1e6}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -44,15 +44,21 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make a file's settings the flags' defaults, so that the command line wins and values are checked alike."""
     if path is None:
         return None
-    flags = {parameter.name: parameter for parameter in ctx.command.params}
+    flags: dict[Any, Any] = {parameter.name: parameter for parameter in ctx.command.params}
     known = [name for name in flags if name not in ("config", "help")]
     settings = file_settings(path, [*known, ACCELERATION_KEY])
     ctx.obj = settings.pop(ACCELERATION_KEY, None) or {}
     if isinstance(settings.get("call"), Mapping):
-        settings["call"] = [f"{name}={json.dumps(value)}" for name, value in settings["call"].items()]
+        settings["call"] = [f"{name}={json.dumps(value, default=str)}" for name, value in settings["call"].items()]
     for name, value in settings.items():
-        if flags[name].multiple and not isinstance(value, list):
+        flag = flags[name]
+        if name == "save_output" and value is True:
+            settings[name] = ""  # as the flag does without a value
+        elif flag.multiple and not isinstance(value, list):
             settings[name] = [value]
+        refused = () if flag.is_flag or name == "save_output" else (bool,)
+        if any(isinstance(each, (dict, list, *refused)) for each in (settings[name] if flag.multiple else [value])):
+            raise ConfigurationError(f"config file {path}: {name}={value!r} is not a value of its flag")
     ctx.default_map = settings
     return path
 

@@ -36,6 +36,10 @@ class BatchProgress:
         """Say what is being done before the first output."""
         self._bar.update(self._task, description=escape(text))
 
+    def finished_loading(self, line: str) -> None:
+        """The model is loaded."""
+        self._print(line)
+
     def step(self, progress: StageProgress) -> None:
         """What the running call tells."""
         which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""

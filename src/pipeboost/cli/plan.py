@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,15 @@ def print_plan(model: str, *, quality: str | None, device: str, config: Path | N
     Raises:
         ConfigurationError: the model cannot be found or read, or a setting is not allowed.
     """
-    print(plan_of(model, quality=quality, hardware=device_hardware(device), config=config))
+    plan = str(plan_of(model, quality=quality, hardware=device_hardware(device), config=config))
+    # Whatever reads a pipe wants a line a feature.
+    print(wrapped(plan, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plan)
+
+
+def wrapped(plan: str, width: int) -> str:
+    """A plan whose lines fit a terminal, their continuations indented to where the text begins."""
+    lines = (textwrap.wrap(line, max(width, 40), subsequent_indent=" " * 12) for line in plan.splitlines())
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None) -> Plan:

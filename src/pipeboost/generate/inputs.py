@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import urllib.error
-import urllib.parse
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -28,12 +27,14 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         ConfigurationError: it is missing, does not come within 30 s or 64 MiB, or is no picture.
     """
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return _rgb(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigurationError(f"image_path={source!r} must be a path, an http(s) URL or a picture")
     name = os.fspath(source)
-    data = _download(name) if urllib.parse.urlsplit(name).scheme in ("http", "https") else _read(name)
+    data = _download(name) if name.lower().startswith(("http://", "https://")) else _read(name)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _rgb(image)
     except Image.DecompressionBombError as error:
         raise ConfigurationError(f"image {name} is too large: {error}") from error
     # Pillow's decoders raise any of these on damaged data.
@@ -41,17 +42,25 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         raise ConfigurationError(f"image {name} cannot be read as a picture; it may be damaged") from error
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        # Pillow would cut 16-bit values off at 255, which makes nearly all of them white.
+        upright = upright.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return upright.convert("RGB")
+
+
 def _read(name: str) -> bytes:
-    path = Path(name).expanduser()
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"image {name} cannot be read: {error.strerror or error}") from error
+        return Path(name).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"image {name} cannot be read: {reason}") from error
 
 
 def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
         with urllib.request.urlopen(request, timeout=SECONDS_TO_WAIT) as response:
             data: bytes = response.read(LARGEST_DOWNLOAD + 1)
     except urllib.error.HTTPError as error:

@@ -70,11 +70,11 @@ class ModelSettings:
                 f"parallel asks for {settings.parallel.size} GPUs, but this version runs on one; leave the parallel "
                 "settings out"
             )
-        one = isinstance(lora_path, (str, os.PathLike))
+        adapters = lora_path if isinstance(lora_path, (list, tuple)) else (lora_path,)
         return cls(
             model_path=path,
             vae_path=None if vae_path is None else _checked_vae(Path(vae_path).expanduser()),
-            loras=tuple(Lora.of(each) for each in ((lora_path,) if one else lora_path)),
+            loras=tuple(Lora.of(each) for each in adapters if each is not None),
             device=("cuda" if has_cuda() else "cpu") if device == "auto" else device,
             acceleration=settings,
         )

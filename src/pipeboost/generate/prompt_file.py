@@ -26,13 +26,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise ConfigurationError(f"prompt file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"prompt file {path} is not text in UTF-8") from error
-    suffix = path.suffix.lower()
+    suffix, lines = path.suffix.lower(), text.split("\n")  # as read; splitlines would also end one at U+2028
     if suffix == ".jsonl":
-        entries = [_parsed(line, path, f"line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        entries = [_parsed(line, path, f"line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     elif suffix in (".json", ".yaml", ".yml"):
         entries = _parsed_list(text, path)
     else:
-        entries = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not entries:
         raise ConfigurationError(f"prompt file {path} holds no prompt")
     return [_row(entry, path, number) for number, entry in enumerate(entries, 1)]
@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _parsed(line: str, path: Path, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"prompt file {path}, {where}, is not JSON: {error}") from error
 
 

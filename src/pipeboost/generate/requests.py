@@ -116,7 +116,7 @@ def _picture(source: Any, known: dict[str, Image.Image]) -> Image.Image:
 
 
 def _listed(value: Any) -> Sequence[Any]:
-    return (value,) if isinstance(value, (str, Path, Image.Image)) else tuple(value)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _is_integer(value: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,20 @@ from pipeboost.generate.loading import ModelSettings, load_pipeline
 from pipeboost.generate.locations import one_line
 from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps
 from pipeboost.generate.requests import Request, make_requests
+from pipeboost.offload import in_gib
 from pipeboost.seams import stock_class
+from pipeboost.stages.report import weights_of
 
 if TYPE_CHECKING:
     from pipeboost.stages import Progress
+
+
+@dataclass(frozen=True)
+class LoadedComponent:
+    """The weights of a component as they were loaded: their bytes, and the device that they are on."""
+
+    bytes: int
+    device: str
 
 
 class LoadedModel:
@@ -28,6 +39,7 @@ class LoadedModel:
         settings: what it was loaded from.
         pipe: the accelerated pipeline; its handle is at `pipe.acceleration`.
         kind: `"image"` or `"video"`, what it makes.
+        components: name → bytes and device of its weights, as they were loaded.
     """
 
     def __init__(self, settings: ModelSettings, *, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -35,6 +47,17 @@ class LoadedModel:
         self._lock = threading.Lock()
         self._pipe: Any = load_pipeline(settings, tell)
         self.kind: Kind = CallSignature(self._pipe).kind
+        self.components = {
+            name: LoadedComponent(weight, next(self._pipe.components[name].parameters()).device.type)
+            for name, weight in weights_of(self._pipe.components).items()
+            if weight
+        }
+
+    @property
+    def loaded_line(self) -> str:
+        """The memory of each component, in words."""
+        parts = (f"{name} {in_gib(each.bytes)} on {each.device}" for name, each in self.components.items())
+        return f"loaded {in_gib(sum(each.bytes for each in self.components.values()))}: {', '.join(parts)}"
 
     @property
     def pipe(self) -> Any:

@@ -74,7 +74,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         PipeboostError: the folder cannot be made, or the file cannot be written, as on a full disk.
     """
     temporary = None
+    # A link stays one, and what is no file, such as /dev/null, is written to and not replaced.
+    path = Path(os.path.realpath(path))
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(_bytes_of(write))
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "w+b") as file:
@@ -88,6 +93,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _bytes_of(write: Callable[[IO[bytes]], object]) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
 
 
 def _umask() -> int:
