@@ -29,7 +29,7 @@ import torch
 
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
 from pipeboost.cache import CacheCount, attach_cache
-from pipeboost.call import Call, no_call, open_call
+from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.errors import PipeboostError, UnsupportedError
@@ -43,7 +43,6 @@ from pipeboost.reuse import PromptReuse, reuse_prompts
 from pipeboost.seams import attach, stock_class
 from pipeboost.stages import (
     COMPOSITION,
-    INPUT_VALIDATION,
     RECORDER,
     TRAJECTORY_ARGUMENT,
     TURN,
@@ -58,7 +57,6 @@ from pipeboost.stages import (
     follow_trajectory,
     one_by_one,
     overlapped,
-    verified,
     watch,
     watched_components,
     weights_of,
@@ -196,6 +194,7 @@ class Acceleration:
         self._ledger = Ledger()
         self._parts: dict[int, _Part] = {}
         self._calls: set[Call] = set()
+        self._cancellations = 0
         self._finished: _Finished | None = None
         self._lock = threading.RLock()
         self._removed = False
@@ -360,7 +359,9 @@ class Acceleration:
             yield call
 
     def cancel(self, call: Call | None = None) -> None:
-        """Make all running calls, or one, raise `Cancelled` at their next denoising step."""
+        """Make all calls that run or wait for their turn, or one, raise `Cancelled` at their next denoising step."""
+        if call is None:
+            self._cancellations += 1
         for running in tuple(self._calls):
             if call is None or running is call:
                 running.cancel()
@@ -391,17 +392,24 @@ class Acceleration:
         if self._removed or id(self) in _paused.get():
             with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
-        signature = _signature(stock_class(pipe))
-        wants_trajectory = TRAJECTORY_ARGUMENT not in signature.parameters and kwargs.pop(TRAJECTORY_ARGUMENT, False)
+        cancellations = self._cancellations
         with _alone_with(pipe):
+            if self._removed:  # while this call waited
+                return self._run(call_next, pipe, *args, **kwargs)
+            signature = _signature(stock_class(pipe))
+            trajectory_is_ours = TRAJECTORY_ARGUMENT not in signature.parameters
+            wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
             device = self._follow_device(pipe)
             self._bind(pipe)
             bound = signature.bind(pipe, *args, **kwargs)
             bound.apply_defaults()
             arguments = dict(bound.arguments)
-            if self.plan.family.name != GENERIC and INPUT_VALIDATION in self.stages:
-                verified(self.stages[INPUT_VALIDATION], INPUT_VALIDATION, "input", arguments)
             with self._opened(pipe, arguments, device) as call:
+                if self._cancellations != cancellations:  # while this call waited
+                    call.cancel()
+                call.raise_if_cancelled()
+                if self.plan.family.name != GENERIC:
+                    self.stages.verify_arguments(arguments)
                 trajectory = follow_trajectory(call) if wants_trajectory else None
                 with call.state[RECORDER].span(WHOLE_CALL):
                     result = call_next(*args, **kwargs)
@@ -418,6 +426,7 @@ class Acceleration:
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
         features = frozenset(decision.feature for decision in self.plan.decisions if decision.on)
+        outer = current_call()
         with open_call(pipe, owner=self, arguments=arguments, features=features, device=device) as call:
             with self._lock:
                 if self._removed:
@@ -427,15 +436,18 @@ class Acceleration:
             call.state[COMPOSITION] = self.stages
             call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=self.progress)
             turn = current_turn()
-            if turn is not None:
+            if turn is not None and (outer is None or outer.state.get(TURN) is not turn):
                 call.state[TURN] = turn
             try:
                 with residing(pipe):
                     yield call
             finally:
-                self._calls.discard(call)
-                if self.plan["offload"].on:
-                    self.stages.offload()
+                # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
+                call.state.pop(RECORDER)
+                with self._lock:
+                    self._calls.discard(call)
+                    if self.plan["offload"].on and not self._calls:
+                        self.stages.offload()
 
     def _cancel_turns(self, turns: Any) -> None:
         for call in tuple(self._calls):
@@ -469,6 +481,8 @@ class Acceleration:
         if self.plan["offload"].on:
             components |= placed_components(pipe)
         with self._lock:
+            if self._removed:
+                return
             for key, part in tuple(self._parts.items()):
                 target = part.target()
                 replaced = pipe is self._pipe() and not part.of_view and components.get(part.path) is not target

@@ -1,6 +1,6 @@
 """The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
 
-from pipeboost.stages.composition import INPUT_VALIDATION, Composition
+from pipeboost.stages.composition import Composition
 from pipeboost.stages.doorway import COMPOSITION
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
 from pipeboost.stages.report import Load, Report, weights_of
@@ -13,7 +13,6 @@ from pipeboost.stages.watch import watch, watched_components
 
 __all__ = [
     "COMPOSITION",
-    "INPUT_VALIDATION",
     "RECORDER",
     "TRAJECTORY_ARGUMENT",
     "TURN",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeboost.call import current_call
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
 from pipeboost.families import Family, StageDoor
 from pipeboost.stages.spans import DENOISING, WHOLE_CALL
-from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values
+from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values, verified
 
 INPUT_VALIDATION = "input validation"
 _ORDER = (
@@ -28,7 +28,7 @@ _ORDER = (
     WHOLE_CALL,
 )
 FRAMES = "door frames"
-"""Where a call's state keeps the doors it is in, innermost last, each as a callable from values to values."""
+"""Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
 
 
 class BuiltInStage(Stage):
@@ -44,10 +44,10 @@ class BuiltInStage(Stage):
             PipeboostError: not inside the stage that replaces this one.
         """
         call = current_call()
-        frames = call.state.get(FRAMES) if call is not None else None
-        if not frames:
+        frames = call.state.get(FRAMES, {}) if call is not None else {}
+        if self.name not in frames:
             raise PipeboostError(f"the stage {self.name!r} runs inside a call, from the stage that replaces it")
-        result: Values = frames[-1](values)
+        result: Values = frames[self.name](values)
         return result
 
 
@@ -101,7 +101,7 @@ class Composition:
         names = [*(name for name in _ORDER[:-1] if name in there), *(name for name in own if name in there), WHOLE_CALL]
         stages = [InputValidation(name) if name == INPUT_VALIDATION else BuiltInStage(name) for name in names]
         self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
-        self._loaded: set[int] = set()
+        self._loaded: dict[int, Stage] = {}
         self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[Stage]:
@@ -128,6 +128,16 @@ class Composition:
     def names(self) -> tuple[str, ...]:
         """The stages' names, in order."""
         return tuple(entry.stage.name for entry in self._entries)
+
+    def verify_arguments(self, arguments: Values) -> None:
+        """The built-in check of a call's arguments, where the pipeline has one that the user did not replace.
+
+        Raises:
+            StageVerificationError: stock would die of them.
+        """
+        for stage in self:
+            if isinstance(stage, InputValidation):
+                verified(stage, stage.name, "input", arguments)
 
     def slots(self) -> Mapping[str, Slot]:
         """The user's stages, by the built-in stage at whose door they run; a snapshot."""
@@ -158,6 +168,7 @@ class Composition:
         with self._lock:
             if name in self:
                 raise ConfigurationError(f"there is a stage {name!r} already; replace_stage puts another in its place")
+            self._require_new(name, stage, self._entries)
             position = self._index(before if before is not None else after)
             beside = self._entries[position]
             side = "before" if before is not None else "after"
@@ -188,6 +199,7 @@ class Composition:
                 raise ConfigurationError(
                     f"{name!r} is the pipeline's own script and cannot be replaced; add a stage beside another one"
                 )
+            self._require_new(name, stage, (*self._entries[:position], *self._entries[position + 1 :]))
             self._give_up(entry.stage)
             self._put(position, replace(entry, stage=stage))
             stage.name = name
@@ -216,18 +228,25 @@ class Composition:
         with self._lock:
             if id(stage) not in self._loaded:
                 stage.load()
-                self._loaded.add(id(stage))
+                self._loaded[id(stage)] = stage
 
     def offload(self) -> None:
-        """Offload every stage that is loaded."""
-        for stage in self:
+        """Offload every stage that is loaded, also one that a call still ran when it was removed."""
+        for stage in tuple(self._loaded.values()):
             self._give_up(stage)
 
     def _give_up(self, stage: Stage) -> None:
         with self._lock:
-            if id(stage) in self._loaded:
-                self._loaded.discard(id(stage))
+            if self._loaded.pop(id(stage), None) is not None:
                 stage.offload()
+
+    def _require_new(self, name: str, stage: Stage, entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            if stage is entry.stage or stage is entry.built_in:
+                raise ConfigurationError(
+                    f"stage {name!r} stands at {entry.stage.name!r} already; use another instance of "
+                    f"{type(stage).__name__}"
+                )
 
     def _put(self, position: int, entry: _Entry) -> None:
         self._entries = (*self._entries[:position], entry, *self._entries[position + 1 :])

@@ -67,11 +67,10 @@ def door_layer(door: StageDoor) -> Layer:
         slot = None if door.stage in inside else user_stages(call).get(door.stage)
         inside.append(door.stage)
         try:
-            with _alone_with_what_it_shares(door, owner):
-                if slot is not None:
-                    return _compose(call, slot, door, call_next, owner, args, kwargs)
-                with recorder_of(call).span(door.stage):
-                    return call_next(*args, **kwargs)
+            if slot is not None:
+                return _compose(call, slot, door, call_next, owner, args, kwargs)
+            with _alone_with_what_it_shares(door, owner), recorder_of(call).span(door.stage):
+                return call_next(*args, **kwargs)
         finally:
             inside.pop()
 
@@ -152,19 +151,19 @@ def _compose(
 
     def stock(changed: Values) -> Values:
         changed_args, changed_kwargs = arguments.changed_to(changed)
-        with recorder_of(call).span(door.stage):
+        with _alone_with_what_it_shares(door, owner), recorder_of(call).span(door.stage):
             seen.append(call_next(*changed_args, **changed_kwargs))
         return named_results(seen[-1], door.outputs)
 
     if slot.instead is None:
         outputs = stock(values)
     else:
-        frames = call.state.setdefault(FRAMES, [])
-        frames.append(stock)
+        frames = call.state.setdefault(FRAMES, {})
+        frames[door.stage] = stock
         try:
             outputs = run_user_stage(call, slot.instead, values)
         finally:
-            frames.pop()
+            del frames[door.stage]
     for stage in slot.after:
         outputs = run_user_stage(call, stage, outputs)
     if seen:
@@ -183,9 +182,12 @@ def _as_the_script_expects(outputs: Values, door: StageDoor, arguments: Values) 
         )
     if arguments.get("return_dict") is True:
         return SimpleNamespace(**outputs)
-    if len(door.outputs) > 1 or "return_dict" in arguments:
-        return tuple(outputs.values())
-    return outputs[door.outputs[0]]
+    order = list(door.outputs)
+    while (further := f"output_{len(order)}") in outputs:
+        order.append(further)
+    if len(order) > 1 or "return_dict" in arguments:
+        return tuple(outputs[name] for name in order)
+    return outputs[order[0]]
 
 
 class _Arguments:

@@ -103,7 +103,7 @@ class Report:
             stages[span.stage] = stages.get(span.stage, 0.0) + own_seconds
         memory = whole.memory_peak
         if memory is None and whole.memory_after is not None:
-            memory = torch.cuda.max_memory_allocated()
+            memory = torch.cuda.max_memory_allocated(whole.events[1].device if whole.events is not None else None)
         return cls(
             pipeline=pipeline,
             seconds=whole.seconds(),

@@ -75,6 +75,7 @@ def _begin_step(call: Call) -> None:
         if TURN in call.state and call.step == 0:
             with recorder.span(WAITING):
                 call.state[TURN].begin()
+                call.raise_if_cancelled()  # it may have waited long
         recorder.open(DENOISING, "step", step=call.step)
 
 
