@@ -17,7 +17,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell src patches tests examples benchmarks README.md CONTRIBUTING.md
+	$(VENV)/bin/codespell src patches tests examples benchmarks docs README.md CONTRIBUTING.md
 
 setup: $(VENV)/.dev
 
