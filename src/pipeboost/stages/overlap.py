@@ -52,13 +52,10 @@ def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callabl
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
 
-    def run(position: int) -> Any:
+    def run(position: int, view: Any) -> Any:
         turn = Turn(turns, position)
         turn.wait_to_start()
         _turn.set(turn)
-        view = copy.copy(pipe)
-        if getattr(pipe, "scheduler", None) is not None:
-            view.scheduler = copy.deepcopy(pipe.scheduler)
         try:
             if not streams:
                 return view(**requests[position])
@@ -75,7 +72,7 @@ def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callabl
         try:
             for position in range(len(requests) + IN_FLIGHT):
                 if position < len(requests):
-                    waiting.append(pool.submit(contextvars.copy_context().run, run, position))
+                    waiting.append(pool.submit(contextvars.copy_context().run, run, position, _view(pipe)))
                 if position >= IN_FLIGHT - 1 and waiting:
                     yield waiting.pop(0).result()
         finally:
@@ -87,3 +84,11 @@ def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callabl
                 for future in waiting:
                     with contextlib.suppress(BaseException):
                         future.result()
+
+
+def _view(pipe: Any) -> Any:
+    """A shallow copy of the pipeline with a scheduler of its own, whose state a call goes through."""
+    view = copy.copy(pipe)
+    if getattr(pipe, "scheduler", None) is not None:
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+    return view
