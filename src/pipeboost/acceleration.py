@@ -69,6 +69,7 @@ _CALL_DOOR_ORDER = -1000.0
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
 _unreported: ContextVar[bool] = ContextVar("pipeboost_unreported", default=False)
+_collected: ContextVar[list[_Finished] | None] = ContextVar("pipeboost_collected", default=None)
 _call_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _call_locks_lock = threading.Lock()
 
@@ -285,7 +286,7 @@ class Acceleration:
 
         While one denoises, the text of the next is encoded and the previous is decoded. The results are those of one
         call after the other, to the bit. They do run one after the other where that would not hold (a request without a
-        `generator` of its own), and where components are offloaded.
+        `generator` of its own), and where components are offloaded. After each output `report()` is of its request.
 
         Args:
             requests: arguments of each call.
@@ -301,7 +302,9 @@ class Acceleration:
             for request in requests:
                 yield pipe(**request)
             return
-        yield from overlapped(pipe, requests, self._cancel_turns)
+        for output, finished in overlapped(pipe, requests, _with_what_finished, self._cancel_turns):
+            self._finished = finished or self._finished
+            yield output
 
     def warm_up(self, **call: Any) -> None:
         """Run `pipe(**call)` without reporting it, so that what comes after is compiled and loaded."""
@@ -415,12 +418,17 @@ class Acceleration:
                     result = call_next(*args, **kwargs)
         if not _unreported.get():
             caches = call.state.get("cache")
-            self._finished = _Finished(
+            finished = _Finished(
                 events=call.events,
                 caches=() if caches is None else caches.counts(),
                 loads=tuple(call.state.get("loads", ())),
                 reuse=dict(call.state.get("reuse", {})),
             )
+            collected = _collected.get()
+            if collected is None:
+                self._finished = finished
+            else:
+                collected.append(finished)
         return result if trajectory is None else with_trajectory(result, trajectory)
 
     @contextlib.contextmanager
@@ -542,6 +550,18 @@ def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
+
+
+def _with_what_finished(view: Any, request: Mapping[str, Any]) -> tuple[Any, _Finished | None]:
+    """One of several overlapping requests: what it returns, and what a report needs of it; None where it ran stock."""
+    finished: list[_Finished] = []
+    token = _collected.set(finished)
+    try:
+        # Calls inside this one, from a callback, finish before it.
+        output = view(**request)
+        return output, finished[-1] if finished else None
+    finally:
+        _collected.reset(token)
 
 
 def _alone_with(pipe: Any) -> threading.RLock:

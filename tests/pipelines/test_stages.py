@@ -457,6 +457,15 @@ def test_overlapped_requests_give_what_they_give_one_by_one(name):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
+def test_after_each_overlapped_output_the_report_is_of_its_request():
+    entry, pipe = TINY["flux_dev"], exact("flux_dev")
+    steps = [5, 1, 4, 2, 3, 1]
+    requests = [entry.call_kwargs(seed=seed, steps=count) for seed, count in enumerate(steps)]
+    assert [len(pipe.acceleration.report().steps) for _ in pipe.acceleration.run_many(requests)] == steps
+    entry.call(pipe, steps=2)
+    assert len(pipe.acceleration.report().steps) == 2
+
+
 def test_overlapped_requests_do_overlap_and_denoise_one_at_a_time():
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     threads = set()

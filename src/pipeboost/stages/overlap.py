@@ -12,11 +12,13 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeboost.stages.turns import Turn, Turns
+
+Result = TypeVar("Result")
 
 IN_FLIGHT = 3
 """One request before its loop, one in it, one after it."""
@@ -40,8 +42,13 @@ def one_by_one(requests: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callable[[Turns], None]) -> Iterator[Any]:
-    """Run `pipe(**request)` for each request and yield the results in order.
+def overlapped(
+    pipe: Any,
+    requests: Sequence[Mapping[str, Any]],
+    call: Callable[[Any, Mapping[str, Any]], Result],
+    cancel: Callable[[Turns], None],
+) -> Iterator[Result]:
+    """Run `call(view of pipe, request)` for each request and yield what it returns, in order.
 
     Args:
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
@@ -52,23 +59,23 @@ def overlapped(pipe: Any, requests: Sequence[Mapping[str, Any]], cancel: Callabl
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
 
-    def run(position: int, view: Any) -> Any:
+    def run(position: int, view: Any) -> Result:
         turn = Turn(turns, position)
         turn.wait_to_start()
         _turn.set(turn)
         try:
             if not streams:
-                return view(**requests[position])
+                return call(view, requests[position])
             stream = streams[position % IN_FLIGHT]
             with torch.cuda.stream(stream):
-                result = view(**requests[position])
+                result = call(view, requests[position])
                 stream.synchronize()
             return result
         finally:
             turn.end()
 
     with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pipeboost-overlap") as pool:
-        waiting: list[Future[Any]] = []
+        waiting: list[Future[Result]] = []
         try:
             for position in range(len(requests) + IN_FLIGHT):
                 if position < len(requests):
