@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
-from pipeboost.cache import CacheCount, attach_cache
+from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
@@ -48,19 +48,22 @@ from pipeboost.stages import (
     TURN,
     WHOLE_CALL,
     Composition,
-    Load,
+    FinishedCall,
     Progress,
     Recorder,
     Report,
     Stage,
     current_turn,
     follow_trajectory,
+    latest_after,
     one_by_one,
     overlapped,
+    unreported,
     watch,
     watched_components,
     weights_of,
     with_trajectory,
+    with_what_finished,
 )
 
 P = TypeVar("P")
@@ -68,8 +71,6 @@ P = TypeVar("P")
 _CALL_DOOR_ORDER = -1000.0
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
-_unreported: ContextVar[bool] = ContextVar("pipeboost_unreported", default=False)
-_collected: ContextVar[list[_Finished] | None] = ContextVar("pipeboost_collected", default=None)
 _call_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _call_locks_lock = threading.Lock()
 
@@ -86,16 +87,6 @@ class _Part:
     ledger: Ledger
     compiled: CompiledModel | None
     of_view: bool
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """What a report needs of a call that is over; not the call itself, which would keep its pipeline alive."""
-
-    events: list[Any]
-    caches: tuple[CacheCount, ...]
-    loads: tuple[tuple[str, int, float], ...]
-    reuse: dict[str, int]
 
 
 class _Default:
@@ -196,7 +187,7 @@ class Acceleration:
         self._parts: dict[int, _Part] = {}
         self._calls: set[Call] = set()
         self._cancellations = 0
-        self._finished: _Finished | None = None
+        self._finished: FinishedCall | None = None
         self._lock = threading.RLock()
         self._removed = False
         self._prompts: PromptReuse | None = None
@@ -227,19 +218,9 @@ class Acceleration:
         if self._finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
         pipe = self._pipe()
-        return Report.of_spans(
-            self._finished.events,
+        return self._finished.report(
             pipeline=self.plan.facts.pipeline,
             components={} if pipe is None else weights_of(pipe.components),
-            loads=[Load(*load) for load in self._finished.loads],
-            cache={
-                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
-                    "computed": count.computed_steps,
-                    "skipped": count.cached_steps,
-                }
-                for count in self._finished.caches
-            },
-            reuse=self._finished.reuse,
             compiled={
                 part.path: asdict(part.compiled.counters) for part in self._parts.values() if part.compiled is not None
             },
@@ -302,17 +283,14 @@ class Acceleration:
             for request in requests:
                 yield pipe(**request)
             return
-        for output, finished in overlapped(pipe, requests, _with_what_finished, self._cancel_turns):
+        for output, finished in overlapped(pipe, requests, with_what_finished, self._cancel_turns):
             self._finished = finished or self._finished
             yield output
 
     def warm_up(self, **call: Any) -> None:
         """Run `pipe(**call)` without reporting it, so that what comes after is compiled and loaded."""
-        token = _unreported.set(True)
-        try:
+        with unreported():
             self._alive_pipe()(**call)
-        finally:
-            _unreported.reset(token)
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[None]:
@@ -416,19 +394,7 @@ class Acceleration:
                 trajectory = follow_trajectory(call) if wants_trajectory else None
                 with call.state[RECORDER].span(WHOLE_CALL):
                     result = call_next(*args, **kwargs)
-        if not _unreported.get():
-            caches = call.state.get("cache")
-            finished = _Finished(
-                events=call.events,
-                caches=() if caches is None else caches.counts(),
-                loads=tuple(call.state.get("loads", ())),
-                reuse=dict(call.state.get("reuse", {})),
-            )
-            collected = _collected.get()
-            if collected is None:
-                self._finished = finished
-            else:
-                collected.append(finished)
+        self._finished = latest_after(call, self._finished)
         return result if trajectory is None else with_trajectory(result, trajectory)
 
     @contextlib.contextmanager
@@ -550,18 +516,6 @@ def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
-
-
-def _with_what_finished(view: Any, request: Mapping[str, Any]) -> tuple[Any, _Finished | None]:
-    """One of several overlapping requests: what it returns, and what a report needs of it; None where it ran stock."""
-    finished: list[_Finished] = []
-    token = _collected.set(finished)
-    try:
-        # Calls inside this one, from a callback, finish before it.
-        output = view(**request)
-        return output, finished[-1] if finished else None
-    finally:
-        _collected.reset(token)
 
 
 def _alone_with(pipe: Any) -> threading.RLock:

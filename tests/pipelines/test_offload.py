@@ -133,6 +133,12 @@ def test_a_call_counts_the_bytes_that_it_moves():
     assert {path for path, _, _ in loads} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
     assert sum(moved for _, moved, _ in loads) == calls[0].state["bytes moved"]
     assert all(seconds >= 0 for _, _, seconds in loads)
+    by_component = {path: moved for path, moved, _ in loads}
+    assert pipe.acceleration.report().moved == {
+        "text encoding": by_component["text_encoder"] + by_component["text_encoder_2"],
+        "denoising": by_component["transformer"],
+        "decoding": by_component["vae"],
+    }
 
 
 @pytest.mark.parametrize("policy", POLICIES)

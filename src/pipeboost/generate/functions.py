@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, overload
 
 from PIL import Image
 
+from pipeboost.generate.call_arguments import Kind
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS, GeneratedImage, GeneratedVideo, check_fps
 from pipeboost.generate.session import LoadedModel, requests_of
@@ -108,10 +109,7 @@ def generate_image(
     settings = ModelSettings.of(
         model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
     )
-    requests = requests_of(settings, prompt, request)
-    with _lock:
-        made = _warm_model(settings).generate_all("image", requests)
-    return made if isinstance(prompt, (list, tuple)) else made[0]
+    return _generate("image", settings, prompt, request)
 
 
 @overload
@@ -165,9 +163,20 @@ def generate_video(
         model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
     )
     check_fps(fps)
+    return _generate("video", settings, prompt, request, fps=fps)
+
+
+def _generate(
+    kind: Kind,
+    settings: ModelSettings,
+    prompt: str | Sequence[str] | None,
+    request: Mapping[str, Any],
+    *,
+    fps: int = DEFAULT_FPS,
+) -> Any:
     requests = requests_of(settings, prompt, request)
     with _lock:
-        made = _warm_model(settings).generate_all("video", requests, fps=fps)
+        made = _warm_model(settings).generate_all(kind, requests, fps=fps)
     return made if isinstance(prompt, (list, tuple)) else made[0]
 
 

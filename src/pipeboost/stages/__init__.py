@@ -2,8 +2,9 @@
 
 from pipeboost.stages.composition import Composition
 from pipeboost.stages.doorway import COMPOSITION
+from pipeboost.stages.finished import FinishedCall, latest_after, unreported, with_what_finished
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
-from pipeboost.stages.report import Load, Report, weights_of
+from pipeboost.stages.report import Report, weights_of
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
 from pipeboost.stages.trajectory import ARGUMENT as TRAJECTORY_ARGUMENT
@@ -20,7 +21,7 @@ __all__ = [
     "Checks",
     "Composition",
     "FailedCheck",
-    "Load",
+    "FinishedCall",
     "Progress",
     "Recorder",
     "Report",
@@ -31,11 +32,14 @@ __all__ = [
     "Trajectory",
     "current_turn",
     "follow_trajectory",
+    "latest_after",
     "one_by_one",
     "overlapped",
+    "unreported",
     "verified",
     "watch",
     "watched_components",
     "weights_of",
     "with_trajectory",
+    "with_what_finished",
 ]

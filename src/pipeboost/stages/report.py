@@ -36,13 +36,11 @@ class StageMemory:
         before: at the stage's first start.
         after: at its last end.
         peak: the most in between, where it is known: in a profiled call, or where it was the highest so far.
-        moved: bytes of weights that went from host to device in it.
     """
 
     before: int
     after: int
     peak: int | None
-    moved: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Report:
         memory: peak bytes allocated on the device, in the call where it was profiled, else since the process began or
             the user reset it; None on a CPU.
         stage_memory: stage → the memory around it; empty on a CPU.
+        moved: stage → bytes of weights that went from host to device in it, without what ran nested inside it.
         components: component → bytes of its weights.
         loads: what was put on the device during the call.
         cache: per guidance branch and expert, `"transformer branch 0"` → steps computed and steps skipped.
@@ -80,6 +79,7 @@ class Report:
     steps: list[float]
     memory: int | None
     stage_memory: dict[str, StageMemory] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
     components: dict[str, int] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -97,20 +97,18 @@ class Report:
         whole = spans[0]
         if whole.events is not None:
             whole.events[1].synchronize()
-        own = _without_nested(spans)
-        stages: dict[str, float] = {}
-        for span, own_seconds in zip(spans, own, strict=True):
-            stages[span.stage] = stages.get(span.stage, 0.0) + own_seconds
+        moved = _by_stage(spans, [span.bytes_moved for span in spans])
         memory = whole.memory_peak
         if memory is None and whole.memory_after is not None:
             memory = torch.cuda.max_memory_allocated(whole.events[1].device if whole.events is not None else None)
         return cls(
             pipeline=pipeline,
             seconds=whole.seconds(),
-            stages=stages,
+            stages=_by_stage(spans, [span.seconds() for span in spans]),
             steps=[span.seconds() for span in spans if span.what == "step"],
             memory=memory,
             stage_memory=_stage_memory(spans),
+            moved={stage: round(nbytes) for stage, nbytes in moved.items() if nbytes},
             trace=[
                 TraceEvent(
                     span.stage, span.what, span.step, span.branch, _start(span, whole), span.seconds(),
@@ -177,7 +175,8 @@ class Report:
         lines = [f"{self.pipeline}: {self.seconds:.3f} s"]
         for name, seconds in sorted(self.stages.items(), key=lambda item: -item[1]):
             line = f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}"
-            lines.append(line + _memory_in_words(self.stage_memory.get(name)))
+            arrived = f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""
+            lines.append(line + _memory_in_words(self.stage_memory.get(name)) + arrived)
         if self.steps:
             fastest, slowest = min(self.steps), max(self.steps)
             lines.append(
@@ -216,7 +215,6 @@ def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
             before=span.memory_before if earlier is None else earlier.before,
             after=span.memory_after,
             peak=max(peaks, default=None),
-            moved=span.bytes_moved + (0 if earlier is None else earlier.moved),
         )
     return found
 
@@ -225,20 +223,27 @@ def _memory_in_words(memory: StageMemory | None) -> str:
     if memory is None:
         return ""
     peak = "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
-    moved = "" if not memory.moved else f", {memory.moved / 2**30:.2f} moved"
-    return f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB{peak}{moved}"
+    return f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB{peak}"
 
 
-def _without_nested(spans: Sequence[Span]) -> list[float]:
-    """Each span's time less that of the spans directly inside it; spans are in order of their start."""
-    own = [span.seconds() for span in spans]
+def _by_stage(spans: Sequence[Span], values: Sequence[float]) -> dict[str, float]:
+    """Stage → the sum of its spans' values, each less those of the spans directly inside it.
+
+    Args:
+        spans: in order of their start.
+        values: a time or a count of each span, what ran inside it included.
+    """
+    own = list(values)
     open_spans: list[int] = []
     for index, span in enumerate(spans):
         del open_spans[span.depth :]
         if open_spans:
-            own[open_spans[-1]] -= span.seconds()
+            own[open_spans[-1]] -= values[index]
         open_spans.append(index)
-    return own
+    sums: dict[str, float] = {}
+    for span, value in zip(spans, own, strict=True):
+        sums[span.stage] = sums.get(span.stage, 0.0) + value
+    return sums
 
 
 def weights_of(components: Mapping[str, Any]) -> dict[str, int]:
