@@ -20,8 +20,8 @@ from pipeboost.stages.turns import Turn, Turns
 
 Result = TypeVar("Result")
 
-IN_FLIGHT = 3
-"""One request before its loop, one in it, one after it."""
+AT_ONCE = 1
+"""Requests in their loops at a time."""
 
 _turn: ContextVar[Turn | None] = ContextVar("pipeboost_turn", default=None)
 
@@ -53,9 +53,10 @@ def overlapped(
     Args:
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
     """
-    turns = Turns()
+    turns = Turns(at_once=AT_ONCE)
+    in_flight = AT_ONCE + 2  # one before its loop and one after it
     device = pipe._execution_device
-    streams = [torch.cuda.Stream(device) for _ in range(IN_FLIGHT)] if device.type == "cuda" else []
+    streams = [torch.cuda.Stream(device) for _ in range(in_flight)] if device.type == "cuda" else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -66,7 +67,7 @@ def overlapped(
         try:
             if not streams:
                 return call(view, requests[position])
-            stream = streams[position % IN_FLIGHT]
+            stream = streams[position % in_flight]
             with torch.cuda.stream(stream):
                 result = call(view, requests[position])
                 stream.synchronize()
@@ -74,13 +75,13 @@ def overlapped(
         finally:
             turn.end()
 
-    with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pipeboost-overlap") as pool:
+    with ThreadPoolExecutor(in_flight, thread_name_prefix="pipeboost-overlap") as pool:
         waiting: list[Future[Result]] = []
         try:
-            for position in range(len(requests) + IN_FLIGHT):
+            for position in range(len(requests) + in_flight):
                 if position < len(requests):
                     waiting.append(pool.submit(contextvars.copy_context().run, run, position, _view(pipe)))
-                if position >= IN_FLIGHT - 1 and waiting:
+                if position >= in_flight - 1 and waiting:
                     yield waiting.pop(0).result()
         finally:
             if waiting:

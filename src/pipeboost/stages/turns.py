@@ -1,4 +1,4 @@
-"""Turns: of several calls that overlap, one denoises at a time, in the order of the requests."""
+"""Turns: of several calls that overlap, so many denoise at a time, in the order of the requests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ TURN = "turn"
 
 
 class Turns:
-    """The order of a list of requests. Each request has a `Turn`, by its position."""
+    """The order of a list of requests. Each request has a `Turn`, by its position.
 
-    def __init__(self) -> None:
+    Args:
+        at_once: requests that may denoise at a time.
+    """
+
+    def __init__(self, *, at_once: int = 1) -> None:
+        self._at_once = at_once
         self._changed = threading.Condition()
         self._begun = -1
-        self._ended = -1
+        self._ended: set[int] = set()
         self._stopped = False
 
     def wait_to_start(self, position: int) -> None:
@@ -25,8 +30,8 @@ class Turns:
         self._wait(lambda: self._begun >= position - 1)
 
     def begin(self, position: int) -> None:
-        """Wait until the request before this one has denoised."""
-        self._wait(lambda: self._ended >= position - 1)
+        """Wait until few enough of the requests before this one still denoise."""
+        self._wait(lambda: position - len(self._ended) < self._at_once)
         with self._changed:
             self._begun = max(self._begun, position)
             self._changed.notify_all()
@@ -35,7 +40,7 @@ class Turns:
         """This request needs the denoiser no longer."""
         with self._changed:
             self._begun = max(self._begun, position)
-            self._ended = max(self._ended, position)
+            self._ended.add(position)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -63,7 +68,7 @@ class Turn:
         self.turns.wait_to_start(self._position)
 
     def begin(self) -> None:
-        """Wait until the request before this one has denoised."""
+        """Wait until few enough of the requests before this one still denoise."""
         self.turns.begin(self._position)
 
     def end(self) -> None:
