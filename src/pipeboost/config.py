@@ -50,7 +50,19 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks share the work; the product of the five degrees is the size of the group (default: the world)."""
+    """How ranks share the work; the product of the five degrees is the size of the group (default: the world).
+
+    Attributes:
+        replicas: groups of ranks that work on samples of their own.
+        cfg: ranks that share the guidance branches of a step.
+        ulysses: ranks that share a sequence by exchanging heads for tokens; divides the number of heads.
+        ring: ranks that share a sequence by passing keys and values around.
+        tensor: ranks that share the weights.
+        vae: whether the ranks share decoding and encoding.
+        text_encoder: whether the ranks share the text encoders' weights.
+        group: the ranks; None for the whole world.
+        timeout: seconds after which a rank that makes no progress ends the call on all of them.
+    """
 
     replicas: int = 1
     cfg: int = 1
@@ -60,6 +72,7 @@ class ParallelConfig:
     vae: str | bool = "auto"
     text_encoder: str | bool = "auto"
     group: Any = None
+    timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
@@ -68,6 +81,9 @@ class ParallelConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
                 raise not_one_of(f"parallel.{name}", value, ("auto", True, False))
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if not number or not 0 < self.timeout < float("inf"):
+            raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds above 0")
         if self.group is not None and not _is_process_group(self.group):
             raise ConfigurationError(
                 f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pipeboost.stages.turns import Turn, Turns
 
@@ -56,9 +58,10 @@ def overlapped(
     turns = Turns(at_once=AT_ONCE)
     in_flight = AT_ONCE + 2  # one before its loop and one after it
     device = pipe._execution_device
-    streams = [torch.cuda.Stream(device) for _ in range(in_flight)] if device.type == "cuda" else []
+    streams = [_stream(device, number) for number in range(in_flight)] if device.type == "cuda" else []
+    callers = torch.cuda.current_stream(device) if streams else None
     for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(callers)
 
     def run(position: int, view: Any) -> Result:
         turn = Turn(turns, position)
@@ -71,6 +74,9 @@ def overlapped(
             with torch.cuda.stream(stream):
                 result = call(view, requests[position])
                 stream.synchronize()
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                    tensor.record_stream(callers)  # which may still read it when the caller lets go of it
             return result
         finally:
             turn.end()
@@ -92,6 +98,12 @@ def overlapped(
                 for future in waiting:
                     with contextlib.suppress(BaseException):
                         future.result()
+
+
+@functools.cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """Kept, because the allocator keeps freed memory for the stream that had it."""
+    return torch.cuda.Stream(device)
 
 
 def _view(pipe: Any) -> Any:

@@ -1,0 +1,199 @@
+"""`Group`: some ranks that talk to each other, and what they can say. A group of one rank says nothing.
+
+Groups are ours alone: they are made from torch's backends, gloo for CPU tensors and NCCL for CUDA tensors, without
+torch.distributed's process-wide registry, and are gone once closed. What runs inside compiled blocks is an operator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
+
+from pipeboost.distributed.start import world
+from pipeboost.distributed.waiting import finish
+
+LIMIT = timedelta(minutes=30)
+"""When torch's own backends give up; `waiting` gives up long before."""
+_groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
+_made: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+
+class Group:
+    """Ranks that talk to each other. Every rank of the group makes it, and then the same calls, in the same order.
+
+    Args:
+        ranks: of the world, in the order of the group.
+        device: type of the device whose tensors it carries.
+
+    Attributes:
+        name: by which operators find it; unlike that of any other group.
+        rank: this process's position in `ranks`.
+        size: how many there are.
+        backend: torch's; None for a group of one.
+    """
+
+    def __init__(self, ranks: Sequence[int], device: str) -> None:
+        everyone = world()
+        self.ranks = tuple(ranks)
+        self.rank = self.ranks.index(everyone.rank)
+        self.size = len(self.ranks)
+        self.device = device
+        serial = _made[device, self.ranks]
+        _made[device, self.ranks] += 1
+        self.name = f"pipeboost {device} {'-'.join(map(str, self.ranks))} {serial}"
+        self.backend: Any = None
+        if self.size > 1:
+            self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
+        _groups[self.name] = self
+
+    def __repr__(self) -> str:
+        return f"<Group of ranks {', '.join(map(str, self.ranks))}, here {self.rank}>"
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, a new tensor, the same to the bit on all."""
+        return tensor if self.size == 1 else torch.ops.pipeboost.all_reduce(tensor, self.name)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """The ranks' tensors side by side along `dim`, of which rank `r` brings `sizes[r]`."""
+        if self.size == 1:
+            return tensor
+        return torch.ops.pipeboost.all_gather(tensor, dim, list(sizes), self.name)
+
+    def all_to_all(self, tensor: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """Hand every rank its part of `tensor`: along dim 0, `sent[r]` entries to rank `r`, `received[r]` from it."""
+        if self.size == 1:
+            return tensor
+        return torch.ops.pipeboost.all_to_all(tensor, list(sent), list(received), self.name)
+
+    def shift(self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> Pending:
+        """Begin to send `tensors` to the next rank and to receive the previous rank's `into` these, as a ring.
+
+        All are contiguous, and stay untouched until the result was waited for.
+        """
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return self.exchange([(tensor, following) for tensor in tensors], [(tensor, previous) for tensor in into])
+
+    def exchange(
+        self, sent: Sequence[tuple[torch.Tensor, int]], received: Sequence[tuple[torch.Tensor, int]]
+    ) -> Pending:
+        """Begin to send contiguous tensors to ranks of the group, and to receive into others from some."""
+        device = torch.device(self.device)
+        if self.device == "cuda":
+            self.backend._start_coalescing()
+        works = [self.backend.send([tensor], rank, tag) for tag, (tensor, rank) in enumerate(sent)]
+        works += [self.backend.recv([tensor], rank, tag) for tag, (tensor, rank) in enumerate(received)]
+        if self.device == "cuda":
+            works = [self.backend._end_coalescing()]
+        return Pending(self, works, f"exchange on {device}")
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Write the contiguous tensor of rank `source` of the group into the others' in place."""
+        if self.size > 1:
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            finish(self.backend.broadcast([tensor], options), self, "broadcast")
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """What rank `source` of the group has, on all of them; anything that can be pickled. CPU groups only."""
+        if self.size == 1:
+            return value
+        return self.all_gather_objects(value if self.rank == source else None)[source]
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
+        if self.size == 1:
+            return [value]
+        from pipeboost.distributed.objects import gather
+
+        return gather(self, value)
+
+    def close(self) -> None:
+        """Give up the group. Every rank of it does so."""
+        _groups.pop(self.name, None)
+        if self.backend is not None:
+            self.backend.shutdown()
+            self.backend = None
+
+
+class Pending:
+    """A transfer that has begun."""
+
+    def __init__(self, group: Group, works: Sequence[Any], what: str) -> None:
+        self._group = group
+        self._works = works
+        self._what = what
+
+    def wait(self) -> None:
+        """Go on once it is done; on a GPU the stream goes on then, not the host."""
+        for work in self._works:
+            finish(work, self._group, self._what)
+
+
+def group_named(name: str) -> Group:
+    """The group with this name, of those that are in use."""
+    return _groups[name]
+
+
+def _backend(device: str, store: Any, rank: int, size: int) -> Any:
+    if device == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = LIMIT
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, LIMIT)
+
+
+@torch.library.custom_op("pipeboost::all_reduce", mutates_args=())
+def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    found = _groups[group]
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    finish(found.backend.allreduce([result], dist.AllreduceOptions()), found, "all-reduce")
+    return result
+
+
+@_all_reduce.register_fake
+def _all_reduce_shape(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("pipeboost::all_gather", mutates_args=())
+def _all_gather(tensor: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    found = _groups[group]
+    longest = max(sizes)
+    # Along the first dimension ranks follow each other in memory; a shorter part is filled up, and cut again below.
+    own = tensor.movedim(dim, 0).contiguous()
+    if own.shape[0] < longest:
+        own = torch.cat([own, own.new_zeros((longest - own.shape[0], *own.shape[1:]))])
+    everyone = own.new_empty((found.size * longest, *own.shape[1:]))
+    finish(found.backend._allgather_base(everyone, own, AllgatherOptions()), found, "all-gather")
+    if min(sizes) < longest:
+        everyone = torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
+    return everyone.movedim(0, dim).contiguous()
+
+
+@_all_gather.register_fake
+def _all_gather_shape(tensor: torch.Tensor, dim: int, sizes: list[int], group: str) -> torch.Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = sum(sizes)
+    return tensor.new_empty(shape)
+
+
+@torch.library.custom_op("pipeboost::all_to_all", mutates_args=())
+def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
+    found = _groups[group]
+    result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+    options = dist.AllToAllOptions()
+    work = found.backend.alltoall_base(result, tensor.contiguous(), received, sent, options)
+    finish(work, found, "all-to-all")
+    return result
+
+
+@_all_to_all.register_fake
+def _all_to_all_shape(tensor: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
+    return tensor.new_empty((sum(received), *tensor.shape[1:]))

@@ -1,0 +1,84 @@
+"""`Mesh`: the ranks of one pipeline in a grid, and this process's place in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeboost.distributed.groups import Group
+from pipeboost.distributed.start import world
+
+AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
+"""Outermost first: tensor ranks, which talk most, are neighbours."""
+SEQUENCE = ("ring", "ulysses")
+"""The axes that split the tokens; the shards are in the order of their product."""
+SAMPLE = ("cfg", "ring", "ulysses", "tensor")
+"""The axes whose ranks work on one sample together."""
+
+
+class Mesh:
+    """The ranks of one pipeline in a grid with the axes `AXES`. Several meshes may share ranks.
+
+    Every rank of `ranks` makes it at the same point of its program.
+
+    Args:
+        degrees: how many ranks along each axis; 1 where not named.
+        ranks: of the world; their number is the product of the degrees. None for the whole world.
+        device: where the tensors are.
+    """
+
+    def __init__(self, degrees: Mapping[str, int], *, ranks: Sequence[int] | None = None, device: torch.device) -> None:
+        self.shape = tuple(degrees.get(axis, 1) for axis in AXES)
+        everyone = world()
+        self.ranks = tuple(range(everyone.size)) if ranks is None else tuple(ranks)
+        self.device = device
+        assert math.prod(self.shape) == len(self.ranks), "the product of the degrees is the number of ranks"
+        self._grid = torch.tensor(self.ranks).reshape(self.shape)
+        here = (self._grid == everyone.rank).nonzero()[0].tolist()
+        self._here = dict(zip(AXES, here, strict=True))
+        made: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[tuple[str, ...], Group] = {}
+        for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
+            members = self._members(axes)
+            if members not in made:
+                made[members] = Group(members, device.type)
+            self._groups[axes] = made[members]
+        # For objects and small facts, which must not wait for the GPU.
+        self.control = Group(self._members(SAMPLE), "cpu")
+
+    def __repr__(self) -> str:
+        degrees = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
+        return f"<Mesh {degrees or 'of one rank'}, here {self._here}>"
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
+        return self._groups[axes]
+
+    def degree(self, axis: str) -> int:
+        """How many ranks there are along an axis."""
+        return self.shape[AXES.index(axis)]
+
+    def index(self, axis: str) -> int:
+        """This process's place along an axis."""
+        return self._here[axis]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are in all."""
+        return len(self.ranks)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the first of the ranks that work on its sample."""
+        return self.control.rank == 0
+
+    def close(self) -> None:
+        """Give up all groups. Every rank of the mesh does so."""
+        for group in {id(group): group for group in (*self._groups.values(), self.control)}.values():
+            group.close()
+
+    def _members(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        index = tuple(slice(None) if axis in axes else self._here[axis] for axis in AXES)
+        return tuple(self._grid[index].flatten().tolist())

@@ -1,0 +1,65 @@
+"""The world: the ranks that torchrun, our own launcher or the user's script has started, and where they meet."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from pipeboost.errors import ConfigurationError
+
+
+class World(NamedTuple):
+    """All ranks.
+
+    Attributes:
+        store: where they meet.
+        rank: this process's.
+        size: how many there are.
+    """
+
+    store: Any
+    rank: int
+    size: int
+
+
+def world_size() -> int:
+    """How many ranks there are: of torch.distributed where it runs, else those that torchrun has announced."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def world() -> World:
+    """All ranks. torch.distributed stays as it is: where it does not run, they meet at torchrun's address."""
+    if dist.is_initialized():
+        return World(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
+    if world_size() == 1:
+        return World(dist.HashStore(), 0, 1)
+    return _announced_world()
+
+
+@functools.cache
+def _announced_world() -> World:
+    return World(*next(iter(rendezvous("env://"))))
+
+
+def local_device() -> torch.device:
+    """The device of this rank: the CUDA device that `LOCAL_RANK` numbers, or the CPU.
+
+    Raises:
+        ConfigurationError: there are more ranks on this machine than devices.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    if index >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"rank {index} of this machine has no CUDA device of its own, there are {torch.cuda.device_count()}; "
+            f"start at most {torch.cuda.device_count()} ranks (--nproc-per-node)"
+        )
+    return torch.device("cuda", index)
