@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeboost.distributed import Mesh
 from pipeboost.errors import Cancelled
 
 _current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
@@ -24,6 +25,7 @@ class Call:
     Attributes:
         pipe: the pipeline, or the view of it, that was called.
         device: where its script runs.
+        mesh: the ranks that run it together; None where it runs on one.
         owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
         arguments: the arguments of the call by parameter name, defaults included.
         features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
@@ -43,8 +45,10 @@ class Call:
         arguments: dict[str, Any],
         features: frozenset[str] | None = None,
         device: torch.device | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.pipe = pipe
+        self.mesh = mesh
         self.device = torch.device("cpu") if device is None else device
         self.owner = owner
         self.arguments = arguments
@@ -96,9 +100,10 @@ def open_call(
     arguments: dict[str, Any] | None = None,
     features: frozenset[str] | None = None,
     device: torch.device | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[Call]:
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
-    call = Call(pipe, owner, arguments or {}, features, device)
+    call = Call(pipe, owner, arguments or {}, features, device, mesh)
     token = _current.set(call)
     try:
         with call.resources:
