@@ -6,7 +6,21 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Activations, Blocks, Family, FullSize, Linear, Measured, stage_doors
+from pipeboost.families import (
+    Activations,
+    Autoencoder,
+    Blocks,
+    Family,
+    FullSize,
+    Linear,
+    Measured,
+    SplitLayers,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
+    prediction_of_tokens,
+    stage_doors,
+)
 
 
 def forward_arguments(
@@ -88,4 +102,47 @@ FAMILY = Family(
         source="benchmarks/results/residency_flux.1-dev_h100-80gb-hbm3_2026-11-22.md",
     ),
     doors=stage_doors(text_outputs=("prompt_embeds", "pooled_prompt_embeds", "text_ids")),
+    prediction=prediction_of_tokens,
+    token_sharding=TokenSharding(
+        streams=(TokenArgument("hidden_states", 1, "image"), TokenArgument("encoder_hidden_states", 1, "text")),
+        constants=(TokenArgument("image_rotary_emb", 0, "text_image"),),
+        forward=(
+            TokenArgument("controlnet_block_samples", 1, "image"),
+            TokenArgument("controlnet_single_block_samples", 1, "image"),
+        ),
+    ),
+    tensor=TensorSharding(
+        layers=(
+            SplitLayers(
+                path="transformer_blocks.*.attn",
+                columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+                rows=("to_out.0", "to_add_out"),
+                counts=("heads", "inner_dim"),
+            ),
+            SplitLayers(path="transformer_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)),
+            SplitLayers(path="transformer_blocks.*.ff_context", columns=("net.0.proj",), rows=("net.2",)),
+            SplitLayers(
+                path="single_transformer_blocks.*",
+                columns=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                packed_rows={"proj_out": ("attn.to_v", "proj_mlp")},
+                counts=("attn.heads", "attn.inner_dim"),
+            ),
+            # A third of the weights of a block, for one row of activations.
+            SplitLayers(path="transformer_blocks.*", gathered=("norm1.linear", "norm1_context.linear")),
+            SplitLayers(path="single_transformer_blocks.*", gathered=("norm.linear",)),
+        ),
+    ),
+    autoencoder=Autoencoder(
+        local=(
+            "Encoder",
+            "Decoder",
+            "DownEncoderBlock2D",
+            "UpDecoderBlock2D",
+            "UNetMidBlock2D",
+            "ResnetBlock2D",
+            "Downsample2D",
+            "Upsample2D",
+        ),
+        attention=(("Attention", "AttnProcessor2_0"), ("Attention", "FusedAttnProcessor2_0")),
+    ),
 )

@@ -6,7 +6,20 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, PaddedText, stage_doors
+from pipeboost.families import (
+    Autoencoder,
+    Blocks,
+    Family,
+    FullSize,
+    Measured,
+    PaddedText,
+    SplitLayers,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
+    prediction_of_latents,
+    stage_doors,
+)
 
 
 def forward_arguments(
@@ -74,4 +87,60 @@ FAMILY = Family(
         ),
     ),
     doors=stage_doors(text_outputs=("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")),
+    prediction=prediction_of_latents,
+    token_sharding=TokenSharding(
+        streams=(TokenArgument("hidden_states", 1, "image"), TokenArgument("encoder_hidden_states", 1, "text")),
+        constants=(
+            TokenArgument("attention_mask", 3, "image_text"),
+            TokenArgument("freqs_cis", 0, "image"),
+            TokenArgument("image_rotary_emb", 0, "image"),
+        ),
+        leading=("num_tokens",),
+        # Its processor takes the text from the end of a sequence by a negative index.
+        text_on_every_rank=True,
+    ),
+    tensor=TensorSharding(
+        layers=(
+            SplitLayers(
+                path="transformer_blocks.*.attn",
+                columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+                rows=("to_out.0", "to_add_out"),
+                counts=("heads", "inner_dim"),
+            ),
+            SplitLayers(path="transformer_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)),
+            SplitLayers(path="transformer_blocks.*.ff_context", columns=("net.0.proj",), rows=("net.2",)),
+            SplitLayers(
+                path="single_transformer_blocks.*",
+                columns=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                packed_rows={"proj_out": ("attn.to_v", "proj_mlp")},
+                counts=("attn.heads", "attn.inner_dim"),
+            ),
+            SplitLayers(
+                path="context_embedder.token_refiner.refiner_blocks.*.attn",
+                columns=("to_q", "to_k", "to_v"),
+                rows=("to_out.0",),
+                counts=("heads", "inner_dim"),
+            ),
+            SplitLayers(
+                path="context_embedder.token_refiner.refiner_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)
+            ),
+            # A third of the weights of a block, for one row of activations.
+            SplitLayers(path="transformer_blocks.*", gathered=("norm1.linear", "norm1_context.linear")),
+            SplitLayers(path="single_transformer_blocks.*", gathered=("norm.linear",)),
+        ),
+    ),
+    autoencoder=Autoencoder(
+        local=(
+            "HunyuanVideoEncoder3D",
+            "HunyuanVideoDecoder3D",
+            "HunyuanVideoDownBlock3D",
+            "HunyuanVideoUpBlock3D",
+            "HunyuanVideoMidBlock3D",
+            "HunyuanVideoResnetBlockCausal3D",
+            "HunyuanVideoDownsampleCausal3D",
+            "HunyuanVideoUpsampleCausal3D",
+            "HunyuanVideoCausalConv3d",
+        ),
+        attention=(("Attention", "AttnProcessor2_0"), ("Attention", "FusedAttnProcessor2_0")),
+    ),
 )

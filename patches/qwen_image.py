@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Blocks, Family, FullSize, Measured, stage_doors
+from pipeboost.families import (
+    Autoencoder,
+    Blocks,
+    Family,
+    FullSize,
+    Measured,
+    SplitLayers,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
+    prediction_of_tokens,
+    stage_doors,
+)
 
 
 def forward_arguments(
@@ -74,4 +86,44 @@ FAMILY = Family(
         ),
     ),
     doors=stage_doors(text_outputs=("prompt_embeds", "prompt_embeds_mask")),
+    guided=True,
+    prediction=prediction_of_tokens,
+    token_sharding=TokenSharding(
+        streams=(TokenArgument("hidden_states", 1, "image"), TokenArgument("encoder_hidden_states", 1, "text")),
+        constants=(
+            TokenArgument("image_rotary_emb.0", 0, "image"),
+            TokenArgument("image_rotary_emb.1", 0, "text"),
+            TokenArgument("encoder_hidden_states_mask", 1, "text"),
+            TokenArgument("modulate_index", 1, "image"),
+        ),
+        forward=(TokenArgument("controlnet_block_samples", 1, "image"),),
+    ),
+    tensor=TensorSharding(
+        layers=(
+            SplitLayers(
+                path="transformer_blocks.*.attn",
+                columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+                rows=("to_out.0", "to_add_out"),
+                counts=("heads", "inner_dim"),
+            ),
+            SplitLayers(path="transformer_blocks.*.img_mlp", columns=("net.0.proj",), rows=("net.2",)),
+            SplitLayers(path="transformer_blocks.*.txt_mlp", columns=("net.0.proj",), rows=("net.2",)),
+            # A third of the weights of a block, for one row of activations.
+            SplitLayers(path="transformer_blocks.*", gathered=("img_mod.1", "txt_mod.1")),
+        ),
+    ),
+    autoencoder=Autoencoder(
+        local=(
+            "QwenImageEncoder3d",
+            "QwenImageDecoder3d",
+            "QwenImageUpBlock",
+            "QwenImageMidBlock",
+            "QwenImageResidualBlock",
+            "QwenImageResample",
+            "QwenImageUpsample",
+            "QwenImageCausalConv3d",
+            "QwenImageRMS_norm",
+        ),
+        attention=(("QwenImageAttentionBlock", ""),),
+    ),
 )

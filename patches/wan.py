@@ -6,7 +6,21 @@ from typing import Any
 
 import torch
 
-from pipeboost.families import Activations, Blocks, Family, FullSize, Linear, Measured, stage_doors
+from pipeboost.families import (
+    Activations,
+    Autoencoder,
+    Blocks,
+    Family,
+    FullSize,
+    Linear,
+    Measured,
+    SplitLayers,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
+    prediction_of_latents,
+    stage_doors,
+)
 
 
 def forward_arguments(
@@ -90,4 +104,51 @@ FAMILY = Family(
     ),
     expert_steps=expert_steps,
     doors=stage_doors(text_outputs=("prompt_embeds", "negative_prompt_embeds")),
+    guided=True,
+    prediction=prediction_of_latents,
+    token_sharding=TokenSharding(
+        streams=(TokenArgument("hidden_states", 1, "image"),),
+        constants=(TokenArgument("rotary_emb", 1, "image"),),
+        # Wan 2.2 TI2V has a timestep for each token.
+        outputs={
+            "condition_embedder": (TokenArgument("0", 1, "image", ndim=3), TokenArgument("1", 1, "image", ndim=3))
+        },
+    ),
+    tensor=TensorSharding(
+        layers=(
+            SplitLayers(
+                path="blocks.*.attn1",
+                columns=("to_q", "to_k", "to_v"),
+                rows=("to_out.0",),
+                norms=("norm_q", "norm_k"),
+                counts=("heads", "inner_dim", "kv_inner_dim"),
+            ),
+            SplitLayers(
+                path="blocks.*.attn2",
+                columns=("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"),
+                rows=("to_out.0",),
+                norms=("norm_q", "norm_k", "norm_added_k"),
+                counts=("heads", "inner_dim", "kv_inner_dim"),
+            ),
+            SplitLayers(path="blocks.*.ffn", columns=("net.0.proj",), rows=("net.2",)),
+        ),
+    ),
+    autoencoder=Autoencoder(
+        local=(
+            "WanEncoder3d",
+            "WanDecoder3d",
+            "WanUpBlock",
+            "WanMidBlock",
+            "WanResidualDownBlock",
+            "WanResidualUpBlock",
+            "WanResidualBlock",
+            "WanResample",
+            "WanUpsample",
+            "WanCausalConv3d",
+            "WanRMS_norm",
+            "AvgDown3D",
+            "DupUp3D",
+        ),
+        attention=(("WanAttentionBlock", ""),),
+    ),
 )

@@ -27,16 +27,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
+from pipeboost.attention import rebind_attention, refuse_stock_processors, swap_attention, trim_padded_text
 from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
+from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
+from pipeboost.parallel import AcrossRanks, settle_branches, shard_tokens, share_branches
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.reuse import PromptReuse, reuse_prompts
@@ -148,6 +150,7 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
+    _to_own_device(pipe, settings)
     plan = _plan_for(pipe, settings)
     previous = vars(pipe).get("acceleration")
     if isinstance(previous, Acceleration):
@@ -191,7 +194,11 @@ class Acceleration:
         self._lock = threading.RLock()
         self._removed = False
         self._prompts: PromptReuse | None = None
+        self._mesh: Mesh | None = None
+        self._across: AcrossRanks | None = None
         with self._ledger:
+            self._ledger.record("mesh", _weakly(self._leave_mesh))
+            self._join_mesh(pipe)
             if plan["reuse"].on:
                 self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
                 self._ledger.record("kept prompts", self._prompts.clear)
@@ -278,7 +285,8 @@ class Acceleration:
                 it are not run.
         """
         pipe = self._alive_pipe()
-        together = overlap and len(requests) > 1 and not self.plan["offload"].on and one_by_one(requests) is None
+        alone = self.plan["offload"].on or self._mesh is not None
+        together = overlap and len(requests) > 1 and not alone and one_by_one(requests) is None
         if not together or self._removed or id(self) in _paused.get():
             for request in requests:
                 yield pipe(**request)
@@ -399,9 +407,10 @@ class Acceleration:
 
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
+        mesh = self._mesh
         features = frozenset(decision.feature for decision in self.plan.decisions if decision.on)
         outer = current_call()
-        with open_call(pipe, owner=self, arguments=arguments, features=features, device=device) as call:
+        with open_call(pipe, owner=self, arguments=arguments, features=features, device=device, mesh=mesh) as call:
             with self._lock:
                 if self._removed:
                     raise PipeboostError("this acceleration was removed while the call was starting")
@@ -445,8 +454,33 @@ class Acceleration:
                 return device
             plan = _plan_for(pipe, replace(self.config, offload=None) if taken_over else self.config)
             self._undo_all_parts()
+            self._leave_mesh()
             self.plan = plan
+            self._join_mesh(pipe)
         return device_of(pipe)
+
+    def _join_mesh(self, pipe: Any) -> None:
+        """Form the plan's mesh together with the other ranks; each of them is at this point of its program."""
+        layout = self.plan["parallel"].settings
+        if layout is None:
+            return
+        ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
+        self._mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
+        plans = self._mesh.control.all_gather_objects(_summary(self.plan))
+        differing = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+        if differing:
+            mine, theirs = next(pair for pair in zip(plans[0], plans[differing[0]], strict=True) if pair[0] != pair[1])
+            raise UnsupportedError(
+                f"ranks planned differently: rank 0 {mine}, rank {differing[0]} {theirs}; name the settings instead of "
+                "'auto', the same on every rank"
+            )
+        if self._mesh.group(*SEQUENCE).size > 1:
+            self._across = AcrossRanks(self._mesh)
+
+    def _leave_mesh(self) -> None:
+        if self._mesh is not None:
+            self._mesh.close()
+        self._mesh = self._across = None
 
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
@@ -468,6 +502,7 @@ class Acceleration:
                 if known is not None and known.target() is obj:
                     if path in models and self.plan["attention"].on:
                         rebind_attention(models[path])
+                        self._refuse_stock_processors(models[path])
                     continue
                 part = self._apply(path, obj, denoiser=path in models, of_view=pipe is not self._pipe())
                 if part.ledger.changes:
@@ -484,9 +519,13 @@ class Acceleration:
                     ledger,
                     tier=plan.quality,
                     hardware=plan.hardware,
-                    right_padded=plan.family.padded_text is not None,
+                    right_padded=plan.family.padded_text is not None and self._across is None,
+                    across=self._across,
                 )
-                trim_padded_text(obj, plan.family, ledger)
+                self._refuse_stock_processors(obj)
+                at_least = 1 if self._mesh is None else self._mesh.group(*SEQUENCE).size
+                trim_padded_text(obj, plan.family, ledger, at_least=at_least)
+            self._share(path, obj, ledger, denoiser=denoiser)
             if denoiser and plan["cache"].on:
                 position = plan.family.denoisers.index(path)
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
@@ -498,6 +537,22 @@ class Acceleration:
                 reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)
         return _Part(path, weakref.ref(obj), ledger, compiled, of_view)
+
+    def _share(self, path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
+        """Let the ranks of the mesh share one component."""
+        mesh, family = self._mesh, self.plan.family
+        if mesh is None:
+            return
+        if denoiser and mesh.degree("cfg") > 1:
+            share_branches(obj, family, ledger)
+        if denoiser and self._across is not None:
+            shard_tokens(obj, family, ledger)
+        if path == "scheduler" and mesh.degree("cfg") > 1:
+            settle_branches(obj, ledger)
+
+    def _refuse_stock_processors(self, model: Any) -> None:
+        if self._across is not None:
+            refuse_stock_processors(model, [blocks.path for blocks in self.plan.family.blocks])
 
     def _detach(self) -> None:
         pipe = self._pipe()
@@ -516,6 +571,20 @@ def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
+
+
+def _to_own_device(pipe: Any, config: AccelerationConfig) -> None:
+    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank."""
+    if config.parallel is None or world_size() == 1 or execution_device(pipe, config.offload).type != "cuda":
+        return
+    device = local_device()
+    if device_of(pipe).type == "cuda" and device_of(pipe) != device:
+        torch.cuda.set_device(device)
+        pipe.to(device)
+
+
+def _summary(plan: Plan) -> tuple[str, ...]:
+    return tuple(f"{decision.feature}: {decision.choice}" for decision in plan.decisions)
 
 
 def _alone_with(pipe: Any) -> threading.RLock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -95,6 +95,48 @@ class PaddedText:
 
 
 @dataclass(frozen=True)
+class TokenArgument:
+    """A tensor with an entry for each token, or a tuple or list of such tensors.
+
+    Attributes:
+        name: the argument; `"image_rotary_emb.1"` means the second tensor of that tuple.
+        dim: the dimension that counts the tokens.
+        tokens: whose: the image's, the text's, or both in this order.
+        ndim: dimensions it has where there is an entry for each token; None: there always is.
+    """
+
+    name: str
+    dim: int
+    tokens: Literal["image", "text", "text_image", "image_text"]
+    ndim: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenSharding:
+    """What of a transformer's forward has an entry for each token, so that ranks can share the tokens.
+
+    Everything between the first block and `gathered` works on a rank's own tokens, and is right for any of them.
+
+    Attributes:
+        streams: arguments of the first block; the blocks hand them on.
+        constants: arguments that every block gets anew; a block has some of them.
+        leading: integer arguments of the blocks that count tokens at the front of the image.
+        forward: arguments of the transformer that are added to the states between blocks.
+        outputs: submodule → what it returns, `name` being the number in a tuple.
+        gathered: submodule whose output, `(batch, image tokens, width)`, is put together again.
+        text_on_every_rank: whether a rank without any text token goes wrong.
+    """
+
+    streams: tuple[TokenArgument, ...]
+    constants: tuple[TokenArgument, ...]
+    leading: tuple[str, ...] = ()
+    forward: tuple[TokenArgument, ...] = ()
+    outputs: Mapping[str, tuple[TokenArgument, ...]] = field(default_factory=dict)
+    gathered: str = "proj_out"
+    text_on_every_rank: bool = False
+
+
+@dataclass(frozen=True)
 class FullSize:
     """A published model size, which `pipeboost bench` builds with random weights.
 
@@ -175,6 +217,67 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class SplitLayers:
+    """Layers of one module that ranks split between them, all or none: each rank has some heads, or a part of a width.
+
+    Paths are relative to `path`. What a variant of the model does not have is passed over.
+
+    Attributes:
+        path: the module, `*` for any index; such as `"transformer_blocks.*.attn"`.
+        columns: linears of whose outputs each rank computes a part.
+        rows: linears that take such a part; the ranks' products are summed, and the bias added once.
+        packed_rows: rows that take the outputs of several `columns` side by side → those columns, in that order.
+        gathered: linears and embeddings of whose outputs each rank computes a part, and all then get the whole.
+        norms: RMS norms over all heads at once.
+        head_biases: embeddings with one output for each head.
+        counts: attributes that count the heads or the width of all heads, and must tell this rank's.
+        head_width: attribute with the width of one head, for a module that derives its heads from it.
+    """
+
+    path: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    packed_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gathered: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    head_biases: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    head_width: str = ""
+
+
+@dataclass(frozen=True)
+class TensorSharding:
+    """How the weights of a model are split between the ranks of tensor parallelism; what is not named stays whole.
+
+    Attributes:
+        layers: the layers that are split, each group on its own.
+    """
+
+    layers: tuple[SplitLayers, ...]
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What the encoder and the decoder of a VAE are made of, beside torch's own modules, so that ranks can share a map.
+
+    Attributes:
+        local: class names of modules that do the same to every pixel and look at no other, but through modules inside
+            them; and of convolutions and nearest upsampling that prepare their input. `parallel/vae_layers.py` says
+            how they may pad it.
+        attention: class names of modules that attend to the whole map by torch's scaled dot product attention, with
+            that of the processor that does so, or `""`. Their tokens are in the order (frames, rows, columns), and
+            their mask depends on the two frames alone.
+    """
+
+    local: tuple[str, ...]
+    attention: tuple[tuple[str, str], ...] = ()
+
+    def attends(self, name: str) -> bool:
+        """Whether modules of this class attend to the whole map."""
+        return any(name == module for module, _ in self.attention)
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that is true of one model family and of no other.
 
@@ -191,6 +294,11 @@ class Family:
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
             hands over from one to the next; None where the first one makes them all. Asked inside the loop.
         doors: where the stages of a call begin and end.
+        guided: whether a call makes two guidance branches a step unless it is told otherwise.
+        prediction: `(transformer, its hidden_states) -> shape of what a forward returns`; None where that is not known.
+        token_sharding: how ranks can share the tokens; None where that is not known.
+        tensor: how its transformers' weights are split in tensor parallelism; None where that is not known.
+        autoencoder: what its VAE is made of; None where that is not known.
         missing: for the generic family, what is not known and therefore left out, in words.
     """
 
@@ -205,12 +313,36 @@ class Family:
     activations: Activations | None = None
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
     doors: tuple[StageDoor, ...] = stage_doors()
+    guided: bool = False
+    prediction: Callable[[Any, Any], tuple[int, ...]] | None = None
+    token_sharding: TokenSharding | None = None
+    tensor: TensorSharding | None = None
+    autoencoder: Autoencoder | None = None
     missing: tuple[str, ...] = ()
 
     def models(self, pipe: Any) -> dict[str, Any]:
         """The transformers this pipeline has, by attribute name, in the order the loop uses them."""
         found = {name: getattr(pipe, name, None) for name in self.denoisers}
         return {name: model for name, model in found.items() if model is not None}
+
+
+def prediction_of_tokens(model: Any, hidden_states: Any) -> tuple[int, ...]:
+    """The shape of a prediction for tokens `(batch, tokens, channels)`."""
+    return (*hidden_states.shape[:-1], model.proj_out.out_features)
+
+
+def prediction_of_latents(model: Any, hidden_states: Any) -> tuple[int, ...]:
+    """The shape of a prediction for latents `(batch, channels, frames, height, width)`."""
+    batch, _, *sizes = hidden_states.shape
+    return (batch, model.config.out_channels, *sizes)
+
+
+def text_encoder_sharding(encoder: Any) -> TensorSharding | None:
+    """How the weights of a text encoder are split in tensor parallelism; None where that is not known."""
+    from pipeboost.patches.text_encoders import TEXT_ENCODERS  # type: ignore[import-not-found]
+
+    names = [cls.__name__ for cls in stock_class(encoder).__mro__]
+    return next((TEXT_ENCODERS[name] for name in names if name in TEXT_ENCODERS), None)
 
 
 @functools.cache

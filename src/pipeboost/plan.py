@@ -24,6 +24,7 @@ from pipeboost.config import (
     ReuseConfig,
     tier_allows,
 )
+from pipeboost.distributed import world_size
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family
 from pipeboost.hardware import Hardware, free_memory
@@ -41,6 +42,8 @@ from pipeboost.offload import (
     unmovable_weights,
     weigh,
 )
+from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.seams import stock_class
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,9 @@ class ModelFacts:
         encodes: whether it has an `encode_prompt`.
         processors: how many attention processors can be swapped, None where the model is not loaded.
         stock_processors: class name and reason, for each kind of processor that cannot.
+        model: class name of the transformer.
+        heads: its attention heads, None where it does not say.
+        ranks: how many processes there are to run the pipeline.
     """
 
     pipeline: str
@@ -100,6 +106,9 @@ class ModelFacts:
     encodes: bool = True
     processors: int | None = None
     stock_processors: tuple[tuple[str, str], ...] = ()
+    model: str = "the transformer"
+    heads: int | None = None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,8 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         MissingPackageError: a setting needs a package that is not installed.
     """
     offload = _offload(config, hardware, family, facts)
+    attention = _attention(config, hardware, facts)
+    parallel = _parallel(config, family, facts, attention=attention.on, offload=offload)
     return Plan(
         policies={kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS},
         quality=config.quality,
@@ -179,8 +190,8 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         hardware=hardware,
         facts=facts,
         decisions=(
-            _attention(config, hardware, facts),
-            _parallel(config),
+            attention,
+            parallel,
             _quantize(config),
             _cache(config, family, facts),
             _compile(config, hardware),
@@ -189,6 +200,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         ),
         default=all(getattr(config, feature) == "auto" for feature in FEATURES)
         and not offload.on
+        and not parallel.on
         and facts.dtype == torch.bfloat16
         and "flash3" in available_kernels(hardware),
     )
@@ -215,16 +227,49 @@ def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts
     return Decision("attention", choice, why, (*considered, *left), settings)
 
 
-def _parallel(config: AccelerationConfig) -> Decision:
+def _parallel(
+    config: AccelerationConfig, family: Family, facts: ModelFacts, *, attention: bool, offload: Decision
+) -> Decision:
     asked = config.parallel
-    if isinstance(asked, ParallelConfig) and asked.size > 1:
-        raise UnsupportedError(
-            f"parallel asks for {asked.size} ranks, but this version runs on one device; use parallel=None"
+    given = asked if isinstance(asked, ParallelConfig) else None
+    count = facts.ranks if given is None or given.group is None else given.group.size()
+    if asked is None:
+        apart = f"turned off; the {count} ranks work apart" if count > 1 else "turned off"
+        return Decision("parallel", "off", apart)
+    if count == 1 and (given is None or given.size == 1):
+        return Decision("parallel", "off", "one process")
+    ranks = Ranks(
+        count=count,
+        family=family,
+        model=facts.model,
+        heads=facts.heads,
+        tier=config.quality,
+        attention=attention,
+        weights=sum(component.nbytes for component in facts.components if component.path in family.denoisers),
+        free=facts.free,
+    )
+    considered: tuple[str, ...] = ()
+    if given is not None:
+        check_layout(given, ranks)
+        layout, why = given, "as asked for"
+    elif family.prediction is None and family.token_sharding is None:
+        why = f"no family tells how ranks could share {facts.pipeline}; the {count} ranks work apart"
+        return Decision("parallel", "off", why)
+    else:
+        layout, why, considered = choose_layout(ranks)
+    if (
+        layout.ulysses * layout.ring > 1
+        and isinstance(config.compile, CompileConfig)
+        and config.compile.scope == "full"
+    ):
+        raise ConfigurationError(
+            "ranks share tokens outside the blocks, which compile='full' does not have; use 'regional'"
         )
-    world = torch.distributed.get_world_size() if _distributed() else 1
-    if world > 1:
-        return Decision("parallel", "off", f"this version runs one pipeline per rank; the {world} ranks work apart")
-    return Decision("parallel", "off", "one process")
+    if layout.tensor > 1 and offload.on:
+        raise UnsupportedError(
+            f"parallel tensor={layout.tensor} shares weights that offload={offload.choice!r} moves; use offload=None"
+        )
+    return Decision("parallel", layout_in_words(layout), why, considered, layout)
 
 
 def _quantize(config: AccelerationConfig) -> Decision:
@@ -353,10 +398,6 @@ def _needs_tier(feature: str, choice: object, tier: str, given: str) -> Configur
     return ConfigurationError(f"{feature}={choice!r} is not allowed in quality={given!r}; it needs quality={tier!r}")
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     """Read the facts off a loaded pipeline that is to run on `device`."""
     denoisers = family.models(pipe)
@@ -364,9 +405,11 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     reasons = {path: unmovable_weights(module) for path, module in modules.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
     components = weigh(modules, family)
+    model = next(iter(denoisers.values()))
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelFacts(
         pipeline=type(pipe).__name__,
-        dtype=next(iter(denoisers.values())).dtype,
+        dtype=model.dtype,
         weights=sum(component.nbytes for component in components),
         offloaded=stock_offload(pipe),
         components=components,
@@ -377,4 +420,7 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
         encodes=callable(getattr(pipe, "encode_prompt", None)),
         processors=sum(report.swapped for report in swappable),
         stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
+        model=stock_class(model).__name__,
+        heads=heads if isinstance(heads, int) else None,
+        ranks=world_size(),
     )

@@ -7,6 +7,7 @@ from pipeboost.attention.swap import (
     SwapReport,
     dispatcher_of,
     rebind_attention,
+    refuse_stock_processors,
     swap_attention,
     swappable_processors,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "dispatcher_of",
     "explain_choice",
     "rebind_attention",
+    "refuse_stock_processors",
     "swap_attention",
     "swappable_processors",
     "trim_padded_text",

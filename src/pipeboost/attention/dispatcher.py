@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -18,6 +18,25 @@ from pipeboost.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
 
 
+class AttendAcross(Protocol):
+    """Attention among the tokens of several ranks. Hashable by identity."""
+
+    def serve(self, attend: Callable[..., Any]) -> None:
+        """Use the bound method `attend` for attention on one rank."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float | None
+    ) -> torch.Tensor:
+        """Attention of this rank's queries to the keys of all ranks."""
+
+
+class _AcrossRanks:
+    """Stands in a processor's `_parallel_config`, which it hands on where its keys are shared among ranks."""
+
+
+ACROSS_RANKS = _AcrossRanks()
+
+
 @dataclass(frozen=True)
 class DispatcherSettings:
     """What makes two dispatchers the same one.
@@ -27,21 +46,22 @@ class DispatcherSettings:
         tier: the quality tier, which bounds what `"auto"` may choose.
         hardware: the device that the plan was made for.
         right_padded: key-padding masks are known to have their padding last, so keys need not be moved.
-        scope: whoever hangs layers on `attend`, such as a device mesh; dispatchers of different scopes are not shared.
+        across: serves attention whose keys are shared among ranks; None on one device.
     """
 
     backend: str
     tier: str
     hardware: Hardware
     right_padded: bool = False
-    scope: Hashable = None
+    across: AttendAcross | None = None
 
     def __repr__(self) -> str:
-        return f"{self.backend!r} (quality={self.tier!r})"
+        ranks = ", across ranks" if self.across is not None else ""
+        return f"{self.backend!r} (quality={self.tier!r}{ranks})"
 
 
 class Dispatcher:
-    """Chooses a kernel for a call and runs it. `attend` is the door on which layers hang.
+    """Chooses a kernel for a call and runs it, on one rank or across those that share the keys.
 
     One dispatcher serves all processors of all models with equal settings, so that blocks which are alike share their
     compiled code.
@@ -54,6 +74,8 @@ class Dispatcher:
         devices = {"cpu": detect_hardware("cpu"), settings.hardware.device: settings.hardware}
         self._devices = {name: (hardware, available_kernels(hardware)) for name, hardware in devices.items()}
         self._dtypes = {name: accepted_dtypes(kernel) for name, kernel in KERNELS.items()}
+        if settings.across is not None:
+            settings.across.serve(self.attend)
 
     def dispatch(
         self,
@@ -82,10 +104,19 @@ class Dispatcher:
         # What a user compiles may run outside our calls, so only what our own compile traces is ours.
         ours = is_tracing_our_call() if torch.compiler.is_compiling() else _attention_is_on()
         special = dropout_p != 0.0 or is_causal or enable_gqa or bool(attention_kwargs)
+        # Attention to the tokens of an adapter, which every rank has, is marked like the others but has other keys.
+        across = parallel_config is ACROSS_RANKS and key.shape[1] == query.shape[1]
+        parallel_config = None if parallel_config is ACROSS_RANKS else parallel_config
         theirs = backend is not None or parallel_config is not None
         if ours and special and not theirs and self.settings.backend not in ("auto", "sdpa"):
             modes = "dropout, a causal mask, grouped queries or special arguments"
             return _refuse(query, refusal(self.settings.backend, "it has no such mode", modes))[0]
+        if ours and across:
+            assert self.settings.across is not None
+            if special or backend is not None:
+                sentence = "ranks cannot share a sequence under a backend set by set_attention_backend(), dropout or a "
+                return _refuse(query, f"{sentence}causal mask; call reset_attention_backend() or use parallel=None")[0]
+            return self.settings.across(query, key, value, attn_mask, scale=scale)
         if theirs or special or not ours:
             return dispatch_attention_fn(
                 query,

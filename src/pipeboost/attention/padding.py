@@ -34,7 +34,7 @@ class _Text(NamedTuple):
     mask: torch.Tensor
 
 
-def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
+def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger, *, at_least: int = 1) -> None:
     """Trim padded text inside our pipeline calls; does nothing for a family without any.
 
     Only trailing padding is cut. Where the batch's prompts then still differ in length, or a mask has holes, the blocks
@@ -44,6 +44,7 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger) -> 
         model: the transformer; pipelines that share it share the change.
         family: its family.
         ledger: takes the inverse.
+        at_least: text tokens to keep, where ranks share them and none may be without.
     """
     if family.padded_text is None:
         return
@@ -51,15 +52,15 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger) -> 
 
     def apply(inner: Ledger) -> None:
         unmasked = _unmask_blocks(padded.block_mask, id(model))
-        inner.add_layer(model, "__call__", _trim_text(padded, id(model)), order=TRIM_ORDER)
+        inner.add_layer(model, "__call__", _trim_text(padded, id(model), at_least), order=TRIM_ORDER)
         for path in layers:
             for block in getattr(model, path):
                 inner.add_layer(block, "__call__", unmasked)
 
-    ledger.share(model, "padded text", padded, apply)
+    ledger.share(model, "padded text", (padded, at_least), apply)
 
 
-def _trim_text(padded: PaddedText, key: int) -> Callable[..., Any]:
+def _trim_text(padded: PaddedText, key: int, at_least: int) -> Callable[..., Any]:
     def trim_text(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         call = current_call()
         if torch.compiler.is_compiling() or call is None or not call.has("attention"):
@@ -68,7 +69,7 @@ def _trim_text(padded: PaddedText, key: int) -> Callable[..., Any]:
         embeds, mask = bound.arguments.get(padded.embeds), bound.arguments.get(padded.mask)
         if embeds is None or mask is None or mask.ndim != 2 or mask.shape[1] != embeds.shape[1]:
             return call_next(*args, **kwargs)
-        text = _read(mask, call)
+        text = _read(mask, call, at_least)
         if text.kept < mask.shape[1]:
             bound.arguments[padded.embeds] = embeds[:, : text.kept]
             bound.arguments[padded.mask] = mask[:, : text.kept]
@@ -99,7 +100,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
     return unmask_block
 
 
-def _read(mask: torch.Tensor, call: Call) -> _Text:
+def _read(mask: torch.Tensor, call: Call, at_least: int) -> _Text:
     """What a mask says, found once for a tensor and its version; a view of the same memory is the same mask."""
     state = call.state.setdefault(_STATE, {"masks": {}, "unmasked": set()})
     known: dict[Any, _Text] = state["masks"]
@@ -109,7 +110,8 @@ def _read(mask: torch.Tensor, call: Call) -> _Text:
     if identity not in known:
         real = mask.ne(0).cpu()
         columns = real.any(dim=0).nonzero()
-        kept = int(columns[-1]) + 1 if len(columns) else 1
+        last = int(columns[-1]) + 1 if len(columns) else 1
+        kept = min(max(last, at_least), mask.shape[1])
         if len(known) >= _REMEMBERED:
             known.pop(next(iter(known)))
         known[identity] = _Text(kept, bool(real[:, :kept].all()), mask)

@@ -7,10 +7,11 @@ subclass per stock class and dispatcher, because torch.compile guards on the cla
 
 from __future__ import annotations
 
+import operator
 import threading
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,13 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from pipeboost.attention.choice import check_choice
-from pipeboost.attention.dispatcher import Dispatcher, DispatcherSettings, dispatcher_for
+from pipeboost.attention.dispatcher import (
+    ACROSS_RANKS,
+    AttendAcross,
+    Dispatcher,
+    DispatcherSettings,
+    dispatcher_for,
+)
 from pipeboost.config import AttentionConfig
 from pipeboost.errors import UnsupportedError
 from pipeboost.hardware import Hardware, detect_hardware
@@ -72,6 +79,8 @@ class _Swap:
             subclass = self.dispatcher.subclasses.get(stock)
             if subclass is None:
                 members = {"__call__": _rebuilt_call(stock, self.dispatcher), _OURS: self.dispatcher}
+                if self.dispatcher.settings.across is not None:
+                    members["_parallel_config"] = ACROSS_RANKS
                 subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
             processor.__class__ = subclass
             self.changed.add(processor)
@@ -94,7 +103,7 @@ def swap_attention(
     tier: str = "lossless",
     hardware: Hardware | None = None,
     right_padded: bool = False,
-    scope: Hashable = None,
+    across: AttendAcross | None = None,
 ) -> SwapReport:
     """Make the attention processors of one model call our dispatcher while a pipeline call of ours runs.
 
@@ -106,7 +115,7 @@ def swap_attention(
         tier: the quality tier, which bounds the choice.
         hardware: where the model will run (default: this machine's accelerator, else its CPU).
         right_padded: the model's key-padding masks always have their padding last.
-        scope: see `DispatcherSettings.scope`.
+        across: serves attention whose keys are shared among ranks.
 
     Raises:
         ConfigurationError: the tier does not allow the backend.
@@ -125,7 +134,7 @@ def swap_attention(
         head_dim=head_dim if isinstance(head_dim, int) else None,
     )
     _refuse_second_choice(model, backend)
-    settings = DispatcherSettings(backend, tier, hardware, right_padded, scope)
+    settings = DispatcherSettings(backend, tier, hardware, right_padded, across)
 
     # The ledger of a shared change must not keep its model alive.
     reference = weakref.ref(model)
@@ -143,6 +152,23 @@ def swap_attention(
 def rebind_attention(model: torch.nn.Module) -> None:
     """Accelerate the processors that the user has put on a swapped model since; called at the start of every call."""
     _swaps[model].bind()
+
+
+def refuse_stock_processors(model: torch.nn.Module, paths: Sequence[str]) -> None:
+    """Refuse processors in these lists of blocks that do not call our dispatcher, for ranks that share a sequence.
+
+    Raises:
+        UnsupportedError: there is one; it would see a rank's own tokens only.
+    """
+    for path in paths:
+        for block in operator.attrgetter(path)(model):
+            for module in block.modules():
+                processor = getattr(module, "processor", None)
+                if processor is not None and _OURS not in type(processor).__dict__:
+                    raise UnsupportedError(
+                        f"{type(processor).__name__} calls its attention kernel itself, so ranks cannot share a "
+                        "sequence; use ParallelConfig(ulysses=1, ring=1)"
+                    )
 
 
 def dispatcher_of(model: torch.nn.Module) -> Dispatcher:

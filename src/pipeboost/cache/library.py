@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeboost.config import CacheConfig
+from pipeboost.distributed import Group
 from pipeboost.families import BlockReturn
 
 _LEFT_BEHIND = "FFPA_CUDA_ALLOW_SMALL_D"
@@ -52,14 +53,34 @@ _CONTEXT = "branch"
 
 
 class _Contexts(CachedContextManager):
-    """cache-dit's contexts, whose decision stays in this process.
+    """cache-dit's contexts, whose decision is that of the ranks that share the tokens.
 
     cache-dit averages the residual over the whole world as soon as there are several ranks, also those that work on
-    other samples. Ranks that share one sample must agree: that average, over their group alone, belongs here.
+    other samples or on another guidance branch.
     """
 
-    def similarity(self, t1: torch.Tensor, t2: torch.Tensor, *, parallelized: bool = False, **options: Any) -> bool:
-        return bool(super().similarity(t1, t2, parallelized=False, **options))
+    def __init__(self, name: str, tokens: Group | None = None) -> None:
+        super().__init__(name=name)
+        self._tokens = tokens
+
+    def similarity(
+        self,
+        t1: torch.Tensor,
+        t2: torch.Tensor,
+        *,
+        threshold: float,
+        parallelized: bool = False,
+        **options: Any,
+    ) -> bool:
+        shared = self._tokens is not None and self._tokens.size > 1
+        if not shared or not 0 < threshold < 1 or t1.shape != t2.shape:
+            return bool(super().similarity(t1, t2, threshold=threshold, parallelized=False, **options))
+        assert self._tokens is not None
+        # Ranks may have one token more or less, so sums and not means are added up.
+        sums = torch.stack([(t1 - t2).abs().sum(dtype=torch.float32), t1.abs().sum(dtype=torch.float32)])
+        difference, size = self._tokens.all_reduce(sums).tolist()
+        self.add_residual_diff(difference / size)
+        return bool(difference / size < threshold)
 
 
 class BlockRow:
@@ -82,10 +103,16 @@ class BlockRow:
         return bool(BlockAdapter.match_blocks_pattern(nn.ModuleList(blocks), self._pattern, logging=False))
 
     def cache(
-        self, blocks: Sequence[nn.Module], settings: CacheConfig, *, steps: int | None, mask: list[int] | None
+        self,
+        blocks: Sequence[nn.Module],
+        settings: CacheConfig,
+        *,
+        steps: int | None,
+        mask: list[int] | None,
+        tokens: Group | None = None,
     ) -> BranchCache:
-        """A cache with a fresh context over these blocks."""
-        contexts = _Contexts(name=self._wrapper.cache_prefix)
+        """A cache with a fresh context over these blocks; `tokens` are the ranks that share them."""
+        contexts = _Contexts(name=self._wrapper.cache_prefix, tokens=tokens)
         contexts.new_context(
             name=_CONTEXT,
             cache_config=DBCacheConfig(

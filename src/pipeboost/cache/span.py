@@ -12,6 +12,7 @@ from torch import nn
 from pipeboost.cache.state import call_cache
 from pipeboost.call import current_call
 from pipeboost.config import CacheConfig
+from pipeboost.distributed import SEQUENCE
 from pipeboost.errors import UnsupportedError
 from pipeboost.families import Blocks, Family
 from pipeboost.seams import stock_class
@@ -80,7 +81,8 @@ class CachedSpan:
             return call_next(*args, **kwargs)
         if place == 0:
             if not branch.prepared:
-                branch.prepare(self._row, self._unchanged_blocks())
+                tokens = None if call.mesh is None else call.mesh.group(*SEQUENCE)
+                branch.prepare(self._row, self._unchanged_blocks(), tokens)
             return branch.run(*args, **kwargs)
         return branch.hand_on(*args, last=place == len(self._places) - 1, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeboost.cache.steps import computed_steps, settings_of, steps_of_experts
 from pipeboost.call import Call
 from pipeboost.config import CacheConfig
+from pipeboost.distributed import Group
 from pipeboost.errors import UnsupportedError
 from pipeboost.families import Family
 
@@ -62,9 +63,9 @@ class Branch:
         """Whether cache-dit holds a context for it."""
         return self._cache is not None
 
-    def prepare(self, row: BlockRow, blocks: Sequence[nn.Module]) -> None:
-        """Give it a fresh context."""
-        self._cache = row.cache(blocks, self.settings, steps=self.steps, mask=self.mask)
+    def prepare(self, row: BlockRow, blocks: Sequence[nn.Module], tokens: Group | None) -> None:
+        """Give it a fresh context; `tokens` are the ranks that share the tokens, and so the decision."""
+        self._cache = row.cache(blocks, self.settings, steps=self.steps, mask=self.mask, tokens=tokens)
 
     def release(self) -> None:
         """Drop the context with its tensors; the counts stay."""

@@ -1,1 +1,17 @@
 """Parallel: several ranks share one call of a pipeline: guidance branches, tokens, weights, the VAE."""
+
+from pipeboost.parallel.attend import AcrossRanks
+from pipeboost.parallel.branches import settle_branches, share_branches
+from pipeboost.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.parallel.tokens import shard_tokens
+
+__all__ = [
+    "AcrossRanks",
+    "Ranks",
+    "check_layout",
+    "choose_layout",
+    "layout_in_words",
+    "settle_branches",
+    "shard_tokens",
+    "share_branches",
+]

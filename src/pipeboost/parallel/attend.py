@@ -1,0 +1,190 @@
+"""Attention across ranks: Ulysses exchanges heads for tokens, ring passes keys and values around; both together, too.
+
+A rank has queries, keys and values of its own tokens and gets the output for these. *Ulysses* (DeepSpeed-Ulysses): one
+exchange gives each rank all tokens of its row of ranks for some of the heads, another one takes the output back. *Ring*
+(Ring Attention): keys and values of the other rows come by one after the other while those before are attended to;
+partial outputs are merged by their log-sum-exp in float32. Keys then come in another order than on one rank, the same
+for masks, which changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pipeboost.call import current_call
+from pipeboost.distributed import Group, Mesh
+from pipeboost.errors import UnsupportedError
+from pipeboost.parallel.shards import SHARDS, Shards
+
+Attend = Callable[..., Any]
+_serials = itertools.count()
+_across: weakref.WeakValueDictionary[int, AcrossRanks] = weakref.WeakValueDictionary()
+
+
+class AcrossRanks:
+    """Attention over the tokens of all ranks of a mesh's sequence group, by way of attention on one.
+
+    Args:
+        mesh: has the axes `"ulysses"` and `"ring"`.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._attend: Callable[[], Attend | None] = lambda: None
+        self._number = next(_serials)
+        _across[self._number] = self
+
+    def serve(self, attend: Attend) -> None:
+        """Use the bound method `attend(q, k, v, mask, *, scale, return_lse)` for attention on one rank."""
+        self._attend = weakref.WeakMethod(attend)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Attention of this rank's queries to the keys of all, all `(batch, own tokens, heads, head_dim)`.
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            mask: over this rank's own keys: `(batch, 1, 1, own tokens)` or `(batch, own tokens)`.
+            scale: of the scores.
+        """
+        if torch.compiler.is_compiling():
+            return torch.ops.pipeboost.attend_across_ranks(q, k, v, mask, scale, self._number)
+        return self.run(q, k, v, mask, scale)
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        """What a call does."""
+        call, attend = current_call(), self._attend()
+        assert call is not None
+        assert attend is not None
+        shards: Shards | None = call.state.get(SHARDS)
+        if shards is None:  # a call that runs on one rank, of a pipeline that shares the transformer
+            return attend(q, k, v, mask, scale=scale)
+        ulysses, ring = self._mesh.group("ulysses"), self._mesh.group("ring")
+        tokens, heads = shards.joint_sizes, q.shape[2]
+        rows = [tokens[row * ulysses.size : (row + 1) * ulysses.size] for row in range(ring.size)]
+        here = rows[ring.rank]
+        if heads % ulysses.size:
+            raise UnsupportedError(f"ulysses={ulysses.size} does not divide the {heads} heads of this attention")
+        if mask is not None:
+            mask = _over_keys(mask, q, k)
+        if ulysses.size > 1:
+            q, k, v = _heads_for_tokens(q, k, v, here, ulysses)
+            mask = None if mask is None else ulysses.all_gather(mask, 1, here)
+        if ring.size > 1:
+            out = _around_the_ring(attend, q, k, v, mask, [sum(row) for row in rows], scale, ring)
+        else:
+            out = attend(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
+        return _tokens_for_heads(out, here, ulysses) if ulysses.size > 1 else out
+
+
+def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """A mask as `(batch, own keys)`, of its own dtype."""
+    batch, tokens = k.shape[:2]
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if mask.ndim != 2 or mask.shape[1] != tokens:
+        raise UnsupportedError(
+            f"an attention mask of shape {tuple(mask.shape)} differs between queries or heads, which ranks that share "
+            "a sequence cannot serve; use ParallelConfig(ulysses=1, ring=1)"
+        )
+    return mask.expand(batch, tokens).contiguous()
+
+
+def _heads_for_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int], group: Group
+) -> tuple[torch.Tensor, ...]:
+    """All tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
+    batch, own, heads, head_dim = q.shape
+    split = (batch, own, group.size, heads // group.size, head_dim)
+    packed = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
+    # Rank by rank, and token by token within: then all that arrives is in the order of the tokens.
+    parcels = packed.permute(3, 2, 1, 0, 4, 5).reshape(group.size * own, -1)
+    received = group.all_to_all(parcels, [own] * group.size, tokens)
+    return received.view(sum(tokens), batch, 3, heads // group.size, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
+
+
+def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) -> torch.Tensor:
+    """The inverse: this rank's own tokens with all heads."""
+    batch, _, heads, head_dim = out.shape
+    own = tokens[group.rank]
+    parcels = out.transpose(0, 1).reshape(sum(tokens), -1)
+    received = group.all_to_all(parcels, tokens, [own] * group.size)
+    received = received.view(group.size, own, batch, heads, head_dim)
+    return received.permute(2, 1, 0, 3, 4).reshape(batch, own, group.size * heads, head_dim)
+
+
+def _around_the_ring(
+    attend: Attend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokens: Sequence[int],
+    scale: float | None,
+    group: Group,
+) -> torch.Tensor:
+    """Attention to the keys and values of all ranks, of which two at a time are here.
+
+    Args:
+        tokens: how many keys each rank has.
+    """
+    block = [k.contiguous(), v.contiguous()] + ([] if mask is None else [mask])
+    out: torch.Tensor | None = None
+    lse = q.new_empty(0)
+    for turn in range(group.size):
+        coming, pending = block, None
+        if turn + 1 < group.size:
+            length = tokens[(group.rank - turn - 1) % group.size]
+            coming = [tensor.new_empty((tensor.shape[0], length, *tensor.shape[2:])) for tensor in block]
+            pending = group.shift(block, coming)
+        keys, values = block[:2]
+        part_mask = block[2][:, None, None] if mask is not None else None
+        part, part_lse = attend(q, keys, values, part_mask, scale=scale, return_lse=True)
+        out, lse = (part.float(), part_lse) if out is None else _merged(out, lse, part, part_lse)
+        if pending is not None:
+            pending.wait()
+        block = coming
+    assert out is not None
+    return out.to(q.dtype)
+
+
+def _merged(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two partial outputs in float32, and their log-sum-exps, as one."""
+    whole = torch.logaddexp(lse, part_lse)
+    # Where all keys of a part are masked its weight is 0, and what it computed may be anything.
+    weight = torch.exp(lse - whole).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
+    part_weight = torch.exp(part_lse - whole).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
+    merged = torch.where(weight > 0, out * weight, 0.0) + torch.where(part_weight > 0, part.float() * part_weight, 0.0)
+    return merged, whole
+
+
+@torch.library.custom_op("pipeboost::attend_across_ranks", mutates_args=())
+def _attend_across_ranks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, number: int
+) -> torch.Tensor:
+    return _across[number].run(q, k, v, mask, scale).contiguous()
+
+
+@_attend_across_ranks.register_fake
+def _attend_across_ranks_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, number: int
+) -> torch.Tensor:
+    return q.new_empty(q.shape)

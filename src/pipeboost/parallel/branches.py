@@ -1,0 +1,125 @@
+"""CFG-parallel: of the calls that a step makes to its denoiser, each rank computes its own and is given the others.
+
+The script runs on every rank as it is. A call that is another rank's returns at once, with memory that nothing has been
+written to yet; once the ranks have computed a call each, what they computed goes to all of them, into that memory.
+Until then the script only indexes or slices what it was given. Where a step makes no further call, as without
+guidance, the memory is filled before `scheduler.step` reads it. A step's formula then runs on every rank, on the same
+numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out the same to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from pipeboost.call import Call, current_call
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import Family
+from pipeboost.ledger import Ledger
+from pipeboost.seams import stock_class
+
+# Outside all that a forward does, so that a call left to another rank does none of it.
+_FORWARD_ORDER = 0.0
+# Outside the layers that look at a step's input and output.
+_STEP_ORDER = -200.0
+_STATE = "branches"
+
+
+def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
+    """Let the ranks of a call's `"cfg"` group compute one guidance branch each.
+
+    A step's calls are told apart by their order. With fewer ranks than branches they take turns.
+
+    Args:
+        model: a denoiser; pipelines that share it share the layer, which acts in calls with such a group only.
+        family: knows the shape of what a forward returns.
+        ledger: takes the inverse.
+    """
+    assert family.prediction is not None
+    prediction = family.prediction
+
+    def apply(inner: Ledger) -> None:
+        inner.add_layer(model, "__call__", functools.partial(_forward, prediction), order=_FORWARD_ORDER)
+
+    ledger.share(model, "guidance branches", prediction, apply)
+
+
+def settle_branches(scheduler: Any, ledger: Ledger) -> None:
+    """Fill what is still to be filled before this scheduler steps."""
+
+    def apply(inner: Ledger) -> None:
+        inner.add_layer(scheduler, "step", _step, order=_STEP_ORDER)
+
+    ledger.share(scheduler, "guidance branches", None, apply)
+
+
+def _forward(
+    prediction: Callable[[Any, torch.Tensor], tuple[int, ...]],
+    call_next: Callable[..., Any],
+    owner: torch.nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    call = current_call()
+    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1:
+        return call_next(*args, **kwargs)
+    group = call.mesh.group("cfg")
+    waiting: list[torch.Tensor] = call.state.setdefault(_STATE, [])
+    if len(waiting) == group.rank:
+        result = call_next(*args, **kwargs)
+        # What the other ranks get must be what the script gets: a copy would be a second tensor.
+        waiting.append(result[0])
+    else:
+        result = _to_be_filled(prediction, owner, args, kwargs)
+        waiting.append(result[0])
+    if len(waiting) == group.size:
+        _fill(call)
+    return result
+
+
+def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is not None and call.state.get(_STATE):
+        _fill(call)
+    return call_next(*args, **kwargs)
+
+
+def _fill(call: Call) -> None:
+    """Give each rank's result to the others, in the order of the calls."""
+    assert call.mesh is not None
+    group = call.mesh.group("cfg")
+    waiting: list[torch.Tensor] = call.state.pop(_STATE)
+    for source, tensor in enumerate(waiting):
+        dense = tensor.contiguous()
+        if source != group.rank and dense is not tensor:
+            raise AssertionError("memory to be filled is dense")
+        group.broadcast(dense, source)
+
+
+def _to_be_filled(
+    prediction: Callable[[Any, torch.Tensor], tuple[int, ...]],
+    owner: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound.apply_defaults()
+    states = bound.arguments["hidden_states"]
+    if not isinstance(states, torch.Tensor):
+        raise UnsupportedError(
+            f"cfg-parallel needs hidden_states to be one tensor, and this {stock_class(owner).__name__} was given "
+            f"{type(states).__name__}; use ParallelConfig(cfg=1)"
+        )
+    empty = states.new_empty(prediction(owner, states))
+    return Transformer2DModelOutput(sample=empty) if bound.arguments.get("return_dict", True) else (empty,)
+
+
+@functools.cache
+def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
+    forward: Any = cls
+    return inspect.signature(forward.forward)

@@ -1,0 +1,165 @@
+"""Layout: how many ranks along each axis of the mesh, chosen or checked before anything changes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeboost.config import ParallelConfig, tier_allows
+from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.families import Family
+
+DEGREES = ("replicas", "cfg", "ulysses", "ring", "tensor")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a layout depends on, besides what was asked for.
+
+    Attributes:
+        count: ranks of the group that runs the pipeline.
+        family: the model family.
+        model: class name of the transformer.
+        heads: its attention heads; None where it does not say.
+        tier: the quality tier.
+        attention: whether its attention processors call our dispatcher.
+        weights: bytes of the transformers' weights.
+        free: bytes a rank's device could hold; None where that is not known.
+    """
+
+    count: int
+    family: Family
+    model: str
+    heads: int | None
+    tier: str
+    attention: bool
+    weights: int = 0
+    free: int | None = None
+
+
+def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
+    """The layout that `parallel="auto"` takes, why, and what was considered.
+
+    Guidance branches come first, which exchange least; then heads, then tokens around a ring; weights are shared where
+    they do not fit.
+
+    Raises:
+        UnsupportedError: this pipeline cannot use that many ranks.
+    """
+    cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
+    rest = ranks.count // cfg
+    tensor = 1
+    if rest > 1 and ranks.free is not None and ranks.weights > 0.8 * ranks.free:
+        tensor = _largest(ranks, "tensor", rest)
+    ulysses = _largest(ranks, "ulysses", rest // tensor, tensor=tensor)
+    layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
+    check_layout(layout, ranks)
+    reasons = []
+    if cfg > 1:
+        reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
+    if tensor > 1:
+        reasons.append("the weights do not fit on one device")
+    if ulysses > 1:
+        reasons.append(f"{ranks.heads} heads divide by {ulysses}")
+    if layout.ring > 1:
+        reasons.append("the remaining ranks pass keys and values around")
+    considered = [
+        f"{layout_in_words(other)}: {reason}"
+        for other, reason in (
+            (ParallelConfig(ring=ranks.count), "moves more bytes than Ulysses"),
+            (ParallelConfig(tensor=ranks.count), "two sums of all tokens a block; for weights that do not fit"),
+        )
+        if other != layout and _refusal(other, ranks) is None
+    ]
+    return layout, "; ".join(reasons), tuple(considered)
+
+
+def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
+    """Refuse a layout that this pipeline and these ranks cannot have.
+
+    Raises:
+        ConfigurationError: the product of the degrees is not the number of ranks, or the tier does not allow one.
+        UnsupportedError: the model cannot be shared like this.
+    """
+    refusal = _refusal(layout, ranks)
+    if refusal is not None:
+        raise refusal
+
+
+def layout_in_words(layout: ParallelConfig) -> str:
+    """Such as `cfg=2, ulysses=2`."""
+    named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
+    return ", ".join(named) or "one rank"
+
+
+def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
+    degrees = layout_in_words(layout)
+    if layout.size != ranks.count:
+        many = "1 rank" if ranks.count == 1 else f"{ranks.count} ranks"
+        return ConfigurationError(
+            f"parallel={degrees} is for {layout.size} ranks, and there {'is' if ranks.count == 1 else 'are'} {many}"
+            f"{_way_out(ranks)}"
+        )
+    for axis in DEGREES[1:]:
+        degree = getattr(layout, axis)
+        against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
+        if against is not None:
+            error = ConfigurationError if "quality" in against else UnsupportedError
+            return error(f"parallel={degrees}: {axis}={degree} {against}{_way_out(ranks)}")
+    return None
+
+
+def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
+    """What speaks against a degree, as the end of a sentence that begins with it."""
+    family, model = ranks.family, ranks.model
+    if axis == "cfg":
+        return None if family.prediction is not None else f"is not known to be possible for {model}"
+    if not tier_allows(ranks.tier, "lossless"):
+        return f"changes rounding, which quality={ranks.tier!r} does not allow"
+    if axis == "tensor":
+        if not getattr(family, "tensor", None):
+            return f"is not known to be possible for {model}"
+    else:
+        if family.token_sharding is None:
+            return f"is not known to be possible for {model}"
+        if not ranks.attention:
+            return "needs attention processors that call pipeboost's dispatcher, so not attention=None"
+    shared = {"ulysses": degree * tensor, "tensor": degree}.get(axis)
+    if shared is not None and ranks.heads is not None and ranks.heads % shared:
+        together = f" and tensor={tensor}" if axis == "ulysses" and tensor > 1 else ""
+        return (
+            f"{together.removeprefix(' ') + ' ' if together else ''}does not divide the {ranks.heads} heads of {model}"
+        )
+    return None
+
+
+def _largest(ranks: Ranks, axis: str, limit: int, *, tensor: int = 1) -> int:
+    degrees = [degree for degree in range(limit, 1, -1) if limit % degree == 0]
+    return next((degree for degree in degrees if _against(ranks, axis, degree, tensor=tensor) is None), 1)
+
+
+def _way_out(ranks: Ranks) -> str:
+    fitting = [layout_in_words(layout) for layout in _layouts(ranks.count) if _fits(layout, ranks)]
+    if ranks.count == 1:
+        return "; start more (torchrun --nproc-per-node), or use parallel=None"
+    return f"; use {' or '.join(fitting[:4])}" if fitting else "; use parallel=None, then every rank runs by itself"
+
+
+def _fits(layout: ParallelConfig, ranks: Ranks) -> bool:
+    degrees = {axis: getattr(layout, axis) for axis in DEGREES[1:]}
+    return all(
+        degree == 1 or _against(ranks, axis, degree, tensor=layout.tensor) is None for axis, degree in degrees.items()
+    )
+
+
+def _layouts(count: int) -> Iterator[ParallelConfig]:
+    """All layouts of `count` ranks on one sample, those of one axis first."""
+    divisors = [degree for degree in range(1, count + 1) if count % degree == 0]
+    every = [
+        degrees for degrees in itertools.product(divisors, repeat=4) if math.prod(degrees) == count and degrees[0] <= 2
+    ]
+    for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
+        cfg, ulysses, ring, tensor = degrees
+        yield ParallelConfig(cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
