@@ -168,7 +168,7 @@ def test_3_what_depends_on_the_model_is_a_field_of_family_and_all_patches_read_a
             for node in tree.body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAMILY"
         ]
-        if path.name == "__init__.py":
+        if path.name in ("__init__.py", "text_encoders.py"):
             continue
         given = [keyword.arg for keyword in calls[0].keywords]
         assert given == sorted(given, key=order.index), path.name
