@@ -7,7 +7,7 @@ reverse:
 2. parallel: shards what attention then sees, so it comes before anything that captures shapes;
 3. quantize: replaces linears, which must happen before a graph of them exists;
 4. cache: decides which blocks run, and must call blocks that compile can still stand in front of;
-5. compile: captures what the blocks have become;
+5. compile: captures what the blocks have become, and CUDA graphs what the forward has;
 6. offload: moves finished modules;
 7. reuse: stands before the encoders, whatever they have become;
 8. stages: the outermost layers, which watch everything above.
@@ -30,15 +30,23 @@ import torch
 from pipeboost.attention import rebind_attention, refuse_stock_processors, swap_attention, trim_padded_text
 from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
-from pipeboost.compile import CompiledModel, compile_model
+from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
+from pipeboost.distributed.agreement import agreed_arguments
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
-from pipeboost.parallel import AcrossRanks, settle_branches, shard_tokens, share_branches
+from pipeboost.parallel import (
+    AcrossRanks,
+    check_first_step,
+    settle_branches,
+    shard_tokens,
+    shard_weights,
+    share_branches,
+)
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.reuse import PromptReuse, reuse_prompts
@@ -88,6 +96,7 @@ class _Part:
     target: weakref.ref[Any]
     ledger: Ledger
     compiled: CompiledModel | None
+    graphs: Graphs | None
     of_view: bool
 
 
@@ -231,6 +240,7 @@ class Acceleration:
             compiled={
                 part.path: asdict(part.compiled.counters) for part in self._parts.values() if part.compiled is not None
             },
+            graphs={part.path: part.graphs.summary() for part in self._parts.values() if part.graphs is not None},
         )
 
     def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
@@ -390,7 +400,11 @@ class Acceleration:
             wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
             device = self._follow_device(pipe)
             self._bind(pipe)
-            bound = signature.bind(pipe, *args, **kwargs)
+            if self._mesh is None:
+                bound = signature.bind(pipe, *args, **kwargs)
+            else:
+                bound = agreed_arguments(self._mesh, signature.bind_partial(pipe, *args, **kwargs), device)
+                args, kwargs = bound.args[1:], bound.kwargs
             bound.apply_defaults()
             arguments = dict(bound.arguments)
             with self._opened(pipe, arguments, device) as call:
@@ -511,6 +525,7 @@ class Acceleration:
     def _apply(self, path: str, obj: Any, *, denoiser: bool, of_view: bool) -> _Part:
         """Apply the plan to one component, features in the order that this module's docstring explains."""
         plan, compiled = self.plan, None
+        graphs: Graphs | None = None
         with Ledger() as ledger:
             if denoiser and plan["attention"].on:
                 swap_attention(
@@ -531,24 +546,30 @@ class Acceleration:
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
             if denoiser and plan["compile"].on:
                 compiled = compile_model(obj, plan["compile"].settings, plan.family, ledger, owner=self)
+            if denoiser and plan["graphs"].on:
+                graphs = capture_graphs(obj, plan["graphs"].settings, ledger, owner=self)
             if plan["offload"].on:
                 place(path, obj, plan["offload"].settings, plan.family, ledger)
             if not path and self._prompts is not None:
                 reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)
-        return _Part(path, weakref.ref(obj), ledger, compiled, of_view)
+        return _Part(path, weakref.ref(obj), ledger, compiled, graphs, of_view)
 
     def _share(self, path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
         """Let the ranks of the mesh share one component."""
         mesh, family = self._mesh, self.plan.family
         if mesh is None:
             return
+        if denoiser and mesh.degree("tensor") > 1:
+            assert family.tensor is not None
+            shard_weights(obj, family.tensor, mesh.group("tensor"), ledger)
         if denoiser and mesh.degree("cfg") > 1:
             share_branches(obj, family, ledger)
         if denoiser and self._across is not None:
             shard_tokens(obj, family, ledger)
-        if path == "scheduler" and mesh.degree("cfg") > 1:
+        if path == "scheduler":
             settle_branches(obj, ledger)
+            check_first_step(obj, ledger)
 
     def _refuse_stock_processors(self, model: Any) -> None:
         if self._across is not None:

@@ -6,7 +6,7 @@ Making a plan changes nothing and loads nothing; whatever cannot be done is refu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Decision:
     """What the plan says of one feature.
 
     Attributes:
-        feature: its name, an argument of `accelerate_pipeline`.
+        feature: its name: an argument of `accelerate_pipeline`, or `"graphs"`, a setting of its `compile`.
         choice: what is used, `"off"` where nothing is.
         why: the reason in a sentence.
         considered: the alternatives and what spoke against each.
@@ -183,8 +183,10 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
     offload = _offload(config, hardware, family, facts)
     attention = _attention(config, hardware, facts)
     parallel = _parallel(config, family, facts, attention=attention.on, offload=offload)
+    cache = _cache(config, family, facts)
+    policies = {kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS}
     return Plan(
-        policies={kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS},
+        policies=policies,
         quality=config.quality,
         family=family,
         hardware=hardware,
@@ -193,8 +195,9 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             attention,
             parallel,
             _quantize(config),
-            _cache(config, family, facts),
+            cache,
             _compile(config, hardware),
+            _graphs(config, hardware, facts, cache, policies),
             offload,
             _reuse(config, facts),
         ),
@@ -318,6 +321,8 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
     asked = config.compile
     if asked is None:
         return Decision("compile", "off", "turned off")
+    if asked != "auto" and asked.scope is None:
+        return Decision("compile", "off", "turned off; CUDA graphs alone")
     if config.quality == "exact":
         if asked != "auto":
             raise _needs_tier("compile", asked.scope, "lossless", config.quality)
@@ -336,7 +341,35 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
     why = "one graph per kind of block, reused by all; the text length is dynamic, the image size is not"
     if settings.dynamic:
         why = "one graph per kind of block for all sizes"
-    return Decision("compile", settings.scope, why, considered, settings)
+    # What is compiled does not depend on how it is launched, so pipelines that differ in that alone can share it.
+    return Decision("compile", str(settings.scope), why, considered, replace(settings, graphs=False))
+
+
+def _graphs(
+    config: AccelerationConfig, hardware: Hardware, facts: ModelFacts, cache: Decision, policies: Mapping[str, str]
+) -> Decision:
+    asked = config.compile
+    if asked is None:
+        return Decision(
+            "graphs", "off", "turned off with compile; CompileConfig(scope=None, graphs=True) is graphs alone"
+        )
+    wanted = "auto" if asked == "auto" else asked.graphs
+    if wanted is False:
+        return Decision("graphs", "off", "turned off")
+    against: dict[str, bool] = {
+        "the pipeline is on the CPU": hardware.device == "cpu",
+        "the cache decides on the host which blocks run": cache.on,
+        "the transformer's weights come and go": facts.offloaded or policies["transformers"] != "resident",
+    }
+    reason = next((words for words, holds in against.items() if holds), None)
+    if reason is not None:
+        if wanted is True:
+            raise UnsupportedError(f"compile.graphs=True is not possible here: {reason}; use graphs='auto' or False")
+        return Decision("graphs", "off", f"a CUDA graph is not possible: {reason}")
+    why = "a forward whose launches take the host about as long as the device runs is captured at its third run"
+    if wanted is True:
+        why = "a forward is captured at its second run with the same shapes and settings"
+    return Decision("graphs", "auto" if wanted == "auto" else "on", f"{why}; the report counts them", settings=wanted)
 
 
 def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Decision:

@@ -27,6 +27,9 @@ class Mesh:
         degrees: how many ranks along each axis; 1 where not named.
         ranks: of the world; their number is the product of the degrees. None for the whole world.
         device: where the tensors are.
+
+    Attributes:
+        compared: sizes of latents that the ranks have compared after a first step.
     """
 
     def __init__(self, degrees: Mapping[str, int], *, ranks: Sequence[int] | None = None, device: torch.device) -> None:
@@ -34,6 +37,7 @@ class Mesh:
         everyone = world()
         self.ranks = tuple(range(everyone.size)) if ranks is None else tuple(ranks)
         self.device = device
+        self.compared: set[torch.Size] = set()
         assert math.prod(self.shape) == len(self.ranks), "the product of the degrees is the number of ranks"
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
@@ -56,6 +60,11 @@ class Mesh:
         """The ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
         return self._groups[axes]
 
+    @property
+    def groups(self) -> list[Group]:
+        """Every group of this rank, each once."""
+        return list({id(group): group for group in (*self._groups.values(), self.control)}.values())
+
     def degree(self, axis: str) -> int:
         """How many ranks there are along an axis."""
         return self.shape[AXES.index(axis)]
@@ -76,7 +85,7 @@ class Mesh:
 
     def close(self) -> None:
         """Give up all groups. Every rank of the mesh does so."""
-        for group in {id(group): group for group in (*self._groups.values(), self.control)}.values():
+        for group in self.groups:
             group.close()
 
     def _members(self, axes: tuple[str, ...]) -> tuple[int, ...]:

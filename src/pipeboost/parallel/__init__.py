@@ -2,16 +2,20 @@
 
 from pipeboost.parallel.attend import AcrossRanks
 from pipeboost.parallel.branches import settle_branches, share_branches
+from pipeboost.parallel.first_step import check_first_step
 from pipeboost.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.parallel.tensor import shard_weights
 from pipeboost.parallel.tokens import shard_tokens
 
 __all__ = [
     "AcrossRanks",
     "Ranks",
+    "check_first_step",
     "check_layout",
     "choose_layout",
     "layout_in_words",
     "settle_branches",
     "shard_tokens",
+    "shard_weights",
     "share_branches",
 ]
