@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
 from pipeboost.distributed.start import world
-from pipeboost.distributed.waiting import finish
+from pipeboost.distributed.waiting import Transfer, finish
 
 LIMIT = timedelta(minutes=30)
 """When torch's own backends give up; `waiting` gives up long before."""
@@ -83,15 +83,19 @@ class Group:
     def exchange(
         self, sent: Sequence[tuple[torch.Tensor, int]], received: Sequence[tuple[torch.Tensor, int]]
     ) -> Pending:
-        """Begin to send contiguous tensors to ranks of the group, and to receive into others from some."""
+        """Begin to send contiguous tensors to ranks of the group, and to receive into others from some.
+
+        What two ranks say to each other arrives in the order in which it was said, whatever they say to others.
+        """
         device = torch.device(self.device)
         if self.device == "cuda":
             self.backend._start_coalescing()
-        works = [self.backend.send([tensor], rank, tag) for tag, (tensor, rank) in enumerate(sent)]
-        works += [self.backend.recv([tensor], rank, tag) for tag, (tensor, rank) in enumerate(received)]
+        works = [self.backend.send([tensor], rank, tag) for tag, (tensor, rank) in _numbered(sent)]
+        works += [self.backend.recv([tensor], rank, tag) for tag, (tensor, rank) in _numbered(received)]
         if self.device == "cuda":
             works = [self.backend._end_coalescing()]
-        return Pending(self, works, f"exchange on {device}")
+        ranks = [rank for _, rank in sent], [rank for _, rank in received]
+        return Pending(Transfer(works, self, *ranks, f"exchange on {device}"))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Write the contiguous tensor of rank `source` of the group into the others' in place."""
@@ -125,20 +129,27 @@ class Group:
 class Pending:
     """A transfer that has begun."""
 
-    def __init__(self, group: Group, works: Sequence[Any], what: str) -> None:
-        self._group = group
-        self._works = works
-        self._what = what
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
 
     def wait(self) -> None:
-        """Go on once it is done; on a GPU the stream goes on then, not the host."""
-        for work in self._works:
-            finish(work, self._group, self._what)
+        """Go on once it is done; on a GPU the stream goes on then, not the host. Once only."""
+        self._transfer.finish()
 
 
 def group_named(name: str) -> Group:
     """The group with this name, of those that are in use."""
     return _groups[name]
+
+
+def _numbered(transfers: Sequence[tuple[torch.Tensor, int]]) -> list[tuple[int, tuple[torch.Tensor, int]]]:
+    """Each transfer with its number among those with the same rank, which the other rank counts alike."""
+    counts: Counter[int] = Counter()
+    numbered = []
+    for transfer in transfers:
+        numbered.append((counts[transfer[1]], transfer))
+        counts[transfer[1]] += 1
+    return numbered
 
 
 def _backend(device: str, store: Any, rank: int, size: int) -> Any:

@@ -1,0 +1,147 @@
+"""Ranks that share the forwards of a VAE's encoder and decoder."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from pipeboost.families import Autoencoder, families
+from pipeboost.ledger import Ledger
+from pipeboost.parallel.vae import parallelize_vae
+from tests.distributed import vae_cases
+from tests.distributed.ranks import on_ranks
+from tests.distributed.vae_cases import VAES, Map, Results
+
+MAPS = [
+    Map("decode", 9, 6),
+    Map("decode", 5, 11, batch=2),
+    Map("encode", 9, 6, batch=2),
+    Map("encode", 4, 7),
+    Map("decode", 9, 6, batch=2, settings={"use_slicing": True}),
+    Map("encode", 6, 5, batch=2, settings={"use_slicing": True}),
+]
+DOUBLE = [Map("decode", 5, 9, batch=2, dtype=torch.float64), Map("encode", 9, 5, dtype=torch.float64)]
+TOO_SMALL = Map("decode", 1, 1)
+TILES = {
+    "tile_sample_min_height": 64,
+    "tile_sample_min_width": 64,
+    "tile_sample_stride_height": 48,
+    "tile_sample_stride_width": 48,
+}
+IMAGE_TILES = {"tile_sample_min_size": 64, "tile_latent_min_size": 8}
+
+
+def _facts(name: str) -> Autoencoder:
+    found = next(family for family in families() if family.name == VAES[name][0]).autoencoder
+    assert found is not None
+    return found
+
+
+def _differences(name: str, ranks: int, maps: list[Map]) -> tuple[list[float], list[Results]]:
+    """The largest difference to the undivided result for each map, on any rank."""
+    found = on_ranks(ranks, vae_cases.share, name, maps)
+    vae = vae_cases.build(name)
+    differences = []
+    for index, what in enumerate(maps):
+        expected = vae_cases.result_of(vae, name, what)
+        outputs = [result.outputs[index] for result in found]
+        assert all(output.shape == expected.shape for output in outputs)
+        assert all(torch.equal(output, outputs[0]) for output in outputs), "ranks differ"
+        differences.append((outputs[0] - expected).abs().max().item())
+    return differences, found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", VAES)
+def test_a_shared_vae_gives_the_undivided_result(name, ranks):
+    differences, found = _differences(name, ranks, [*MAPS, *DOUBLE, TOO_SMALL])
+    assert max(differences[: len(MAPS)]) <= 1e-5
+    assert max(differences[len(MAPS) : -1]) <= 1e-13, "it is not rounding alone"
+    assert differences[-1] == 0.0
+    forwards = {"use_slicing": 2}
+    for result in found:
+        for what, counts in zip(MAPS, result.counts, strict=False):
+            frames = VAES[name][2] if name.startswith("wan") else 1
+            part = {"decode": "decoder", "encode": "encoder"}[what.method]
+            assert counts == {f"{part} shared": frames * max([forwards[key] for key in what.settings], default=1)}
+        (reason,) = result.counts[-1]
+        assert reason == f"decoder whole: 1 latent rows are too few for {ranks} ranks"
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_it_is_stock_outside_a_call_and_after_it_was_taken_back(name):
+    found = on_ranks(2, vae_cases.share, name, MAPS[:1])
+    expected = vae_cases.result_of(vae_cases.build(name), name, MAPS[0])
+    for result in found:
+        assert torch.equal(result.outside, expected)
+        assert torch.equal(result.again, expected)
+        assert not result.unused
+        assert not result.left
+
+
+@pytest.mark.parametrize("name", ["flux", "wan21", "hunyuan_video"])
+def test_ranks_share_each_tile_of_a_tiled_vae(name):
+    settings = {"use_tiling": True, **(IMAGE_TILES if name == "flux" else TILES)}
+    maps = [Map("decode", 13, 17, settings=settings), Map("encode", 17, 13, settings=settings)]
+    differences, found = _differences(name, 2, maps)
+    assert max(differences) <= 1e-5
+    for result in found:
+        assert all(counts[f"{part} shared"] > 4 for part, counts in zip(("decoder", "encoder"), result.counts, strict=False))
+
+
+def test_a_half_precision_vae_is_as_near_to_the_true_result_as_stock():
+    what = Map("decode", 9, 6, batch=2, dtype=torch.bfloat16)
+    found = on_ranks(2, vae_cases.share, "hunyuan_video", [what])
+    vae = vae_cases.build("hunyuan_video")
+    stock = vae_cases.result_of(vae, "hunyuan_video", what).double()
+    # The same weights, rounded to bfloat16, without further rounding.
+    true = vae_cases.result_of(vae, "hunyuan_video", dataclasses.replace(what, dtype=torch.float64))
+    ours = found[0].outputs[0].double()
+    assert found[0].outputs[0].dtype == torch.bfloat16
+    assert (ours - true).square().mean() <= 1.1 * (stock - true).square().mean()
+
+
+def test_a_rank_needs_memory_for_its_own_strip_only():
+    settings = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (32,) * 4,
+        "norm_num_groups": 4,
+    }
+    for whole, own in on_ranks(4, vae_cases.memory, settings, (1, 4, 16, 16)):
+        assert own < 0.27 * whole
+
+
+def test_attention_that_ranks_cannot_share_raises():
+    for message in on_ranks(2, vae_cases.share_with_another_processor, "flux"):
+        assert "restore its attention processor" in message
+
+
+def test_a_vae_with_a_module_that_is_not_known_is_left_with_the_reason():
+    vae = vae_cases.build("flux")
+    vae.decoder.conv_act = nn.Softmax(dim=1)
+    vae.encoder.conv_out = nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")
+    ledger = Ledger()
+    report = parallelize_vae(vae, _facts("flux"), ledger)
+    assert not report.shared
+    assert dict(report.left) == {
+        "decoder": "Softmax is not known",
+        "encoder": "padding 'reflect' inside a convolution",
+    }
+    assert not ledger.changes
+
+
+def test_a_vae_that_no_family_describes_is_left_with_the_reason():
+    report = parallelize_vae(vae_cases.build("flux"), None, Ledger())
+    assert {reason for _, reason in report.left} == {"its family does not say what it is made of"}
+    other = parallelize_vae(vae_cases.build("wan21"), _facts("flux"), Ledger())
+    assert dict(other.left) == {"encoder": "WanEncoder3d is not known", "decoder": "WanDecoder3d is not known"}
+
+
+def test_one_half_of_a_vae_may_be_left():
+    vae = vae_cases.build("qwen_image")
+    vae.encoder.nonlinearity = nn.LayerNorm(8)
+    report = parallelize_vae(vae, _facts("qwen_image"), Ledger())
+    assert report.shared == ("decoder",)
+    assert dict(report.left) == {"encoder": "LayerNorm is not known"}

@@ -1,0 +1,215 @@
+"""What the ranks run in `test_vae_parallel`: one VAE, some maps, as part of a call or not."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeboost.call import open_call
+from pipeboost.distributed import Mesh
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import families
+from pipeboost.ledger import Ledger
+from pipeboost.parallel.vae import parallelize_vae
+from tests.pipelines import tiny_parts as parts
+
+
+def wan22_vae() -> AutoencoderKLWan:
+    """Wan 2.2's VAE: residual shortcuts around its down- and upsampling, and patches of two pixels."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[-0.2, 0.1, 0.0, 0.3],
+        latents_std=[1.2, 0.9, 1.1, 0.8],
+    ).eval()
+
+
+# Family, how to build its VAE, frames of its latents (0: an image), pixels a latent.
+VAES: dict[str, tuple[str, Callable[[], torch.nn.Module], int, int]] = {
+    "flux": ("flux", parts.image_vae, 0, 8),
+    "qwen_image": ("qwen_image", parts.qwen_vae, 1, 8),
+    "wan21": ("wan", parts.wan_vae, 3, 8),
+    "wan22": ("wan", wan22_vae, 2, 16),
+    "hunyuan_video": ("hunyuan_video", parts.hunyuan_video_vae, 2, 8),
+}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A latent map or a picture.
+
+    Attributes:
+        method: `"decode"` or `"encode"`.
+        height: of the latent map.
+        width: the same.
+        batch: how many.
+        settings: attributes of the VAE, such as `use_slicing`.
+        dtype: of the VAE and the map.
+    """
+
+    method: str
+    height: int
+    width: int
+    batch: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one rank saw."""
+
+    outputs: list[torch.Tensor]
+    counts: list[dict[str, int]]
+    again: torch.Tensor
+    outside: torch.Tensor
+    left: tuple[tuple[str, str], ...]
+    unused: list[str]
+
+
+def build(name: str) -> torch.nn.Module:
+    """A VAE of the table, the same on all ranks."""
+    with parts.seeded(3):
+        return parts.randomised(VAES[name][1]())
+
+
+def input_of(name: str, what: Map) -> torch.Tensor:
+    """Random latents or pixels, the same on all ranks."""
+    _, _, frames, scale = VAES[name]
+    channels, height, width = 4, what.height, what.width
+    if what.method == "encode":
+        channels, height, width, frames = 3, scale * height, scale * width, frames and 4 * frames - 3
+    generator = torch.Generator().manual_seed(what.height * 100 + what.width)
+    shape = (what.batch, channels, *((frames,) if frames else ()), height, width)
+    return torch.randn(shape, generator=generator).to(what.dtype)
+
+
+@torch.no_grad()
+def result_of(vae: torch.nn.Module, name: str, what: Map) -> torch.Tensor:
+    """What the VAE makes of it: a picture, or mean and deviation."""
+    # Diffusers' own `to` warns of what does not concern these models.
+    torch.nn.Module.to(vae, what.dtype)
+    before = {key: getattr(vae, key) for key in what.settings}
+    vars(vae).update(what.settings)
+    try:
+        given = input_of(name, what)
+        if what.method == "decode":
+            return vae.decode(given, return_dict=False)[0]
+        return vae.encode(given).latent_dist.parameters
+    finally:
+        vars(vae).update(before)
+
+
+def share(name: str, maps: list[Map]) -> Results:
+    """Every map by the ranks together; then the first one outside a call, and after the change was taken back."""
+    vae = build(name)
+    family = next(family for family in families() if family.name == VAES[name][0])
+    ledger = Ledger()
+    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
+    try:
+        report = parallelize_vae(vae, family.autoencoder, ledger)
+        outputs, counts = [], []
+        for what in maps:
+            with open_call(None, owner=None, mesh=mesh) as call, poisoned():
+                outputs.append(result_of(vae, name, what))
+            counts.append(dict(call.state.get("vae", {})))
+        outside = result_of(vae, name, maps[0])
+        ledger.undo()
+        with open_call(None, owner=None, mesh=mesh):
+            again = result_of(vae, name, maps[0])
+        unused = [key for module in vae.modules() for key in vars(module) if "pipeboost" in key]
+        return Results(outputs, counts, again, outside, report.left, unused)
+    finally:
+        mesh.close()
+
+
+def share_with_another_processor(name: str) -> str:
+    """What a call says whose VAE got an attention processor without scaled dot product attention."""
+    vae = build(name)
+    family = next(family for family in families() if family.name == VAES[name][0])
+    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
+    ledger = Ledger()
+    try:
+        parallelize_vae(vae, family.autoencoder, ledger)
+        for module in vae.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
+        with open_call(None, owner=None, mesh=mesh):
+            try:
+                result_of(vae, name, Map("decode", 8, 8))
+            except UnsupportedError as error:
+                return str(error)
+        return ""
+    finally:
+        mesh.close()
+
+
+def memory(settings: dict[str, Any], latent: tuple[int, ...]) -> tuple[int, int]:
+    """The most bytes that a decode allocates beyond what was there: of the whole map, and of this rank's part."""
+    vae = AutoencoderKL(**settings).eval()
+    family = next(family for family in families() if family.name == "flux")
+    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
+    try:
+        whole = _peak(vae, torch.randn(latent))
+        parallelize_vae(vae, family.autoencoder, Ledger())
+        with open_call(None, owner=None, mesh=mesh):
+            return whole, _peak(vae, torch.randn(latent))
+    finally:
+        mesh.close()
+
+
+@torch.no_grad()
+def _peak(vae: AutoencoderKL, latent: torch.Tensor) -> int:
+    with _Allocated() as allocated:
+        vae.decode(latent)
+    return allocated.peak
+
+
+class _Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators return inside, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nothing was written to is NaN inside."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
