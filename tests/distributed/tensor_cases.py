@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,12 +11,24 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from pipeboost.call import open_call
-from pipeboost.distributed import Group, Mesh
+from pipeboost.compile import compile_model
+from pipeboost.config import CompileConfig
+from pipeboost.distributed import Group, Mesh, world
+from pipeboost.errors import UnsupportedError
 from pipeboost.families import TensorSharding, family_of, text_encoder_sharding
 from pipeboost.ledger import Ledger
 from pipeboost.parallel.tensor import ShardReport, bytes_per_rank, shard_weights
+from pipeboost.parallel.tensor_guards import guard_pipeline
+from pipeboost.seams import stock_class
 from tests.pipelines import tiny_parts
-from tests.pipelines.tiny import OTHER_PROMPT, PROMPT, TINY
+from tests.pipelines.tiny import (
+    OTHER_PROMPT,
+    PROMPT,
+    TINY,
+    ip_adapter_state_dict,
+    load_tiny_lora,
+    lora_state_dict,
+)
 
 TOKENS = 23
 
@@ -23,8 +36,6 @@ TOKENS = 23
 @contextlib.contextmanager
 def tensor_group(degree: int) -> Iterator[Group]:
     """The tensor axis of a mesh that has no other, or of one with an axis beside it where there are more ranks."""
-    from pipeboost.distributed import world
-
     mesh = Mesh({"tensor": degree, "cfg": world().size // degree}, device=torch.device("cpu"))
     try:
         yield mesh.group("tensor")
@@ -46,10 +57,8 @@ def transformers(
         inputs = {argument: _fresh(value, argument) for argument, value in inputs.items()}
         if dtype != "float32":
             model, inputs = model.to(getattr(torch, dtype)), _to(inputs, getattr(torch, dtype))
-        sharding = family_of(pipe).tensor
-        assert sharding is not None
         with tensor_group(degree) as group:
-            results.append(split_and_joined(model, inputs, sharding, group))
+            results.append(split_and_joined(model, inputs, _sharding(pipe), group))
     return results
 
 
@@ -69,6 +78,162 @@ def text_encoder(builder: str, degree: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def refusals() -> dict[str, str]:
+    """What is said to everything that must not be done with split weights, by what was done."""
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    model, inputs = pipe.transformer, entry.forward_inputs(pipe)
+    weights = lora_state_dict(model, rank=2)
+    adapter = ip_adapter_state_dict(pipe)
+    expected, processors = _outputs(model, inputs), dict(model.attn_processors)
+    attempts: dict[str, Callable[[], Any]] = {
+        "call": lambda: model(**copy.deepcopy(inputs)),
+        "state_dict": lambda: model.state_dict(),
+        "save": lambda: model.save_pretrained("unused"),
+        "load": lambda: model.load_state_dict({}),
+        "copy": lambda: copy.deepcopy(model),
+        "pickle": lambda: pickle.dumps(model),
+        "fuse": lambda: model.fuse_qkv_projections(),
+        "lora": lambda: pipe.load_lora_weights(dict(weights), adapter_name="late"),
+        "lora of the model": lambda: model.load_lora_adapter(dict(weights), adapter_name="late"),
+        "ip_adapter": lambda: pipe.load_ip_adapter(adapter, "", image_encoder_pretrained_model_name_or_path=None),
+        "ip_adapter of the model": lambda: model._load_ip_adapter_weights(adapter),
+        "save pipeline": lambda: pipe.save_pretrained("unused"),
+    }
+    said = {}
+    with tensor_group(2) as group, Ledger() as ledger:
+        shard_weights(model, _sharding(pipe), group, ledger)
+        guard_pipeline(pipe, group, ledger)
+        for name, attempt in attempts.items():
+            try:
+                attempt()
+            except UnsupportedError as error:
+                said[name] = str(error)
+        model.set_attn_processor({name: type(processor)() for name, processor in processors.items()})
+        ledger.undo()
+    assert _largest(_outputs(model, inputs), expected) == 0.0
+    assert stock_class(pipe) is type(pipe)
+    return said
+
+
+@torch.no_grad()
+def lora(state: str) -> dict[str, Any]:
+    """A transformer with a LoRA that is `"loaded"`, `"fused"`, or fused and `"unloaded"`."""
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    load_tiny_lora(pipe)
+    if state != "loaded":
+        pipe.fuse_lora()
+    if state == "unloaded":
+        pipe.unload_lora_weights()
+    model, inputs = pipe.transformer, entry.forward_inputs(pipe)
+    if state != "loaded":
+        with tensor_group(2) as group:
+            return split_and_joined(model, inputs, _sharding(pipe), group)
+    expected, said = _outputs(model, inputs), ""
+    with tensor_group(2) as group:
+        try:
+            shard_weights(model, _sharding(pipe), group, Ledger())
+        except UnsupportedError as error:
+            said = str(error)
+    again = _largest(_outputs(model, inputs), expected)
+    return {"said": said, "again": again, "class": type(model) is stock_class(model)}
+
+
+@torch.no_grad()
+def changed_meanwhile() -> dict[str, bool]:
+    """What the user did to parameters while they were split, and what is there after the weights were joined."""
+    pipe = TINY["wan21_t2v"].build()
+    block = pipe.transformer.blocks[0]
+    linear, other, norm = block.attn1.to_out[0], block.ffn.net[0].proj, block.attn1.norm_q
+    theirs = nn.Parameter(torch.randn_like(other.weight))
+    doubled = linear.weight.data * 2
+    linear.weight.requires_grad_(False)
+    with tensor_group(2) as group, Ledger() as ledger:
+        shard_weights(pipe.transformer, _sharding(pipe), group, ledger)
+        other.weight = theirs
+        linear.weight.mul_(2)
+        norm.to(torch.bfloat16)
+        block.attn1.heads = 17
+        ledger.undo()
+    return {
+        "a replaced parameter stays": other.weight is theirs,
+        "new values are joined": torch.equal(linear.weight, doubled),
+        "no gradient was asked for": not linear.weight.requires_grad and other.bias.requires_grad,
+        "a new dtype stays": norm.weight.dtype is torch.bfloat16 and norm.weight.shape == (64,),
+        "a new count stays": block.attn1.heads == 17 and block.attn2.heads == 4,
+    }
+
+
+def shared() -> dict[str, Any]:
+    """Two pipelines hold one transformer, with the same group and with another."""
+    pipe = TINY["qwen_image"].build()
+    model, sharding, first, second, third = pipe.transformer, _sharding(pipe), Ledger(), Ledger(), Ledger()
+    whole = _bytes(model)
+    with tensor_group(2) as group:
+        report = shard_weights(model, sharding, group, first)
+        again = shard_weights(model, sharding, group, second)
+        with tensor_group(2) as other:
+            try:
+                shard_weights(model, sharding, other, third)
+            except UnsupportedError as error:
+                said = str(error)
+        sizes = [_bytes(model)]
+        for ledger in (first, second):
+            ledger.undo()
+            sizes.append(_bytes(model))
+    return {"whole": whole, "sizes": sizes, "reports": (report, again), "said": said}
+
+
+def different_weights() -> tuple[str, bool]:
+    """Rank 1 has built another model."""
+    pipe = TINY["flux_dev"].build()
+    with tensor_group(2) as group, torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(group.rank)
+        try:
+            shard_weights(pipe.transformer, _sharding(pipe), group, Ledger())
+        except UnsupportedError as error:
+            return str(error), stock_class(pipe.transformer) is type(pipe.transformer)
+    return "", False
+
+
+@torch.no_grad()
+def tied() -> dict[str, Any]:
+    """One weight tied to a layer that is split alike, another to one that is not split."""
+    pipe = TINY["wan21_t2v"].build()
+    model, inputs = pipe.transformer, TINY["wan21_t2v"].forward_inputs(pipe)
+    first, second = model.blocks[0].ffn, model.blocks[1].ffn
+    second.net[0].proj.weight = first.net[0].proj.weight
+    model.blocks[2].attn1.to_q.weight = model.condition_embedder.time_embedder.linear_2.weight
+    with tensor_group(2) as group:
+        result = split_and_joined(model, inputs, _sharding(pipe), group)
+    return result | {"tied": second.net[0].proj.weight is first.net[0].proj.weight}
+
+
+@torch.no_grad()
+def compiled(name: str) -> dict[str, Any]:
+    """Regional compile with `fullgraph`, whole and split."""
+    entry = TINY[name]
+    pipe = entry.build()
+    model, inputs, family = pipe.transformer, entry.forward_inputs(pipe), family_of(pipe)
+    expected = _outputs(model, inputs)
+    with tensor_group(2) as group, Ledger() as ledger:
+        shard_weights(model, _sharding(pipe), group, ledger)
+        report = compile_model(model, CompileConfig(backend="aot_eager"), family, ledger)
+        with open_call(None, owner=None):
+            actual = _outputs(model, inputs)
+            repeated = _outputs(model, inputs)
+        ledger.undo()
+    return {
+        "difference": _largest(actual, expected),
+        "repeated": _largest(actual, repeated),
+        "graphs": report.counters.graphs,
+        "classes": len(report.classes),
+        "again": _largest(_outputs(model, inputs), expected),
+    }
+
+
+@torch.no_grad()
 def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, group: Group) -> dict[str, Any]:
     """The figures of one model: differences, bytes, and what is left of the change in the end."""
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
@@ -83,7 +248,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     ledger.undo()
     after = dict(model.named_parameters())
     return {
-        "difference": max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)),
+        "difference": _largest(actual, expected),
         "size": max(float(each.abs().max()) for each in expected),
         "same_on_ranks": all(torch.equal(group.all_reduce(each), each * group.size) for each in actual),
         "whole": whole,
@@ -93,7 +258,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "left_in_place": all(after[path] is parameter for path, (parameter, _) in before.items()),
         "restored": all(torch.equal(parameter.data, value) for parameter, value in before.values()),
         "classes": classes == [type(module) for module in model.modules()],
-        "again": max(float((a - b).abs().max()) for a, b in zip(_outputs(model, inputs), expected, strict=True)),
+        "again": _largest(_outputs(model, inputs), expected),
         "changes": ledger.changes,
     }
 
@@ -104,6 +269,16 @@ def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
         return [output[0]]
     hidden = output.hidden_states if isinstance(output.hidden_states, tuple) else ()
     return [*hidden, output[0]]
+
+
+def _largest(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(actual, expected, strict=True))
+
+
+def _sharding(pipe: Any) -> TensorSharding:
+    sharding = family_of(pipe).tensor
+    assert sharding is not None
+    return sharding
 
 
 def _bytes(model: nn.Module) -> int:

@@ -208,7 +208,7 @@ def _plain(layer: nn.Module, role: Role, path: str, model: str) -> nn.Module:
         )
     layer = _base(layer)
     parameters = tuple(layer.parameters(recurse=False))
-    if any(hasattr(layer, hook) for hook in _HOOKS) or any(parameter.is_meta for parameter in parameters):
+    if any(hasattr(layer, hook) for hook in _HOOKS):
         raise UnsupportedError(
             f"{path} of {model} is offloaded, and tensor parallelism splits weights where they stay; "
             "turn the offload off (pipe.remove_all_hooks()), or use tensor=1"
@@ -247,7 +247,7 @@ def _count(module: nn.Module, attribute: str) -> Count:
     if getattr(owner, "fused_projections", False):
         raise UnsupportedError(
             f"{stock_class(owner).__name__} has fused projections, which tensor parallelism cannot split; "
-            "call pipe.unfuse_qkv_projections() first, or use tensor=1"
+            "call its model's unfuse_qkv_projections() first, or use tensor=1"
         )
     return Count(owner, name)
 
