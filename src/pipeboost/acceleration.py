@@ -31,21 +31,24 @@ from pipeboost.attention import rebind_attention, refuse_stock_processors, swap_
 from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
-from pipeboost.config import AccelerationConfig, resolve_config
+from pipeboost.config import AccelerationConfig, ParallelConfig, resolve_config
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.distributed.agreement import agreed_arguments
 from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import GENERIC, family_of
+from pipeboost.families import GENERIC, family_of, text_encoder_sharding
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
 from pipeboost.parallel import (
     AcrossRanks,
     check_first_step,
+    parallelize_vae,
     settle_branches,
     shard_tokens,
     shard_weights,
     share_branches,
+    shares_text_encoders,
+    shares_vae,
 )
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
@@ -54,6 +57,7 @@ from pipeboost.seams import attach, stock_class
 from pipeboost.stages import (
     COMPOSITION,
     RECORDER,
+    TEXT_ENCODING,
     TRAJECTORY_ARGUMENT,
     TURN,
     WHOLE_CALL,
@@ -63,6 +67,7 @@ from pipeboost.stages import (
     Recorder,
     Report,
     Stage,
+    StageParallelism,
     current_turn,
     follow_trajectory,
     latest_after,
@@ -490,6 +495,8 @@ class Acceleration:
             )
         if self._mesh.group(*SEQUENCE).size > 1:
             self._across = AcrossRanks(self._mesh)
+        if shares_text_encoders(layout) and TEXT_ENCODING in self.stages:
+            self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
 
     def _leave_mesh(self) -> None:
         if self._mesh is not None:
@@ -502,6 +509,8 @@ class Acceleration:
         components: dict[str, Any] = watched_components(pipe, self.plan.family)
         if self.plan["offload"].on:
             components |= placed_components(pipe)
+        encoders = self._text_encoders(self.plan["parallel"].settings)
+        components |= {path: pipe.components[path] for path in encoders}
         with self._lock:
             if self._removed:
                 return
@@ -570,6 +579,28 @@ class Acceleration:
         if path == "scheduler":
             settle_branches(obj, ledger)
             check_first_step(obj, ledger)
+        layout = self.plan["parallel"].settings
+        if path == "vae" and shares_vae(layout, self.plan.quality):
+            parallelize_vae(obj, family.autoencoder, ledger)
+        if path in self._text_encoders(layout):
+            sharding = text_encoder_sharding(obj)
+            if sharding is None:
+                raise UnsupportedError(
+                    f"ranks cannot share the weights of {path}, a {stock_class(obj).__name__}; use "
+                    "ParallelConfig(text_encoder=False)"
+                )
+            shard_weights(obj, sharding, mesh.group("tensor"), ledger)
+
+    def _text_encoders(self, layout: ParallelConfig | None) -> tuple[str, ...]:
+        """The components whose weights the ranks share as those of text encoders, with such a layout."""
+        pipe = self._pipe()
+        if layout is None or pipe is None or not shares_text_encoders(layout):
+            return ()
+        return tuple(
+            name
+            for name, component in pipe.components.items()
+            if name.startswith("text_encoder") and isinstance(component, torch.nn.Module)
+        )
 
     def _refuse_stock_processors(self, model: Any) -> None:
         if self._across is not None:

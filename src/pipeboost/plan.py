@@ -42,7 +42,7 @@ from pipeboost.offload import (
     unmovable_weights,
     weigh,
 )
-from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words, shares_text_encoders
 from pipeboost.seams import stock_class
 
 
@@ -199,7 +199,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _compile(config, hardware),
             _graphs(config, hardware, facts, cache, policies),
             offload,
-            _reuse(config, facts),
+            _reuse(config, facts, parallel.settings),
         ),
         default=all(getattr(config, feature) == "auto" for feature in FEATURES)
         and not offload.on
@@ -351,7 +351,7 @@ def _graphs(
     asked = config.compile
     if asked is None:
         return Decision(
-            "graphs", "off", "turned off with compile; CompileConfig(scope=None, graphs=True) is graphs alone"
+            "graphs", "off", "turned off with compile; CompileConfig(scope=None, graphs=True) has them alone"
         )
     wanted = "auto" if asked == "auto" else asked.graphs
     if wanted is False:
@@ -412,10 +412,17 @@ def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, fac
     return Decision("offload", where, why, settings=placement)
 
 
-def _reuse(config: AccelerationConfig, facts: ModelFacts) -> Decision:
+def _reuse(config: AccelerationConfig, facts: ModelFacts, layout: ParallelConfig | None) -> Decision:
     asked = config.reuse
     if asked is None:
         return Decision("reuse", "off", "turned off; every prompt is encoded anew")
+    if layout is not None and shares_text_encoders(layout):
+        if asked != "auto":
+            raise UnsupportedError(
+                "reuse would let a rank leave out an encoding that the others share with it; use reuse=None, or "
+                "ParallelConfig(text_encoder=False)"
+            )
+        return Decision("reuse", "off", "the ranks share the text encoders, and encode every prompt together")
     if not facts.encodes:
         if asked != "auto":
             raise UnsupportedError(

@@ -3,9 +3,17 @@
 from pipeboost.parallel.attend import AcrossRanks
 from pipeboost.parallel.branches import settle_branches, share_branches
 from pipeboost.parallel.first_step import check_first_step
-from pipeboost.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.parallel.layout import (
+    Ranks,
+    check_layout,
+    choose_layout,
+    layout_in_words,
+    shares_text_encoders,
+    shares_vae,
+)
 from pipeboost.parallel.tensor import shard_weights
 from pipeboost.parallel.tokens import shard_tokens
+from pipeboost.parallel.vae import parallelize_vae
 
 __all__ = [
     "AcrossRanks",
@@ -14,8 +22,11 @@ __all__ = [
     "check_layout",
     "choose_layout",
     "layout_in_words",
+    "parallelize_vae",
     "settle_branches",
     "shard_tokens",
     "shard_weights",
     "share_branches",
+    "shares_text_encoders",
+    "shares_vae",
 ]

@@ -88,6 +88,16 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
         raise refusal
 
 
+def shares_vae(layout: ParallelConfig, tier: str) -> bool:
+    """Whether the ranks share the VAE's work, which changes rounding."""
+    return bool(layout.vae) and tier_allows(tier, "lossless")
+
+
+def shares_text_encoders(layout: ParallelConfig) -> bool:
+    """Whether the tensor ranks share the text encoders' weights; else the first rank encodes for all."""
+    return bool(layout.text_encoder) and layout.tensor > 1
+
+
 def layout_in_words(layout: ParallelConfig) -> str:
     """Such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
@@ -101,6 +111,12 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
         return ConfigurationError(
             f"parallel={degrees} is for {layout.size} ranks, and there {'is' if ranks.count == 1 else 'are'} {many}"
             f"{_way_out(ranks)}"
+        )
+    if layout.vae is True and not shares_vae(layout, ranks.tier):
+        return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
+    if layout.text_encoder is True and layout.tensor == 1:
+        return ConfigurationError(
+            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
         )
     for axis in DEGREES[1:]:
         degree = getattr(layout, axis)

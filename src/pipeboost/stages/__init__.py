@@ -1,6 +1,6 @@
 """The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
 
-from pipeboost.stages.composition import Composition
+from pipeboost.stages.composition import TEXT_ENCODING, Composition
 from pipeboost.stages.doorway import COMPOSITION
 from pipeboost.stages.finished import FinishedCall, latest_after, unreported, with_what_finished
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
@@ -15,6 +15,7 @@ from pipeboost.stages.watch import watch, watched_components
 __all__ = [
     "COMPOSITION",
     "RECORDER",
+    "TEXT_ENCODING",
     "TRAJECTORY_ARGUMENT",
     "TURN",
     "WHOLE_CALL",
