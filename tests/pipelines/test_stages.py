@@ -279,12 +279,24 @@ def test_a_stage_that_cannot_stand_there_is_refused_and_nothing_changes(change, 
     assert pipe.acceleration.stages.names == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in StageParallelism if kind is not StageParallelism.REPLICATED])
-def test_other_parallelisms_are_declared_and_raise(kind):
-    pipe, stage = exact("flux_dev"), Stage()
+@pytest.mark.parametrize("kind", StageParallelism)
+def test_on_one_rank_every_parallelism_is_the_same(kind):
+    pipe, stage = exact("flux_dev"), Recording()
     stage.parallelism = kind
-    with pytest.raises(UnsupportedError, match="not in this version yet"):
+    pipe.acceleration.add_stage("recording", stage, after="decoding")
+    pipe.acceleration.stages["decoding"].parallelism = kind
+    assert torch.equal(TINY["flux_dev"].call(pipe), stock("flux_dev"))
+    assert len(stage.seen) == 1
+
+
+def test_a_parallelism_that_cannot_be_is_refused_and_says_why():
+    pipe, stage = exact("flux_dev"), Stage()
+    stage.parallelism = "main rank"
+    with pytest.raises(ConfigurationError, match=r"Stage\.parallelism='main rank' is not allowed"):
         pipe.acceleration.add_stage("x", stage, after="decoding")
+    for name in ("input validation", "timestep preparation", "denoising", "other"):
+        with pytest.raises(UnsupportedError, match="what it does is not in what it returns, so every rank runs it"):
+            pipe.acceleration.stages[name].parallelism = StageParallelism.MAIN_RANK
 
 
 def test_a_stage_is_loaded_before_its_first_run_and_offloaded_when_it_goes():

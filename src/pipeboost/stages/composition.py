@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeboost.call import current_call
+from pipeboost.distributed import Mesh
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
 from pipeboost.families import Family, StageDoor
+from pipeboost.stages.ranks import require_ranks
 from pipeboost.stages.spans import DENOISING, WHOLE_CALL
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values, verified
 
 INPUT_VALIDATION = "input validation"
+TEXT_ENCODING = "text encoding"
 _ORDER = (
     INPUT_VALIDATION,
-    "text encoding",
+    TEXT_ENCODING,
     "image encoding",
     "image VAE encoding",
     "timestep preparation",
@@ -32,10 +35,32 @@ FRAMES = "door frames"
 
 
 class BuiltInStage(Stage):
-    """A stage that the stock script has; `run` does what stock does, from within a stage that replaces it."""
+    """A stage that the stock script has; `run` does what stock does, from within a stage that replaces it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        returns: whether everything it does is in what it returns, so that some ranks can do it for the others.
+    """
+
+    def __init__(self, name: str, *, returns: bool = False) -> None:
         self.name = name
+        self._returns = returns
+        # Encoders are large and quick: one copy of them is enough, and their results are small.
+        on_main = returns and name == TEXT_ENCODING
+        self._parallelism = StageParallelism.MAIN_RANK if on_main else StageParallelism.REPLICATED
+
+    @property
+    def parallelism(self) -> StageParallelism:
+        """How the ranks share it; may be set between calls, on all ranks alike."""
+        return self._parallelism
+
+    @parallelism.setter
+    def parallelism(self, parallelism: StageParallelism) -> None:
+        if parallelism is not StageParallelism.REPLICATED and not self._returns:
+            raise UnsupportedError(
+                f"stage {self.name!r} cannot be {parallelism!s}: what it does is not in what it returns, so every rank "
+                "runs it; use StageParallelism.REPLICATED"
+            )
+        self._parallelism = parallelism
 
     def run(self, values: Values) -> Values:
         """Go on as stock: the door's own work on these arguments.
@@ -99,7 +124,11 @@ class Composition:
         there = {door.stage for door in family.doors if has_door(pipe, door)} | {DENOISING, WHOLE_CALL}
         own = {door.stage: None for door in family.doors if door.stage not in _ORDER}
         names = [*(name for name in _ORDER[:-1] if name in there), *(name for name in own if name in there), WHOLE_CALL]
-        stages = [InputValidation(name) if name == INPUT_VALIDATION else BuiltInStage(name) for name in names]
+        silent = {door.stage for door in family.doors if not door.outputs} | {DENOISING, WHOLE_CALL}
+        stages = [
+            InputValidation(name) if name == INPUT_VALIDATION else BuiltInStage(name, returns=name not in silent)
+            for name in names
+        ]
         self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
         self._loaded: dict[int, Stage] = {}
         self._lock = threading.RLock()
@@ -155,14 +184,26 @@ class Composition:
             slots[entry.anchor] = slot
         return slots
 
+    def parallelisms(self, mesh: Mesh | None) -> Mapping[str, StageParallelism]:
+        """How the ranks share each built-in stage; a snapshot.
+
+        Raises:
+            UnsupportedError: these ranks cannot share a stage as it asks for.
+        """
+        if mesh is not None:
+            for stage in self:
+                require_ranks(stage.name, stage.parallelism, mesh)
+        built_in = [entry.built_in for entry in self._entries if entry.built_in is not None]
+        return {stage.name: stage.parallelism for stage in built_in}
+
     def add(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
         """Put a stage right before or right after another one.
 
         Raises:
             ConfigurationError: the name is taken, there is no such place, or nothing can stand there.
-            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+            UnsupportedError: not a `Stage`.
         """
-        _require_runnable(name, stage)
+        _require_stage(name, stage)
         if (before is None) == (after is None):
             raise ConfigurationError(f"add_stage({name!r}, ...) needs either before= or after=, and not both")
         with self._lock:
@@ -189,9 +230,9 @@ class Composition:
 
         Raises:
             ConfigurationError: there is no such stage, or it is the loop or the rest of the call.
-            UnsupportedError: not a `Stage`, or one whose parallelism does not run yet.
+            UnsupportedError: not a `Stage`.
         """
-        _require_runnable(name, stage)
+        _require_stage(name, stage)
         with self._lock:
             position = self._index(name)
             entry = self._entries[position]
@@ -264,14 +305,11 @@ def has_door(pipe: Any, door: StageDoor) -> bool:
     return callable(getattr(owner, door.method, None))
 
 
-def _require_runnable(name: str, stage: Any) -> None:
+def _require_stage(name: str, stage: Any) -> None:
     if not isinstance(stage, Stage):
         raise UnsupportedError(f"stage {name!r} must be an instance of pipeboost.Stage, not {type(stage).__name__}")
-    if stage.parallelism is not StageParallelism.REPLICATED:
-        raise UnsupportedError(
-            f"stage {name!r} asks for {stage.parallelism!s}, which is not in this version yet; use "
-            "StageParallelism.REPLICATED"
-        )
+    if not isinstance(stage.parallelism, StageParallelism):
+        raise not_one_of(f"{type(stage).__name__}.parallelism", stage.parallelism, list(StageParallelism))
 
 
 def _is_positive_index(value: Any) -> bool:

@@ -8,6 +8,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import NoneType, SimpleNamespace
 from typing import Any
 
@@ -18,21 +19,22 @@ from pipeboost.errors import PipeboostError
 from pipeboost.families import StageDoor
 from pipeboost.seams import Layer, stock_class
 from pipeboost.stages.composition import FRAMES, Composition, Slot
-from pipeboost.stages.spans import recorder_of
-from pipeboost.stages.stage import Stage, Values, verified
+from pipeboost.stages.ranks import on_ranks
+from pipeboost.stages.spans import WAITING, recorder_of
+from pipeboost.stages.stage import Stage, StageParallelism, Values, verified
 
 COMPOSITION = "composition"
 """Where a call's state keeps its pipeline's `Composition`."""
 _SLOTS = "stage slots"
+_PARALLELISMS = "stage parallelisms"
 _INSIDE = "inside stages"
-
 
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _alone_with_what_it_shares(door: StageDoor, owner: Any) -> Iterator[None]:
+def _alone_with_what_it_shares(call: Call, door: StageDoor, owner: Any) -> Iterator[None]:
     """Views in threads share components, of which some keep the state of a call.
 
     Video VAEs keep their convolution caches on the module. A tokenizer keeps padding and truncation of the last call in
@@ -50,7 +52,10 @@ def _alone_with_what_it_shares(door: StageDoor, owner: Any) -> Iterator[None]:
         for component in sorted(shared, key=id):
             with _locks_lock:
                 lock = _locks.setdefault(component, threading.RLock())
-            stack.enter_context(lock)
+            if not lock.acquire(blocking=False):
+                with recorder_of(call).span(WAITING):
+                    lock.acquire()
+            stack.callback(lock.release)
         yield
 
 
@@ -64,13 +69,13 @@ def door_layer(door: StageDoor) -> Layer:
             return call_next(*args, **kwargs)
         call.raise_if_cancelled()
         inside: list[str] = call.state.setdefault(_INSIDE, [])
-        slot = None if door.stage in inside else user_stages(call).get(door.stage)
+        slots = user_stages(call)
+        slot = None if door.stage in inside else slots.get(door.stage)
         inside.append(door.stage)
         try:
             if slot is not None:
                 return _compose(call, slot, door, call_next, owner, args, kwargs)
-            with _alone_with_what_it_shares(door, owner), recorder_of(call).span(door.stage):
-                return call_next(*args, **kwargs)
+            return _stock(call, door, call_next, owner, args, kwargs)
         finally:
             inside.pop()
 
@@ -78,10 +83,15 @@ def door_layer(door: StageDoor) -> Layer:
 
 
 def user_stages(call: Call) -> Mapping[str, Slot]:
-    """The user's stages as they were when the call began."""
+    """The user's stages as they were when the call began.
+
+    Raises:
+        UnsupportedError: the call's ranks cannot share a stage as it asks for.
+    """
     slots: Mapping[str, Slot] | None = call.state.get(_SLOTS)
     if slots is None:
         composition: Composition | None = call.state.get(COMPOSITION)
+        call.state[_PARALLELISMS] = {} if composition is None else composition.parallelisms(call.mesh)
         slots = call.state[_SLOTS] = {} if composition is None else composition.slots()
     return slots
 
@@ -93,14 +103,72 @@ def run_user_stage(call: Call, stage: Stage, values: Values) -> Values:
         StageVerificationError: it has something against its input or output.
         PipeboostError: it returned something else than values by name.
     """
-    with recorder_of(call).span(stage.name):
+    return _run_user_stage(call, stage, values, lambda: None)[0]
+
+
+def _run_user_stage(call: Call, stage: Stage, values: Values, more: Callable[[], Any]) -> tuple[Values, Any]:
+    """As `run_user_stage`; and what `more()` says afterwards where the stage has run."""
+
+    def work() -> tuple[Values, Any]:
         call.state[COMPOSITION].load(stage)
         result = stage.run(dict(verified(stage, stage.name, "input", values)))
         if not isinstance(result, dict):
             raise PipeboostError(
                 f"stage {stage.name!r} returned {type(result).__name__}; run() must return its values as a dict"
             )
-        return verified(stage, stage.name, "output", result)
+        return verified(stage, stage.name, "output", result), more()
+
+    with recorder_of(call).span(stage.name):
+        result: tuple[Values, Any] = on_ranks(call, stage.name, stage.parallelism, work, given=tuple(values.values()))
+        return result
+
+
+def _stock(
+    call: Call,
+    door: StageDoor,
+    call_next: Callable[..., Any],
+    owner: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The door's own work, as a span of its stage."""
+    parallelism = call.state[_PARALLELISMS].get(door.stage, StageParallelism.REPLICATED)
+    work = functools.partial(call_next, *args, **kwargs)
+    pipe = None if door.component else owner
+    with _alone_with_what_it_shares(call, door, owner), recorder_of(call).span(door.stage):
+        return on_ranks(call, door.stage, parallelism, work, given=(*args, *kwargs.values()), pipe=pipe)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a door returns its results.
+
+    Attributes:
+        kind: the class of a mapping, `tuple`, `object` for a result by itself, `NoneType` for none.
+        order: the results' names.
+    """
+
+    kind: type
+    order: tuple[str, ...]
+
+    @classmethod
+    def of(cls, result: Any, names: tuple[str, ...]) -> _Form:
+        kind: type = type(result) if isinstance(result, (Mapping, NoneType)) else object
+        return cls(tuple if isinstance(result, tuple) else kind, tuple(named_results(result, names)))
+
+    def filled(self, values: Values) -> Any:
+        if self.kind is NoneType:
+            return None
+        missing = [name for name in self.order if name not in values]
+        if missing:
+            raise PipeboostError(
+                f"a stage left out {', '.join(map(repr, missing))}; run() returns all of {', '.join(self.order)}"
+            )
+        if self.kind is tuple:
+            return tuple(values[name] for name in self.order)
+        if self.kind is object:
+            return values[self.order[0]]
+        return self.kind(**{name: values[name] for name in self.order})
 
 
 def named_results(result: Any, names: tuple[str, ...]) -> Values:
@@ -119,19 +187,7 @@ def rebuilt(values: Values, like: Any, names: tuple[str, ...]) -> Any:
     Raises:
         PipeboostError: the values lack a name.
     """
-    if like is None:
-        return None
-    order = tuple(named_results(like, names))
-    missing = [name for name in order if name not in values]
-    if missing:
-        raise PipeboostError(
-            f"a stage left out {', '.join(map(repr, missing))}; run() returns all of {', '.join(order)}"
-        )
-    if isinstance(like, Mapping):
-        return type(like)(**{name: values[name] for name in order})
-    if isinstance(like, tuple):
-        return tuple(values[name] for name in order)
-    return values[order[0]]
+    return _Form.of(like, names).filled(values)
 
 
 def _compose(
@@ -147,28 +203,28 @@ def _compose(
     values = arguments.values
     for stage in slot.before:
         values = run_user_stage(call, stage, values)
-    seen: list[Any] = []
+    forms: list[_Form] = []
 
     def stock(changed: Values) -> Values:
         changed_args, changed_kwargs = arguments.changed_to(changed)
-        with _alone_with_what_it_shares(door, owner), recorder_of(call).span(door.stage):
-            seen.append(call_next(*changed_args, **changed_kwargs))
-        return named_results(seen[-1], door.outputs)
+        result = _stock(call, door, call_next, owner, changed_args, changed_kwargs)
+        forms.append(_Form.of(result, door.outputs))
+        return named_results(result, door.outputs)
 
+    form: _Form | None
     if slot.instead is None:
         outputs = stock(values)
+        form = forms[-1]
     else:
         frames = call.state.setdefault(FRAMES, {})
         frames[door.stage] = stock
         try:
-            outputs = run_user_stage(call, slot.instead, values)
+            outputs, form = _run_user_stage(call, slot.instead, values, lambda: forms[-1] if forms else None)
         finally:
             del frames[door.stage]
     for stage in slot.after:
         outputs = run_user_stage(call, stage, outputs)
-    if seen:
-        return rebuilt(outputs, seen[-1], door.outputs)
-    return _as_the_script_expects(outputs, door, values)
+    return form.filled(outputs) if form is not None else _as_the_script_expects(outputs, door, values)
 
 
 def _as_the_script_expects(outputs: Values, door: StageDoor, arguments: Values) -> Any:

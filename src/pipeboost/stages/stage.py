@@ -26,16 +26,17 @@ Values = dict[str, Any]
 
 
 class StageParallelism(Enum):
-    """How the ranks share a stage. Only `REPLICATED` runs in this version."""
+    """How the ranks that work on one sample share a stage. On one rank all of them are the same."""
 
     REPLICATED = "replicated"
     """Every rank runs it."""
     MAIN_RANK = "main rank"
-    """The first rank runs it and broadcasts what comes out."""
+    """The first rank runs it and sends the others what comes out."""
     CFG_PARALLEL = "cfg-parallel"
-    """Each rank runs it for its own guidance branch."""
+    """The ranks of one guidance branch run it: those of the first at its first run in a call, and so on in turn. They
+    send the others what comes out."""
     TENSOR_PARALLEL = "tensor-parallel"
-    """The ranks share its weights."""
+    """The ranks share its weights, so that all of them run it together. Needs tensor ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class StageVerificationError(PipeboostError, ValueError):
         super().__init__(f"{side} of stage {stage!r}: {'; '.join(map(str, failed))}")
         self.stage = stage
         self.failed = tuple(failed)
+        self._side = side
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.stage, self._side, self.failed)
 
 
 class Stage:
