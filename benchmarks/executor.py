@@ -101,18 +101,26 @@ def _cost_of_watching(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overlap(pipe: Any, call: dict[str, Any], requests: int) -> dict[str, Any]:
-    warm = list(pipe.acceleration.run_many([_request(call, -seed) for seed in range(2, 4)]))
-    del warm
-    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     alone_seconds, alone = _timed(lambda: _all(pipe, call, requests, overlap=False))
+    alone_peak = _peak_gib()
+    list(pipe.acceleration.run_many([_request(call, -seed) for seed in range(2, 4)]))  # fills the streams' memory
     together_seconds, together = _timed(lambda: _all(pipe, call, requests, overlap=True))
     return {
         "one_by_one_seconds": alone_seconds,
         "overlapped_seconds": together_seconds,
         "throughput": alone_seconds / together_seconds,
         "identical": all(map(_same, alone, together)),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "one_by_one_peak_gib": alone_peak,
+        "overlapped_peak_gib": _peak_gib(),
     }
+
+
+def _peak_gib() -> dict[str, float]:
+    """The most allocated and reserved since the last time."""
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    torch.cuda.reset_peak_memory_stats()
+    return {name: peak / 2**30 for name, peak in peaks.items()}
 
 
 def _all(pipe: Any, call: dict[str, Any], requests: int, *, overlap: bool) -> list[Any]:

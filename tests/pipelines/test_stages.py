@@ -26,6 +26,7 @@ from pipeboost.acceleration import _alone_with
 from pipeboost.call import current_call
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.stages import StageVerificationError
+from pipeboost.stages.turns import Turns
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
@@ -478,7 +479,7 @@ def test_after_each_overlapped_output_the_report_is_of_its_request():
     assert len(pipe.acceleration.report().steps) == 2
 
 
-def test_overlapped_requests_do_overlap_and_denoise_one_at_a_time():
+def test_overlapped_requests_do_overlap_and_denoise_two_at_a_time():
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     threads = set()
 
@@ -494,6 +495,7 @@ def test_overlapped_requests_do_overlap_and_denoise_one_at_a_time():
         nonlocal denoising, most
         denoising += 1
         most = max(most, denoising)
+        time.sleep(0.05)
 
     def discount(module, args, output):
         nonlocal denoising
@@ -502,8 +504,31 @@ def test_overlapped_requests_do_overlap_and_denoise_one_at_a_time():
     pipe.transformer.register_forward_pre_hook(count)
     pipe.transformer.register_forward_hook(discount)
     list(pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(6)]))
-    assert most == 1
+    assert most == 2
     assert len(threads) > 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_request_denoises_once_few_enough_before_it_do(at_once):
+    turns = Turns(at_once=at_once)
+    for position in range(at_once):
+        turns.begin(position)
+    next_one = threading.Thread(target=turns.begin, args=(at_once,), daemon=True)
+    next_one.start()
+    next_one.join(0.1)
+    assert next_one.is_alive()
+    turns.end(0)
+    next_one.join(10)
+    assert not next_one.is_alive()
+
+
+def test_waiting_for_a_video_vae_that_another_request_uses_is_told_as_waiting():
+    entry, pipe = TINY["wan21_t2v"], exact("wan21_t2v")
+    pipe.vae.post_quant_conv.register_forward_pre_hook(lambda module, args: time.sleep(0.5))
+    requests = [entry.call_kwargs(seed=seed, steps=1) for seed in range(5)]
+    stages = [pipe.acceleration.report().stages for _ in pipe.acceleration.run_many(requests)]
+    assert max(each.get("waiting", 0.0) for each in stages) > 0.2
+    assert max(each["other"] for each in stages) < 0.2
 
 
 def test_requests_without_a_generator_of_their_own_run_one_by_one_as_stock_would():
@@ -618,7 +643,8 @@ def test_a_call_that_waits_while_the_acceleration_is_removed_runs_stock_and_leav
     assert not any("_pipeboost_chains" in vars(part) for part in (pipe, pipe.transformer, pipe.vae, pipe.scheduler))
 
 
-def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises():
+def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypatch):
+    monkeypatch.setattr("pipeboost.stages.overlap.AT_ONCE", 1)
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     forwards = []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(current_call()))

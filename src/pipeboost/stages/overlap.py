@@ -1,6 +1,6 @@
-"""Overlap: a list of requests in threads, each with its own view of the pipeline and its own stream.
+"""Overlap: a list of requests in threads, each with its own view of the pipeline, on two streams.
 
-While one request denoises, the next encodes its text and the previous decodes. What runs in each request is the same
+While two requests denoise, the next encodes its text and the previous decodes. What runs in each request is the same
 as in a call by itself, so the results are the same to the bit.
 """
 
@@ -22,8 +22,10 @@ from pipeboost.stages.turns import Turn, Turns
 
 Result = TypeVar("Result")
 
-AT_ONCE = 1
-"""Requests in their loops at a time."""
+AT_ONCE = 2
+"""Requests in their loops at a time: the kernels of one fill the gaps between those of the other."""
+STREAMS = 2
+"""Two keep a GPU busy; the allocator keeps the memory that a decode frees once for each."""
 
 _turn: ContextVar[Turn | None] = ContextVar("pipeboost_turn", default=None)
 
@@ -58,22 +60,23 @@ def overlapped(
     turns = Turns(at_once=AT_ONCE)
     in_flight = AT_ONCE + 2  # one before its loop and one after it
     device = pipe._execution_device
-    streams = [_stream(device, number) for number in range(in_flight)] if device.type == "cuda" else []
-    callers = torch.cuda.current_stream(device) if streams else None
-    for stream in streams:
-        stream.wait_stream(callers)
+    callers = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    streams = [] if callers is None else [_stream(device, number) for number in range(STREAMS)]
+    if callers is not None:
+        for stream in streams:
+            stream.wait_stream(callers)
 
     def run(position: int, view: Any) -> Result:
         turn = Turn(turns, position)
         turn.wait_to_start()
         _turn.set(turn)
         try:
-            if not streams:
+            if callers is None:
                 return call(view, requests[position])
-            stream = streams[position % in_flight]
+            stream = streams[position % STREAMS]
             with torch.cuda.stream(stream):
                 result = call(view, requests[position])
-                stream.synchronize()
+                stream.record_event().synchronize()
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.record_stream(callers)  # which may still read it when the caller lets go of it
@@ -102,7 +105,7 @@ def overlapped(
 
 @functools.cache
 def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """Kept, because the allocator keeps freed memory for the stream that had it."""
+    """Kept, as the allocator keeps freed memory for the stream that had it."""
     return torch.cuda.Stream(device)
 
 

@@ -21,7 +21,7 @@ DENOISING = "denoising"
 WHOLE_CALL = "other"
 """The stage of a call's outermost span: what no door below it accounts for."""
 WAITING = "waiting"
-"""The stage of a call that waits for the denoiser while the request before it uses it."""
+"""The stage of a call that waits for a component while calls before it use it."""
 RECORDER = "recorder"
 """Where a call's state keeps its `Recorder`."""
 

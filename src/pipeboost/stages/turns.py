@@ -18,7 +18,7 @@ class Turns:
         at_once: requests that may denoise at a time.
     """
 
-    def __init__(self, *, at_once: int = 1) -> None:
+    def __init__(self, *, at_once: int) -> None:
         self._at_once = at_once
         self._changed = threading.Condition()
         self._begun = -1
