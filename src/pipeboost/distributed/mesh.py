@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pipeboost.distributed.groups import Group
+from pipeboost.distributed.neighbours import Neighbour, this_process
 from pipeboost.distributed.start import world
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
@@ -51,6 +52,8 @@ class Mesh:
             self._groups[axes] = made[members]
         # For objects and small facts, which must not wait for the GPU.
         self.control = Group(self._members(SAMPLE), "cpu")
+        processes = zip(self.control.ranks, self.control.all_gather_objects(this_process()), strict=True)
+        self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
 
     def __repr__(self) -> str:
         degrees = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
@@ -87,6 +90,8 @@ class Mesh:
         """Give up all groups. Every rank of the mesh does so."""
         for group in self.groups:
             group.close()
+        for neighbour in self.neighbours.values():
+            neighbour.close()
 
     def _members(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         index = tuple(slice(None) if axis in axes else self._here[axis] for axis in AXES)
