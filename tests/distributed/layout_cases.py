@@ -1,29 +1,147 @@
-"""What the ranks run in `test_layouts`: one tiny pipeline, on one rank and shared, and the difference."""
+"""What the ranks run in `test_layouts`: a tiny pipeline on one rank, shared among several, and stock again."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import SEQUENCE
 from tests.pipelines.tiny import TINY
 
 
-def difference(name: str, layout: Mapping[str, int], /, *, quality: str = "lossless", **overrides: Any) -> dict[str, Any]:
-    """The largest difference of final latents between stock, shared and stock again."""
+def differences(
+    name: str, layout: Mapping[str, Any], /, *, quality: str = "lossless", cache: Any = None, **overrides: Any
+) -> dict[str, Any]:
+    """Largest differences of final latents, and what the ranks did to get there.
+
+    Returns:
+        `"shared"`: a call on these ranks to one on one rank at the same tier; `"again"`: to a second one with the same
+        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after;
+        `"forwards"`: how often this rank's denoisers ran; `"tokens"`: of the image at a block of this rank.
+    """
     entry = TINY[name]
     pipe = entry.build()
     settings = {"output_type": "latent", **overrides}
+    other = {**settings, "seed": 3, "prompt": settings.get("prompt", "two red birds")}
+    common = {"quality": quality, "reuse": None, "cache": cache}
     with torch.no_grad():
         stock = entry.call(pipe, **settings)
-        accelerate_pipeline(pipe, quality=quality, parallel=ParallelConfig(**layout), reuse=None)
+        accelerate_pipeline(pipe, parallel=None, **common)
+        alone, other_alone = entry.call(pipe, **settings), entry.call(pipe, **other)
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), **common)
+        counts = _counted(pipe, entry.denoisers)
         shared = entry.call(pipe, **settings)
-        again = entry.call(pipe, **settings)
+        forwards, tokens = counts["forwards"], counts["tokens"]
+        again, other_shared = entry.call(pipe, **settings), entry.call(pipe, **other)
+        reports = pipe.acceleration.report().cache
         pipe.acceleration.remove()
         after = entry.call(pipe, **settings)
     return {
-        "shared": float((shared - stock).abs().max()),
-        "again": float((again - shared).abs().max()),
-        "removed": float((after - stock).abs().max()),
-        "size": float(stock.abs().max()),
+        "shared": _difference(shared, alone),
+        "again": _difference(again, shared),
+        "other": _difference(other_shared, other_alone),
+        "removed": _difference(after, stock),
+        "forwards": forwards,
+        "tokens": tokens,
+        "cache": reports,
+    }
+
+
+def compiled(name: str, layout: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """The same with `fullgraph` regional compile; two prompts of other lengths must need no other graphs."""
+    from pipeboost import CompileConfig
+
+    entry = TINY[name]
+    pipe = entry.build()
+    settings = {"output_type": "latent"}
+    with torch.no_grad():
+        alone = entry.call(pipe, **settings)
+        accelerate_pipeline(
+            pipe, parallel=ParallelConfig(**layout), compile=CompileConfig(backend=backend), reuse=None
+        )
+        shared = entry.call(pipe, **settings)
+        graphs = pipe.acceleration.report().compiled["transformer"]["graphs"]
+        for prompt in ("a fox in the snow", "a very long tale of two golden robots that fly over a city at night"):
+            entry.call(pipe, prompt=prompt, **settings)
+        more = pipe.acceleration.report().compiled["transformer"]["graphs"]
+        pipe.acceleration.remove()
+    return {"shared": _difference(shared, alone), "graphs": graphs, "more": more - graphs}
+
+
+def refused(name: str, layout: Mapping[str, Any], /, **settings: Any) -> str:
+    """The sentence that refuses a layout; the pipeline must then be stock."""
+    pipe = TINY[name].build()
+    before = type(pipe), type(pipe.transformer)
+    try:
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), **settings)
+    except Exception as error:
+        assert (type(pipe), type(pipe.transformer)) == before
+        assert not hasattr(pipe, "acceleration")
+        return f"{type(error).__name__}: {error}"
+    pipe.acceleration.remove()
+    return "accepted"
+
+
+def planned(name: str, **settings: Any) -> str:
+    """The parallel line of the plan that `parallel="auto"` makes."""
+    pipe = TINY[name].build()
+    accelerate_pipeline(pipe, **settings)
+    decision = pipe.acceleration.plan["parallel"]
+    pipe.acceleration.remove()
+    return f"{decision.choice}: {decision.why}"
+
+
+def _counted(pipe: Any, denoisers: tuple[str, ...]) -> Counter[str]:
+    """Counts of what this rank computes, kept by hooks inside everything of ours."""
+    counts: Counter[str] = Counter()
+
+    def forward(*_: Any) -> None:
+        counts["forwards"] += 1
+
+    def block(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        counts["tokens"] = max(counts["tokens"], states.shape[1])
+
+    for name in denoisers:
+        model = getattr(pipe, name)
+        model.register_forward_pre_hook(forward)
+        blocks = model.blocks if hasattr(model, "blocks") else model.transformer_blocks
+        blocks[0].register_forward_pre_hook(block, with_kwargs=True)
+    return counts
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
+
+
+def views_and_batches(layout: Mapping[str, Any]) -> dict[str, float]:
+    """Two pipelines with two layouts at once, a `copy.copy` view, and batch 2 with prompts of unequal length."""
+    import copy
+
+    first, second = TINY["qwen_image"], TINY["wan21_t2v"]
+    one, two = first.build(), second.build()
+    batch = {"output_type": "latent", "prompt": ["a fox", "two golden robots flying over the city at night"]}
+    batch["negative_prompt"] = ["blurry", "low quality and very blurry indeed"]
+    with torch.no_grad():
+        accelerate_pipeline(one, parallel=None, reuse=None)
+        accelerate_pipeline(two, parallel=None, reuse=None)
+        alone = first.call(one, **batch), second.call(two, output_type="latent")
+        accelerate_pipeline(one, parallel=ParallelConfig(**layout), reuse=None)
+        swapped = {"ulysses": layout.get("ring", 1), "ring": layout.get("ulysses", 1), "cfg": layout.get("cfg", 1)}
+        accelerate_pipeline(two, parallel=ParallelConfig(**swapped), reuse=None)
+        assert one.acceleration._mesh.group(*SEQUENCE).size == two.acceleration._mesh.group(*SEQUENCE).size
+        shared = first.call(one, **batch), second.call(two, output_type="latent")
+        view = copy.copy(one)
+        view.scheduler = copy.deepcopy(one.scheduler)
+        viewed = first.call(view, **batch)
+        one.acceleration.remove()
+        still = second.call(two, output_type="latent")
+        two.acceleration.remove()
+    return {
+        "batch": _difference(shared[0], alone[0]),
+        "view": _difference(viewed, shared[0]),
+        "second": _difference(shared[1], alone[1]),
+        "second after the first was removed": _difference(still, shared[1]),
     }

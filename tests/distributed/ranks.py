@@ -61,7 +61,7 @@ class _Ranks:
                     failed.append(f"rank {rank} did not answer within {limit:.0f} s")
                     continue
                 ok, result = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 self._processes[rank].join(5)
                 failed.append(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
                 continue
