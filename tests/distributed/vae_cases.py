@@ -80,7 +80,7 @@ class Results:
     again: torch.Tensor
     outside: torch.Tensor
     left: tuple[tuple[str, str], ...]
-    unused: list[str]
+    traces: list[str]
 
 
 def build(name: str) -> torch.nn.Module:
@@ -133,8 +133,8 @@ def share(name: str, maps: list[Map]) -> Results:
         ledger.undo()
         with open_call(None, owner=None, mesh=mesh):
             again = result_of(vae, name, maps[0])
-        unused = [key for module in vae.modules() for key in vars(module) if "pipeboost" in key]
-        return Results(outputs, counts, again, outside, report.left, unused)
+        traces = [key for module in vae.modules() for key in vars(module) if "pipeboost" in key]
+        return Results(outputs, counts, again, outside, report.left, traces)
     finally:
         mesh.close()
 
@@ -156,6 +156,28 @@ def share_with_another_processor(name: str) -> str:
             except UnsupportedError as error:
                 return str(error)
         return ""
+    finally:
+        mesh.close()
+
+
+def share_between_two(name: str) -> dict[str, list[int]]:
+    """How many forwards ranks shared in calls of two owners of one VAE, both, then one, then none holding it."""
+    vae = build(name)
+    family = next(family for family in families() if family.name == VAES[name][0])
+    # A ledger stands in for the acceleration that owns it.
+    owners = {"first": Ledger(), "second": Ledger()}
+    found: dict[str, list[int]] = {key: [] for key in (*owners, "stranger")}
+    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
+    try:
+        for ledger in owners.values():
+            parallelize_vae(vae, family.autoencoder, ledger, owner=ledger)
+        for ledger in (Ledger(), *owners.values()):
+            ledger.undo()
+            for key, counts in found.items():
+                with open_call(None, owner=owners.get(key), mesh=mesh) as call:
+                    result_of(vae, name, Map("decode", 4, 4))
+                counts.append(call.state.get("vae", {}).get("decoder shared", 0))
+        return found
     finally:
         mesh.close()
 

@@ -25,10 +25,12 @@ class Strip:
         dim: -2 where each has some rows of the map, -1 where each has some columns; both are called rows here.
         rows: of all ranks.
         breadth: extent of the latent map along the other dimension.
+        device: where the map is.
     """
 
-    def __init__(self, group: Group, *, dim: int, rows: int, breadth: int) -> None:
+    def __init__(self, group: Group, *, dim: int, rows: int, breadth: int, device: torch.device) -> None:
         self.group = group
+        self.device = device
         self.dim = dim
         self.rows = sizes(rows, group.size)
         self.breadth = breadth
@@ -41,8 +43,7 @@ class Strip:
     @cached_property
     def shares(self) -> torch.Tensor:
         """The part of the map that each rank has, `(ranks,)`, float64."""
-        device = torch.device(self.group.device)
-        return torch.tensor(self.rows, dtype=torch.float64, device=device) / sum(self.rows)
+        return torch.tensor(self.rows, dtype=torch.float64, device=self.device) / sum(self.rows)
 
     def extents(self, own: int) -> list[int]:
         """How much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
