@@ -179,6 +179,8 @@ class _Watch:
             self._waiting = None
             self._ended = Ended(self._call, dict(self._counts), self._open, time.time(), told)
             self.inside = False
+            if error is None:
+                self._mail.on_news = _nothing  # the guard has nothing left to judge, unless there is an error elsewhere
             self._mail.exchange()
             if error is not None or self._failure is not None or first_error(self.records(), self._call):
                 self._compare(patience=self._timeout / 3 if isinstance(error, Exception | None) else 2.0)
@@ -315,6 +317,7 @@ class _Watch:
 
     def _compare(self, patience: float) -> None:
         """The call has failed here or elsewhere: find out whether the ranks are in step, and let all know if not."""
+        self._mail.on_news = self._guard.wake
         until = time.monotonic() + patience
         while self._failure is None:
             records = self.records()
@@ -363,9 +366,13 @@ class _Guard:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._selector = selectors.DefaultSelector()
-        for descriptor in [self._read, *(neighbour.descriptor for neighbour in watch._neighbours.values())]:
-            if descriptor is not None:
-                self._selector.register(descriptor, selectors.EVENT_READ)
+        self._selector.register(self._read, selectors.EVENT_READ)
+        self._may_be_dead: set[int] = set()
+        for rank, neighbour in watch._neighbours.items():
+            if neighbour.descriptor is not None:
+                self._selector.register(neighbour.descriptor, selectors.EVENT_READ, rank)
+            else:
+                self._may_be_dead.add(rank)
         self._thread = threading.Thread(target=self._run, name="pipeboost watch", daemon=True)
 
     def start(self) -> None:
@@ -391,9 +398,10 @@ class _Guard:
         try:
             while not self._stopping:
                 for key, _ in self._selector.select(self._watch._mail.pause):
-                    if key.fd == self._read:
+                    if key.data is None:
                         os.read(self._read, 4096)
                     else:
+                        self._may_be_dead.add(key.data)
                         self._selector.unregister(key.fd)  # it stays readable
                 self._look()
         except Exception:
@@ -433,9 +441,9 @@ class _Guard:
 
     def _dead(self) -> Failure | None:
         watch = self._watch
-        for rank, neighbour in watch._neighbours.items():
+        for rank in sorted(self._may_be_dead):
             if rank not in self.deaths:
-                death = neighbour.death()
+                death = watch._neighbours[rank].death()
                 if death is None:
                     continue
                 self.deaths[rank] = death

@@ -53,11 +53,13 @@ class Mail:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to exchange records."""
+        """Begin to exchange records, after a pause."""
         if self._thread is not None and self._thread.is_alive():
             return  # it waits for a store that does not answer; `lost` says so
         self.lost = None
         self._stopping = False
+        self._served = self._asked
+        self.answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="pipeboost mail", daemon=True)
         self._thread.start()
 
@@ -77,7 +79,9 @@ class Mail:
             self._asked += 1
             mine = self._asked
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: self._served >= mine or self.lost is not None, limit)
+            return self._changed.wait_for(
+                lambda: self._served >= mine or self.lost is not None or self._stopping, limit
+            )
 
     def send(self) -> None:
         """Send a new record at once: should this process be killed in the next moment, the others will read it."""
@@ -95,7 +99,11 @@ class Mail:
 
     def _run(self) -> None:
         while True:
-            asked = self._asked
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked > self._served or self._stopping, self.pause)
+                asked = self._asked
+                if self._stopping and asked == self._served:
+                    return
             try:
                 self._exchange()
             except RuntimeError as error:  # torch's errors of stores are among these
@@ -105,13 +113,10 @@ class Mail:
                 self.on_news()
                 return
             self.answered = time.monotonic()
-            self.on_news()
             with self._changed:
                 self._served = asked
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._asked > self._served or self._stopping, self.pause)
-                if self._stopping and self._asked == self._served:
-                    return
+            self.on_news()
 
     def _send(self) -> None:
         with self._sending:  # so that none is overwritten by an older one

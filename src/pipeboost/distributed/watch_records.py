@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeboost.errors import RankFailedError
@@ -87,7 +87,7 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """As the store keeps it."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(self, default=vars).encode()
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Record:
