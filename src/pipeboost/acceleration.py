@@ -34,6 +34,7 @@ from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_mod
 from pipeboost.config import AccelerationConfig, ParallelConfig, resolve_config
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.distributed.agreement import agreed_arguments
+from pipeboost.distributed.watch import watched
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of, text_encoder_sharding
 from pipeboost.hardware import detect_hardware, device_of
@@ -404,23 +405,24 @@ class Acceleration:
             trajectory_is_ours = TRAJECTORY_ARGUMENT not in signature.parameters
             wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
             device = self._follow_device(pipe)
-            self._bind(pipe)
-            if self._mesh is None:
-                bound = signature.bind(pipe, *args, **kwargs)
-            else:
-                bound = agreed_arguments(self._mesh, signature.bind_partial(pipe, *args, **kwargs), device)
-                args, kwargs = bound.args[1:], bound.kwargs
-            bound.apply_defaults()
-            arguments = dict(bound.arguments)
-            with self._opened(pipe, arguments, device) as call:
-                if self._cancellations != cancellations:  # while this call waited
-                    call.cancel()
-                call.raise_if_cancelled()
-                if self.plan.family.name != GENERIC:
-                    self.stages.verify_arguments(arguments)
-                trajectory = follow_trajectory(call) if wants_trajectory else None
-                with call.state[RECORDER].span(WHOLE_CALL):
-                    result = call_next(*args, **kwargs)
+            with self._watched():
+                self._bind(pipe)
+                if self._mesh is None:
+                    bound = signature.bind(pipe, *args, **kwargs)
+                else:
+                    bound = agreed_arguments(self._mesh, signature.bind_partial(pipe, *args, **kwargs), device)
+                    args, kwargs = bound.args[1:], bound.kwargs
+                bound.apply_defaults()
+                arguments = dict(bound.arguments)
+                with self._opened(pipe, arguments, device) as call:
+                    if self._cancellations != cancellations:  # while this call waited
+                        call.cancel()
+                    call.raise_if_cancelled()
+                    if self.plan.family.name != GENERIC:
+                        self.stages.verify_arguments(arguments)
+                    trajectory = follow_trajectory(call) if wants_trajectory else None
+                    with call.state[RECORDER].span(WHOLE_CALL):
+                        result = call_next(*args, **kwargs)
         self._finished = latest_after(call, self._finished)
         return result if trajectory is None else with_trajectory(result, trajectory)
 
@@ -450,6 +452,17 @@ class Acceleration:
                     self._calls.discard(call)
                     if self.plan["offload"].on and not self._calls:
                         self.stages.offload()
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, what ends the call on one rank of the mesh ends it on all."""
+        if self._mesh is None:
+            return contextlib.nullcontext()
+        return watched(self._mesh, stage=self._stage_now, timeout=self.plan["parallel"].settings.timeout)
+
+    def _stage_now(self) -> str:
+        """Where the running call is; asked by the thread that watches the ranks."""
+        recorders = [call.state.get(RECORDER) for call in tuple(self._calls)]
+        return next((recorder.stage for recorder in recorders if recorder is not None), "the call's start")
 
     def _cancel_turns(self, turns: Any) -> None:
         for call in tuple(self._calls):

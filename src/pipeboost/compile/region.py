@@ -24,6 +24,7 @@ from torch.fx.experimental import _config as _shape_config
 
 from pipeboost.call import tracing_our_call
 from pipeboost.config import CompileConfig
+from pipeboost.distributed.waiting import busy
 from pipeboost.errors import UnsupportedError
 from pipeboost.seams import stock_class
 
@@ -143,7 +144,8 @@ class _Compiler:
             if self.region._generation != generation:
                 raise _CompiledMeanwhile
             start = time.perf_counter()
-            result = self.callback(frame, *details)
+            with busy("compiling"):
+                result = self.callback(frame, *details)
             self.region._generation += 1
             counters: Counters = frame.f_locals["counters"]
             counters.graphs += 1

@@ -149,6 +149,12 @@ class Recorder:
         finally:
             self.close(span)
 
+    @property
+    def stage(self) -> str:
+        """The innermost stage that is open; may be asked by any thread."""
+        names = [span.stage for span in tuple(self._open)]
+        return names[-1] if names else WHOLE_CALL
+
     def current_step(self) -> Span | None:
         """The step that is open, if one is."""
         return next((span for span in reversed(self._open) if span.what == "step"), None)
