@@ -5,6 +5,8 @@ from pipeboost.distributed.groups import Group, Pending, group_named
 from pipeboost.distributed.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.sharing import shared
 from pipeboost.distributed.start import World, local_device, world, world_size
+from pipeboost.distributed.waiting import busy, follow
+from pipeboost.distributed.watch import raise_if_failed, tell_stage, watched
 
 __all__ = [
     "AXES",
@@ -16,10 +18,15 @@ __all__ = [
     "Pending",
     "World",
     "agreed_arguments",
+    "busy",
     "checked_latents",
+    "follow",
     "group_named",
     "local_device",
+    "raise_if_failed",
     "shared",
+    "tell_stage",
+    "watched",
     "world",
     "world_size",
 ]

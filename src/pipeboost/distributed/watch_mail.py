@@ -46,7 +46,7 @@ class Mail:
         self.heard: dict[int, float] = {}
         self.answered = time.monotonic()
         self.lost: Exception | None = None
-        self.on_news: Callable[[], None] = _nothing
+        self.on_news: Callable[[], None] = nothing_to_do
         self._asked = self._served = 0
         self._stopping = False
         self._changed = threading.Condition()
@@ -145,5 +145,5 @@ def _connection(store: Any) -> Any:
     return own
 
 
-def _nothing() -> None:
-    return None
+def nothing_to_do() -> None:
+    """What `Mail.on_news` is where nobody waits for news."""
