@@ -182,24 +182,24 @@ def share_between_two(name: str) -> dict[str, list[int]]:
         mesh.close()
 
 
-def memory(settings: dict[str, Any], latent: tuple[int, ...]) -> tuple[int, int]:
+def memory(settings: dict[str, Any], latents: torch.Tensor) -> tuple[int, int]:
     """The most bytes that a decode allocates beyond what was there: of the whole map, and of this rank's part."""
-    vae = AutoencoderKL(**settings).eval()
+    vae = torch.nn.Module.to(AutoencoderKL(**settings).eval(), latents.dtype)
     family = next(family for family in families() if family.name == "flux")
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     try:
-        whole = _peak(vae, torch.randn(latent))
+        whole = _peak(vae, latents)
         parallelize_vae(vae, family.autoencoder, Ledger())
         with open_call(None, owner=None, mesh=mesh):
-            return whole, _peak(vae, torch.randn(latent))
+            return whole, _peak(vae, latents)
     finally:
         mesh.close()
 
 
 @torch.no_grad()
-def _peak(vae: AutoencoderKL, latent: torch.Tensor) -> int:
+def _peak(vae: torch.nn.Module, latents: torch.Tensor) -> int:
     with _Allocated() as allocated:
-        vae.decode(latent)
+        vae.decode(latents)
     return allocated.peak
 
 

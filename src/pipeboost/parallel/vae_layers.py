@@ -19,6 +19,7 @@ from pipeboost.parallel.vae_strip import Strip, current_strip
 from pipeboost.seams import stock_class
 
 Convolution = nn.Conv2d | nn.Conv3d
+_PIECES = 8
 
 
 def share_convolution(module: Convolution, ledger: Ledger) -> None:
@@ -93,7 +94,11 @@ def _normalise(call_next: Callable[..., torch.Tensor], module: nn.GroupNorm, sta
         return call_next(states)
     batch, channels = states.shape[:2]
     dtype = torch.promote_types(states.dtype, torch.float32)
-    variance, mean = torch.var_mean(states.to(dtype).reshape(batch, module.num_groups, -1), dim=-1, correction=0)
+    values = states.reshape(batch, module.num_groups, -1)
+    # A few groups at a time, so that no copy of the whole in float32 is needed.
+    pieces = values.split(values.shape[1] if states.dtype == dtype else -(-values.shape[1] // _PIECES), dim=1)
+    variances_means = [torch.var_mean(piece.to(dtype), dim=-1, correction=0) for piece in pieces]
+    variance, mean = (torch.cat(parts, dim=1) for parts in zip(*variances_means, strict=True))
     # Means and variances of the ranks merge without cancellation (Chan, Golub and LeVeque, 1979).
     own = torch.stack([mean, variance])[None]
     means, variances = strip.group.all_gather(own, 0, [1] * strip.group.size).double().unbind(1)
