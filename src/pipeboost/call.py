@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeboost.distributed import Mesh
 from pipeboost.errors import Cancelled
 
 _current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
+_opening = threading.RLock()
+_open_in: Counter[int] = Counter()
 
 
 class Call:
@@ -34,6 +37,8 @@ class Call:
         branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
         events: named time spans, in order, as a report reads them.
         state: what a feature keeps for the length of this call, by feature name.
+        decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
+            do not show; a forward that is replayed is one with the same decisions.
         resources: closed when the call ends, whether it returns or raises.
         rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
     """
@@ -57,6 +62,7 @@ class Call:
         self.branch = -1
         self.events: list[Any] = []
         self.state: dict[str, Any] = {}
+        self.decided: set[Hashable] = set()
         self.resources = contextlib.ExitStack()
         self.rebind: Callable[[], None] = _nothing
         self._scheduler = getattr(pipe, "scheduler", None)
@@ -105,11 +111,25 @@ def open_call(
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
     call = Call(pipe, owner, arguments or {}, features, device, mesh)
     token = _current.set(call)
+    thread = threading.get_ident()
+    with _opening:
+        _open_in[thread] += 1
     try:
         with call.resources:
             yield call
     finally:
+        with _opening:
+            _open_in[thread] -= 1
+            if not _open_in[thread]:
+                del _open_in[thread]
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[bool]:
+    """Whether no other thread has a call open. Inside, none opens or ends one."""
+    with _opening:
+        yield all(thread == threading.get_ident() for thread in _open_in)
 
 
 @contextlib.contextmanager

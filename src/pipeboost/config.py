@@ -143,23 +143,33 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """torch.compile of the transformer.
+    """torch.compile of the transformer, and CUDA graphs of its forward.
 
     Attributes:
-        scope: `"regional"` compiles one block and reuses it for all that are alike; `"full"` the whole transformer.
+        scope: `"regional"` compiles one block and reuses it for all that are alike; `"full"` the whole transformer;
+            None compiles nothing, for graphs alone, which tier `"exact"` allows.
         backend: a torch.compile backend: its name, or a function as torch.compile takes it.
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
+        graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
+            come twice, `"auto"` those that the host launches too slowly for the device, False none.
     """
 
-    scope: str = "regional"
+    scope: str | None = "regional"
     backend: str | Callable[..., Any] = "inductor"
     dynamic: bool = False
     recompile_limit: int = 64
+    graphs: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.scope not in COMPILE_SCOPES:
+        if self.scope is not None and self.scope not in COMPILE_SCOPES:
             raise not_one_of("compile", self.scope, COMPILE_SCOPES)
+        if not isinstance(self.graphs, bool) and self.graphs != "auto":
+            raise not_one_of("compile.graphs", self.graphs, ("auto", True, False))
+        if self.scope is None and self.graphs is not True:
+            raise ConfigurationError(
+                "compile.scope=None compiles nothing and is for CUDA graphs alone; add graphs=True, or use compile=None"
+            )
         if not isinstance(self.backend, str) and not callable(self.backend):
             raise ConfigurationError(
                 f"compile.backend={self.backend!r} must be a torch.compile backend: a name such as 'inductor', or a "

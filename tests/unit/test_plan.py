@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeboost.config import AccelerationConfig, CacheConfig, ParallelConfig
-from pipeboost.errors import PipeboostError
+from pipeboost.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
+from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.families import family_named, generic_family
 from pipeboost.hardware import Hardware, detect_hardware
 from pipeboost.plan import ModelFacts, make_plan
@@ -32,7 +32,30 @@ def test_every_feature_is_explained():
 
 def test_exact_turns_off_whatever_changes_rounding():
     made = plan(quality="exact")
-    assert [decision.feature for decision in made.decisions if decision.on] == ["reuse"]
+    assert [decision.feature for decision in made.decisions if decision.on] == ["graphs", "reuse"]
+
+
+def test_graphs_are_for_cuda_and_for_forwards_that_leave_nothing_to_the_host():
+    alone = CompileConfig(scope=None, graphs=True)
+    made = plan(quality="exact", compile=alone)
+    assert (made["compile"].choice, made["graphs"].choice) == ("off", "on")
+    assert plan()["graphs"].settings == "auto"
+    assert plan(compile=CompileConfig(graphs=False))["graphs"].choice == "off"
+    for off, reason in (
+        (plan(CPU), "CPU"),
+        (plan(quality="fast"), "cache"),
+        (plan(offload="layerwise"), "weights come"),
+    ):
+        assert off["graphs"].choice == "off"
+        assert reason in off["graphs"].why
+    with pytest.raises(UnsupportedError, match="on the CPU"):
+        plan(CPU, compile=alone)
+    with pytest.raises(UnsupportedError, match="cache decides"):
+        plan(quality="fast", compile=alone)
+    with pytest.raises(ConfigurationError, match="scope=None"):
+        CompileConfig(scope=None)
+    with pytest.raises(ConfigurationError, match="graphs"):
+        CompileConfig(graphs="always")
 
 
 def test_the_default_on_a_hopper_compiles_and_never_caches():

@@ -22,6 +22,7 @@ from pipeboost.seams import stock_class
 # Inside whatever merges or splits a batch on the same door, outside whatever runs the forward itself.
 TRIM_ORDER = 50.0
 _STATE = "padded text"
+_UNMASKED = "padded text without a mask"
 _REMEMBERED = 8
 
 
@@ -76,12 +77,11 @@ def _trim_text(padded: PaddedText, key: int, at_least: int) -> Callable[..., Any
         args, kwargs = bound.args[1:], bound.kwargs
         if not text.full:
             return call_next(*args, **kwargs)
-        unmasked: set[int] = call.state[_STATE]["unmasked"]
-        unmasked.add(key)
+        call.decided.add((_UNMASKED, key))
         try:
             return call_next(*args, **kwargs)
         finally:
-            unmasked.discard(key)
+            call.decided.discard((_UNMASKED, key))
 
     return trim_text
 
@@ -90,7 +90,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
     def unmask_block(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         # A transformer compiled as a whole traces its blocks, where no context variable may be read: the mask stays.
         call = None if torch.compiler.is_compiling() else current_call()
-        if call is None or _STATE not in call.state or key not in call.state[_STATE]["unmasked"]:
+        if call is None or (_UNMASKED, key) not in call.decided:
             return call_next(*args, **kwargs)
         if block_mask in kwargs:
             return call_next(*args, **{**kwargs, block_mask: None})
@@ -102,8 +102,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
 
 def _read(mask: torch.Tensor, call: Call, at_least: int) -> _Text:
     """What a mask says, found once for a tensor and its version; a view of the same memory is the same mask."""
-    state = call.state.setdefault(_STATE, {"masks": {}, "unmasked": set()})
-    known: dict[Any, _Text] = state["masks"]
+    known: dict[Any, _Text] = call.state.setdefault(_STATE, {})
     # Tensors made in inference mode count no versions; pipelines do not write to a mask after making it.
     version = 0 if mask.is_inference() else mask._version
     identity = (mask.data_ptr(), mask.device, mask.dtype, tuple(mask.shape), mask.stride(), version)

@@ -83,7 +83,7 @@ def compile_model(
     def apply(inner: Ledger) -> None:
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
-        compiled = CompiledModel(settings.scope, len(targets), tuple(names))
+        compiled = CompiledModel(str(settings.scope), len(targets), tuple(names))
         layers: dict[Any, Layer] = {}
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))

@@ -37,7 +37,14 @@ class FinishedCall:
             reuse=dict(call.state.get("reuse", {})),
         )
 
-    def report(self, *, pipeline: str, components: dict[str, int], compiled: dict[str, dict[str, float]]) -> Report:
+    def report(
+        self,
+        *,
+        pipeline: str,
+        components: dict[str, int],
+        compiled: dict[str, dict[str, float]],
+        graphs: dict[str, dict[str, Any]],
+    ) -> Report:
         """The report of the call; see the fields of `Report`."""
         return Report.of_spans(
             self.events,
@@ -53,6 +60,7 @@ class FinishedCall:
             },
             reuse=self.reuse,
             compiled=compiled,
+            graphs=graphs,
         )
 
 

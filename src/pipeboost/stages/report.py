@@ -70,6 +70,8 @@ class Report:
         cache: per guidance branch and expert, `"transformer branch 0"` → steps computed and steps skipped.
         reuse: prompts whose embeddings were found, and those that were encoded.
         compiled: transformer → graphs compiled and seconds spent on it in this process so far.
+        graphs: transformer → CUDA graphs captured and dropped, their bytes, forwards replayed, and why the others were
+            not, so far.
         trace: every span.
     """
 
@@ -85,6 +87,7 @@ class Report:
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
     reuse: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, dict[str, float]] = field(default_factory=dict)
+    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
@@ -194,6 +197,13 @@ class Report:
             lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         for name, cost in self.compiled.items():
             lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
+        for name, found in self.graphs.items():
+            changed = f", dropped {found['dropped']} times ({found['change']})" if found["dropped"] else ""
+            lines.append(
+                f"  CUDA graphs: {name}: {found['captured']} captured, {found['nbytes'] / 2**30:.2f} GiB, "
+                f"{found['replayed']} forwards replayed so far{changed}"
+            )
+            lines.extend(f"    {count} not replayed: {reason}" for reason, count in found["eager"].items())
         return "\n".join(lines)
 
 
