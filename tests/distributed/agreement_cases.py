@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchLCMScheduler
 from PIL import Image
 
+from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import Mesh
-from pipeboost.distributed.agreement import agreed_arguments, checked_latents
+from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
+from tests.pipelines.tiny import TINY
 
 CPU = torch.device("cpu")
 
@@ -181,7 +185,7 @@ def latents(kind: str, degrees: dict[str, int]) -> str | None:
 
 
 def cost(degrees: dict[str, int], repeats: int = 100) -> dict[str, float]:
-    """Milliseconds of one agreement, of one where the first rank alone has the arguments, and of a check of latents."""
+    """Median milliseconds of an agreement, of one where the first rank alone has arguments, of a check of latents."""
     with meshed(degrees) as mesh:
         usual = {
             "image": None,
@@ -198,10 +202,51 @@ def cost(degrees: dict[str, int], repeats: int = 100) -> dict[str, float]:
             ("first alone", lambda: agreed_arguments(mesh, alone, CPU)),
             ("latents", lambda: checked_latents(mesh, sample)),
         ):
-            torch.manual_seed(0)
             work()
-            begun = time.perf_counter()
+            each = []
             for _ in range(repeats):
+                begun = time.perf_counter()
                 work()
-            took[name] = 1e3 * (time.perf_counter() - begun) / repeats
+                each.append(1e3 * (time.perf_counter() - begun))
+            took[name] = statistics.median(each)
         return took
+
+
+def accelerated(name: str, layout: dict[str, int], kind: str) -> dict[str, Any]:
+    """A pipeline that is called by ranks with what `kind` gives each; on one rank, with what the first one has."""
+    entry = TINY[name]
+    rank = torch.distributed.get_rank()
+
+    def build() -> Any:
+        pipe = entry.build()
+        if kind == "a scheduler that draws":
+            pipe.scheduler = FlowMatchLCMScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    def call(pipe: Any, rank: int, last: int) -> torch.Tensor:
+        kwargs = entry.call_kwargs(output_type="latent")
+        if kind == "nothing on the others":
+            kwargs = kwargs if rank == 0 else {"output_type": "latent"}
+        elif kind == "no generator":
+            del kwargs["generator"]
+        elif kind == "other seeds":
+            kwargs["generator"].manual_seed(rank)
+        elif kind == "another prompt on the last" and rank == last:
+            kwargs["prompt"] = "two golden robots"
+        torch.manual_seed(rank)
+        return pipe(**kwargs)[0]
+
+    with torch.no_grad():
+        alone = call(build(), 0, -1)
+        pipe = accelerate_pipeline(build(), parallel=ParallelConfig(**layout), quality="exact", reuse=None)
+        try:
+            shared, error = call(pipe, rank, torch.distributed.get_world_size() - 1), ""
+        except DisagreementError as caught:
+            shared, error = None, str(caught)
+        again = entry.call(pipe, output_type="latent")
+        pipe.acceleration.remove()
+    return {
+        "difference": None if shared is None else float((shared - alone).abs().max()),
+        "error": error,
+        "again": again,
+    }

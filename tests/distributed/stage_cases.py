@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.call import Call, open_call
 from pipeboost.distributed import Mesh
 from pipeboost.errors import UnsupportedError
@@ -224,3 +225,28 @@ def refused(degrees: Degrees) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "it ran"
+
+
+def accelerated(name: str, layout: Degrees) -> dict[str, Any]:
+    """Two calls of an accelerated pipeline that reuses prompts: how far from stock, and what was encoded here."""
+    entry = TINY[name]
+    pipe = entry.build()
+    settings = {"output_type": "latent"}
+    encodings: list[int] = []
+    with torch.no_grad():
+        expected = entry.call(pipe, **settings)
+        handle = pipe.text_encoder.register_forward_pre_hook(lambda *_: encodings.append(1))
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), quality="exact")
+        found, counts = [], []
+        for _ in range(2):
+            found.append(float((entry.call(pipe, **settings) - expected).abs().max()))
+            counts.append(pipe.acceleration.report().reuse)
+        pipe.acceleration.remove()
+        handle.remove()
+        after = entry.call(pipe, **settings)
+    return {
+        "difference": found,
+        "encodings": len(encodings),
+        "reuse": counts,
+        "removed": float((after - expected).abs().max()),
+    }

@@ -92,6 +92,30 @@ def test_replicas_keep_prompts_of_their_own():
     assert on_ranks(4, cases.of_replicas, "prompts") == ["picture 0", "picture 0", "picture 1", "picture 1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("qwen_image", "nothing on the others"),
+        ("wan21_i2v", "nothing on the others"),
+        ("qwen_image", "no generator"),
+        ("qwen_image", "other seeds"),
+        ("wan21_t2v", "a scheduler that draws"),
+    ],
+)
+def test_an_accelerated_pipeline_gives_every_rank_what_the_first_ranks_call_gives_alone(name, kind):
+    found = on_ranks(2, cases.accelerated, name, {"cfg": 2}, kind)
+    assert [each["difference"] for each in found] == [0.0, 0.0]
+
+
+def test_an_accelerated_pipeline_refuses_prompts_that_differ_on_all_ranks_and_the_next_call_works():
+    found = on_ranks(2, cases.accelerated, "qwen_image", {"cfg": 2}, "another prompt on the last")
+    assert (
+        "prompt='a small red fox walking in the snow' on rank 0, but 'two golden robots' on rank 1" in found[0]["error"]
+    )
+    assert found[0]["error"] == found[1]["error"]
+    assert torch.equal(found[0]["again"], found[1]["again"])
+
+
 @pytest.mark.parametrize("kind", ["same", "rounding", "all nan", "zeros"])
 def test_latents_that_agree_but_for_rounding_pass(kind):
     assert on_ranks(2, cases.latents, kind, {"ring": 2}) == [None, None]

@@ -19,6 +19,15 @@ def test_text_is_encoded_on_the_main_rank_alone_and_the_result_is_that_of_stock(
     assert second["worked"] == {"decoder"}
 
 
+def test_a_prompt_that_is_reused_on_the_main_rank_is_encoded_nowhere_and_known_everywhere():
+    first, second = on_ranks(2, cases.accelerated, "qwen_image", {"cfg": 2})
+    assert first["difference"] == second["difference"] == [0.0, 0.0]
+    assert first["removed"] == second["removed"] == 0.0
+    assert (first["encodings"], second["encodings"]) == (2, 0)
+    assert [counts["hits"] for counts in first["reuse"]] == [0, 2]
+    assert second["reuse"] == [{}, {}]
+
+
 @pytest.mark.parametrize("name", ["flux_img2img", "wan21_i2v", "qwen_image_edit"])
 def test_every_stage_that_returns_its_work_can_run_on_the_main_rank_alone(name):
     shared = dict.fromkeys(cases.shareable(name), MAIN)
