@@ -272,6 +272,10 @@ class Autoencoder:
     local: tuple[str, ...]
     attention: tuple[tuple[str, str], ...] = ()
 
+    def is_local(self, name: str) -> bool:
+        """Whether modules of this class are declared as `local`."""
+        return name in self.local
+
     def attends(self, name: str) -> bool:
         """Whether modules of this class attend to the whole map."""
         return any(name == module for module, _ in self.attention)
@@ -295,7 +299,9 @@ class Family:
             hands over from one to the next; None where the first one makes them all. Asked inside the loop.
         doors: where the stages of a call begin and end.
         guided: whether a call makes two guidance branches a step unless it is told otherwise.
-        prediction: `(transformer, its hidden_states) -> shape of what a forward returns`; None where that is not known.
+        prediction: `(transformer, its hidden_states) -> memory for what a forward returns`, not written to, with its
+            shape, dtype and strides; None where that is not known.
+        guider: component that puts a step's predictions together, where the script leaves that to one.
         token_sharding: how ranks can share the tokens; None where that is not known.
         tensor: how its transformers' weights are split in tensor parallelism; None where that is not known.
         autoencoder: what its VAE is made of; None where that is not known.
@@ -314,7 +320,8 @@ class Family:
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None
     doors: tuple[StageDoor, ...] = stage_doors()
     guided: bool = False
-    prediction: Callable[[Any, Any], tuple[int, ...]] | None = None
+    prediction: Callable[[Any, Any], Any] | None = None
+    guider: str = ""
     token_sharding: TokenSharding | None = None
     tensor: TensorSharding | None = None
     autoencoder: Autoencoder | None = None
@@ -326,15 +333,15 @@ class Family:
         return {name: model for name, model in found.items() if model is not None}
 
 
-def prediction_of_tokens(model: Any, hidden_states: Any) -> tuple[int, ...]:
-    """The shape of a prediction for tokens `(batch, tokens, channels)`."""
-    return (*hidden_states.shape[:-1], model.proj_out.out_features)
+def prediction_of_tokens(model: Any, hidden_states: Any) -> Any:
+    """Memory for a prediction for tokens `(batch, tokens, channels)`."""
+    return hidden_states.new_empty((*hidden_states.shape[:-1], model.proj_out.out_features))
 
 
-def prediction_of_latents(model: Any, hidden_states: Any) -> tuple[int, ...]:
-    """The shape of a prediction for latents `(batch, channels, frames, height, width)`."""
+def prediction_of_latents(model: Any, hidden_states: Any) -> Any:
+    """Memory for a prediction for latents `(batch, channels, frames, height, width)`."""
     batch, _, *sizes = hidden_states.shape
-    return (batch, model.config.out_channels, *sizes)
+    return hidden_states.new_empty((batch, model.config.out_channels, *sizes))
 
 
 def text_encoder_sharding(encoder: Any) -> TensorSharding | None:

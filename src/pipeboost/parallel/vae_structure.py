@@ -45,7 +45,7 @@ def why_not_parallel(part: nn.Module | None, autoencoder: Autoencoder | None) ->
 
 def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
     cls = stock_class(module)
-    declared = cls.__name__ in autoencoder.local
+    declared = autoencoder.is_local(cls.__name__)
     if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         known = declared or cls in (nn.Conv2d, nn.Conv3d)
         return why_not_shared(module) if known else f"{cls.__name__} is not known"
