@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import Mesh, world
-from pipeboost.distributed.watch import tell_stage, watched
+from pipeboost.distributed import Mesh, busy, tell_stage, watched, world
 from pipeboost.errors import PipeboostError
 
+TIMEOUT = 1.5
+"""Seconds that ranks wait for each other."""
 PLACES = {"start": "text encoding", "middle": "denoising", "operator": "denoising", "end": "decoding"}
 """Where a rank may fail in `script`, and the stage that it is in there."""
 
@@ -19,7 +20,7 @@ PLACES = {"start": "text encoding", "middle": "denoising", "operator": "denoisin
 class Trouble:
     """What befalls one rank at one place."""
 
-    def __init__(self, kind: str, rank: int, place: str) -> None:
+    def __init__(self, kind: str = "none", rank: int = 0, place: str = "") -> None:
         self.kind = kind
         self.rank = rank
         self.place = place
@@ -28,6 +29,9 @@ class Trouble:
         """Happens here, if this is the rank and the place."""
         if place != self.place or (self.rank >= 0 and world().rank != self.rank):
             return
+        if self.kind.endswith(" later"):  # when the others have had news
+            time.sleep(0.3)
+            self.kind = self.kind.removesuffix(" later")
         if self.kind == "raise":
             raise ValueError(f"boom on rank {world().rank}")
         if self.kind == "kill":
@@ -38,9 +42,13 @@ class Trouble:
             os._exit(3)
         if self.kind == "sleep":
             time.sleep(600)
+        if self.kind == "compile":
+            self.kind = "none"
+            with busy("compiling"):
+                time.sleep(2 * TIMEOUT)
 
 
-_trouble = Trouble("none", 0, "")
+_trouble = Trouble()
 
 
 @torch.library.custom_op("pipeboost_tests::troubled", mutates_args=())
@@ -50,7 +58,7 @@ def troubled(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
 
 
-def script(mesh: Mesh, trouble: Trouble, timeout: float) -> float:
+def script(mesh: Mesh, trouble: Trouble) -> float:
     """A call as pipelines make them: some stages, with collectives of all kinds in between."""
     global _trouble
     _trouble = trouble
@@ -61,8 +69,8 @@ def script(mesh: Mesh, trouble: Trouble, timeout: float) -> float:
         stage = name
         tell_stage(mesh)
 
-    with watched(mesh, stage=lambda: stage, timeout=timeout):
-        group = mesh.group("ulysses")
+    with watched(mesh, stage=lambda: stage, timeout=TIMEOUT):
+        group, ring = mesh.group("ulysses"), mesh.group("ring")
         trouble.at("start")
         mesh.control.broadcast_object("prompt")
         enter("denoising")
@@ -70,6 +78,7 @@ def script(mesh: Mesh, trouble: Trouble, timeout: float) -> float:
         for _ in range(3):
             latents = group.all_reduce(latents) / group.size
             trouble.at("middle")
+            latents = ring.all_reduce(latents) / ring.size
             pending = group.shift([latents], [incoming := torch.empty(2)])
             latents = troubled(latents)
             pending.wait()
@@ -80,17 +89,47 @@ def script(mesh: Mesh, trouble: Trouble, timeout: float) -> float:
         return latents.sum().item()
 
 
-def failing_call(size: int, kind: str, rank: int, place: str, timeout: float) -> dict[str, Any]:
-    """A call in which one rank fails (all if `rank` is -1), and the next one; what each raised, or returned."""
-    mesh = Mesh({"ulysses": size}, device=torch.device("cpu"))
+def failing_call(size: int, kind: str, rank: int, place: str) -> dict[str, Any]:
+    """A call in which one rank fails (all if `rank` is -1), the next one, and one of a mesh that was made anew.
+
+    Returns:
+        What each call raised, or returned.
+    """
+    degrees = {"ulysses": 2, "ring": size // 2}
+    mesh = Mesh(degrees, device=torch.device("cpu"))
     before = time.monotonic()
-    first = _outcome(lambda: script(mesh, Trouble(kind, rank, place), timeout))
-    first["seconds"] = time.monotonic() - before
-    return {
-        "first": first,
-        "threads": [thread.name for thread in threading.enumerate() if "pipeboost" in thread.name],
-        "second": _outcome(lambda: script(mesh, Trouble("none", 0, ""), timeout)),
-    }
+    calls = {"first": _outcome(lambda: script(mesh, Trouble(kind, rank, place)))}
+    calls["first"]["seconds"] = time.monotonic() - before
+    threads = _threads()
+    calls["second"] = _outcome(lambda: script(mesh, Trouble()))
+    mesh.close()
+    if kind == "raise":
+        calls["anew"] = _outcome(lambda: script(Mesh(degrees, device=torch.device("cpu")), Trouble()))
+    return {**calls, "threads": threads}
+
+
+def uncaught(rank: int) -> None:
+    """A call in which one rank raises, and nobody catches it."""
+    script(Mesh({"ulysses": 2}, device=torch.device("cpu")), Trouble("raise", rank, "middle"))
+
+
+def slow_but_busy() -> float:
+    """A call in which rank 1 compiles for longer than ranks wait."""
+    return script(Mesh({"ulysses": 2}, device=torch.device("cpu")), Trouble("compile", 1, "middle"))
+
+
+def left_over() -> dict[str, int]:
+    """How many threads and open files there are more after many calls, their mesh closed, than after one."""
+    mesh = Mesh({"ulysses": 2}, device=torch.device("cpu"))
+    script(mesh, Trouble())
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        script(mesh, Trouble())
+    return {"threads": len(_threads()), "descriptors": len(os.listdir("/proc/self/fd")) - before}
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "pipeboost" in thread.name]
 
 
 def _outcome(call: Any) -> dict[str, Any]:

@@ -26,11 +26,17 @@ class Outcome(NamedTuple):
 
 
 def on_mortal_ranks(
-    count: int, function: Callable[..., Any], *args: Any, limit: float = 60.0, stuck: int | None = None, **kwargs: Any
+    count: int,
+    function: Callable[..., Any],
+    *args: Any,
+    limit: float = 60.0,
+    stuck: int | None = None,
+    tcp: bool = False,
+    **kwargs: Any,
 ) -> list[Outcome]:
     """Run `function(*args, **kwargs)` on `count` ranks at once; how each ended. None is left when this returns.
 
-    Rank `stuck` cannot end by itself: it is killed when the others have ended.
+    Rank `stuck` cannot end by itself: it is killed when the others have ended. With `tcp` rank 0 keeps the store.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.preloaded"])
@@ -40,7 +46,7 @@ def on_mortal_ranks(
         try:
             for rank in range(count):
                 ours, theirs = context.Pipe(duplex=False)
-                settings = (theirs, rank, count, folder, function, args, kwargs)
+                settings = (theirs, rank, count, folder, tcp, function, args, kwargs)
                 process = context.Process(target=_serve, args=settings)
                 process.start()
                 theirs.close()
@@ -84,7 +90,7 @@ def _outcomes(
     ]
 
 
-def _serve(pipe: Any, rank: int, count: int, folder: str, function: Any, args: Any, kwargs: Any) -> None:
+def _serve(pipe: Any, rank: int, count: int, folder: str, tcp: bool, function: Any, args: Any, kwargs: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -92,6 +98,23 @@ def _serve(pipe: Any, rank: int, count: int, folder: str, function: Any, args: A
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    store = dist.FileStore(os.path.join(folder, "store"), count)
+    path = os.path.join(folder, "store")
+    store = _tcp_store(path, rank) if tcp else dist.FileStore(path, count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     pipe.send(function(*args, **kwargs))
+
+
+def _tcp_store(path: str, rank: int) -> Any:
+    """A store that rank 0 keeps; it writes its address to `path`."""
+    import torch.distributed as dist
+
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        with open(f"{path}.new", "w") as file:
+            file.write(str(store.port))
+        os.rename(f"{path}.new", path)
+        return store
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    with open(path) as file:
+        return dist.TCPStore("127.0.0.1", int(file.read()), None, False, wait_for_workers=False)

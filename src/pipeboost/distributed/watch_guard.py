@@ -114,7 +114,7 @@ class Guard:
                     continue
                 self.deaths[rank] = death
                 watch.mail.exchange(1.0)  # what it said last
-            record = watch.mail.records.get(rank, Record())
+            record = watch.mail.records.get(rank, self._silence())
             if record.failure is not None:
                 return record.failure
             if not record.has_ended(watch.call):
@@ -124,6 +124,10 @@ class Guard:
                     return Failure(rank, error.stage, f"{error.what}, and {death.how}", traceback=error.traceback)
                 return Failure(rank, record.stage, f"rank {rank} {death.how} in {record.stage!r}", death.signal)
         return None
+
+    def _silence(self) -> Record:
+        """What is known of a rank that has said nothing."""
+        return Record() if self._watch.mail.lost is None else Record(stage="a stage it could not tell")
 
     def _silent(self, records: dict[int, Record], now: float) -> Failure | None:
         watch = self._watch
@@ -158,7 +162,7 @@ class Guard:
             doing = "; ".join(f"rank {rank}: {record.what}" for rank, record in sorted(records.items()) if record.what)
             what = f"{waiting.what} of {members} has not ended for {self._patience:g} s, and no rank is late ({doing})"
             return Failure(None, self._watch.where(), what)
-        stage = records.get(late.rank, Record()).stage
+        stage = records.get(late.rank, self._silence()).stage
         what = (
             f"rank {late.rank} has not come to {waiting.what} of {members} for {self._patience:g} s, and no rank "
             f"loads, compiles or captures; it is in {stage!r}; if it needs longer, raise ParallelConfig(timeout=...)"

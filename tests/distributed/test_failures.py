@@ -1,0 +1,153 @@
+"""A call on several ranks that fails on one ends on all, and tells what happened."""
+
+import pytest
+
+from pipeboost.distributed.watch_records import Ended, Failure, Record, first_error, in_step, late_for, left_behind
+from tests.distributed import failure_cases
+from tests.distributed.failure_cases import PLACES, TIMEOUT
+from tests.distributed.failure_ranks import on_mortal_ranks
+
+SOON = TIMEOUT + 8
+"""Seconds in which a call has ended on a machine that does much else."""
+
+
+def _fail(size: int, kind: str, rank: int, place: str, **options):
+    return on_mortal_ranks(size, failure_cases.failing_call, size, kind, rank, place, **options)
+
+
+@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("middle", 1), ("operator", 0), ("end", 1)])
+def test_an_exception_on_one_rank_ends_the_call_on_all_with_its_traceback(place, rank):
+    outcomes = _fail(2, "raise", rank, place)
+    failed, other = outcomes[rank].answer, outcomes[1 - rank].answer
+    assert failed["first"]["raised"] == "ValueError"
+    assert failed["first"]["text"] == f"boom on rank {rank}"
+    assert other["first"]["raised"] == "RankFailedError"
+    assert (other["first"]["rank"], other["first"]["stage"]) == (rank, PLACES[place])
+    assert f"ValueError: boom on rank {rank}" in other["first"]["text"]
+    assert "failure_cases.py" in other["first"]["traceback"]
+    assert failed["threads"] == other["threads"] == []
+    for answer in (failed, other):
+        assert answer["first"]["seconds"] < SOON
+        if place == "end":  # all ranks have come equally far
+            assert answer["second"]["returned"] == 2.0
+        else:
+            assert answer["second"]["raised"] == "PipeboostError"
+            assert "start the ranks again" in answer["second"]["text"]
+        assert answer["anew"]["returned"] == 2.0
+
+
+@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("middle", 1), ("operator", 0), ("end", 1)])
+def test_a_killed_rank_is_named_with_its_signal_and_last_stage(place, rank):
+    outcomes = _fail(2, "kill", rank, place)
+    assert outcomes[rank].exit_code == -9
+    other = outcomes[1 - rank].answer
+    told = other["first"] if "raised" in other["first"] else other["second"]  # where it had come to the end first
+    assert (told["raised"], told["rank"]) == ("RankFailedError", rank)
+    assert (told["signal"], told["stage"]) == ("SIGKILL", PLACES[place])
+    assert told["text"] == f"rank {rank} was killed by SIGKILL in {PLACES[place]!r}"
+    assert other["first"]["seconds"] < SOON
+
+
+@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("operator", 1), ("end", 0)])
+def test_a_rank_that_does_not_come_is_named_and_its_process_ends(place, rank):
+    outcomes = _fail(2, "sleep", rank, place)
+    other = outcomes[1 - rank].answer
+    told = other["second"] if place == "end" else other["first"]
+    assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", rank, PLACES[place])
+    assert f"rank {rank} has not come to" in told["text"]
+    assert outcomes[rank].exit_code == 1
+    assert "failure_cases.py" in outcomes[rank].printed  # where it sleeps
+    assert all(outcome.seconds < 2 * SOON for outcome in outcomes)
+
+
+def test_a_stopped_rank_gives_no_sign_of_life():
+    outcomes = _fail(2, "stop", 1, "middle", stuck=1)
+    told = outcomes[0].answer["first"]
+    assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, "denoising")
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_the_rank_that_keeps_the_store_may_be_the_one_that_fails(kind):
+    outcomes = _fail(2, f"{kind} later", 0, "middle", stuck=0 if kind == "stop" else None, tcp=True)
+    told = outcomes[1].answer["first"]
+    assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 0, "denoising")
+
+
+def test_a_rank_that_exits_is_named_with_its_exit_code():
+    told = _fail(2, "exit", 1, "middle")[0].answer["first"]
+    assert told["text"] == "rank 1 has exited with code 3 in 'denoising'"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_after_an_exception_on_all_ranks_alike_the_next_call_works(place):
+    for rank, outcome in enumerate(_fail(2, "raise", -1, place)):
+        assert outcome.answer["first"]["raised"] == "ValueError"
+        assert outcome.answer["first"]["text"] == f"boom on rank {rank}"
+        assert ("returned" in outcome.answer["second"]) == (place != "operator")  # there, a transfer is under way
+
+
+@pytest.mark.parametrize("kind", ["raise", "kill", "sleep"])
+def test_ranks_that_wait_for_others_name_the_one_that_failed(kind):
+    outcomes = _fail(4, kind, 2, "middle")
+    for rank in (0, 1, 3):
+        told = outcomes[rank].answer["first"]
+        assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 2, "denoising")
+
+
+def test_an_uncaught_failure_ends_every_process_with_an_error_code():
+    outcomes = on_mortal_ranks(2, failure_cases.uncaught, 0)
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    assert all("ValueError: boom on rank 0" in outcome.printed for outcome in outcomes)
+
+
+def test_a_rank_that_loads_or_compiles_is_waited_for():
+    outcomes = on_mortal_ranks(2, failure_cases.slow_but_busy)
+    assert [outcome.answer for outcome in outcomes] == [2.0, 2.0]
+
+
+def test_calls_leave_no_thread_and_no_descriptor():
+    for outcome in on_mortal_ranks(2, failure_cases.left_over):
+        assert outcome.answer == {"threads": 0, "descriptors": 0}
+
+
+def _record(operation: str = "", number: int = 0, members: tuple[int, ...] = (0, 1), **facts) -> Record:
+    waiting = {operation: (number, members)} if operation else {}
+    return Record(call=1, inside=True, counts=dict(waiting), waiting=waiting, what=operation, **facts)
+
+
+def test_who_waits_for_a_rank_that_waits_itself_waits_for_the_last_one():
+    records = {0: _record("a", 3), 1: _record("b", 7, (1, 2)), 2: Record(call=1, inside=True)}
+    assert late_for(0, records).rank == 2
+
+
+def test_ranks_that_wait_for_each_other_blame_nobody():
+    assert late_for(0, {0: _record("a", 3), 1: _record("b", 7)}).rank is None
+    assert late_for(0, {0: _record("a", 3), 1: _record("a", 3)}).rank is None
+
+
+def test_ranks_are_in_step_only_if_they_began_the_same_operations():
+    both = {"a": (3, (0, 1))}
+    assert in_step({0: Ended(1, both), 1: Ended(1, both)})
+    assert not in_step({0: Ended(1, both), 1: Ended(1, {"a": (2, (0, 1))})})
+    assert not in_step({0: Ended(1, both), 1: Ended(1, both, open=1)})
+    assert in_step({0: Ended(1, both), 1: Ended(1, both), 2: Ended(1, {})})
+
+
+def test_the_first_error_counts_and_only_of_this_call():
+    def ended(call: int, time: float, rank: int) -> Record:
+        return Record(ended=Ended(call, {}, 0, time, Failure(rank, "", "raised")))
+
+    records = {0: ended(2, 5.0, 0), 1: ended(2, 4.0, 1), 2: ended(1, 1.0, 2)}
+    assert first_error(records, 2).rank == 1
+
+
+def test_a_rank_is_left_behind_if_it_waits_for_what_another_never_began():
+    gone = Record(call=1, ended=Ended(1, {"a": (2, (0, 1))}))
+    assert left_behind({0: _record("a", 3), 1: gone}, 1)
+    assert not left_behind({0: _record("a", 2), 1: gone}, 1)
+
+
+def test_a_record_comes_back_from_bytes_as_it_was():
+    failure = Failure(1, "denoising", "rank 1 raised", traceback="Traceback")
+    record = _record("a", 3, ended=Ended(1, {"b": (2, (0, 1))}, 1, 2.5, failure), failure=failure, busy="compiling")
+    assert Record.from_bytes(record.to_bytes()) == record
