@@ -14,7 +14,8 @@ from pipeboost.call import open_call
 from pipeboost.compile import compile_model
 from pipeboost.config import CompileConfig
 from pipeboost.distributed import Group, Mesh, world
-from pipeboost.errors import UnsupportedError
+from pipeboost.distributed.watch_ending import break_off
+from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import TensorSharding, family_of, text_encoder_sharding
 from pipeboost.ledger import Ledger
 from pipeboost.parallel.tensor import ShardReport, bytes_per_rank, shard_weights
@@ -183,6 +184,22 @@ def shared() -> dict[str, Any]:
             ledger.undo()
             sizes.append(_bytes(model))
     return {"whole": whole, "sizes": sizes, "reports": (report, again), "said": said}
+
+
+def broken_off() -> tuple[str, str]:
+    """The ranks stopped to talk to each other, as after a failure, before the weights were joined."""
+    pipe = TINY["wan21_t2v"].build()
+    with tensor_group(2) as group:
+        ledger = Ledger()
+        shard_weights(pipe.transformer, _sharding(pipe), group, ledger)
+        break_off(group)
+        said = []
+        for attempt in (ledger.undo, lambda: pipe.transformer(None)):
+            try:
+                attempt()
+            except PipeboostError as error:
+                said.append(str(error))
+    return said[0], said[1]
 
 
 def different_weights() -> tuple[str, bool]:

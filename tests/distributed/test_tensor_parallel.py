@@ -130,6 +130,13 @@ def test_pipelines_that_share_a_transformer_share_the_split_and_the_last_one_joi
         assert "shared with another accelerated pipeline" in result["said"]
 
 
+def test_weights_that_cannot_be_joined_any_more_are_said_so_and_the_model_goes_on_to_raise():
+    for undone, called in on_ranks(2, tensor_cases.broken_off):
+        assert "cannot be joined" in undone
+        assert "load the model again" in undone
+        assert "split over 2 ranks" in called
+
+
 def test_ranks_with_different_weights_are_told_so_on_every_rank():
     for said, untouched in on_ranks(2, tensor_cases.different_weights):
         assert "different weights of FluxTransformer2DModel (proj_out.weight)" in said

@@ -52,7 +52,7 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
     """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
 
     Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
-    the inverse gathers the shares on every rank and waits for the ranks that have not come to it yet. What the
+    the inverse gathers the shares on every rank, and waits for the ranks that have not come to it yet. What the
     user put in a parameter's place meanwhile stays. Outside a call with the feature `"parallel"` the model raises, and
     so it does where it is saved, copied or given a LoRA.
 
@@ -80,8 +80,14 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
             shares = _Shares(layout, group)
 
         def join() -> None:
-            # Should another rank be gone, the guards stay and the model goes on to raise.
-            shares.join()
+            try:
+                shares.join()
+            except RuntimeError as error:
+                # The guards stay, so that the model goes on to raise.
+                raise PipeboostError(
+                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to "
+                    "each other; load the model again"
+                ) from error
             guards.undo()
 
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
