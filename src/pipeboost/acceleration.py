@@ -524,6 +524,9 @@ class Acceleration:
             components |= placed_components(pipe)
         encoders = self._text_encoders(self.plan["parallel"].settings)
         components |= {path: pipe.components[path] for path in encoders}
+        guider = self.plan.family.guider
+        if self._mesh is not None and guider:
+            components[guider] = pipe.components[guider]
         with self._lock:
             if self._removed:
                 return
@@ -592,6 +595,8 @@ class Acceleration:
         if path == "scheduler":
             settle_branches(obj, ledger)
             check_first_step(obj, ledger)
+        if path and path == family.guider:
+            settle_branches(obj, ledger, door="__call__")
         layout = self.plan["parallel"].settings
         if path == "vae" and shares_vae(layout, self.plan.quality):
             parallelize_vae(obj, family.autoencoder, ledger)

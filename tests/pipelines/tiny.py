@@ -15,7 +15,14 @@ VAE, tokenizer and scheduler classes.
 
 import torch
 
-from tests.pipelines import tiny_flux, tiny_generic, tiny_hunyuan_video, tiny_qwen_image, tiny_wan
+from tests.pipelines import (
+    tiny_flux,
+    tiny_generic,
+    tiny_hunyuan_video,
+    tiny_hunyuan_video_15,
+    tiny_qwen_image,
+    tiny_wan,
+)
 from tests.pipelines.tiny_adapters import (
     ip_adapter_inputs,
     ip_adapter_state_dict,
@@ -59,7 +66,7 @@ torch.set_num_threads(1)
 
 TINY: dict[str, TinyPipeline] = {
     entry.name: entry
-    for module in (tiny_flux, tiny_qwen_image, tiny_wan, tiny_hunyuan_video, tiny_generic)
+    for module in (tiny_flux, tiny_qwen_image, tiny_wan, tiny_hunyuan_video, tiny_hunyuan_video_15, tiny_generic)
     for entry in module.ENTRIES
 }
 

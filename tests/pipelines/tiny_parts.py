@@ -84,9 +84,9 @@ def clip_text_encoder(*, projection: bool = False) -> CLIPTextModel | CLIPTextMo
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def _t5_settings() -> dict[str, int | str]:
+def _t5_settings(vocabulary: int | None = None) -> dict[str, int | str]:
     return {
-        "vocab_size": len(tokenizers.t5_tokenizer()),
+        "vocab_size": vocabulary or len(tokenizers.t5_tokenizer()),
         "d_model": TEXT_DIM,
         "d_kv": 8,
         "d_ff": 64,
@@ -96,9 +96,9 @@ def _t5_settings() -> dict[str, int | str]:
     }
 
 
-def t5_encoder() -> T5EncoderModel:
-    """T5 v1.1's encoder."""
-    return T5EncoderModel(T5Config(**_t5_settings())).eval()
+def t5_encoder(*, vocabulary: int | None = None) -> T5EncoderModel:
+    """T5 v1.1's encoder, for the tokens of `t5_tokenizer` or another number of them."""
+    return T5EncoderModel(T5Config(**_t5_settings(vocabulary))).eval()
 
 
 def umt5_encoder() -> UMT5EncoderModel:

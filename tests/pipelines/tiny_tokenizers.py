@@ -5,6 +5,7 @@ length that its pipeline crops (34 and 64 tokens for Qwen-Image, 95 and 103 for 
 prompt. A word that is not in `WORDS` falls apart into smaller pieces, so prompts differ in their token counts.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Iterable
@@ -117,6 +118,17 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
         model_max_length=2048,
         padding_side="right",
     )
+
+
+@functools.lru_cache
+def qwen_chat_tokenizer() -> Qwen2Tokenizer:
+    """The same with a chat template."""
+    tokenizer = copy.deepcopy(qwen_tokenizer())
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
 
 
 def _qwen_template(pipeline_class: type) -> str:

@@ -28,6 +28,7 @@ _FORWARD_ORDER = 0.0
 # Outside the layers that look at a step's input and output.
 _STEP_ORDER = -200.0
 _STATE = "branches"
+Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -49,17 +50,17 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     ledger.share(model, "guidance branches", prediction, apply)
 
 
-def settle_branches(scheduler: Any, ledger: Ledger) -> None:
-    """Fill what is still to be filled before this scheduler steps."""
+def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
+    """Fill what is still to be filled before this method of a scheduler or guider reads it."""
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, order=_STEP_ORDER)
+        inner.add_layer(reader, door, _settle, order=_STEP_ORDER)
 
-    ledger.share(scheduler, "guidance branches", None, apply)
+    ledger.share(reader, "guidance branches", door, apply)
 
 
 def _forward(
-    prediction: Callable[[Any, torch.Tensor], tuple[int, ...]],
+    prediction: Prediction,
     call_next: Callable[..., Any],
     owner: torch.nn.Module,
     *args: Any,
@@ -70,19 +71,20 @@ def _forward(
         return call_next(*args, **kwargs)
     group = call.mesh.group("cfg")
     waiting: list[torch.Tensor] = call.state.setdefault(_STATE, [])
+    states, as_tuple = _states(owner, args, kwargs)
     if len(waiting) == group.rank:
         result = call_next(*args, **kwargs)
-        # What the other ranks get must be what the script gets: a copy would be a second tensor.
-        waiting.append(result[0])
+        waiting.append(_laid_out(result[0], prediction(owner, torch.empty_like(states, device="meta"))))
     else:
-        result = _to_be_filled(prediction, owner, args, kwargs)
-        waiting.append(result[0])
+        empty = prediction(owner, states)
+        result = (empty,) if as_tuple else Transformer2DModelOutput(sample=empty)
+        waiting.append(empty)
     if len(waiting) == group.size:
         _fill(call)
     return result
 
 
-def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+def _settle(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is not None and call.state.get(_STATE):
         _fill(call)
@@ -95,18 +97,23 @@ def _fill(call: Call) -> None:
     group = call.mesh.group("cfg")
     waiting: list[torch.Tensor] = call.state.pop(_STATE)
     for source, tensor in enumerate(waiting):
-        dense = tensor.contiguous()
-        if source != group.rank and dense is not tensor:
-            raise AssertionError("memory to be filled is dense")
+        outermost_first = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        dense = tensor.permute(outermost_first)
+        assert dense.is_contiguous(), "memory of a prediction has gaps"
         group.broadcast(dense, source)
 
 
-def _to_be_filled(
-    prediction: Callable[[Any, torch.Tensor], tuple[int, ...]],
-    owner: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
+    assert (result.shape, result.dtype) == (like.shape, like.dtype), (result.shape, result.dtype, like)
+    strides = zip(result.stride(), like.stride(), result.shape, strict=True)
+    if all(own == expected for own, expected, size in strides if size > 1):
+        return result
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=result.device).copy_(result)
+
+
+def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
+    """A forward's `hidden_states`, and whether it returns a tuple."""
     bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
     bound.apply_defaults()
     states = bound.arguments["hidden_states"]
@@ -115,8 +122,7 @@ def _to_be_filled(
             f"cfg-parallel needs hidden_states to be one tensor, and this {stock_class(owner).__name__} was given "
             f"{type(states).__name__}; use ParallelConfig(cfg=1)"
         )
-    empty = states.new_empty(prediction(owner, states))
-    return Transformer2DModelOutput(sample=empty) if bound.arguments.get("return_dict", True) else (empty,)
+    return states, not bound.arguments.get("return_dict", True)
 
 
 @functools.cache

@@ -1,0 +1,69 @@
+"""What the ranks run in `test_batched_branches`: guided calls whose branches are not plain calls of the script."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from pipeboost import ParallelConfig, accelerate_pipeline
+from tests.pipelines.tiny import TINY
+
+
+def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = None, **call: Any) -> dict[str, Any]:
+    """One call on one rank, on all ranks of `cfg`, and stock again.
+
+    Args:
+        change: made to the pipeline once it was accelerated, as a user may.
+
+    Returns:
+        `"shared"`: largest difference of any output of ranks to one rank; `"removed"`: of stock after to stock before;
+        `"batches"`: the batch of each forward that this rank's transformer computed.
+    """
+    entry = TINY[name]
+    pipe = entry.build()
+    call["output_type"] = "latent"
+
+    def run() -> tuple[torch.Tensor, ...]:
+        output = pipe(**entry.call_kwargs(**call))
+        return tuple(value for value in output.values() if isinstance(value, torch.Tensor))
+
+    with torch.no_grad():
+        accelerate_pipeline(pipe, attention=None, parallel=ParallelConfig(cfg=2), reuse=None)
+        if change is not None:
+            change(pipe)
+        batches = counted(pipe.transformer)
+        shared = run()
+        computed = tuple(batches)
+        with pipe.acceleration.paused():
+            stock = run()
+        pipe.acceleration.remove()
+        after = run()
+    return {"shared": _largest(shared, stock), "removed": _largest(after, stock), "batches": computed}
+
+
+def guided_by(guider: type, **settings: Any) -> Callable[[DiffusionPipeline], None]:
+    """A change: another guider with settings of its own."""
+    return functools.partial(_give_guider, guider=guider, settings=settings)
+
+
+def _give_guider(pipe: DiffusionPipeline, *, guider: type, settings: dict[str, Any]) -> None:
+    pipe.guider = guider(**settings)
+
+
+def counted(model: torch.nn.Module) -> list[int]:
+    """The batch of each forward from now on, noted inside everything of ours."""
+    batches: list[int] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return batches
+
+
+def _largest(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> float:
+    assert len(one) == len(other) > 0
+    pairs = zip(one, other, strict=True)
+    return max(float((mine.double() - its.double()).abs().max()) for mine, its in pairs)
