@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,6 +186,20 @@ def shared() -> dict[str, Any]:
             ledger.undo()
             sizes.append(_bytes(model))
     return {"whole": whole, "sizes": sizes, "reports": (report, again), "said": said}
+
+
+def dropped() -> tuple[int, int]:
+    """Models and shares left in memory once a pipeline is dropped without joining its weights; the ledger is kept."""
+    pipe = TINY["wan21_t2v"].build()
+    ledger = Ledger()
+    with tensor_group(2) as group:
+        shard_weights(pipe.transformer, _sharding(pipe), group, ledger)
+        left = weakref.ref(pipe.transformer), weakref.ref(pipe.transformer.blocks[0].ffn.net[2].weight)
+        del pipe
+        gc.collect()
+        found = tuple(int(reference() is not None) for reference in left)
+        ledger.undo()
+    return found[0], found[1]
 
 
 def broken_off() -> tuple[str, str]:

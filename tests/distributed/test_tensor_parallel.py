@@ -127,7 +127,11 @@ def test_pipelines_that_share_a_transformer_share_the_split_and_the_last_one_joi
         assert result["sizes"] == [split, split, result["whole"]]
         assert split < result["whole"]
         assert result["reports"][0] == result["reports"][1]
-        assert "shared with another accelerated pipeline" in result["said"]
+        assert "QwenImageTransformer2DModel are split already by another accelerated pipeline" in result["said"]
+
+
+def test_a_pipeline_that_is_dropped_frees_its_shares():
+    assert on_ranks(2, tensor_cases.dropped) == [(0, 0), (0, 0)]
 
 
 def test_weights_that_cannot_be_joined_any_more_are_said_so_and_the_model_goes_on_to_raise():

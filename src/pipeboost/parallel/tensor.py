@@ -36,15 +36,6 @@ class ShardReport:
     left: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    degree: int
-    group: str
-
-    def __repr__(self) -> str:
-        return f"tensor={self.degree} of {self.group}"
-
-
 _reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
 
 
@@ -70,6 +61,9 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
     if group.size == 1:
         return ShardReport(0, 0, ())
 
+    # The ledger of a shared change must not keep its model alive.
+    reference = weakref.ref(model)
+
     def apply(inner: Ledger) -> None:
         layout = layout_of(model, sharding)
         layout.check(group.size)
@@ -89,11 +83,22 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
                     "each other; load the model again"
                 ) from error
             guards.undo()
+            joined = reference()
+            if joined is not None:
+                _reports.pop(joined, None)
 
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
         _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left)
 
-    ledger.share(model, "tensor parallel", _Settings(group.size, group.name), apply)
+    try:
+        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
+    except UnsupportedError as error:
+        if model not in _reports:
+            raise
+        raise UnsupportedError(
+            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
+            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
+        ) from error
     return _reports[model]
 
 
