@@ -14,7 +14,8 @@ from pipeboost.config import (
     QuantizeConfig,
     ReuseConfig,
 )
-from pipeboost.errors import Cancelled, PipeboostError
+from pipeboost.distributed.launch import launch
+from pipeboost.errors import Cancelled, ConfigurationError, PipeboostError, RankFailedError
 from pipeboost.generate import GeneratedImage, GeneratedVideo, free_models, generate_image, generate_video, load_model
 from pipeboost.stages import Checks, FailedCheck, Progress, Stage, StageParallelism
 
@@ -26,6 +27,7 @@ __all__ = [
     "Cancelled",
     "Checks",
     "CompileConfig",
+    "ConfigurationError",
     "FailedCheck",
     "GeneratedImage",
     "GeneratedVideo",
@@ -34,6 +36,7 @@ __all__ = [
     "PipeboostError",
     "Progress",
     "QuantizeConfig",
+    "RankFailedError",
     "ReuseConfig",
     "Stage",
     "StageParallelism",
@@ -41,5 +44,6 @@ __all__ = [
     "free_models",
     "generate_image",
     "generate_video",
+    "launch",
     "load_model",
 ]

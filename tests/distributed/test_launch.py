@@ -1,0 +1,89 @@
+"""`launch` starts ranks, and leaves none behind."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeboost
+from pipeboost import ConfigurationError, RankFailedError
+from tests.distributed import launch_cases
+
+
+def test_launch_runs_the_function_on_all_ranks_and_returns_what_the_first_returned():
+    found = pipeboost.launch(launch_cases.greeting, "hello", num_gpus=2, mark="?")
+    assert found["word"] == "hello?"
+    assert found["total"].tolist() == [3.0]
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "2")
+
+
+def test_a_failing_call_raises_in_the_caller_with_the_first_rank_its_signal_and_stage():
+    with pytest.raises(RankFailedError) as raised:
+        pipeboost.launch(launch_cases.failing, "kill", 0, "middle", num_gpus=2)
+    assert (raised.value.rank, raised.value.signal, raised.value.stage) == (0, "SIGKILL", "denoising")
+
+
+def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback():
+    with pytest.raises(RankFailedError, match="ValueError: boom outside") as raised:
+        pipeboost.launch(launch_cases.failing_outside, num_gpus=2)
+    assert raised.value.rank == 1
+    assert "launch_cases.py" in raised.value.traceback
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_rank_outlives_the_process_that_launched(how, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
+    parent = context.Process(target=launch_cases.launching, args=(str(tmp_path),))
+    parent.start()
+    try:
+        _wait_until(lambda: all((tmp_path / str(rank)).exists() for rank in (0, 1)))
+        pids = [int((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+        os.kill(parent.pid, how)
+        parent.join(60)
+        assert parent.exitcode not in (0, None)
+        _wait_until(lambda: not any(_lives(pid) for pid in pids))
+    finally:
+        parent.kill()
+
+
+@pytest.mark.parametrize("num_gpus", [0, True, "2"])
+def test_a_number_of_ranks_that_cannot_be_is_refused(num_gpus):
+    with pytest.raises(ConfigurationError, match="num_gpus="):
+        pipeboost.launch(launch_cases.greeting, "hello", num_gpus=num_gpus)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ConfigurationError, match=r"num_gpus=3 .* use at most 2"):
+        pipeboost.launch(launch_cases.greeting, "hello", num_gpus=3)
+
+
+def test_what_cannot_be_sent_is_refused_before_a_process_starts():
+    with pytest.raises(ConfigurationError, match="at the top of a module"):
+        pipeboost.launch(lambda: None, num_gpus=2)
+
+
+def test_a_rank_does_not_launch_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="starts the ranks itself"):
+        pipeboost.launch(launch_cases.greeting, "hello", num_gpus=2)
+
+
+def _wait_until(true, limit: float = 60.0) -> None:
+    until = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
