@@ -207,11 +207,18 @@ def test_4_when_the_plan_leaves_something_out_the_plan_says_so_and_why():
 
 def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_ours():
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
-    results = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("residency_")]
+    others = ("residency_", "executor_", "graphs_")
+    results = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     assert results
     for path in folder.glob("residency_*.json"):
         rows = json.loads(path.read_text())["parts"]["capped"]["rows"]
         assert {"stock enable_model_cpu_offload", "ours, lossless"} <= rows.keys(), path.name
+    for path in folder.glob("executor_*.json"):
+        overlap = json.loads(path.read_text())["overlap"]
+        assert {"one_by_one_seconds", "overlapped_seconds"} <= overlap.keys(), path.name
+    for path in folder.glob("graphs_*.json"):
+        for case in json.loads(path.read_text())["cases"].values():
+            assert {"stock", "tuned stock", "ours", "ours + graph"} <= case.keys(), path.name
     for path in results:
         variants = {variant["name"]: variant["median_ms"] for variant in json.loads(path.read_text())["variants"]}
         assert {"stock eager", "tuned stock", "pipeboost lossless"} <= variants.keys(), path.name

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pipeboost.compile.signature import Unfit, copied, exchanged
+from pipeboost.distributed import busy
 
 _ALIGNMENT = 16
 _SYNCHRONISES = "synchronizing CUDA operation"
@@ -219,7 +220,7 @@ def _captured(
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
     output: Any = None
-    with _no_collection(), torch.cuda.stream(stream):
+    with busy("capturing"), _no_collection(), torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             output = run(*args, **kwargs)

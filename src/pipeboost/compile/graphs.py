@@ -22,6 +22,7 @@ from pipeboost.call import Call, alone, current_call
 from pipeboost.compile.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.compile.frozen import Frozen
 from pipeboost.compile.signature import Arguments, Unfit, read, surroundings
+from pipeboost.distributed import SEQUENCE, follow
 from pipeboost.ledger import Ledger
 
 GRAPHS_ORDER = 60.0
@@ -114,7 +115,9 @@ class Graphs:
             if graph is not None:
                 self._graphs.move_to_end(signature)
                 self.counts.replayed += 1
-                return graph.replay(arguments.tensors)
+                output = graph.replay(arguments.tensors)
+                _follow_ranks(call)
+                return output
             seen, unfit = self._noted(signature), self._frozen.unfit if self._frozen is not None else None
             off = unfit or seen.off
             seen.forwards += off is None
@@ -232,6 +235,14 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
 def _decided(call: Call) -> Hashable:
     """What is the same in all forwards of a call, or was decided for this one outside of its arguments."""
     return (call.features, None if call.mesh is None else id(call.mesh), frozenset(call.decided))
+
+
+def _follow_ranks(call: Call) -> None:
+    """Have the collectives that a replay just put on the stream watched, as those of an eager forward are."""
+    groups = () if call.mesh is None else (call.mesh.group(*SEQUENCE), call.mesh.group("tensor"))
+    for group in groups:
+        if group.size > 1:
+            follow(group, "replayed forward")
 
 
 def _fit(arguments: Arguments) -> torch.device:
