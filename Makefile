@@ -5,13 +5,17 @@ VENV ?= .venv
 # One stamp a torch, so that naming another one installs it.
 TORCH_STAMP = $(VENV)/.torch-$(shell printf '%s' "$(TORCH)" | tr -c 'A-Za-z0-9.' '-')
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-distributed lint setup clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/pipeboost demo
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n auto
+
+# Every pipeline in every layout of ranks.
+test-distributed: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/distributed -m ""
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -27,30 +27,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeboost.attention import rebind_attention, refuse_stock_processors, swap_attention, trim_padded_text
+from pipeboost.attention import rebind_attention, swap_attention, trim_padded_text
 from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
-from pipeboost.config import AccelerationConfig, ParallelConfig, resolve_config
-from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
-from pipeboost.distributed.agreement import agreed_arguments
-from pipeboost.distributed.watch import watched
+from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import GENERIC, family_of, text_encoder_sharding
+from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
-from pipeboost.parallel import (
-    AcrossRanks,
-    check_first_step,
-    parallelize_vae,
-    settle_branches,
-    shard_tokens,
-    shard_weights,
-    share_branches,
-    shares_text_encoders,
-    shares_vae,
-)
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.reuse import PromptReuse, reuse_prompts
@@ -81,6 +67,7 @@ from pipeboost.stages import (
     with_trajectory,
     with_what_finished,
 )
+from pipeboost.team import Team, to_own_device
 
 P = TypeVar("P")
 
@@ -165,7 +152,8 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
-    _to_own_device(pipe, settings)
+    if settings.parallel is not None:
+        to_own_device(pipe)
     plan = _plan_for(pipe, settings)
     previous = vars(pipe).get("acceleration")
     if isinstance(previous, Acceleration):
@@ -209,11 +197,10 @@ class Acceleration:
         self._lock = threading.RLock()
         self._removed = False
         self._prompts: PromptReuse | None = None
-        self._mesh: Mesh | None = None
-        self._across: AcrossRanks | None = None
+        self._team: Team | None = None
         with self._ledger:
-            self._ledger.record("mesh", _weakly(self._leave_mesh))
-            self._join_mesh(pipe)
+            self._ledger.record("ranks", _weakly(self._leave_team))
+            self._join_team(pipe)
             if plan["reuse"].on:
                 self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
                 self._ledger.record("kept prompts", self._prompts.clear)
@@ -301,7 +288,7 @@ class Acceleration:
                 it are not run.
         """
         pipe = self._alive_pipe()
-        alone = self.plan["offload"].on or self._mesh is not None
+        alone = self.plan["offload"].on or self._team is not None
         together = overlap and len(requests) > 1 and not alone and one_by_one(requests) is None
         if not together or self._removed or id(self) in _paused.get():
             for request in requests:
@@ -405,12 +392,13 @@ class Acceleration:
             trajectory_is_ours = TRAJECTORY_ARGUMENT not in signature.parameters
             wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
             device = self._follow_device(pipe)
-            with self._watched():
+            team = self._team
+            with contextlib.nullcontext() if team is None else team.watched(self._stage_now):
                 self._bind(pipe)
-                if self._mesh is None:
+                if team is None:
                     bound = signature.bind(pipe, *args, **kwargs)
                 else:
-                    bound = agreed_arguments(self._mesh, signature.bind_partial(pipe, *args, **kwargs), device)
+                    bound = team.agreed(signature, pipe, args, kwargs)
                     args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
                 arguments = dict(bound.arguments)
@@ -428,7 +416,7 @@ class Acceleration:
 
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
-        mesh = self._mesh
+        mesh = None if self._team is None else self._team.mesh
         features = frozenset(decision.feature for decision in self.plan.decisions if decision.on)
         outer = current_call()
         with open_call(pipe, owner=self, arguments=arguments, features=features, device=device, mesh=mesh) as call:
@@ -452,12 +440,6 @@ class Acceleration:
                     self._calls.discard(call)
                     if self.plan["offload"].on and not self._calls:
                         self.stages.offload()
-
-    def _watched(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, what ends the call on one rank of the mesh ends it on all."""
-        if self._mesh is None:
-            return contextlib.nullcontext()
-        return watched(self._mesh, stage=self._stage_now, timeout=self.plan["parallel"].settings.timeout)
 
     def _stage_now(self) -> str:
         """Where the running call is; asked by the thread that watches the ranks."""
@@ -486,35 +468,22 @@ class Acceleration:
                 return device
             plan = _plan_for(pipe, replace(self.config, offload=None) if taken_over else self.config)
             self._undo_all_parts()
-            self._leave_mesh()
+            self._leave_team()
             self.plan = plan
-            self._join_mesh(pipe)
+            self._join_team(pipe)
         return device_of(pipe)
 
-    def _join_mesh(self, pipe: Any) -> None:
-        """Form the plan's mesh together with the other ranks; each of them is at this point of its program."""
-        layout = self.plan["parallel"].settings
-        if layout is None:
-            return
-        ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
-        self._mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        plans = self._mesh.control.all_gather_objects(_summary(self.plan))
-        differing = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
-        if differing:
-            mine, theirs = next(pair for pair in zip(plans[0], plans[differing[0]], strict=True) if pair[0] != pair[1])
-            raise UnsupportedError(
-                f"ranks planned differently: rank 0 {mine}, rank {differing[0]} {theirs}; name the settings instead of "
-                "'auto', the same on every rank"
-            )
-        if self._mesh.group(*SEQUENCE).size > 1:
-            self._across = AcrossRanks(self._mesh)
-        if shares_text_encoders(layout) and TEXT_ENCODING in self.stages:
-            self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
+    def _join_team(self, pipe: Any) -> None:
+        """Form the plan's team with the other ranks; each of them is at this point of its program."""
+        if self.plan["parallel"].on:
+            self._team = Team(pipe, self.plan)
+            if self._team.text_encoders and TEXT_ENCODING in self.stages:
+                self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
 
-    def _leave_mesh(self) -> None:
-        if self._mesh is not None:
-            self._mesh.close()
-        self._mesh = self._across = None
+    def _leave_team(self) -> None:
+        if self._team is not None:
+            self._team.leave()
+        self._team = None
 
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
@@ -522,11 +491,9 @@ class Acceleration:
         components: dict[str, Any] = watched_components(pipe, self.plan.family)
         if self.plan["offload"].on:
             components |= placed_components(pipe)
-        encoders = self._text_encoders(self.plan["parallel"].settings)
-        components |= {path: pipe.components[path] for path in encoders}
-        guider = self.plan.family.guider
-        if self._mesh is not None and guider:
-            components[guider] = pipe.components[guider]
+        team = self._team
+        if team is not None:
+            components |= team.components(pipe)
         with self._lock:
             if self._removed:
                 return
@@ -541,7 +508,8 @@ class Acceleration:
                 if known is not None and known.target() is obj:
                     if path in models and self.plan["attention"].on:
                         rebind_attention(models[path])
-                        self._refuse_stock_processors(models[path])
+                        if team is not None:
+                            team.refuse_stock_processors(models[path])
                     continue
                 part = self._apply(path, obj, denoiser=path in models, of_view=pipe is not self._pipe())
                 if part.ledger.changes:
@@ -549,7 +517,7 @@ class Acceleration:
 
     def _apply(self, path: str, obj: Any, *, denoiser: bool, of_view: bool) -> _Part:
         """Apply the plan to one component, features in the order that this module's docstring explains."""
-        plan, compiled = self.plan, None
+        plan, compiled, team = self.plan, None, self._team
         graphs: Graphs | None = None
         with Ledger() as ledger:
             if denoiser and plan["attention"].on:
@@ -559,13 +527,14 @@ class Acceleration:
                     ledger,
                     tier=plan.quality,
                     hardware=plan.hardware,
-                    right_padded=plan.family.padded_text is not None and self._across is None,
-                    across=self._across,
+                    right_padded=plan.family.padded_text is not None and (team is None or team.across is None),
+                    across=None if team is None else team.across,
                 )
-                self._refuse_stock_processors(obj)
-                at_least = 1 if self._mesh is None else self._mesh.group(*SEQUENCE).size
-                trim_padded_text(obj, plan.family, ledger, at_least=at_least)
-            self._share(path, obj, ledger, denoiser=denoiser)
+                trim_padded_text(obj, plan.family, ledger, at_least=1 if team is None else team.token_ranks)
+            if team is not None:
+                if denoiser:
+                    team.refuse_stock_processors(obj)
+                team.share(path, obj, ledger, owner=self)
             if denoiser and plan["cache"].on:
                 position = plan.family.denoisers.index(path)
                 attach_cache(obj, plan["cache"].settings, plan.family, ledger, owner=self, position=position)
@@ -579,50 +548,6 @@ class Acceleration:
                 reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)
         return _Part(path, weakref.ref(obj), ledger, compiled, graphs, of_view)
-
-    def _share(self, path: str, obj: Any, ledger: Ledger, *, denoiser: bool) -> None:
-        """Let the ranks of the mesh share one component."""
-        mesh, family = self._mesh, self.plan.family
-        if mesh is None:
-            return
-        if denoiser and mesh.degree("tensor") > 1:
-            assert family.tensor is not None
-            shard_weights(obj, family.tensor, mesh.group("tensor"), ledger)
-        if denoiser and mesh.degree("cfg") > 1:
-            share_branches(obj, family, ledger)
-        if denoiser and self._across is not None:
-            shard_tokens(obj, family, ledger)
-        if path == "scheduler":
-            settle_branches(obj, ledger)
-            check_first_step(obj, ledger)
-        if path and path == family.guider:
-            settle_branches(obj, ledger, door="__call__")
-        layout = self.plan["parallel"].settings
-        if path == "vae" and shares_vae(layout, self.plan.quality):
-            parallelize_vae(obj, family.autoencoder, ledger)
-        if path in self._text_encoders(layout):
-            sharding = text_encoder_sharding(obj)
-            if sharding is None:
-                raise UnsupportedError(
-                    f"ranks cannot share the weights of {path}, a {stock_class(obj).__name__}; use "
-                    "ParallelConfig(text_encoder=False)"
-                )
-            shard_weights(obj, sharding, mesh.group("tensor"), ledger)
-
-    def _text_encoders(self, layout: ParallelConfig | None) -> tuple[str, ...]:
-        """The components whose weights the ranks share as those of text encoders, with such a layout."""
-        pipe = self._pipe()
-        if layout is None or pipe is None or not shares_text_encoders(layout):
-            return ()
-        return tuple(
-            name
-            for name, component in pipe.components.items()
-            if name.startswith("text_encoder") and isinstance(component, torch.nn.Module)
-        )
-
-    def _refuse_stock_processors(self, model: Any) -> None:
-        if self._across is not None:
-            refuse_stock_processors(model, [blocks.path for blocks in self.plan.family.blocks])
 
     def _detach(self) -> None:
         pipe = self._pipe()
@@ -641,20 +566,6 @@ def _plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
-
-
-def _to_own_device(pipe: Any, config: AccelerationConfig) -> None:
-    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank."""
-    if config.parallel is None or world_size() == 1 or execution_device(pipe, config.offload).type != "cuda":
-        return
-    device = local_device()
-    if device_of(pipe).type == "cuda" and device_of(pipe) != device:
-        torch.cuda.set_device(device)
-        pipe.to(device)
-
-
-def _summary(plan: Plan) -> tuple[str, ...]:
-    return tuple(f"{decision.feature}: {decision.choice}" for decision in plan.decisions)
 
 
 def _alone_with(pipe: Any) -> threading.RLock:

@@ -5,7 +5,7 @@ Making a plan changes nothing and loads nothing; whatever cannot be done is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from pipeboost.offload import (
     unmovable_weights,
     weigh,
 )
-from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words, shares_text_encoders
+from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words, shares_text_encoders, tensor_degrees
 from pipeboost.seams import stock_class
 
 
@@ -91,6 +91,7 @@ class ModelFacts:
         model: class name of the transformer.
         heads: its attention heads, None where it does not say.
         ranks: how many processes there are to run the pipeline.
+        splits: degrees of tensor parallelism that the transformers allow; None where that was not asked.
     """
 
     pipeline: str
@@ -109,6 +110,7 @@ class ModelFacts:
     model: str = "the transformer"
     heads: int | None = None
     ranks: int = 1
+    splits: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def _parallel(
         family=family,
         model=facts.model,
         heads=facts.heads,
+        splits=facts.splits,
         tier=config.quality,
         attention=attention,
         weights=sum(component.nbytes for component in facts.components if component.path in family.denoisers),
@@ -255,7 +258,7 @@ def _parallel(
     if given is not None:
         check_layout(given, ranks)
         layout, why = given, "as asked for"
-    elif family.prediction is None and family.token_sharding is None:
+    elif family.prediction is None and family.batched is None and family.token_sharding is None:
         why = f"no family tells how ranks could share {facts.pipeline}; the {count} ranks work apart"
         return Decision("parallel", "off", why)
     else:
@@ -463,4 +466,16 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
         model=stock_class(model).__name__,
         heads=heads if isinstance(heads, int) else None,
         ranks=world_size(),
+        splits=_splits(denoisers.values(), family) if world_size() > 1 else None,
     )
+
+
+def _splits(models: Iterable[Any], family: Family) -> tuple[int, ...]:
+    """The degrees of tensor parallelism that all of the transformers allow."""
+    if family.tensor is None:
+        return ()
+    try:
+        degrees = [set(tensor_degrees(model, family.tensor)) for model in models]
+    except UnsupportedError:  # `shard_weights` says why, should a degree be asked for
+        return ()
+    return tuple(sorted(set.intersection(*degrees)))

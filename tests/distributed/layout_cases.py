@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import SEQUENCE
 from tests.pipelines.tiny import TINY
 
 
@@ -58,9 +57,7 @@ def compiled(name: str, layout: Mapping[str, Any], backend: str) -> dict[str, An
     settings = {"output_type": "latent"}
     with torch.no_grad():
         alone = entry.call(pipe, **settings)
-        accelerate_pipeline(
-            pipe, parallel=ParallelConfig(**layout), compile=CompileConfig(backend=backend), reuse=None
-        )
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), compile=CompileConfig(backend=backend), reuse=None)
         shared = entry.call(pipe, **settings)
         graphs = pipe.acceleration.report().compiled["transformer"]["graphs"]
         for prompt in ("a fox in the snow", "a very long tale of two golden robots that fly over a city at night"):
@@ -131,7 +128,7 @@ def views_and_batches(layout: Mapping[str, Any]) -> dict[str, float]:
         accelerate_pipeline(one, parallel=ParallelConfig(**layout), reuse=None)
         swapped = {"ulysses": layout.get("ring", 1), "ring": layout.get("ulysses", 1), "cfg": layout.get("cfg", 1)}
         accelerate_pipeline(two, parallel=ParallelConfig(**swapped), reuse=None)
-        assert one.acceleration._mesh.group(*SEQUENCE).size == two.acceleration._mesh.group(*SEQUENCE).size
+        assert one.acceleration._team.token_ranks == two.acceleration._team.token_ranks
         shared = first.call(one, **batch), second.call(two, output_type="latent")
         view = copy.copy(one)
         view.scheduler = copy.deepcopy(one.scheduler)
@@ -145,3 +142,37 @@ def views_and_batches(layout: Mapping[str, Any]) -> dict[str, float]:
         "second": _difference(shared[1], alone[1]),
         "second after the first was removed": _difference(still, shared[1]),
     }
+
+
+def two_of_eight_text_tokens(layout: Mapping[str, Any]) -> float:
+    """HunyuanVideo with prompt embeddings of eight tokens, of which two are real."""
+    entry = TINY["hunyuan_video"]
+    pipe = entry.build()
+    generator = torch.Generator().manual_seed(5)
+    config = pipe.transformer.config
+    call = {
+        "prompt": None,
+        "prompt_embeds": torch.randn(1, 8, config.text_embed_dim, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        "prompt_attention_mask": torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0]]),
+        "output_type": "latent",
+    }
+    with torch.no_grad():
+        stock = entry.call(pipe, **call)
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
+        return _difference(entry.call(pipe, **call), stock)
+
+
+def replicas() -> float:
+    """Two replicas of two ranks each, with a prompt of their own, against one rank by itself."""
+    from pipeboost.distributed import world
+
+    entry = TINY["qwen_image"]
+    pipe = entry.build()
+    prompt = "a fox" if world().rank < 2 else "two golden robots"
+    with torch.no_grad():
+        stock = entry.call(pipe, prompt=prompt, output_type="latent")
+        accelerate_pipeline(pipe, parallel=ParallelConfig(replicas=2, ulysses=2), reuse=None)
+        shared = entry.call(pipe, prompt=prompt, output_type="latent")
+        pipe.acceleration.remove()
+    return _difference(shared, stock)

@@ -1,6 +1,7 @@
 """Parallel: several ranks share one call of a pipeline: guidance branches, tokens, weights, the VAE."""
 
 from pipeboost.parallel.attend import AcrossRanks
+from pipeboost.parallel.batch import share_batch
 from pipeboost.parallel.branches import settle_branches, share_branches
 from pipeboost.parallel.first_step import check_first_step
 from pipeboost.parallel.layout import (
@@ -11,7 +12,8 @@ from pipeboost.parallel.layout import (
     shares_text_encoders,
     shares_vae,
 )
-from pipeboost.parallel.tensor import shard_weights
+from pipeboost.parallel.tensor import shard_weights, tensor_degrees
+from pipeboost.parallel.tensor_guards import guard_pipeline
 from pipeboost.parallel.tokens import shard_tokens
 from pipeboost.parallel.vae import parallelize_vae
 
@@ -21,12 +23,15 @@ __all__ = [
     "check_first_step",
     "check_layout",
     "choose_layout",
+    "guard_pipeline",
     "layout_in_words",
     "parallelize_vae",
     "settle_branches",
     "shard_tokens",
     "shard_weights",
+    "share_batch",
     "share_branches",
     "shares_text_encoders",
     "shares_vae",
+    "tensor_degrees",
 ]

@@ -25,6 +25,7 @@ class Ranks:
         heads: its attention heads; None where it does not say.
         tier: the quality tier.
         attention: whether its attention processors call our dispatcher.
+        splits: degrees of tensor parallelism that its widths allow; None where that is not known.
         weights: bytes of the transformers' weights.
         free: bytes a rank's device could hold; None where that is not known.
     """
@@ -35,6 +36,7 @@ class Ranks:
     heads: int | None
     tier: str
     attention: bool
+    splits: tuple[int, ...] | None = None
     weights: int = 0
     free: int | None = None
 
@@ -130,13 +132,19 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
 def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
     """What speaks against a degree, as the end of a sentence that begins with it."""
     family, model = ranks.family, ranks.model
-    if axis == "cfg":
-        return None if family.prediction is not None else f"is not known to be possible for {model}"
+    if axis == "cfg" and family.prediction is not None:
+        return None
+    if axis == "cfg" and family.batched is None:
+        return f"is not known to be possible for {model}"
     if not tier_allows(ranks.tier, "lossless"):
         return f"changes rounding, which quality={ranks.tier!r} does not allow"
+    if axis == "cfg":
+        return None
     if axis == "tensor":
-        if not getattr(family, "tensor", None):
+        if family.tensor is None:
             return f"is not known to be possible for {model}"
+        if ranks.splits is not None and degree not in ranks.splits:
+            return f"does not divide the heads and widths of {model}"
     else:
         if family.token_sharding is None:
             return f"is not known to be possible for {model}"

@@ -1,0 +1,172 @@
+"""`Team`: the ranks that run one accelerated pipeline together, and what each of them does to its components."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeboost.attention import refuse_stock_processors
+from pipeboost.config import ParallelConfig
+from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
+from pipeboost.distributed.agreement import agreed_arguments
+from pipeboost.distributed.watch import watched
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import Family, text_encoder_sharding
+from pipeboost.hardware import device_of
+from pipeboost.ledger import Ledger
+from pipeboost.parallel import (
+    AcrossRanks,
+    check_first_step,
+    guard_pipeline,
+    parallelize_vae,
+    settle_branches,
+    shard_tokens,
+    shard_weights,
+    share_batch,
+    share_branches,
+    shares_text_encoders,
+    shares_vae,
+    tensor_degrees,
+)
+from pipeboost.plan import Plan
+from pipeboost.seams import stock_class
+
+
+class Team:
+    """The ranks of one pipeline. Every rank makes it at the same point of its program, and so it leaves it.
+
+    Args:
+        pipe: the pipeline, on this rank's device.
+        plan: has a layout.
+
+    Attributes:
+        mesh: the ranks.
+        across: attention among the tokens of all ranks; None where each rank has all tokens.
+        text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
+
+    Raises:
+        UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
+    """
+
+    def __init__(self, pipe: Any, plan: Plan) -> None:
+        layout: ParallelConfig = plan["parallel"].settings
+        self.text_encoders = _shared_encoders(pipe, layout)
+        self._layout = layout
+        self._family: Family = plan.family
+        self._shares_vae = shares_vae(layout, plan.quality)
+        ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
+        self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
+        try:
+            self._refuse_different_plans(plan)
+        except BaseException:
+            self.mesh.close()
+            raise
+        self.across = AcrossRanks(self.mesh) if self.token_ranks > 1 else None
+
+    @property
+    def token_ranks(self) -> int:
+        """How many ranks share the tokens."""
+        return self.mesh.group(*SEQUENCE).size
+
+    def leave(self) -> None:
+        """Give up the mesh."""
+        self.mesh.close()
+
+    def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+        """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
+        return watched(self.mesh, stage=stage, timeout=self._layout.timeout)
+
+    def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
+        """The arguments of a call that all ranks go on with.
+
+        Raises:
+            DisagreementError: they were called differently.
+        """
+        return agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
+
+    def components(self, pipe: Any) -> dict[str, Any]:
+        """Components that the ranks share beside those that every acceleration looks at."""
+        names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
+        return {name: pipe.components[name] for name in names}
+
+    def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
+        """Let the ranks share one component of the pipeline, in the calls of `owner`."""
+        family, mesh = self._family, self.mesh
+        if path in family.denoisers:
+            if mesh.degree("tensor") > 1:
+                assert family.tensor is not None
+                shard_weights(obj, family.tensor, mesh.group("tensor"), ledger)
+            if mesh.degree("cfg") > 1:
+                (share_branches if family.batched is None else share_batch)(obj, family, ledger)
+            if self.across is not None:
+                shard_tokens(obj, family, ledger)
+        if not path and mesh.degree("tensor") > 1:
+            guard_pipeline(obj, mesh.group("tensor"), ledger)
+        if path == "scheduler":
+            settle_branches(obj, ledger)
+            check_first_step(obj, ledger)
+        if path and path == family.guider:
+            settle_branches(obj, ledger, door="__call__")
+        if path == "vae" and self._shares_vae:
+            parallelize_vae(obj, family.autoencoder, ledger, owner=owner)
+        if path in self.text_encoders:
+            sharding = text_encoder_sharding(obj)
+            assert sharding is not None
+            shard_weights(obj, sharding, mesh.group("tensor"), ledger)
+
+    def refuse_stock_processors(self, model: Any) -> None:
+        """Refuse attention processors that would see a rank's own tokens only.
+
+        Raises:
+            UnsupportedError: a block has one.
+        """
+        if self.across is not None:
+            refuse_stock_processors(model, [blocks.path for blocks in self._family.blocks])
+
+    def _refuse_different_plans(self, plan: Plan) -> None:
+        summary = tuple(f"{decision.feature}: {decision.choice}" for decision in plan.decisions)
+        plans = self.mesh.control.all_gather_objects(summary)
+        for rank, other in enumerate(plans):
+            if other != plans[0]:
+                first, theirs = next(pair for pair in zip(plans[0], other, strict=True) if pair[0] != pair[1])
+                raise UnsupportedError(
+                    f"ranks planned differently: rank 0 {first}, rank {rank} {theirs}; name the settings instead of "
+                    "'auto', the same on every rank"
+                )
+
+
+def to_own_device(pipe: Any) -> None:
+    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank."""
+    if world_size() == 1 or device_of(pipe).type != "cuda":
+        return
+    device = local_device()
+    torch.cuda.set_device(device)
+    if device_of(pipe) != device:
+        pipe.to(device)
+
+
+def _shared_encoders(pipe: Any, layout: ParallelConfig) -> tuple[str, ...]:
+    """The text encoders whose weights the ranks share; left to us, those that can be split so.
+
+    Raises:
+        UnsupportedError: they were asked to, and one cannot be split.
+    """
+    if not shares_text_encoders(layout):
+        return ()
+    shared = []
+    for name, component in pipe.components.items():
+        if not name.startswith("text_encoder") or not isinstance(component, torch.nn.Module):
+            continue
+        sharding = text_encoder_sharding(component)
+        if sharding is not None and layout.tensor in tensor_degrees(component, sharding):
+            shared.append(name)
+        elif layout.text_encoder is True:
+            raise UnsupportedError(
+                f"{layout.tensor} ranks cannot share the weights of {name}, a {stock_class(component).__name__}; use "
+                "ParallelConfig(text_encoder='auto')"
+            )
+    return tuple(shared)

@@ -1,0 +1,78 @@
+"""The layouts and pipelines of the parity tests, and the table of their differences.
+
+    python -m tests.distributed.layouts docs/parallel.md       # runs all of it and puts the table into the file
+
+Every entry is the largest difference of final latents in float32 between a call on that many ranks and one on one rank.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "cfg 2": {"cfg": 2},
+    "ulysses 2": {"ulysses": 2},
+    "ring 2": {"ring": 2},
+    "tensor 2": {"tensor": 2},
+    "ulysses 4": {"ulysses": 4},
+    "ring 4": {"ring": 4},
+    "tensor 4": {"tensor": 4},
+    "ulysses 2 × ring 2": {"ulysses": 2, "ring": 2},
+    "cfg 2 × ulysses 2": {"cfg": 2, "ulysses": 2},
+    "cfg 2 × ring 2": {"cfg": 2, "ring": 2},
+    "cfg 2 × tensor 2": {"cfg": 2, "tensor": 2},
+    "ulysses 2 × tensor 2": {"ulysses": 2, "tensor": 2},
+    "ring 2 × tensor 2": {"ring": 2, "tensor": 2},
+}
+# One variant of each family, all with two branches a step; Wan 2.2 runs both experts.
+FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video_true_cfg")
+LIMIT = 1e-5
+_START, _END = "<!-- parity table -->", "<!-- end of the parity table -->"
+
+
+def ranks_of(layout: Mapping[str, int]) -> int:
+    """How many ranks a layout takes."""
+    count = 1
+    for degree in layout.values():
+        count *= degree
+    return count
+
+
+def limit_of(layout: Mapping[str, int]) -> float:
+    """The largest difference that a layout may make: none where it only shares branches."""
+    return 0.0 if set(layout) == {"cfg"} else LIMIT
+
+
+def main(path: Path) -> None:
+    """Run every pipeline of the four families in every layout, and write the table."""
+    from rich.progress import track
+
+    from tests.distributed import layout_cases
+    from tests.distributed.ranks import on_ranks
+    from tests.pipelines.tiny import TINY
+
+    names = [name for name in TINY if TINY[name].family in ("flux", "qwen_image", "wan", "hunyuan_video")]
+    found: dict[tuple[str, str], float] = {}
+    for layout in track(LAYOUTS, description="layouts"):
+        for name in names:
+            results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, name, LAYOUTS[layout])
+            found[name, layout] = max(result["shared"] for result in results)
+            assert all(result["removed"] == 0.0 for result in results), (name, layout)
+            assert found[name, layout] <= limit_of(LAYOUTS[layout]), (name, layout, found[name, layout])
+    rows = [" | ".join(["| pipeline", *LAYOUTS]) + " |", "| --- " * (len(LAYOUTS) + 1) + "|"]
+    rows += [
+        " | ".join([f"| {name}", *(_in_words(found[name, layout]) for layout in LAYOUTS)]) + " |" for name in names
+    ]
+    text = path.read_text()
+    before, after = text.split(_START)[0], text.split(_END)[1]
+    path.write_text(f"{before}{_START}\n" + "\n".join(rows) + f"\n{_END}{after}")
+    print("\n".join(rows))
+
+
+def _in_words(difference: float) -> str:
+    return "0" if difference == 0.0 else f"{difference:.0e}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
