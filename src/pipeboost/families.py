@@ -137,6 +137,18 @@ class TokenSharding:
 
 
 @dataclass(frozen=True)
+class BatchedBranches:
+    """A transformer that gets all guidance branches of a step as one batch, whose samples know nothing of each other.
+
+    Attributes:
+        samples: forward arguments with an entry for each sample: a list of them, or a tensor along its first dimension.
+            What the forward returns has the same entries, those of one shape if the entries of the first argument are.
+    """
+
+    samples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FullSize:
     """A published model size, which `pipeboost bench` builds with random weights.
 
@@ -302,6 +314,7 @@ class Family:
         prediction: `(transformer, its hidden_states) -> memory for what a forward returns`, not written to, with its
             shape, dtype and strides; None where that is not known.
         guider: component that puts a step's predictions together, where the script leaves that to one.
+        batched: how its transformer takes the guidance branches where they come as one batch; None where they do not.
         token_sharding: how ranks can share the tokens; None where that is not known.
         tensor: how its transformers' weights are split in tensor parallelism; None where that is not known.
         autoencoder: what its VAE is made of; None where that is not known.
@@ -322,6 +335,7 @@ class Family:
     guided: bool = False
     prediction: Callable[[Any, Any], Any] | None = None
     guider: str = ""
+    batched: BatchedBranches | None = None
     token_sharding: TokenSharding | None = None
     tensor: TensorSharding | None = None
     autoencoder: Autoencoder | None = None

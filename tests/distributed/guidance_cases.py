@@ -1,5 +1,6 @@
-"""What the ranks run in `test_batched_branches`: guided calls whose branches are not plain calls of the script."""
+"""What the ranks run in `test_guiders` and `test_batched_branches`: guided calls, their samples counted."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,8 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
     call["output_type"] = "latent"
 
     def run() -> tuple[torch.Tensor, ...]:
-        output = pipe(**entry.call_kwargs(**call))
+        # Z-Image's script writes into a list of prompts.
+        output = pipe(**entry.call_kwargs(**copy.deepcopy(call)))
         return tuple(value for value in output.values() if isinstance(value, torch.Tensor))
 
     with torch.no_grad():
@@ -41,6 +43,29 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
         pipe.acceleration.remove()
         after = run()
     return {"shared": _largest(shared, stock), "removed": _largest(after, stock), "batches": computed}
+
+
+def in_double(pipe: DiffusionPipeline) -> None:
+    """A change: the transformer computes in double precision."""
+    pipe.transformer.to(torch.float64)
+
+
+def forward_difference(name: str) -> float:
+    """Largest difference of one forward on all ranks of `cfg` to stock's, as a part of the largest value."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    with torch.no_grad():
+        stock = _flat(pipe.transformer(**copy.deepcopy(inputs)))
+        accelerate_pipeline(pipe, attention=None, parallel=ParallelConfig(cfg=2), reuse=None)
+        with pipe.acceleration.open():
+            shared = _flat(pipe.transformer(**copy.deepcopy(inputs)))
+        pipe.acceleration.remove()
+    return _largest(shared, stock) / max(float(value.abs().max()) for value in stock)
+
+
+def _flat(value: Any) -> tuple[torch.Tensor, ...]:
+    return (value,) if isinstance(value, torch.Tensor) else tuple(part for item in value for part in _flat(item))
 
 
 def guided_by(guider: type, **settings: Any) -> Callable[[DiffusionPipeline], None]:

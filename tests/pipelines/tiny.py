@@ -22,6 +22,7 @@ from tests.pipelines import (
     tiny_hunyuan_video_15,
     tiny_qwen_image,
     tiny_wan,
+    tiny_z_image,
 )
 from tests.pipelines.tiny_adapters import (
     ip_adapter_inputs,
@@ -66,7 +67,15 @@ torch.set_num_threads(1)
 
 TINY: dict[str, TinyPipeline] = {
     entry.name: entry
-    for module in (tiny_flux, tiny_qwen_image, tiny_wan, tiny_hunyuan_video, tiny_hunyuan_video_15, tiny_generic)
+    for module in (
+        tiny_flux,
+        tiny_qwen_image,
+        tiny_wan,
+        tiny_hunyuan_video,
+        tiny_hunyuan_video_15,
+        tiny_z_image,
+        tiny_generic,
+    )
     for entry in module.ENTRIES
 }
 

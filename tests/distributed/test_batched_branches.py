@@ -1,0 +1,69 @@
+"""Guidance branches that come as one batch: ranks compute some of its samples each, and get those of one rank."""
+
+import pytest
+
+from tests.distributed import layout_cases
+from tests.distributed.guidance_cases import differences, forward_difference, in_double
+from tests.distributed.ranks import on_ranks
+
+# Of latents of up to 6: guidance makes what a forward rounds otherwise nine times as large, and steps add it up.
+ROUNDING = 1e-5
+PROMPTS = ["a fox", "two golden robots that fly over a city at night, soft light"]
+TWO = {"prompt": PROMPTS, "negative_prompt": ["", "low quality and very blurry indeed"]}
+Z_IMAGE = {
+    "guided": ({}, [1, 1]),
+    "of two prompts": (TWO, [2, 2]),
+    "with two prompts and no guidance": ({**TWO, "guidance_scale": 0.0}, [1, 1]),
+    "with one sample and no guidance": ({"guidance_scale": 0.0}, [1, 1]),
+    "of three images without guidance": ({"guidance_scale": 0.0, "num_images_per_prompt": 3}, [3, 3]),
+    "guided in the first half": ({"cfg_truncation": 0.2, "steps": 4}, [1] * 4),
+    "whose norm is kept": ({"cfg_normalization": 1.0}, [1, 1]),
+    "of odd size with a long prompt": ({"height": 80, "width": 112, "prompt": PROMPTS[1]}, [1, 1]),
+}
+
+
+def check(name, batches, change=None, rounding=ROUNDING, **call):
+    found = on_ranks(2, differences, name, change, **call)
+    for each in found:
+        assert each["shared"] <= rounding
+        assert each["removed"] == 0.0
+        assert list(each["batches"]) == batches
+
+
+@pytest.mark.parametrize("call", Z_IMAGE)
+def test_a_call_of_z_image(call):
+    arguments, batches = Z_IMAGE[call]
+    check("z_image", batches, **arguments)
+
+
+def test_image_to_image():
+    check("z_image_img2img", [1, 1])
+
+
+@pytest.mark.parametrize("name", ["z_image"])
+def test_one_forward_differs_by_a_millionth_at_most(name):
+    assert max(on_ranks(2, forward_difference, name)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["z_image"])
+def test_with_a_transformer_in_double_precision_only_the_scripts_own_single_precision_is_left(name):
+    check(name, [1, 1], in_double, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["z_image"])
+def test_sharing_a_batch_changes_rounding_which_tier_exact_does_not_allow(name):
+    for words in on_ranks(2, layout_cases.refused, name, {"cfg": 2}, quality="exact"):
+        assert words.startswith("ConfigurationError: parallel=cfg=2: cfg=2 changes rounding")
+        assert "use parallel=None" in words
+
+
+@pytest.mark.parametrize("name", ["z_image"])
+def test_other_layouts_are_refused_and_name_the_one_that_fits(name):
+    for words in on_ranks(2, layout_cases.refused, name, {"ulysses": 2}):
+        assert "is not known to be possible for" in words
+        assert "use cfg=2" in words
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video_15", "z_image"])
+def test_auto_shares_the_branches(name):
+    assert all(words.startswith("cfg=2: ") for words in on_ranks(2, layout_cases.planned, name))
