@@ -98,13 +98,13 @@ def failing_call(size: int, kind: str, rank: int, place: str) -> dict[str, Any]:
     degrees = {"ulysses": 2, "ring": size // 2}
     mesh = Mesh(degrees, device=torch.device("cpu"))
     before = time.monotonic()
-    calls = {"first": _outcome(lambda: script(mesh, Trouble(kind, rank, place)))}
+    calls = {"first": outcome(lambda: script(mesh, Trouble(kind, rank, place)))}
     calls["first"]["seconds"] = time.monotonic() - before
     threads = _threads()
-    calls["second"] = _outcome(lambda: script(mesh, Trouble()))
+    calls["second"] = outcome(lambda: script(mesh, Trouble()))
     mesh.close()
     if kind == "raise":
-        calls["anew"] = _outcome(lambda: script(Mesh(degrees, device=torch.device("cpu")), Trouble()))
+        calls["anew"] = outcome(lambda: script(Mesh(degrees, device=torch.device("cpu")), Trouble()))
     return {**calls, "threads": threads}
 
 
@@ -132,9 +132,10 @@ def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "pipeboost" in thread.name]
 
 
-def _outcome(call: Any) -> dict[str, Any]:
+def outcome(call: Any) -> dict[str, Any]:
+    """What a call returned, or raised."""
     try:
         return {"returned": call()}
-    except (PipeboostError, ValueError) as error:
+    except (PipeboostError, ValueError, TypeError) as error:
         names = ("rank", "stage", "signal", "traceback")
         return {"raised": type(error).__name__, "text": str(error), **{n: getattr(error, n, None) for n in names}}

@@ -70,7 +70,10 @@ def raise_if_failed(mesh: Mesh) -> None:
 
 
 def tell_stage(mesh: Mesh) -> None:
-    """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second."""
+    """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second.
+
+    An exception is put down to the stage of which was told last.
+    """
     watch = _watches.get(mesh)
     if watch is not None:
         watch.tell()

@@ -53,6 +53,7 @@ class Watch:
         self._stage: Callable[[], str] = str
         self.call = 0
         self.progress = Progress(self.check, self._find_out)
+        self._told = ""
         self._ended = Ended()
         self.failure: Failure | None = None
         self._failed = threading.Event()
@@ -64,6 +65,7 @@ class Watch:
         self._stage = stage
         self.timeout = timeout
         self.call += 1
+        self._told = ""
         self.mail.pause = min(max(timeout / 60, _PAUSES[0]), _PAUSES[1])
         self.inside = True
         self._resources = contextlib.ExitStack()
@@ -86,7 +88,8 @@ class Watch:
             if error is not None and self.failure is None and _of_transport(error):
                 self._find_out(error)
             own = error is not None and self.failure is None
-            told = _told(self.rank, self.where(), error) if own and error is not None else None
+            # What the call had opened is closed by now, so it cannot tell any more where it was.
+            told = _told(self.rank, self._told or self.where(), error) if own and error is not None else None
             self._ended = Ended(self.call, dict(self.progress.counts), self.progress.open, time.time(), told)
             self.inside = False
             if error is None:
@@ -111,6 +114,7 @@ class Watch:
     def tell(self) -> None:
         """Send a record at once."""
         if self.inside:
+            self._told = self.where()
             self.mail.send()
 
     def records(self) -> dict[int, Record]:
