@@ -236,7 +236,8 @@ def _captured(
         return CapturedForward(device, graph, inputs, output, nbytes)
     if not isinstance(failure, Exception):
         raise failure
-    raise Unfit(f"its capture failed: {str(failure).splitlines()[0] or type(failure).__name__}") from failure
+    reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+    raise Unfit(f"its capture failed: {reason}") from failure
 
 
 @contextlib.contextmanager

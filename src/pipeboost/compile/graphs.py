@@ -221,6 +221,9 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
 
     A graph keeps the memory of one forward's activations for itself; the graphs of a model share it.
 
+    A replay runs no Python, so layers inside the model (their `order` above `GRAPHS_ORDER`, or on its submodules) keep
+    no tensor of one forward for the next, and obey nothing but the call's features, mesh and `decided`.
+
     Args:
         wanted: True captures every signature that comes twice, `"auto"` those bound by their launches.
         owner: the acceleration in whose calls it acts; several may do so on one model, each with graphs of its own.
