@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import Mesh, busy, tell_stage, watched, world
+from pipeboost.distributed import Mesh, busy, neighbours, tell_stage, watched, world
 from pipeboost.errors import PipeboostError
 
 TIMEOUT = 1.5
@@ -106,6 +106,13 @@ def failing_call(size: int, kind: str, rank: int, place: str) -> dict[str, Any]:
     if kind == "raise":
         calls["anew"] = outcome(lambda: script(Mesh(degrees, device=torch.device("cpu")), Trouble()))
     return {**calls, "threads": threads}
+
+
+def failing_call_between_machines(kind: str, rank: int, place: str) -> dict[str, Any]:
+    """`failing_call` on two ranks that cannot see each other's processes."""
+    here = f"machine {world().rank}"
+    neighbours._host = lambda: here
+    return failing_call(2, kind, rank, place)
 
 
 def uncaught(rank: int) -> None:

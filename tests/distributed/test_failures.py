@@ -73,6 +73,13 @@ def test_the_rank_that_keeps_the_store_may_be_the_one_that_fails(kind):
     assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 0, "denoising")
 
 
+@pytest.mark.parametrize("kind", ["raise", "kill", "sleep"])
+def test_a_rank_of_another_machine_is_named_too(kind):
+    outcomes = on_mortal_ranks(2, failure_cases.failing_call_between_machines, kind, 1, "middle")
+    told = outcomes[0].answer["first"]
+    assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, "denoising")
+
+
 def test_a_rank_that_exits_is_named_with_its_exit_code():
     told = _fail(2, "exit", 1, "middle")[0].answer["first"]
     assert told["text"] == "rank 1 has exited with code 3 in 'denoising'"

@@ -158,7 +158,17 @@ class Watch:
         """A connection broke: whoever broke it has failed, not this rank. Sets the failure."""
         self.mail.hurry()
         self._guard.wake()
-        if not self._failed.wait(min(5.0, self.timeout / 2)):
+        if self._failed.wait(min(5.0, self.timeout / 2)):
+            return
+        # Nobody said anything, and no process of this machine has died: a rank of another machine has gone.
+        since = time.monotonic() - 4 * self.mail.pause
+        silent = [rank for rank in self.others if self.mail.heard.get(rank, 0.0) < since]
+        records = self.records()
+        if self.mail.lost is None and len(silent) == 1 and silent[0] in records:
+            rank, stage = silent[0], records[silent[0]].stage
+            what = f"rank {rank} has gone: a connection broke and it gives no sign of life; it was last in {stage!r}"
+            self.fail(Failure(rank, stage, what))
+        else:
             where = self.where()
             self.fail(Failure(None, where, f"the connection to another rank broke in {where!r}: {error}"))
 
