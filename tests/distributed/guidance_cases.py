@@ -46,8 +46,8 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
 
 
 def in_double(pipe: DiffusionPipeline) -> None:
-    """A change: the transformer computes in double precision."""
-    pipe.transformer.to(torch.float64)
+    """A change: the models compute in double precision."""
+    pipe.to(torch.float64)
 
 
 def forward_difference(name: str) -> float:
@@ -62,6 +62,26 @@ def forward_difference(name: str) -> float:
             shared = _flat(pipe.transformer(**copy.deepcopy(inputs)))
         pipe.acceleration.remove()
     return _largest(shared, stock) / max(float(value.abs().max()) for value in stock)
+
+
+def uncertain_batches() -> list[int]:
+    """The batch that this rank computed of two samples, each time with an argument that may belong to one of them."""
+    pipe = TINY["z_image"].build()
+    inputs = TINY["z_image"].forward_inputs(pipe)
+    other_sizes = {"x": [inputs["x"][0], inputs["x"][1][:, :, :4]]}
+    with torch.no_grad():
+        accelerate_pipeline(pipe, parallel=ParallelConfig(cfg=2), reuse=None)
+        batches = counted(pipe.transformer)
+        with pipe.acceleration.open():
+            for odd in (
+                {},
+                other_sizes,
+                {"t": inputs["t"][:1]},
+                {"controlnet_block_samples": {0: torch.zeros(2, 1, 1)}},
+            ):
+                pipe.transformer(**{**inputs, **odd})
+        pipe.acceleration.remove()
+    return batches
 
 
 def _flat(value: Any) -> tuple[torch.Tensor, ...]:
@@ -82,7 +102,7 @@ def counted(model: torch.nn.Module) -> list[int]:
     batches: list[int] = []
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batches.append(len(args[0] if args else kwargs["hidden_states"]))
+        batches.append(len(next(iter((*args, *kwargs.values())))))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     return batches

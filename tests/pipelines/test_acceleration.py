@@ -26,7 +26,7 @@ from tests.pipelines.tiny import (
     tiny_names,
 )
 
-FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
+FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
 ROUNDING = 2e-4
 # Dynamo traces and guards as always; only the code generator, which takes minutes for all these models, is left out.
 TRACED = CompileConfig(backend="eager")
@@ -40,7 +40,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _cached(name: str) -> bool:
-    return name != "flux_controlnet"
+    return name != "flux_controlnet" and TINY[name].family not in ("z_image", "ltx2")
 
 
 @pytest.mark.parametrize("name", tiny_names(*FAMILIES))

@@ -20,6 +20,7 @@ from tests.pipelines import (
     tiny_generic,
     tiny_hunyuan_video,
     tiny_hunyuan_video_15,
+    tiny_ltx2,
     tiny_qwen_image,
     tiny_wan,
     tiny_z_image,
@@ -74,6 +75,7 @@ TINY: dict[str, TinyPipeline] = {
         tiny_hunyuan_video,
         tiny_hunyuan_video_15,
         tiny_z_image,
+        tiny_ltx2,
         tiny_generic,
     )
     for entry in module.ENTRIES

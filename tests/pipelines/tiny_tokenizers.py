@@ -104,6 +104,14 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 @functools.lru_cache
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """The same words and characters for Gemma, which pads on the left."""
+    tokenizer = copy.deepcopy(t5_tokenizer())
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+@functools.lru_cache
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Qwen2's tokenizer with the chat and vision tokens that the Qwen-Image templates use."""
     templates = [_qwen_template(cls) for cls in (QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline)]
