@@ -474,11 +474,11 @@ def test_a_write_that_fails_is_one_sentence_and_leaves_the_old_file(tmp_path, ma
 def test_every_tiny_pipeline_is_told_apart_by_its_signature():
     for name, entry in TINY.items():
         signature = CallSignature(entry.build())
-        video = entry.family in ("wan", "hunyuan_video")
+        video = entry.family in ("wan", "hunyuan_video", "hunyuan_video_15", "ltx2")
         assert signature.kind == ("video" if video else "image"), name
         assert signature.needs_image == ("image" in entry.inputs() and name != "flux_kontext"), name
         assert signature.takes_several_images == (name == "qwen_image_edit_plus"), name
-        assert signature.size_multiple in (8, 16), name
+        assert signature.size_multiple in ((32,) if entry.family == "ltx2" else (8, 16)), name
 
 
 def test_a_pipeline_of_neither_kind_is_refused():
