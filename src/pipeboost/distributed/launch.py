@@ -55,9 +55,10 @@ def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) ->
     # The ranks meet here, so that none of them takes the meeting point with it when it dies.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=timedelta(minutes=5))
     with tempfile.TemporaryDirectory(prefix="pipeboost-") as folder:
-        with _none_left():
+        with _none_left() as processes:
             settings = (num_gpus, store.port, folder, task)
             ranks = start_processes(_run_rank, settings, num_gpus, join=False, start_method="spawn")
+            processes += ranks.processes
             try:
                 while not ranks.join(grace_period=_GRACE):
                     pass
@@ -110,13 +111,17 @@ def _run_rank(rank: int, count: int, port: int, folder: str, task: bytes) -> Non
 
 
 @contextlib.contextmanager
-def _none_left() -> Iterator[None]:
-    """No process that was started inside this lives when it is left, not even where Ctrl-C comes between two starts."""
+def _none_left() -> Iterator[list[Any]]:
+    """None of the processes that are put into the list lives when this is left.
+
+    Nor does one where Ctrl-C comes before they are put there: then it is all that were started inside.
+    """
     before = set(torch.multiprocessing.active_children())
+    started: list[Any] = []
     try:
-        yield
+        yield started
     finally:
-        ranks = [process for process in torch.multiprocessing.active_children() if process not in before]
+        ranks = started or [process for process in torch.multiprocessing.active_children() if process not in before]
         for process in ranks:
             process.kill()
         for process in ranks:
