@@ -64,6 +64,21 @@ def forward_difference(name: str) -> float:
     return _largest(shared, stock) / max(float(value.abs().max()) for value in stock)
 
 
+def strides_of_two_branches(name: str) -> list[tuple[int, ...]]:
+    """Of stock's prediction, and of those that this rank gets from a step's two calls."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = {**entry.forward_inputs(pipe), "return_dict": False}
+    with torch.no_grad():
+        predictions = [pipe.transformer(**copy.deepcopy(inputs))[0]]
+        accelerate_pipeline(pipe, attention=None, parallel=ParallelConfig(cfg=2), reuse=None)
+        with pipe.acceleration.open():
+            predictions += [pipe.transformer(**copy.deepcopy(inputs))[0] for _ in range(2)]
+        pipe.acceleration.remove()
+    assert all(torch.equal(prediction, predictions[0]) for prediction in predictions)
+    return [each.stride() for each in map(torch.squeeze, predictions)]
+
+
 def uncertain_batches() -> list[int]:
     """The batch that this rank computed of two samples, each time with an argument that may belong to one of them."""
     pipe = TINY["z_image"].build()

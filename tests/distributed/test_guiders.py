@@ -4,7 +4,7 @@ import pytest
 from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
 
-from tests.distributed.guidance_cases import differences, guided_by
+from tests.distributed.guidance_cases import differences, guided_by, strides_of_two_branches
 from tests.distributed.ranks import on_ranks
 
 SKIPPED = LayerSkipConfig(indices=[1], fqn="transformer_blocks", skip_attention=False, skip_ff=True)
@@ -35,3 +35,11 @@ def test_prompts_of_two_lengths_with_text_to_draw_and_an_odd_size():
     found = on_ranks(2, differences, "hunyuan_video_15", prompt=prompts, negative_prompt=["", "blurry"], height=72)
     assert [each["shared"] for each in found] == [0.0, 0.0]
     assert [list(each["batches"]) for each in found] == [[2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    "name", ["hunyuan_video_15", "hunyuan_video_true_cfg", "flux_true_cfg", "qwen_image", "wan21_t2v"]
+)
+def test_every_rank_gets_predictions_laid_out_as_stocks_so_that_sums_over_them_round_alike(name):
+    for stock, first, second in on_ranks(2, strides_of_two_branches, name):
+        assert first == second == stock
