@@ -66,14 +66,14 @@ def test_a_stopped_rank_gives_no_sign_of_life():
     assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, "denoising")
 
 
-@pytest.mark.parametrize("kind", ["kill", "stop"])
+@pytest.mark.parametrize("kind", ["kill", pytest.param("stop", marks=pytest.mark.exhaustive)])
 def test_the_rank_that_keeps_the_store_may_be_the_one_that_fails(kind):
     outcomes = _fail(2, f"{kind} later", 0, "middle", stuck=0 if kind == "stop" else None, tcp=True)
     told = outcomes[1].answer["first"]
     assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 0, "denoising")
 
 
-@pytest.mark.parametrize("kind", ["raise", "kill", "sleep"])
+@pytest.mark.parametrize("kind", ["raise", "kill", pytest.param("sleep", marks=pytest.mark.exhaustive)])
 def test_a_rank_of_another_machine_is_named_too(kind):
     outcomes = on_mortal_ranks(2, failure_cases.failing_call_between_machines, kind, 1, "middle")
     told = outcomes[0].answer["first"]
@@ -93,7 +93,7 @@ def test_after_an_exception_on_all_ranks_alike_the_next_call_works(place):
         assert ("returned" in outcome.answer["second"]) == (place != "operator")  # there, a transfer is under way
 
 
-@pytest.mark.parametrize("kind", ["raise", "kill", "sleep"])
+@pytest.mark.parametrize("kind", ["raise", "kill", pytest.param("sleep", marks=pytest.mark.exhaustive)])
 def test_ranks_that_wait_for_others_name_the_one_that_failed(kind):
     outcomes = _fail(4, kind, 2, "middle")
     for rank in (0, 1, 3):

@@ -34,7 +34,7 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
     assert "launch_cases.py" in raised.value.traceback
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
 def test_no_rank_outlives_the_process_that_launched(how, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.preloaded"])

@@ -14,6 +14,7 @@ from tests.pipelines.tiny import TINY
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.exhaustive
 def test_two_agents_on_one_machine_make_the_same_image_as_one(tmp_path):
     one = ["--standalone", "--nproc-per-node", "2", "-m", "examples.torchrun_image", "--out", str(tmp_path / "one.png")]
     _all_end_well([_torchrun(*one)])
