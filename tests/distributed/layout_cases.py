@@ -17,8 +17,9 @@ def differences(
 
     Returns:
         `"shared"`: a call on these ranks to one on one rank at the same tier; `"again"`: to a second one with the same
-        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after;
-        `"forwards"`: how often this rank's denoisers ran; `"tokens"`: of the image at a block of this rank.
+        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after; `"size"`: of
+        the largest latent; `"forwards"`: how often this rank's denoisers ran; `"tokens"`: of the image at a block of
+        this rank; `"cache"`: steps computed and skipped.
     """
     entry = TINY[name]
     pipe = entry.build()
@@ -29,7 +30,7 @@ def differences(
         stock = entry.call(pipe, **settings)
         accelerate_pipeline(pipe, parallel=None, **common)
         alone, other_alone = entry.call(pipe, **settings), entry.call(pipe, **other)
-        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), **common)
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**{"vae": False, **layout}), **common)
         counts = _counted(pipe, entry.denoisers)
         shared = entry.call(pipe, **settings)
         forwards, tokens = counts["forwards"], counts["tokens"]
@@ -42,6 +43,7 @@ def differences(
         "again": _difference(again, shared),
         "other": _difference(other_shared, other_alone),
         "removed": _difference(after, stock),
+        "size": float(stock.abs().max()),
         "forwards": forwards,
         "tokens": tokens,
         "cache": reports,
@@ -176,3 +178,20 @@ def replicas() -> float:
         shared = entry.call(pipe, prompt=prompt, output_type="latent")
         pipe.acceleration.remove()
     return _difference(shared, stock)
+
+
+def run_twice_inside(layout: Mapping[str, Any]) -> float:
+    """Each forward run twice by a layer inside the sharding of tokens, as the capture of a graph does."""
+    from pipeboost.seams import add_layer
+
+    def twice(call_next: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        call_next(*args, **kwargs)
+        return call_next(*args, **kwargs)
+
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    with torch.no_grad():
+        stock = entry.call(pipe, output_type="latent")
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
+        add_layer(pipe.transformer, "__call__", twice, order=60.0)
+        return _difference(entry.call(pipe, output_type="latent"), stock)

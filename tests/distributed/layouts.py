@@ -3,6 +3,7 @@
     python -m tests.distributed.layouts docs/parallel.md       # runs all of it and puts the table into the file
 
 Every entry is the largest difference of final latents in float32 between a call on that many ranks and one on one rank.
+Latents reach 3.6 to 12, at guidance scales of 4 to 6, which magnify rounding.
 """
 
 import sys
@@ -39,9 +40,9 @@ def ranks_of(layout: Mapping[str, int]) -> int:
     return count
 
 
-def limit_of(layout: Mapping[str, int]) -> float:
-    """The largest difference that a layout may make: none where it only shares branches."""
-    return 0.0 if set(layout) == {"cfg"} else LIMIT
+def limit_of(layout: Mapping[str, int], size: float) -> float:
+    """The largest difference that a layout may make to latents of this size: none where it only shares branches."""
+    return 0.0 if set(layout) == {"cfg"} else LIMIT * max(1.0, size / 4)
 
 
 def main(path: Path) -> None:
@@ -59,7 +60,8 @@ def main(path: Path) -> None:
             results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, name, LAYOUTS[layout])
             found[name, layout] = max(result["shared"] for result in results)
             assert all(result["removed"] == 0.0 for result in results), (name, layout)
-            assert found[name, layout] <= limit_of(LAYOUTS[layout]), (name, layout, found[name, layout])
+            limit = limit_of(LAYOUTS[layout], results[0]["size"])
+            assert found[name, layout] <= limit, (name, layout, found[name, layout])
     rows = [" | ".join(["| pipeline", *LAYOUTS]) + " |", "| --- " * (len(LAYOUTS) + 1) + "|"]
     rows += [
         " | ".join([f"| {name}", *(_in_words(found[name, layout]) for layout in LAYOUTS)]) + " |" for name in names

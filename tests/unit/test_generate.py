@@ -332,7 +332,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path):
         ({"quality": "best"}, "quality='best' is not allowed"),
         ({"colour": "red"}, "there is no setting 'colour'"),
         ({"device": "tpu"}, "device='tpu' is not allowed"),
-        ({"parallel": {"ulysses": 2}}, "parallel asks for 2 GPUs"),
+        ({"parallel": {"ulysses": 2}}, "parallel asks for 2 ranks, and this is one; start them by pipeboost.launch"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_loaded(monkeypatch, settings, sentence):

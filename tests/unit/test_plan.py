@@ -91,7 +91,11 @@ def test_on_a_cpu_compile_is_off_unless_asked_for():
         (CPU, {"attention": "flash3"}, "flash3.* runs on cuda only"),
         (H100, {"attention": "flash4"}, r"flash4.* needs compute capability 10.0"),
         (H100, {"attention": "sage"}, "balanced"),
-        (H100, {"parallel": ParallelConfig(ulysses=2)}, "parallel asks for 2 ranks"),
+        (
+            H100,
+            {"parallel": ParallelConfig(ulysses=2)},
+            r"ParallelConfig\(ulysses=2\) is for 2 ranks, and there is 1 rank",
+        ),
         (H100, {"quality": "lossless", "cache": "fast"}, "needs quality='fast'"),
         (Hardware("cpu", "bare", None, 1, 1, False, False), {"compile": "regional"}, "C\\+\\+ compiler"),
     ],

@@ -15,6 +15,7 @@ import typer
 from pipeboost.cli.generate_progress import BatchProgress
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.config import ParallelConfig
+from pipeboost.distributed import world, world_size
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.generate import Generated, LoadedModel
 from pipeboost.generate.loading import ModelSettings
@@ -164,7 +165,10 @@ def run_generate(
             raise ConfigurationError("there is no prompt; give --prompt or --prompt-file")
         rows = [{}]
     requests = make_requests(rows, defaults)
-    with quiet_libraries(), BatchProgress(len(requests)) as progress:
+    first = world().rank == 0
+    if not first:
+        output = Output(None)
+    with quiet_libraries(), BatchProgress(len(requests), silent=not first) as progress:
         model = LoadedModel(settings, tell=progress.tell)
         with model:
             _make_all(model, requests, fps=fps, warm_up=warm_up, output=output, progress=progress)
@@ -223,27 +227,54 @@ def accelerated_by(settings: Any, **flags: Any) -> dict[str, Any]:
     return {**(settings or {}), **{name: value for name, value in flags.items() if value is not None}}
 
 
+def generate_on_ranks(settings: ModelSettings, ranks: int, **arguments: Any) -> None:
+    """`run_generate` on as many processes as the model is to be shared by, of which the first tells and saves.
+
+    Args:
+        ranks: how many; those that are running already are taken.
+
+    Raises:
+        PipeboostError: as `run_generate`, or a process failed.
+    """
+    if ranks in (1, world_size()):
+        run_generate(settings, **arguments)
+        return
+    if world_size() > 1:
+        raise ConfigurationError(f"--num-gpus {ranks} contradicts the {world_size()} processes that are running")
+    from pipeboost.distributed.launch import launch
+
+    error = launch(_on_rank, settings, arguments, num_gpus=ranks)
+    if error is not None:
+        raise error
+
+
+def _on_rank(settings: ModelSettings, arguments: dict[str, Any]) -> PipeboostError | None:
+    """`run_generate` on one rank; what it raises for the user is returned, so that it is told once."""
+    try:
+        run_generate(settings, **arguments)
+    except PipeboostError as error:
+        return error
+    return None
+
+
 def parallel_by(
     *, gpus: int | None, cfg: bool, ulysses: int | None, ring: int | None, tensor: int | None
-) -> ParallelConfig | None:
-    """The layout that the flags ask for; None where they ask for nothing.
+) -> tuple[ParallelConfig | None, int]:
+    """The layout that the flags ask for, None where they leave it open, and the number of ranks.
 
     Raises:
         ConfigurationError: a degree that is not positive, or degrees that do not make up the GPUs.
-        UnsupportedError: several GPUs.
     """
-    if gpus is None and not cfg and (ulysses, ring, tensor) == (None, None, None):
-        return None
+    if not cfg and (ulysses, ring, tensor) == (None, None, None) and (gpus is None or gpus > 1):
+        return None, world_size() if gpus is None else gpus
     given = {"cfg": 2 if cfg else None, "ulysses": ulysses, "ring": ring, "tensor": tensor}
     degrees: dict[str, Any] = {name: degree for name, degree in given.items() if degree is not None}
     layout = ParallelConfig(**degrees)
     if gpus is not None and gpus < 1:
         raise ConfigurationError(f"--num-gpus {gpus} must be at least 1")
-    if gpus is not None and gpus > 1 and layout.size == 1:
-        raise UnsupportedError(f"--num-gpus {gpus}: this version runs on one GPU; leave it out")
     if gpus is not None and layout.size != gpus:
         raise ConfigurationError(f"--num-gpus {gpus} is not the product of the parallel flags, {layout.size}")
-    return layout
+    return layout, layout.size
 
 
 def _call_arguments(words: Sequence[str]) -> dict[str, Any]:

@@ -154,9 +154,12 @@ def generate(
     tp_size: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the weights")] = None,
 ) -> None:
     """Make images or videos from prompts; without any flag, an image of the model we ship."""
-    from pipeboost.cli.generate import Output, accelerated_by, parallel_by, run_generate
+    from pipeboost.cli.generate import Output, accelerated_by, generate_on_ranks, parallel_by
     from pipeboost.generate.loading import ModelSettings
 
+    layout, ranks = parallel_by(
+        gpus=num_gpus, cfg=enable_cfg_parallel, ulysses=ulysses_degree, ring=ring_degree, tensor=tp_size
+    )
     output = Output.of(save=save_output, no_save=no_save_output, folder=output_path, report=report, profile=profile)
     settings = ModelSettings.of(
         model_path,
@@ -169,10 +172,9 @@ def generate(
             attention=attention_backend,
             compile=compile,
             offload=offload,
-            parallel=parallel_by(
-                gpus=num_gpus, cfg=enable_cfg_parallel, ulysses=ulysses_degree, ring=ring_degree, tensor=tp_size
-            ),
+            parallel=layout,
         ),
+        ranks=ranks,
     )
     request = {
         "negative_prompt": negative_prompt,
@@ -184,8 +186,9 @@ def generate(
         "guidance_scale": guidance_scale,
         "seed": seed,
     }
-    run_generate(
+    generate_on_ranks(
         settings,
+        ranks,
         prompts=prompt or (),
         prompt_file=prompt_file,
         request=request,

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 
 class BatchProgress:
-    """The progress of one command; outputs go to stdout, the bar to stderr."""
+    """The progress of one command; outputs go to stdout, the bar to stderr.
 
-    def __init__(self, requests: int) -> None:
+    Args:
+        requests: how many outputs it makes.
+        silent: nothing is shown, for another process shows it.
+    """
+
+    def __init__(self, requests: int, *, silent: bool = False) -> None:
         self._requests = requests
+        self._silent = silent
         self._done = 0
         console = Console(stderr=True)
         columns = (
@@ -29,7 +35,7 @@ class BatchProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
         self._task = self._bar.add_task("loading", total=None)
 
     def tell(self, text: str) -> None:
@@ -63,6 +69,8 @@ class BatchProgress:
 
     def _print(self, line: str) -> None:
         # Rich would wrap a long path at the width of a terminal.
+        if self._silent:
+            return
         with self._hidden():
             print(line, flush=True)
 

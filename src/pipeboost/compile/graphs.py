@@ -22,7 +22,7 @@ from pipeboost.call import Call, alone, current_call
 from pipeboost.compile.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.compile.frozen import Frozen
 from pipeboost.compile.signature import Arguments, Unfit, read, surroundings
-from pipeboost.distributed import SEQUENCE, follow
+from pipeboost.distributed import SEQUENCE, Group, follow
 from pipeboost.ledger import Ledger
 
 GRAPHS_ORDER = 60.0
@@ -127,12 +127,15 @@ class Graphs:
         if seen.forwards == 1:
             self.counts.eager["first run with these shapes and settings"] += 1
             return _first(call_next, seen, arguments, args, kwargs)
+        ranks = None if call.mesh is None else call.mesh.forward
         with alone() as undisturbed:
+            # A capture runs the forward once more, and with it the ranks' collectives: all of them do so, or none.
+            undisturbed = all(_of_ranks(ranks, undisturbed))
             if undisturbed and (self._wanted is True or seen.launch_bound):
-                return self._capture(call_next, signature, seen, arguments, device, args, kwargs)
+                return self._capture(call_next, signature, seen, arguments, device, args, kwargs, ranks)
             if undisturbed:
                 self.counts.eager["second run, timed"] += 1
-                return _timed(call_next, seen, device, args, kwargs)
+                return _timed(call_next, seen, device, args, kwargs, ranks)
         self.counts.eager["another call was running, which a capture could disturb"] += 1
         return call_next(*args, **kwargs)
 
@@ -182,6 +185,7 @@ class Graphs:
         device: torch.device,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        ranks: Group | None,
     ) -> Any:
         with self._lock:
             while len(self._graphs) >= MOST_GRAPHS:
@@ -190,9 +194,12 @@ class Graphs:
                 # A pool is gone with its last graph.
                 self._pool = new_pool()
             output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
-            if isinstance(graph, Unfit):
-                seen.off = str(graph)
+            against = _of_ranks(ranks, str(graph) if isinstance(graph, Unfit) else None)
+            if isinstance(graph, Unfit) or any(against):
+                seen.off = next(filter(None, against))
                 self.counts.eager[seen.off] += 1
+                if not isinstance(graph, Unfit):
+                    graph.close()
                 return call_next(*args, **kwargs) if output is None else output
             self._graphs[signature] = graph
             self.counts.captured += 1
@@ -290,8 +297,18 @@ def _versions(arguments: Arguments) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in arguments.tensors]
 
 
+def _of_ranks(ranks: Group | None, value: Any) -> list[Any]:
+    """What each rank that computes this forward has; they all ask at the same forward of a signature."""
+    return [value] if ranks is None else ranks.all_gather_objects(value)
+
+
 def _timed(
-    run: Callable[..., Any], seen: _Seen, device: torch.device, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    run: Callable[..., Any],
+    seen: _Seen,
+    device: torch.device,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ranks: Group | None,
 ) -> Any:
     """Run it while the device waits for nothing else, and see which of the two takes the time."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -302,7 +319,7 @@ def _timed(
     host = time.perf_counter() - begin
     end.record()
     end.synchronize()
-    seen.launch_share = host * 1e3 / start.elapsed_time(end)
+    seen.launch_share = max(_of_ranks(ranks, host * 1e3 / start.elapsed_time(end)))
     if seen.launch_share < LAUNCH_BOUND:
         seen.off = "the host launches it faster than the device runs it"
     else:

@@ -15,6 +15,8 @@ AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor ranks, which talk most, are neighbours."""
 SEQUENCE = ("ring", "ulysses")
 """The axes that split the tokens; the shards are in the order of their product."""
+FORWARD = ("ring", "ulysses", "tensor")
+"""The axes whose ranks compute one forward of the denoiser together."""
 SAMPLE = ("cfg", "ring", "ulysses", "tensor")
 """The axes whose ranks work on one sample together."""
 
@@ -52,6 +54,7 @@ class Mesh:
             self._groups[axes] = made[members]
         # For objects and small facts, which must not wait for the GPU.
         self.control = Group(self._members(SAMPLE), "cpu")
+        self.forward = Group(self._members(FORWARD), "cpu")
         processes = zip(self.control.ranks, self.control.all_gather_objects(this_process()), strict=True)
         self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
 
@@ -66,7 +69,7 @@ class Mesh:
     @property
     def groups(self) -> list[Group]:
         """Every group of this rank, each once."""
-        return list({id(group): group for group in (*self._groups.values(), self.control)}.values())
+        return list({id(group): group for group in (*self._groups.values(), self.control, self.forward)}.values())
 
     def degree(self, axis: str) -> int:
         """How many ranks there are along an axis."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
+from pipeboost.distributed import local_device, world_size
 from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.generate.locations import is_hub_id, one_line, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
@@ -43,6 +44,7 @@ class ModelSettings:
         lora_path: Any = (),
         device: str = "auto",
         acceleration: Mapping[str, Any] | None = None,
+        ranks: int | None = None,
     ) -> ModelSettings:
         """Check what a user gave; nothing is loaded.
 
@@ -50,6 +52,7 @@ class ModelSettings:
             model_path: None stands for the demo model.
             lora_path: one adapter or a sequence, each as `Lora.of` takes it.
             acceleration: arguments of `accelerate_pipeline`.
+            ranks: how many processes will load it together; None for those there are.
 
         Raises:
             PipeboostError: a path is missing, or a setting is not allowed.
@@ -65,10 +68,11 @@ class ModelSettings:
             if name not in _ACCELERATION:
                 raise ConfigurationError(f"there is no setting {name!r}; use one of {', '.join(_ACCELERATION)}")
         settings = resolve_config(given.pop("config", None), given)
-        if isinstance(settings.parallel, ParallelConfig) and settings.parallel.size > 1:
-            raise UnsupportedError(
-                f"parallel asks for {settings.parallel.size} GPUs, but this version runs on one; leave the parallel "
-                "settings out"
+        alone = (world_size() if ranks is None else ranks) == 1
+        if isinstance(settings.parallel, ParallelConfig) and settings.parallel.size > 1 and alone:
+            raise ConfigurationError(
+                f"parallel asks for {settings.parallel.size} ranks, and this is one; start them by pipeboost.launch, "
+                f"`torchrun --nproc-per-node {settings.parallel.size}` or `pipeboost generate --num-gpus`"
             )
         adapters = lora_path if isinstance(lora_path, (list, tuple)) else (lora_path,)
         return cls(
@@ -134,7 +138,7 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
         weights = {id(each): each.numel() * each.element_size() for model in models for each in model.parameters()}
         if sum(weights.values()) > torch.cuda.mem_get_info()[0]:
             return replace(settings.acceleration, offload=offload if waits else OffloadConfig())
-    pipe.to(settings.device)
+    pipe.to(local_device() if settings.device == "cuda" and world_size() > 1 else settings.device)
     return settings.acceleration
 
 

@@ -109,11 +109,8 @@ def layout_in_words(layout: ParallelConfig) -> str:
 def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
     degrees = layout_in_words(layout)
     if layout.size != ranks.count:
-        many = "1 rank" if ranks.count == 1 else f"{ranks.count} ranks"
-        return ConfigurationError(
-            f"parallel={degrees} is for {layout.size} ranks, and there {'is' if ranks.count == 1 else 'are'} {many}"
-            f"{_way_out(ranks)}"
-        )
+        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
+        return ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
     if layout.vae is True and not shares_vae(layout, ranks.tier):
         return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
     if layout.text_encoder is True and layout.tensor == 1:
@@ -125,7 +122,7 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
         against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
         if against is not None:
             error = ConfigurationError if "quality" in against else UnsupportedError
-            return error(f"parallel={degrees}: {axis}={degree} {against}{_way_out(ranks)}")
+            return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks)}")
     return None
 
 

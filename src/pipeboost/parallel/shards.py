@@ -59,6 +59,11 @@ class Shards:
             self._own[id(own)] = (own, own)
         return known[1]
 
+    def has(self, value: Any) -> bool:
+        """Whether a tensor is one of this rank's own already."""
+        known = self._own.get(id(value))
+        return known is not None and known[1] is value
+
     def leading(self, tokens: int) -> int:
         """How many of the first `tokens` of the image are this rank's."""
         share = sizes(self.image, self.ranks)

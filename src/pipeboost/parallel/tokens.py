@@ -83,13 +83,14 @@ def _block(
     shards = _shards_of(call)
     if shards is None:
         return call_next(*args, **kwargs)
-    if streams and not shards.image:
-        given = _named(owner, args, kwargs)
+    given = _named(owner, args, kwargs)
+    # A cache runs the first block with what it got from it, a captured graph all of them once more.
+    if streams and not shards.has(given[streams[0].name]):
         for stream in streams:
             setattr(shards, stream.tokens, given[stream.name].shape[stream.dim])
         _refuse_too_few(shards, sharding, model)
         args, kwargs = _with_own_tokens(shards, streams, owner, args, kwargs)
-    _refuse_adapter_tokens(shards, _named(owner, args, kwargs))
+    _refuse_adapter_tokens(shards, given)
     args, kwargs = _with_own_tokens(shards, sharding.constants, owner, args, kwargs)
     for name in sharding.leading:
         args, kwargs = _changed(owner, args, kwargs, name, shards.leading)

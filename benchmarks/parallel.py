@@ -1,0 +1,251 @@
+"""One denoising step on several GPUs: stock, stock's own context parallelism with compile, and ours; and the VAE.
+
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results [--parts smoke flux qwen vae]
+
+Weights are random at the published sizes; speed does not depend on them. A step is one forward, or two where the family
+uses guidance. What runs on one GPU runs on every rank at the same time. Times are medians of seven, of the slowest
+rank. `smoke` runs tiny pipelines on the GPUs in every layout first, and compares their latents with one GPU's.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+
+from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import local_device, world
+from pipeboost.families import FullSize
+from pipeboost.hardware import detect_hardware
+from pipeboost.quality.full_size import build_pipeline, forward_inputs, full_size_named
+from pipeboost.quality.timing import time_runs
+
+MODELS = {
+    "flux": "flux.1-dev",
+    "qwen": "qwen-image",
+    "wan": "wan2.1-1.3b",
+    "wan14": "wan2.1-14b",
+    "hunyuan": "hunyuan-video",
+}
+GUIDED = ("qwen", "wan", "wan14")
+
+
+def main() -> None:
+    """The parts that were asked for, one after another; each is written as soon as it is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--parts", nargs="+", default=["smoke", "flux", "qwen", "vae"], choices=("smoke", "vae", *MODELS)
+    )
+    parser.add_argument("--no-stock-parallel", action="store_true", help="leave out Diffusers' context parallelism")
+    settings = parser.parse_args()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    results = Results(settings.output, device)
+    for part in settings.parts:
+        began = time.perf_counter()
+        if part == "smoke":
+            smoke(device, results)
+        elif part == "vae":
+            vae(device, results)
+        else:
+            denoiser(part, device, results, stock_parallel=not settings.no_stock_parallel)
+        results.tell(f"{part} took {time.perf_counter() - began:.0f} s")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class Results:
+    """Rows of one run, written by the first rank as they come."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        everyone = world()
+        self.ranks, self._first = everyone.size, everyone.rank == 0
+        hardware = detect_hardware(device)
+        self._content: dict[str, Any] = {
+            "hardware": str(hardware),
+            "ranks": everyone.size,
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "date": date.today().isoformat(),
+            "rows": [],
+        }
+        name = hardware.name.lower().replace("nvidia ", "").replace(" ", "-")
+        self._path = folder / f"parallel_{everyone.size}x{name}_{self._content['date']}.json"
+
+    def add(self, **row: Any) -> None:
+        """Note one row."""
+        self._content["rows"].append(row)
+        if self._first:
+            self._path.write_text(json.dumps(self._content, indent=2))
+            print(row, flush=True)
+
+    def tell(self, text: str) -> None:
+        """Say something once."""
+        if self._first:
+            print(text, flush=True)
+
+
+def smoke(device: torch.device, results: Results) -> None:
+    """Tiny pipelines, whole calls in bfloat16's place float32, in every layout of this number of ranks."""
+    from tests.pipelines.tiny import TINY
+
+    layouts = [{"ulysses": results.ranks}, {"ring": results.ranks}, {"tensor": 2}, {"cfg": 2}]
+    if results.ranks == 4:
+        layouts = [{"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}, {"cfg": 2, "ulysses": 2}, {"tensor": 4}]
+    for name in ("qwen_image", "wan22_t2v"):
+        entry = TINY[name]
+        pipe = entry.build().to(device)
+        with torch.no_grad():
+            stock = entry.call(pipe, output_type="pt")
+            for layout in layouts:
+                accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None, compile=None)
+                shared = entry.call(pipe, output_type="pt")
+                pipe.acceleration.remove()
+                after = entry.call(pipe, output_type="pt")
+                results.add(
+                    part="smoke",
+                    pipeline=name,
+                    layout=layout,
+                    difference=float((shared - stock).abs().max()),
+                    removed=float((after - stock).abs().max()),
+                )
+
+
+def denoiser(part: str, device: torch.device, results: Results, *, stock_parallel: bool) -> None:
+    """A step of one model: stock and ours on one GPU, ours in each layout, stock's own parallelism last."""
+    size: FullSize = full_size_named(MODELS[part])
+    pipe = build_pipeline(size, device=device, dtype=torch.bfloat16)
+    inputs = forward_inputs(size, device=device, dtype=torch.bfloat16)
+    branches = 2 if part in GUIDED else 1
+    count = results.ranks
+    layouts: list[dict[str, int]] = [{"ulysses": count}, {"ring": count}]
+    if branches == 2:
+        layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}, *layouts]
+
+    def step() -> Any:
+        outputs = [pipe.transformer(**inputs)[0] for _ in range(branches)]
+        return outputs[-1]
+
+    def add(variant: str, run: Callable[[], Any], reference: torch.Tensor | None = None) -> torch.Tensor:
+        began = time.perf_counter()
+        run()
+        cold = time.perf_counter() - began
+        timing, output = time_runs(run, device, repeats=7, warm_ups=4)
+        slowest = max(_everywhere(timing.median))
+        error = None if reference is None else float((output - reference).norm() / reference.norm())
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        results.add(
+            part=part,
+            model=size.name,
+            workload=size.workload,
+            variant=variant,
+            step_ms=slowest,
+            peak_gib=peak,
+            error_to_stock=error,
+            cold_s=cold,
+        )
+        return output
+
+    with torch.no_grad():
+        stock = add("stock, 1 GPU", step).clone()
+        with _accelerated(pipe, None):
+            add("ours, 1 GPU", step, stock)
+        for layout in layouts:
+            named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
+            with _accelerated(pipe, layout):
+                add(f"ours, {named}", step, stock)
+        if stock_parallel and branches == 1:
+            with _default_group():
+                config = diffusers.ContextParallelConfig(ulysses_degree=count)
+                pipe.transformer.enable_parallelism(config=config)
+                pipe.transformer.compile_repeated_blocks(fullgraph=True)
+                add(f"stock, ulysses={count} and compile", step, stock)
+
+
+def vae(device: torch.device, results: Results) -> None:
+    """Wan's VAE: 81 frames of 480 times 832, decoded by one GPU and by all."""
+    from pipeboost.call import open_call
+    from pipeboost.distributed import Mesh
+    from pipeboost.families import families
+    from pipeboost.ledger import Ledger
+    from pipeboost.parallel import parallelize_vae
+
+    family = next(family for family in families() if family.name == "wan")
+    with torch.device(device):
+        autoencoder = diffusers.AutoencoderKLWan().to(torch.bfloat16).eval()
+    latents = torch.randn(1, 16, 21, 60, 104, device=device, dtype=torch.bfloat16)
+    mesh = Mesh({"ulysses": results.ranks}, device=device)
+    if results.ranks > 1:
+        mesh.group("ulysses").broadcast(latents, 0)
+        for parameter in autoencoder.parameters():
+            mesh.group("ulysses").broadcast(parameter.data, 0)
+
+    def decode() -> torch.Tensor:
+        return autoencoder.decode(latents, return_dict=False)[0]
+
+    with torch.no_grad(), Ledger() as ledger:
+        timing, stock = time_runs(decode, device, repeats=3, warm_ups=1)
+        results.add(part="vae", variant="stock, 1 GPU", ms=max(_everywhere(timing.median)), peak_gib=_peak(device))
+        parallelize_vae(autoencoder, family.autoencoder, ledger)
+        with open_call(None, owner=None, mesh=mesh, device=device):
+            timing, shared = time_runs(decode, device, repeats=3, warm_ups=1)
+        difference = float((shared - stock).float().norm() / stock.float().norm())
+        results.add(
+            part="vae",
+            variant=f"ours, {results.ranks} GPUs",
+            ms=max(_everywhere(timing.median)),
+            peak_gib=_peak(device),
+            error_to_stock=difference,
+        )
+        ledger.undo()
+    mesh.close()
+
+
+@contextlib.contextmanager
+def _accelerated(pipe: Any, layout: Mapping[str, int] | None) -> Iterator[None]:
+    accelerate_pipeline(pipe, parallel=None if layout is None else ParallelConfig(**layout))
+    try:
+        with pipe.acceleration.open():
+            yield
+        print(pipe.acceleration.plan["graphs"], flush=True) if world().rank == 0 else None
+    finally:
+        pipe.acceleration.remove()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _default_group() -> Iterator[None]:
+    dist.init_process_group("nccl", device_id=local_device())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _everywhere(value: float) -> list[float]:
+    from pipeboost.distributed import Group
+
+    everyone = world()
+    group = Group(range(everyone.size), "cpu")
+    values: list[float] = group.all_gather_objects(value)
+    group.close()
+    return values
+
+
+def _peak(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""`pipeboost generate` with several ranks, on the demo model."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from tests.unit.generate_support import run_main
+
+
+def test_generate_on_two_ranks_saves_once_what_one_rank_makes(monkeypatch, tmp_path, capfd):
+    common = ("generate", "--prompt", "a red star on the right", "--seed", 1, "--num-inference-steps", 4)
+    report = tmp_path / "report.json"
+    assert run_main(monkeypatch, *common, "--save-output", tmp_path / "one.png") == 0
+    words = ("--ulysses-degree", 2, "--save-output", tmp_path / "two.png", "--report", report)
+    assert run_main(monkeypatch, *common, *words) == 0
+    one, two = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+    assert capfd.readouterr().out.count("two.png") == 1
+    assert any("ulysses=2" in line for line in json.loads(report.read_text())["plan"])
+
+
+def test_what_all_ranks_refuse_is_told_in_one_line(monkeypatch, capfd):
+    assert run_main(monkeypatch, "generate", "--num-gpus", 2, "--ring-degree", 2, "--width", 100) == 2
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "width=100 is not a multiple of 16" in told
