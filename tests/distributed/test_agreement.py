@@ -141,7 +141,7 @@ def test_latents_that_differ_raise_on_all_ranks_and_name_the_rank(kind):
         ({"a", "b"}, {"a", "c"}),
         (cases.Custom(1), cases.Custom(2)),
     ],
-    ids=str,
+    ids=["dtype", "bytes", "tuple", "nesting", "shape", "tensor dtype", "value", "set", "object"],
 )
 def test_a_digest_tells_values_apart(one, other):
     assert digest(one) != digest(other)

@@ -1,4 +1,4 @@
-"""The first step of a new layout ends with a comparison: all ranks must have come to the same latents."""
+"""At each step a rank looks whether the others still run; the first one of a new layout ends with a comparison."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from pipeboost.call import current_call
 from pipeboost.distributed.agreement import checked_latents
+from pipeboost.distributed.watch import raise_if_failed
 from pipeboost.ledger import Ledger
 
 # Outside what counts the steps, which has then counted this one.
@@ -19,6 +20,7 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
     """Compare the ranks' latents after the first step of each new size of latents on a mesh; later calls do not wait.
 
     Raises:
+        RankFailedError: in a step, where another rank has failed.
         DisagreementError: in that step, on all ranks alike.
     """
 
@@ -29,8 +31,10 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
 
 
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    result = call_next(*args, **kwargs)
     call = current_call()
+    if call is not None and call.mesh is not None:
+        raise_if_failed(call.mesh)
+    result = call_next(*args, **kwargs)
     if call is None or call.mesh is None or call.step != 1:
         return result
     latents = result[0]
