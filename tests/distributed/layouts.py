@@ -73,7 +73,7 @@ def main(path: Path) -> None:
 
 
 def _in_words(difference: float) -> str:
-    return "0" if difference == 0.0 else f"{difference:.0e}"
+    return "0" if difference == 0.0 else f"{difference:.1e}"
 
 
 if __name__ == "__main__":

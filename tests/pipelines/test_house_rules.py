@@ -207,7 +207,7 @@ def test_4_when_the_plan_leaves_something_out_the_plan_says_so_and_why():
 
 def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_ours():
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
-    others = ("residency_", "executor_", "graphs_")
+    others = ("residency_", "executor_", "graphs_", "parallel_")
     results = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     assert results
     for path in folder.glob("residency_*.json"):
@@ -219,6 +219,11 @@ def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_o
     for path in folder.glob("graphs_*.json"):
         for case in json.loads(path.read_text())["cases"].values():
             assert {"stock", "tuned stock", "ours", "ours + graph"} <= case.keys(), path.name
+    for path in folder.glob("parallel_*.json"):
+        rows = json.loads(path.read_text())["rows"]
+        for part in {row["part"] for row in rows} - {"smoke"}:
+            variants = [row["variant"].split(",")[0] for row in rows if row["part"] == part]
+            assert {"stock", "ours"} <= set(variants), path.name
     for path in results:
         variants = {variant["name"]: variant["median_ms"] for variant in json.loads(path.read_text())["variants"]}
         assert {"stock eager", "tuned stock", "pipeboost lossless"} <= variants.keys(), path.name
