@@ -275,7 +275,7 @@ class Acceleration:
     def run_many(self, requests: Sequence[Mapping[str, Any]], *, overlap: bool = True) -> Iterator[Any]:
         """Run `pipe(**request)` for each request and yield what they return, in order.
 
-        While one denoises, the text of the next is encoded and the previous is decoded. The results are those of one
+        While two denoise, the text of the next is encoded and the previous is decoded. The results are those of one
         call after the other, to the bit. They do run one after the other where that would not hold (a request without a
         `generator` of its own), and where components are offloaded. After each output `report()` is of its request.
 

@@ -476,11 +476,11 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
         model=stock_class(model).__name__,
         heads=heads if isinstance(heads, int) else None,
         ranks=world_size(),
-        splits=_splits(denoisers.values(), family) if world_size() > 1 else None,
+        splits=splits_of(denoisers.values(), family) if world_size() > 1 else None,
     )
 
 
-def _splits(models: Iterable[Any], family: Family) -> tuple[int, ...]:
+def splits_of(models: Iterable[Any], family: Family) -> tuple[int, ...]:
     """The degrees of tensor parallelism that all of the transformers allow."""
     if family.tensor is None:
         return ()

@@ -1,5 +1,6 @@
 """What the ranks run in `test_layouts`: a tiny pipeline on one rank, shared among several, and stock again."""
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import groups as groups_module
 from tests.pipelines.tiny import TINY
 
 
@@ -17,15 +19,17 @@ def differences(
 
     Returns:
         `"shared"`: a call on these ranks to one on one rank at the same tier; `"again"`: to a second one with the same
-        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after; `"size"`: of
-        the largest latent; `"forwards"`: how often this rank's denoisers ran; `"tokens"`: of the image at a block of
-        this rank; `"cache"`: steps computed and skipped.
+        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after; `"left"`:
+        threads, groups and layers that are there after `remove()`; `"size"`: of the largest latent; `"forwards"`: how
+        often this rank's denoisers ran; `"tokens"`: of the image at a block of this rank; `"cache"`: steps computed and
+        skipped.
     """
     entry = TINY[name]
     pipe = entry.build()
     settings = {"output_type": "latent", **overrides}
     other = {**settings, "seed": 3, "prompt": settings.get("prompt", "two red birds")}
     common = {"quality": quality, "reuse": None, "cache": cache}
+    threads, groups = set(threading.enumerate()), set(groups_module._groups)
     with torch.no_grad():
         stock = entry.call(pipe, **settings)
         accelerate_pipeline(pipe, parallel=None, **common)
@@ -43,6 +47,12 @@ def differences(
         "again": _difference(again, shared),
         "other": _difference(other_shared, other_alone),
         "removed": _difference(after, stock),
+        "left": [
+            # A progress bar of stock may have started tqdm's own.
+            *(thread.name for thread in set(threading.enumerate()) - threads if thread.name != "tqdm_monitor"),
+            *(set(groups_module._groups) - groups),
+            *(name for name, module in pipe.transformer.named_modules() if "_pipeboost_chains" in vars(module)),
+        ],
         "size": float(stock.abs().max()),
         "forwards": forwards,
         "tokens": tokens,

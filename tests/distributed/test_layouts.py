@@ -20,6 +20,7 @@ def check(name, layout, **overrides):
         assert found["other"] <= 2 * limit_of(degrees, found["size"])
         assert found["again"] == 0.0
         assert found["removed"] == 0.0
+        assert found["left"] == []
     return results
 
 

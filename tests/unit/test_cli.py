@@ -119,6 +119,19 @@ def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
     assert " ".join(lines).split() == text.split()
 
 
+@pytest.mark.parametrize(
+    ("model", "ranks", "line"),
+    [
+        ("flux.1-dev", 4, "parallel  ulysses=4: 24 heads divide by 4"),
+        ("wan2.1-1.3b", 8, "parallel  cfg=2, ulysses=4: each rank computes a guidance branch"),
+        ("qwen-image", 2, "parallel  cfg=2"),
+        ("flux.1-dev", 1, "parallel  off: one process"),
+    ],
+)
+def test_plan_tells_the_layout_of_several_gpus_without_any(model, ranks, line):
+    assert line in str(plan_of(model, quality=None, hardware=detect_hardware("cpu"), ranks=ranks))
+
+
 def test_plan_knows_a_published_size(pipeboost):
     code, out, _ = pipeboost("plan", "wan2.1-1.3b", "--device", "cpu")
     assert code == 0

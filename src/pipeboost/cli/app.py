@@ -42,11 +42,12 @@ def plan(
     quality: Quality = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings")] = None,
+    num_gpus: Annotated[int, typer.Option(help="devices like this one that would share the work")] = 1,
 ) -> None:
     """What accelerate_pipeline would do to a model on this machine, without loading its weights."""
     from pipeboost.cli.plan import print_plan
 
-    print_plan(model, quality=quality, device=device, config=config)
+    print_plan(model, quality=quality, device=device, config=config, ranks=num_gpus)
 
 
 @app.command()

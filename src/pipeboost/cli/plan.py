@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family, families, family_named, generic_family
 from pipeboost.hardware import Hardware
 from pipeboost.offload import weigh, weigh_stored
-from pipeboost.plan import ModelFacts, Plan, make_plan
+from pipeboost.plan import ModelFacts, Plan, make_plan, splits_of
 from pipeboost.quality.full_size import meta_transformer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def print_plan(model: str, *, quality: str | None, device: str, config: Path | None) -> None:
+def print_plan(model: str, *, quality: str | None, device: str, config: Path | None, ranks: int = 1) -> None:
     """Print what `accelerate_pipeline` would do.
 
     Args:
@@ -32,11 +33,14 @@ def print_plan(model: str, *, quality: str | None, device: str, config: Path | N
         quality: the tier; None leaves it to `config`, `PIPEBOOST_QUALITY` or the default.
         device: `auto`, `cpu` or `cuda`.
         config: YAML or JSON file of settings.
+        ranks: how many processes, each with a device like this one, would run it together.
 
     Raises:
         ConfigurationError: the model cannot be found or read, or a setting is not allowed.
     """
-    plan = str(plan_of(model, quality=quality, hardware=device_hardware(device), config=config))
+    if ranks < 1:
+        raise ConfigurationError(f"--num-gpus {ranks} must be at least 1")
+    plan = str(plan_of(model, quality=quality, hardware=device_hardware(device), config=config, ranks=ranks))
     # Whatever reads a pipe wants a line a feature.
     print(wrapped(plan, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plan)
 
@@ -47,22 +51,28 @@ def wrapped(plan: str, width: int) -> str:
     return "\n".join(part for parts in lines for part in parts)
 
 
-def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None) -> Plan:
+def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None, ranks: int = 1) -> Plan:
     """The plan of a model by name or path, from its configuration files alone."""
     settings = resolve_config(config, {} if quality is None else {"quality": quality})
     family, facts = _published(model) or _stored(model)
-    return make_plan(settings, hardware, family, facts)
+    return make_plan(settings, hardware, family, replace(facts, ranks=ranks))
 
 
 def _published(model: str) -> tuple[Family, ModelFacts] | None:
     for family in families():
         for size in family.full_sizes:
             if size.name == model:
-                transformer = {family.denoisers[0]: meta_transformer(size, torch.bfloat16)}
-                components = weigh(transformer, family)
-                weights = sum(component.nbytes for component in components)
+                transformer: Any = meta_transformer(size, torch.bfloat16)
+                components = weigh({family.denoisers[0]: transformer}, family)
                 facts = ModelFacts(
-                    size.pipeline, torch.bfloat16, weights, weighed="the transformer", components=components
+                    size.pipeline,
+                    torch.bfloat16,
+                    sum(component.nbytes for component in components),
+                    weighed="the transformer",
+                    components=components,
+                    model=size.transformer,
+                    heads=transformer.config.num_attention_heads,
+                    splits=splits_of([transformer], family),
                 )
                 return family, facts
     return None
@@ -84,7 +94,21 @@ def _stored(model: str) -> tuple[Family, ModelFacts]:
         return family, ModelFacts(pipeline, torch.bfloat16, 0)
     sizes, dtype = _stored_weights(folder, [name for name, present in components.items() if present], family)
     weighed = weigh_stored(sizes, family)
-    return family, ModelFacts(pipeline, dtype, sum(each.nbytes for each in weighed), components=weighed)
+    transformer = _transformer_config(folder / family.denoisers[0])
+    facts = ModelFacts(
+        pipeline,
+        dtype,
+        sum(each.nbytes for each in weighed),
+        components=weighed,
+        model=transformer.get("_class_name", "the transformer"),
+        heads=transformer.get("num_attention_heads"),
+    )
+    return family, facts
+
+
+def _transformer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _local_index(folder: Path) -> dict[str, Any]:
