@@ -46,3 +46,22 @@ def places(degrees: dict[str, int]) -> dict[str, Any]:
         }
     finally:
         mesh.close()
+
+
+def coming_alone() -> str:
+    """A mesh that the other rank does not come to, and one that it does."""
+    from datetime import timedelta
+
+    from pipeboost.distributed import meeting, world
+    from pipeboost.errors import PipeboostError
+
+    before, meeting.PATIENCE = meeting.PATIENCE, timedelta(seconds=1)
+    told = ""
+    try:
+        if world().rank == 0:
+            Mesh({"ulysses": 2}, device=torch.device("cpu"))
+    except PipeboostError as error:
+        told = str(error)
+    finally:
+        meeting.PATIENCE = before
+    return told

@@ -43,3 +43,10 @@ def test_replicas_have_their_own_samples():
 def test_all_reduce_gives_all_ranks_the_same_bits():
     results = on_ranks(4, group_cases.collectives, {"ulysses": 4})
     assert all(torch.equal(found["sum"], results[0]["sum"]) for found in results)
+
+
+def test_a_rank_that_comes_alone_is_told_who_did_not():
+    alone, other = on_ranks(2, group_cases.coming_alone)
+    assert "rank 1 did not come to accelerate_pipeline within 1 s" in alone
+    assert other == ""
+    assert [place["main"] for place in on_ranks(2, group_cases.places, {"ulysses": 2})] == [True, False]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pipeboost.distributed.groups import Group
+from pipeboost.distributed.meeting import meet
 from pipeboost.distributed.neighbours import Neighbour, this_process
 from pipeboost.distributed.start import world
 
@@ -45,6 +46,7 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
+        meet(self.ranks)
         made: dict[tuple[int, ...], Group] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
         for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
