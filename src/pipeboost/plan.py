@@ -182,9 +182,11 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         UnsupportedError: a setting needs what this machine, model or version does not have.
         MissingPackageError: a setting needs a package that is not installed.
     """
-    offload = _offload(config, hardware, family, facts)
     attention = _attention(config, hardware, facts)
-    parallel = _parallel(config, family, facts, attention=attention.on, offload=offload)
+    parallel = _parallel(config, family, facts, attention=attention.on)
+    facts = _of_this_rank(facts, parallel.settings)
+    offload = _offload(config, hardware, family, facts)
+    _refuse_moving_shares(offload, parallel.settings)
     cache = _cache(config, family, facts)
     policies = {kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS}
     return Plan(
@@ -232,9 +234,7 @@ def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts
     return Decision("attention", choice, why, (*considered, *left), settings)
 
 
-def _parallel(
-    config: AccelerationConfig, family: Family, facts: ModelFacts, *, attention: bool, offload: Decision
-) -> Decision:
+def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, attention: bool) -> Decision:
     asked = config.parallel
     given = asked if isinstance(asked, ParallelConfig) else None
     count = facts.ranks if given is None or given.group is None else given.group.size()
@@ -271,11 +271,44 @@ def _parallel(
         raise ConfigurationError(
             "ranks share tokens outside the blocks, which compile='full' does not have; use 'regional'"
         )
-    if layout.tensor > 1 and offload.on:
-        raise UnsupportedError(
-            f"parallel tensor={layout.tensor} shares weights that offload={offload.choice!r} moves; use offload=None"
-        )
     return Decision("parallel", layout_in_words(layout), why, considered, layout)
+
+
+def _shared_kinds(layout: ParallelConfig | None) -> tuple[str, ...]:
+    """The kinds of components of which a rank has a share of the weights."""
+    if layout is None or layout.tensor == 1:
+        return ()
+    return ("transformers", "text_encoders") if shares_text_encoders(layout) else ("transformers",)
+
+
+def _of_this_rank(facts: ModelFacts, layout: ParallelConfig | None) -> ModelFacts:
+    """The facts of one rank, which has its share of some components' weights; small layers that stay whole included."""
+    kinds = _shared_kinds(layout)
+    if layout is None or not kinds:
+        return facts
+    components = tuple(
+        replace(
+            component,
+            nbytes=component.nbytes // layout.tensor,
+            block_bytes=component.block_bytes // layout.tensor,
+            largest_block=component.largest_block // layout.tensor,
+        )
+        if component.kind in kinds
+        else component
+        for component in facts.components
+    )
+    weights = sum(component.nbytes for component in components) if components else facts.weights
+    return replace(facts, components=components, weights=weights, weighed=f"{facts.weighed}, this rank's share,")
+
+
+def _refuse_moving_shares(offload: Decision, layout: ParallelConfig | None) -> None:
+    for kind in _shared_kinds(layout):
+        if offload.on and getattr(offload.settings, kind) != "resident":
+            assert layout is not None
+            raise UnsupportedError(
+                f"tensor={layout.tensor} shares the weights of the {kind.replace('_', ' ')}, which "
+                f"offload={offload.choice!r} would move; use offload=None, or more ranks where they do not fit"
+            )
 
 
 def _quantize(config: AccelerationConfig) -> Decision:

@@ -145,7 +145,7 @@ def test_replicas_work_on_prompts_of_their_own():
         ("flux_dev", {"ring": 2}, {"attention": None}, "not attention=None"),
         ("sd3", {"ulysses": 2}, {}, "is not known to be possible for SD3Transformer2DModel"),
         ("flux_dev", {"ulysses": 2}, {"compile": "full"}, "compile='full' does not have; use 'regional'"),
-        ("wan21_t2v", {"tensor": 2}, {"offload": "stage"}, "use offload=None"),
+        ("wan21_t2v", {"tensor": 2}, {"offload": "stage"}, "would move; use offload=None"),
         ("flux_dev", {"ulysses": 2, "text_encoder": True}, {}, "is for tensor ranks"),
         ("flux_dev", {"cfg": 2, "vae": True}, {"quality": "exact"}, "parallel.vae=True changes rounding"),
     ],

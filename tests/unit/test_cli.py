@@ -119,6 +119,15 @@ def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
     assert " ".join(lines).split() == text.split()
 
 
+def test_plan_weighs_a_ranks_own_share(tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("parallel: {tensor: 4}\noffload: off\n")
+    whole = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"))
+    shared = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"), config=config, ranks=4)
+    assert shared.facts.weights == whole.facts.weights // 4
+    assert "this rank's share" in str(shared)
+
+
 @pytest.mark.parametrize(
     ("model", "ranks", "line"),
     [
