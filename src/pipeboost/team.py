@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,8 @@ class Team:
                 shard_tokens(obj, family, ledger)
         if not path and mesh.degree("tensor") > 1:
             guard_pipeline(obj, mesh.group("tensor"), ledger)
+        if not path and not mesh.main:
+            _hide_progress_bar(obj, ledger)
         if path == "scheduler":
             settle_branches(obj, ledger)
             check_first_step(obj, ledger)
@@ -137,6 +140,26 @@ class Team:
                     f"ranks planned differently: rank 0 {first}, rank {rank} {theirs}; name the settings instead of "
                     "'auto', the same on every rank"
                 )
+
+
+def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
+    """One bar is enough for a team; a user who has said whether it is shown is obeyed."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    if "disable" in (before or {}):
+        return
+    ours = pipe._progress_bar_config = {**(before or {}), "disable": True}
+    reference = weakref.ref(pipe)
+
+    def undo() -> None:
+        target = reference()
+        if target is None or getattr(target, "_progress_bar_config", None) is not ours:
+            return
+        if before is None:
+            del target._progress_bar_config
+        else:
+            target._progress_bar_config = before
+
+    ledger.record("progress bar", undo)
 
 
 def to_own_device(pipe: Any) -> None:

@@ -205,3 +205,16 @@ def run_twice_inside(layout: Mapping[str, Any]) -> float:
         accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
         add_layer(pipe.transformer, "__call__", twice, order=60.0)
         return _difference(entry.call(pipe, output_type="latent"), stock)
+
+
+def told(layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether this rank shows a progress bar, and what the report says of the VAE."""
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    del pipe._progress_bar_config
+    accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
+    with torch.no_grad():
+        entry.call(pipe)
+    found = {"bar": pipe.progress_bar(total=1).disable is not True, "vae": pipe.acceleration.report().vae}
+    pipe.acceleration.remove()
+    return {**found, "left": "_progress_bar_config" in vars(pipe) and "disable" in pipe._progress_bar_config}

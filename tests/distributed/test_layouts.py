@@ -176,3 +176,11 @@ def test_auto_chooses_guidance_then_heads(name, ranks, settings, choice):
 def test_a_forward_may_run_its_blocks_twice(layout):
     for difference in on_ranks(2, layout_cases.run_twice_inside, LAYOUTS[layout]):
         assert difference <= LIMIT
+
+
+def test_one_rank_shows_the_progress_and_all_report_who_decoded():
+    first, second = on_ranks(2, layout_cases.told, LAYOUTS["ulysses 2"])
+    assert (first["bar"], second["bar"]) == (True, False)
+    assert first["vae"] == second["vae"] == {"decoder shared": 1}
+    assert not first["left"]
+    assert not second["left"]

@@ -25,6 +25,7 @@ class FinishedCall:
     caches: tuple[CacheCount, ...]
     loads: tuple[Load, ...]
     reuse: dict[str, int]
+    vae: dict[str, int]
 
     @classmethod
     def of(cls, call: Call) -> FinishedCall:
@@ -35,6 +36,7 @@ class FinishedCall:
             caches=() if caches is None else caches.counts(),
             loads=tuple(Load(*load) for load in call.state.get("loads", ())),
             reuse=dict(call.state.get("reuse", {})),
+            vae=dict(call.state.get("vae", {})),
         )
 
     def report(
@@ -59,6 +61,7 @@ class FinishedCall:
                 for count in self.caches
             },
             reuse=self.reuse,
+            vae=self.vae,
             compiled=compiled,
             graphs=graphs,
         )
