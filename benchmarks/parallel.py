@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results [--parts smoke flux qwen vae]
 
-Weights are random at the published sizes; speed does not depend on them. A step is one forward, or two where the family
-uses guidance. What runs on one GPU runs on every rank at the same time. Times are medians of seven, of the slowest
-rank. `smoke` runs tiny pipelines on the GPUs in every layout first, and compares their latents with one GPU's.
+Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family uses
+guidance, a quarter of a loop of four steps with both branches. What runs on one GPU runs on every rank at the same time.
+Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in every layout
+first, and compares their pictures with one GPU's.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, world
 from pipeboost.families import FullSize
 from pipeboost.hardware import detect_hardware
-from pipeboost.quality.full_size import build_pipeline, forward_inputs, full_size_named
+from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs, full_size_named
 from pipeboost.quality.timing import time_runs
 
 MODELS = {
@@ -35,6 +36,8 @@ MODELS = {
     "wan14": "wan2.1-14b",
     "hunyuan": "hunyuan-video",
 }
+STEPS = 4
+"""Of a loop with guidance, which is timed as a whole."""
 GUIDED = ("qwen", "wan", "wan14")
 
 
@@ -132,16 +135,18 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
     if branches == 2:
         layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}, *layouts]
 
+    arguments = call_arguments(pipe, inputs, steps=STEPS) if branches == 2 else {}
+
     def step() -> Any:
-        outputs = [pipe.transformer(**inputs)[0] for _ in range(branches)]
-        return outputs[-1]
+        """One forward, or a loop of steps with guidance: the script makes its two forwards one after another."""
+        return pipe.transformer(**inputs)[0] if branches == 1 else pipe(**arguments)[0]
 
     def add(variant: str, run: Callable[[], Any], reference: torch.Tensor | None = None) -> torch.Tensor:
         began = time.perf_counter()
         run()
         cold = time.perf_counter() - began
-        timing, output = time_runs(run, device, repeats=7, warm_ups=4)
-        slowest = max(_everywhere(timing.median))
+        timing, output = time_runs(run, device, repeats=7 if branches == 1 else 3, warm_ups=4 if branches == 1 else 1)
+        slowest = max(_everywhere(timing.median)) / (1 if branches == 1 else STEPS)
         error = None if reference is None else float((output - reference).norm() / reference.norm())
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         results.add(
@@ -158,11 +163,11 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
 
     with torch.no_grad():
         stock = add("stock, 1 GPU", step).clone()
-        with _accelerated(pipe, None):
+        with _accelerated(pipe, None, opened=branches == 1):
             add("ours, 1 GPU", step, stock)
         for layout in layouts:
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
-            with _accelerated(pipe, layout):
+            with _accelerated(pipe, layout, opened=branches == 1):
                 add(f"ours, {named}", step, stock)
         if stock_parallel and branches == 1:
             with _default_group():
@@ -212,10 +217,10 @@ def vae(device: torch.device, results: Results) -> None:
 
 
 @contextlib.contextmanager
-def _accelerated(pipe: Any, layout: Mapping[str, int] | None) -> Iterator[None]:
+def _accelerated(pipe: Any, layout: Mapping[str, int] | None, *, opened: bool) -> Iterator[None]:
     accelerate_pipeline(pipe, parallel=None if layout is None else ParallelConfig(**layout))
     try:
-        with pipe.acceleration.open():
+        with pipe.acceleration.open() if opened else contextlib.nullcontext():
             yield
         print(pipe.acceleration.plan["graphs"], flush=True) if world().rank == 0 else None
     finally:
