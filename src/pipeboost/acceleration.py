@@ -37,6 +37,7 @@ from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, place, placed_components, residing, stock_offload
+from pipeboost.parallel import apart
 from pipeboost.plan import Plan, facts_of, make_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.reuse import PromptReuse, reuse_prompts
@@ -200,7 +201,7 @@ class Acceleration:
         self._team: Team | None = None
         with self._ledger:
             self._ledger.record("ranks", _weakly(self._leave_team))
-            self._join_team(pipe)
+            self._join_team(pipe, plan)
             if plan["reuse"].on:
                 self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
                 self._ledger.record("kept prompts", self._prompts.clear)
@@ -347,7 +348,7 @@ class Acceleration:
         pipe = self._alive_pipe()
         device = self._follow_device(pipe)
         self._bind(pipe)
-        with self._opened(pipe, {}, device) as call:
+        with self._opened(pipe, {}, device) as call, apart(call):
             yield call
 
     def cancel(self, call: Call | None = None) -> None:
@@ -393,7 +394,7 @@ class Acceleration:
             wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
             device = self._follow_device(pipe)
             team = self._team
-            with contextlib.nullcontext() if team is None else team.watched(self._stage_now):
+            with contextlib.nullcontext() if team is None else team.watched(_weakly(self._stage_now)):
                 self._bind(pipe)
                 if team is None:
                     bound = signature.bind(pipe, *args, **kwargs)
@@ -469,14 +470,14 @@ class Acceleration:
             plan = _plan_for(pipe, replace(self.config, offload=None) if taken_over else self.config)
             self._undo_all_parts()
             self._leave_team()
+            self._join_team(pipe, plan)
             self.plan = plan
-            self._join_team(pipe)
         return device_of(pipe)
 
-    def _join_team(self, pipe: Any) -> None:
+    def _join_team(self, pipe: Any, plan: Plan) -> None:
         """Form the plan's team with the other ranks; each of them is at this point of its program."""
-        if self.plan["parallel"].on:
-            self._team = Team(pipe, self.plan)
+        if plan["parallel"].on:
+            self._team = Team(pipe, plan)
             if self._team.text_encoders and TEXT_ENCODING in self.stages:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
 

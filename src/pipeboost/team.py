@@ -6,9 +6,11 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from pipeboost.attention import refuse_stock_processors
 from pipeboost.config import ParallelConfig
@@ -21,6 +23,7 @@ from pipeboost.hardware import device_of
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import (
     AcrossRanks,
+    callback_apart,
     check_first_step,
     guard_pipeline,
     parallelize_vae,
@@ -33,7 +36,7 @@ from pipeboost.parallel import (
     shares_vae,
     tensor_degrees,
 )
-from pipeboost.plan import Plan
+from pipeboost.plan import Decision, Plan
 from pipeboost.seams import stock_class
 
 
@@ -87,7 +90,12 @@ class Team:
         Raises:
             DisagreementError: they were called differently.
         """
-        return agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
+        bound = agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
+        callback = bound.arguments.get("callback_on_step_end")
+        # Scripts look at the class of Diffusers' own callbacks, which make no forwards.
+        if callable(callback) and not isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            bound.arguments["callback_on_step_end"] = callback_apart(callback)
+        return bound
 
     def components(self, pipe: Any) -> dict[str, Any]:
         """Components that the ranks share beside those that every acceleration looks at."""
@@ -131,7 +139,7 @@ class Team:
             refuse_stock_processors(model, [blocks.path for blocks in self._family.blocks])
 
     def _refuse_different_plans(self, plan: Plan) -> None:
-        summary = tuple(f"{decision.feature}: {decision.choice}" for decision in plan.decisions)
+        summary = (f"quality: {plan.quality}", *map(_in_words, plan.decisions))
         plans = self.mesh.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
@@ -140,6 +148,15 @@ class Team:
                     f"ranks planned differently: rank 0 {first}, rank {rank} {theirs}; name the settings instead of "
                     "'auto', the same on every rank"
                 )
+
+
+def _in_words(decision: Decision) -> str:
+    """What all ranks must have decided alike; weights may go to another device on each."""
+    settings = decision.settings
+    if isinstance(settings, ParallelConfig):
+        settings = replace(settings, group=None)
+    told = settings is not None and decision.feature != "offload"
+    return f"{decision.feature}: {decision.choice}{f' ({settings})' if told else ''}"
 
 
 def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:

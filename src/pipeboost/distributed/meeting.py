@@ -14,8 +14,11 @@ PATIENCE = timedelta(minutes=10)
 _meetings: Counter[tuple[int, ...]] = Counter()
 
 
-def meet(ranks: Sequence[int]) -> None:
+def meet(ranks: Sequence[int], word: str) -> list[str]:
     """Wait until all of these ranks of the world have come here as often as this one.
+
+    Returns:
+        The word that each of them has brought.
 
     Raises:
         PipeboostError: some did not come.
@@ -25,7 +28,7 @@ def meet(ranks: Sequence[int]) -> None:
     place = f"pipeboost meeting of {members} {_meetings[members]}"
     _meetings[members] += 1
     keys = {rank: f"{place}: {rank}" for rank in members}
-    everyone.store.set(keys[everyone.rank], "here")
+    everyone.store.set(keys[everyone.rank], word)
     try:
         everyone.store.wait(list(keys.values()), PATIENCE)
     except RuntimeError as error:
@@ -38,3 +41,4 @@ def meet(ranks: Sequence[int]) -> None:
             f"{PATIENCE.total_seconds():.0f} s; every rank calls it at the same point of its program, or uses "
             "parallel=None"
         ) from error
+    return [everyone.store.get(key).decode() for key in keys.values()]

@@ -11,6 +11,7 @@ from pipeboost.distributed.groups import Group
 from pipeboost.distributed.meeting import meet
 from pipeboost.distributed.neighbours import Neighbour, this_process
 from pipeboost.distributed.start import world
+from pipeboost.errors import UnsupportedError
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor ranks, which talk most, are neighbours."""
@@ -34,6 +35,9 @@ class Mesh:
 
     Attributes:
         compared: sizes of latents that the ranks have compared after a first step.
+
+    Raises:
+        PipeboostError: some ranks did not come, or want other degrees or another device.
     """
 
     def __init__(self, degrees: Mapping[str, int], *, ranks: Sequence[int] | None = None, device: torch.device) -> None:
@@ -46,7 +50,14 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        meet(self.ranks)
+        words = meet(self.ranks, f"{self._in_words() or 'one rank a sample'} on {device.type}")
+        other = next((rank for rank, word in enumerate(words) if word != words[0]), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"ranks planned differently: rank {self.ranks[0]} {words[0]}, rank {self.ranks[other]} {words[other]}; "
+                "name the layout instead of 'auto', the same on every rank, and move every pipeline to the same kind "
+                "of device"
+            )
         made: dict[tuple[int, ...], Group] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
         for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
@@ -61,8 +72,10 @@ class Mesh:
         self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
 
     def __repr__(self) -> str:
-        degrees = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
-        return f"<Mesh {degrees or 'of one rank'}, here {self._here}>"
+        return f"<Mesh {self._in_words() or 'of one rank'}, here {self._here}>"
+
+    def _in_words(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
 
     def group(self, *axes: str) -> Group:
         """The ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""

@@ -2,7 +2,7 @@
 
 from pipeboost.parallel.attend import AcrossRanks
 from pipeboost.parallel.batch import share_batch
-from pipeboost.parallel.branches import settle_branches, share_branches
+from pipeboost.parallel.branches import apart, callback_apart, settle_branches, share_branches
 from pipeboost.parallel.first_step import check_first_step
 from pipeboost.parallel.layout import (
     Ranks,
@@ -20,6 +20,8 @@ from pipeboost.parallel.vae import parallelize_vae
 __all__ = [
     "AcrossRanks",
     "Ranks",
+    "apart",
+    "callback_apart",
     "check_first_step",
     "check_layout",
     "choose_layout",

@@ -9,9 +9,10 @@ numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _FORWARD_ORDER = 0.0
 # Outside the layers that look at a step's input and output.
 _STEP_ORDER = -200.0
 _STATE = "branches"
+_APART = "forwards that are no branch"
 Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -59,6 +61,29 @@ def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
     ledger.share(reader, "guidance branches", door, apply)
 
 
+@contextlib.contextmanager
+def apart(call: Call) -> Iterator[None]:
+    """Inside, every rank computes the forwards of a call: they are no branches of a step, and may be read at once."""
+    before = call.state.get(_APART, False)
+    call.state[_APART] = True
+    try:
+        yield
+    finally:
+        call.state[_APART] = before
+
+
+def callback_apart(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a callback of the script: forwards that it makes are its own."""
+
+    @functools.wraps(callback)
+    def call_apart(*args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        with contextlib.nullcontext() if call is None else apart(call):
+            return callback(*args, **kwargs)
+
+    return call_apart
+
+
 def _forward(
     prediction: Prediction,
     call_next: Callable[..., Any],
@@ -67,7 +92,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     call = current_call()
-    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1:
+    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call.state.get(_APART):
         return call_next(*args, **kwargs)
     group = call.mesh.group("cfg")
     waiting: list[torch.Tensor] = call.state.setdefault(_STATE, [])

@@ -130,7 +130,8 @@ def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | 
     """What speaks against a degree, as the end of a sentence that begins with it."""
     family, model = ranks.family, ranks.model
     if axis == "cfg" and family.prediction is not None:
-        return None
+        # A script combines its two predictions as soon as it has made them; a guider says when it has all of its.
+        return None if degree == 2 or family.guider else f"is not 2, as many guidance branches as a step of {model} has"
     if axis == "cfg" and family.batched is None:
         return f"is not known to be possible for {model}"
     if not tier_allows(ranks.tier, "lossless"):

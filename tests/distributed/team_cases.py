@@ -1,0 +1,80 @@
+"""What the ranks run in `test_team`: what ranks that form a team must know of each other, and what they leave."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeboost import accelerate_pipeline
+from pipeboost.config import ParallelConfig
+from pipeboost.distributed import groups as groups_module
+from tests.pipelines.tiny import TINY
+
+
+def refused(name: str, *settings: Mapping[str, Any]) -> str:
+    """The sentence that refuses ranks of which each has its own settings."""
+    pipe = TINY[name].build()
+    before = type(pipe), type(pipe.transformer)
+    try:
+        accelerate_pipeline(pipe, **settings[dist.get_rank()])
+    except Exception as error:
+        assert (type(pipe), type(pipe.transformer)) == before
+        return f"{type(error).__name__}: {error}"
+    pipe.acceleration.remove()
+    return "accepted"
+
+
+def opened_difference(name: str, /, **layout: Any) -> float:
+    """Largest difference of one forward in `open()` to stock's."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    with torch.no_grad():
+        stock = pipe.transformer(**copy.deepcopy(inputs))[0]
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+        with pipe.acceleration.open():
+            ours = pipe.transformer(**copy.deepcopy(inputs))[0]
+        pipe.acceleration.remove()
+    return float((ours - stock).abs().max())
+
+
+def callback_differences(name: str, /, **layout: Any) -> list[float]:
+    """Largest differences to stock's of the latents, and of what forwards in a step's callback returned."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+
+    def run() -> list[torch.Tensor]:
+        seen = []
+
+        def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            seen.append(pipe.transformer(**copy.deepcopy(inputs))[0].clone())
+            return values
+
+        latents = entry.call(pipe, output_type="latent", callback_on_step_end=callback)
+        return [latents, *seen]
+
+    with torch.no_grad():
+        stock = run()
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+        ours = run()
+        pipe.acceleration.remove()
+    return [float((ours - stock).abs().max()) for ours, stock in zip(ours, stock, strict=True)]
+
+
+def left_by_a_dropped_pipeline(name: str, /, **layout: Any) -> list[str]:
+    """What is there after a pipeline was called and dropped, without `remove()`."""
+    entry = TINY[name]
+    pipe = entry.build()
+    groups = set(groups_module._groups)
+    with torch.no_grad():
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+        entry.call(pipe, output_type="latent")
+    acceleration = weakref.ref(pipe.acceleration)
+    del pipe
+    gc.collect()
+    return [*(set(groups_module._groups) - groups), *([] if acceleration() is None else ["acceleration"])]

@@ -1,0 +1,50 @@
+"""Ranks form a team only where all want the same, share the script's forwards only, and leave nothing."""
+
+import pytest
+
+from pipeboost import ParallelConfig
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import family_of
+from pipeboost.parallel import Ranks, check_layout
+from tests.distributed.ranks import on_ranks
+from tests.distributed.team_cases import callback_differences, left_by_a_dropped_pipeline, opened_difference, refused
+from tests.pipelines.tiny import TINY
+
+TOKENS = ParallelConfig(ulysses=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            ({"parallel": ParallelConfig(replicas=2)}, {"parallel": TOKENS}),
+            "ranks planned differently: rank 0 replicas 2 on cpu, rank 1 ulysses 2 on cpu; name the layout",
+        ),
+        (
+            ({"parallel": TOKENS}, {"parallel": ParallelConfig(ulysses=2, vae=False)}),
+            "ranks planned differently: rank 0 parallel: ulysses=2 (ParallelConfig(",
+        ),
+    ],
+    ids=["layouts", "settings of one layout"],
+)
+def test_ranks_that_want_different_things_are_told_so_before_they_share_anything(settings, sentence):
+    for found in on_ranks(2, refused, "flux_dev", *settings):
+        assert found.startswith(f"UnsupportedError: {sentence}")
+
+
+def test_a_forward_outside_a_script_is_no_guidance_branch_so_that_every_rank_has_its_result():
+    assert on_ranks(2, opened_difference, "flux_true_cfg", cfg=2) == [0.0, 0.0]
+
+
+def test_a_forward_in_a_callback_is_no_guidance_branch_so_that_every_rank_has_its_result():
+    assert on_ranks(2, callback_differences, "flux_true_cfg", cfg=2) == [[0.0] * 3, [0.0] * 3]
+
+
+def test_a_pipeline_that_is_dropped_takes_the_groups_of_its_ranks_along():
+    assert on_ranks(2, left_by_a_dropped_pipeline, "flux_true_cfg", cfg=2) == [[], []]
+
+
+def test_more_ranks_than_guidance_branches_are_refused_where_the_script_combines_them():
+    family = family_of(TINY["wan21_t2v"].build())
+    with pytest.raises(UnsupportedError, match="cfg=4 is not 2, as many guidance branches as a step of Wan has; use"):
+        check_layout(ParallelConfig(cfg=4), Ranks(4, family, "Wan", 4, "lossless", attention=True))
