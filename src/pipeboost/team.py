@@ -69,7 +69,7 @@ class Team:
         except BaseException:
             self.mesh.close()
             raise
-        self.across = AcrossRanks(self.mesh) if self.token_ranks > 1 else None
+        self.across = AcrossRanks() if self.token_ranks > 1 else None
 
     @property
     def token_ranks(self) -> int:

@@ -78,3 +78,26 @@ def left_by_a_dropped_pipeline(name: str, /, **layout: Any) -> list[str]:
     del pipe
     gc.collect()
     return [*(set(groups_module._groups) - groups), *([] if acceleration() is None else ["acceleration"])]
+
+
+def differences_of_two_pipelines_with_one_transformer(
+    name: str, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> list[float]:
+    """Largest differences of latents to stock: of the first, the second, it again once the first is removed, stock."""
+    entry = TINY[name]
+    one = entry.build()
+    two = type(one)(**one.components)
+
+    def run(pipe: Any) -> torch.Tensor:
+        return entry.call(pipe, output_type="latent")
+
+    with torch.no_grad():
+        stock = run(one)
+        accelerate_pipeline(one, parallel=ParallelConfig(**first))
+        accelerate_pipeline(two, parallel=ParallelConfig(**second))
+        ours = [run(one), run(two)]
+        one.acceleration.remove()
+        ours.append(run(two))
+        two.acceleration.remove()
+        ours.append(run(two))
+    return [float((latents - stock).abs().max()) for latents in ours]

@@ -7,7 +7,13 @@ from pipeboost.errors import UnsupportedError
 from pipeboost.families import family_of
 from pipeboost.parallel import Ranks, check_layout
 from tests.distributed.ranks import on_ranks
-from tests.distributed.team_cases import callback_differences, left_by_a_dropped_pipeline, opened_difference, refused
+from tests.distributed.team_cases import (
+    callback_differences,
+    differences_of_two_pipelines_with_one_transformer,
+    left_by_a_dropped_pipeline,
+    opened_difference,
+    refused,
+)
 from tests.pipelines.tiny import TINY
 
 TOKENS = ParallelConfig(ulysses=2)
@@ -48,3 +54,12 @@ def test_more_ranks_than_guidance_branches_are_refused_where_the_script_combines
     family = family_of(TINY["wan21_t2v"].build())
     with pytest.raises(UnsupportedError, match="cfg=4 is not 2, as many guidance branches as a step of Wan has; use"):
         check_layout(ParallelConfig(cfg=4), Ranks(4, family, "Wan", 4, "lossless", attention=True))
+
+
+@pytest.mark.parametrize("second", [{"ulysses": 2}, {"ring": 2}], ids=["ulysses", "ring"])
+def test_two_pipelines_with_one_transformer_share_its_tokens_each_in_its_layout(second):
+    for *shared, stock in on_ranks(
+        2, differences_of_two_pipelines_with_one_transformer, "flux_dev", {"ulysses": 2}, second
+    ):
+        assert max(shared) < 1e-5
+        assert stock == 0.0

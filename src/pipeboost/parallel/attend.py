@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeboost.call import current_call
-from pipeboost.distributed import Group, Mesh
+from pipeboost.distributed import Group
 from pipeboost.errors import UnsupportedError
 from pipeboost.parallel.shards import SHARDS, Shards
 
@@ -27,17 +27,21 @@ _across: weakref.WeakValueDictionary[int, AcrossRanks] = weakref.WeakValueDictio
 
 
 class AcrossRanks:
-    """Attention over the tokens of all ranks of a mesh's sequence group, by way of attention on one.
+    """Attention over the tokens of all ranks of a call's sequence group, by way of attention on one.
 
-    Args:
-        mesh: has the axes `"ulysses"` and `"ring"`.
+    One is like another, so pipelines with meshes of their own can share a transformer.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self) -> None:
         self._attend: Callable[[], Attend | None] = lambda: None
         self._number = next(_serials)
         _across[self._number] = self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AcrossRanks)
+
+    def __hash__(self) -> int:
+        return hash(AcrossRanks)
 
     def serve(self, attend: Attend) -> None:
         """Use the bound method `attend(q, k, v, mask, *, scale, return_lse)` for attention on one rank."""
@@ -75,7 +79,8 @@ class AcrossRanks:
         shards: Shards | None = call.state.get(SHARDS)
         if shards is None:  # a call that runs on one rank, of a pipeline that shares the transformer
             return attend(q, k, v, mask, scale=scale)
-        ulysses, ring = self._mesh.group("ulysses"), self._mesh.group("ring")
+        assert call.mesh is not None
+        ulysses, ring = call.mesh.group("ulysses"), call.mesh.group("ring")
         tokens, heads = shards.joint_sizes, q.shape[2]
         rows = [tokens[row * ulysses.size : (row + 1) * ulysses.size] for row in range(ring.size)]
         here = rows[ring.rank]
