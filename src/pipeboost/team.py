@@ -168,6 +168,7 @@ def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
     reference = weakref.ref(pipe)
 
     def undo() -> None:
+        ours.pop("disable", None)  # for copies of the pipeline, which have it too
         target = reference()
         if target is None or getattr(target, "_progress_bar_config", None) is not ours:
             return

@@ -101,3 +101,14 @@ def differences_of_two_pipelines_with_one_transformer(
         two.acceleration.remove()
         ours.append(run(two))
     return [float((latents - stock).abs().max()) for latents in ours]
+
+
+def progress_of_a_copy(name: str, /, **layout: Any) -> list[dict[str, Any]]:
+    """The settings of the progress bar of a `copy.copy`, while the pipeline is accelerated and after `remove()`."""
+    pipe = TINY[name].build()
+    vars(pipe).pop("_progress_bar_config", None)
+    accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+    view = copy.copy(pipe)
+    during = dict(getattr(view, "_progress_bar_config", {}))
+    pipe.acceleration.remove()
+    return [during, dict(getattr(view, "_progress_bar_config", {}))]

@@ -12,6 +12,7 @@ from tests.distributed.team_cases import (
     differences_of_two_pipelines_with_one_transformer,
     left_by_a_dropped_pipeline,
     opened_difference,
+    progress_of_a_copy,
     refused,
 )
 from tests.pipelines.tiny import TINY
@@ -63,3 +64,7 @@ def test_two_pipelines_with_one_transformer_share_its_tokens_each_in_its_layout(
     ):
         assert max(shared) < 1e-5
         assert stock == 0.0
+
+
+def test_a_copy_of_a_pipeline_shows_its_progress_again_once_the_pipeline_is_stock():
+    assert on_ranks(2, progress_of_a_copy, "flux_dev", ulysses=2) == [[{}, {}], [{"disable": True}, {}]]
