@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results [--parts smoke flux qwen vae]
 
-Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family uses
-guidance, a quarter of a loop of four steps with both branches. What runs on one GPU runs on every rank at the same time.
-Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in every layout
-first, and compares their pictures with one GPU's.
+Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
+uses guidance, a quarter of a loop of four steps with both branches. What runs on one GPU runs on every rank at the
+same time. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in
+every layout first, and compares their pictures with one GPU's.
 """
 
 import argparse
