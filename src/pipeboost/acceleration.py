@@ -484,6 +484,8 @@ class Acceleration:
     def _leave_team(self) -> None:
         if self._team is not None:
             self._team.leave()
+            if self._team.text_encoders and TEXT_ENCODING in self.stages:
+                self.stages[TEXT_ENCODING].parallelism = StageParallelism.MAIN_RANK
         self._team = None
 
     def _bind(self, pipe: Any) -> None:

@@ -58,16 +58,28 @@ class Mesh:
                 "name the layout instead of 'auto', the same on every rank, and move every pipeline to the same kind "
                 "of device"
             )
-        made: dict[tuple[int, ...], Group] = {}
+        made: list[Group] = []
+        try:
+            self._make_groups(made)
+        except BaseException:
+            for group in made:
+                group.close()
+            raise
+
+    def _make_groups(self, made: list[Group]) -> None:
+        by_members: dict[tuple[int, ...], Group] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
         for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
             members = self._members(axes)
-            if members not in made:
-                made[members] = Group(members, device.type)
-            self._groups[axes] = made[members]
+            if members not in by_members:
+                by_members[members] = Group(members, self.device.type)
+                made.append(by_members[members])
+            self._groups[axes] = by_members[members]
         # For objects and small facts, which must not wait for the GPU.
         self.control = Group(self._members(SAMPLE), "cpu")
+        made.append(self.control)
         self.forward = Group(self._members(FORWARD), "cpu")
+        made.append(self.forward)
         processes = zip(self.control.ranks, self.control.all_gather_objects(this_process()), strict=True)
         self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
 
