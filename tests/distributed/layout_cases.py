@@ -218,3 +218,27 @@ def told(layout: Mapping[str, Any]) -> dict[str, Any]:
     found = {"bar": pipe.progress_bar(total=1).disable is not True, "vae": pipe.acceleration.report().vae}
     pipe.acceleration.remove()
     return {**found, "left": "_progress_bar_config" in vars(pipe) and "disable" in pipe._progress_bar_config}
+
+
+def drifting() -> str:
+    """What a call says whose second rank has come to other latents in the first step."""
+    from pipeboost.distributed import world
+    from pipeboost.distributed.agreement import DisagreementError
+    from pipeboost.seams import add_layer
+
+    def drift(call_next: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        latents, *rest = call_next(*args, **kwargs)
+        return (latents + 0.5 * world().rank, *rest)
+
+    entry = TINY["qwen_image"]
+    pipe = entry.build()
+    accelerate_pipeline(pipe, parallel=ParallelConfig(cfg=2), reuse=None)
+    add_layer(pipe.scheduler, "step", drift)
+    try:
+        with torch.no_grad():
+            entry.call(pipe, output_type="latent")
+    except DisagreementError as error:
+        return str(error)
+    finally:
+        pipe.acceleration.remove()
+    return ""

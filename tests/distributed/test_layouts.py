@@ -184,3 +184,8 @@ def test_one_rank_shows_the_progress_and_all_report_who_decoded():
     assert first["vae"] == second["vae"] == {"decoder shared": 1}
     assert not first["left"]
     assert not second["left"]
+
+
+def test_ranks_that_drift_apart_are_found_out_after_the_first_step():
+    for told in on_ranks(2, layout_cases.drifting):
+        assert "the latents of rank 1 are not those of rank 0" in told

@@ -1,7 +1,7 @@
 """Ranks: joining them, the mesh that orders them, and what they say to each other."""
 
 from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
-from pipeboost.distributed.groups import Group, Pending, group_named
+from pipeboost.distributed.groups import Group, Pending
 from pipeboost.distributed.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.sharing import shared
 from pipeboost.distributed.start import World, local_device, world, world_size
@@ -21,7 +21,6 @@ __all__ = [
     "busy",
     "checked_latents",
     "follow",
-    "group_named",
     "local_device",
     "raise_if_failed",
     "shared",

@@ -137,11 +137,6 @@ class Pending:
         self._transfer.finish()
 
 
-def group_named(name: str) -> Group:
-    """The group with this name, of those that are in use."""
-    return _groups[name]
-
-
 def _numbered(transfers: Sequence[tuple[torch.Tensor, int]]) -> list[tuple[int, tuple[torch.Tensor, int]]]:
     """Each transfer with its number among those with the same rank, which the other rank counts alike."""
     counts: Counter[int] = Counter()
