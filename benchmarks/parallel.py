@@ -11,6 +11,7 @@ every layout first, and compares their pictures with one GPU's.
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 
-from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, world
 from pipeboost.families import FullSize
 from pipeboost.hardware import detect_hardware
@@ -165,10 +166,10 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
         stock = add("stock, 1 GPU", step).clone()
         with _accelerated(pipe, None, opened=branches == 1):
             add("ours, 1 GPU", step, stock)
-        for layout in layouts:
+        for layout, graphs in itertools.product(layouts, (False, True)):
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
-            with _accelerated(pipe, layout, opened=branches == 1):
-                add(f"ours, {named}", step, stock)
+            with _accelerated(pipe, layout, opened=branches == 1, graphs=graphs):
+                add(f"ours, {named}{' and CUDA graphs' if graphs else ''}", step, stock)
         if stock_parallel and branches == 1:
             with _default_group():
                 config = diffusers.ContextParallelConfig(ulysses_degree=count)
@@ -217,12 +218,14 @@ def vae(device: torch.device, results: Results) -> None:
 
 
 @contextlib.contextmanager
-def _accelerated(pipe: Any, layout: Mapping[str, int] | None, *, opened: bool) -> Iterator[None]:
-    accelerate_pipeline(pipe, parallel=None if layout is None else ParallelConfig(**layout))
+def _accelerated(
+    pipe: Any, layout: Mapping[str, int] | None, *, opened: bool, graphs: bool | str = "auto"
+) -> Iterator[None]:
+    parallel = None if layout is None else ParallelConfig(**layout)
+    accelerate_pipeline(pipe, parallel=parallel, compile=CompileConfig(graphs=graphs))
     try:
         with pipe.acceleration.open() if opened else contextlib.nullcontext():
             yield
-        print(pipe.acceleration.plan["graphs"], flush=True) if world().rank == 0 else None
     finally:
         pipe.acceleration.remove()
         gc.collect()

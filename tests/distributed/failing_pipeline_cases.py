@@ -15,9 +15,9 @@ TIMEOUT = 3.0
 LAYOUT = {"cfg": 2}
 
 
-def failing_calls(name: str, kind: str, rank: int, stage: str) -> dict[str, Any]:
+def failing_calls(name: str, kind: str, rank: int, stage: str, device: str = "cpu") -> dict[str, Any]:
     """A call in which one rank fails at a stage, and the next one; what each raised, or returned."""
-    pipe = _accelerated(name, TIMEOUT)
+    pipe = _accelerate(TINY[name].build().to(device), TIMEOUT)
     pipe.acceleration.progress = _trouble(kind, rank, stage)
     before = time.monotonic()
     first = outcome(lambda: _latents(name, pipe).mean().item())
@@ -54,15 +54,11 @@ def raising_calls(name: str) -> dict[str, Any]:
 
 def bad_prompts(name: str) -> dict[str, Any]:
     """Prompts that the script refuses, between two that it takes, on the same groups."""
-    pipe = _accelerated(name, 30.0)
+    pipe = _accelerate(TINY[name].build(), 30.0)
     before = _latents(name, pipe)
     refused = [outcome(lambda: _latents(name, pipe, prompt=3)), outcome(lambda: _latents(name, pipe, height=13.5))]
     after = _latents(name, pipe)
     return {"refused": refused, "difference": _difference(after, before)}
-
-
-def _accelerated(name: str, timeout: float) -> Any:
-    return _accelerate(TINY[name].build(), timeout)
 
 
 def _accelerate(pipe: Any, timeout: float) -> Any:

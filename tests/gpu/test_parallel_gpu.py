@@ -1,0 +1,56 @@
+"""Several ranks over NCCL: what one GPU computes, CUDA graphs with transfers in them, and failures that end on all."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.distributed.failing_pipeline_cases import STAGES, TIMEOUT
+from tests.distributed.failure_ranks import on_mortal_ranks
+from tests.gpu import parallel_gpu_cases as cases
+
+RANKS = min(4, torch.cuda.device_count())
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(RANKS < 2, reason="needs several CUDA devices")]
+LAYOUTS = {
+    2: [{"ulysses": 2}, {"ring": 2}, {"tensor": 2}],
+    4: [{"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}, {"ulysses": 2, "tensor": 2}, {"tensor": 4}],
+}
+GUIDED = {2: [{"cfg": 2}], 4: [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}]}
+PIPELINES = {"flux": False, "qwen_image": True, "wan22_t2v": True, "hunyuan_video": False}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_layouts_give_what_one_gpu_gives_from_graphs_too_and_come_off(name):
+    layouts = LAYOUTS[RANKS] + (GUIDED[RANKS] if PIPELINES[name] else [])
+    for outcome in on_mortal_ranks(RANKS, cases.layouts, name, layouts, limit=120.0):
+        assert outcome.answer is not None, outcome.printed
+        for layout, found in zip(layouts, outcome.answer, strict=True):
+            print(name, layout, found)
+            assert found["shared"] < 1e-4
+            assert found["graphs"] == found["graphs, other prompt"] == 0.0, layout
+            assert found["replayed"] > 0
+            assert found["removed"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_compiled_blocks_share_tokens(name):
+    for outcome in on_mortal_ranks(RANKS, cases.compiled, name, {"ulysses": RANKS}, limit=120.0):
+        assert outcome.answer is not None, outcome.printed
+        assert max(outcome.answer.values()) < 1e-4, outcome.answer
+
+
+@pytest.mark.parametrize("kind", ["raise", "kill later", "sleep"])
+def test_a_rank_that_fails_at_any_stage_is_named_and_no_rank_hangs(kind):
+    with ThreadPoolExecutor(len(STAGES)) as threads:
+        runs = {
+            stage: threads.submit(on_mortal_ranks, 2, cases.failing_calls, "qwen_image", kind, 1, stage, limit=90.0)
+            for stage in STAGES
+        }
+    for stage, run in runs.items():
+        outcomes = run.result()
+        assert outcomes[0].answer is not None, outcomes[0].printed
+        other = outcomes[0].answer
+        told = other["first"] if "raised" in other["first"] else other["second"]
+        assert (told["raised"], told["rank"]) == ("RankFailedError", 1), told
+        assert told["signal"] == ("SIGKILL" if kind == "kill later" else None)
+        assert other["first"]["seconds"] < TIMEOUT + 10
