@@ -51,6 +51,6 @@ def test_a_rank_that_fails_at_any_stage_is_named_and_no_rank_hangs(kind):
         assert outcomes[0].answer is not None, outcomes[0].printed
         other = outcomes[0].answer
         told = other["first"] if "raised" in other["first"] else other["second"]
-        assert (told["raised"], told["rank"]) == ("RankFailedError", 1), told
+        assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, stage), told
         assert told["signal"] == ("SIGKILL" if kind == "kill later" else None)
         assert other["first"]["seconds"] < TIMEOUT + 10
