@@ -32,6 +32,7 @@ from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
+from pipeboost.distributed import busy
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
@@ -206,7 +207,7 @@ class Acceleration:
                 self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
                 self._ledger.record("kept prompts", self._prompts.clear)
             self._ledger.record("components", _weakly(self._undo_all_parts))
-            self._bind(pipe)
+            self._bind_on_all_ranks(pipe, "accelerate_pipeline")
             self._ledger.add_layer(pipe, "__call__", _weakly(self._run), order=_CALL_DOOR_ORDER)
             attach(pipe, "acceleration", self)
             self._ledger.record("pipe.acceleration", _weakly(self._detach))
@@ -347,7 +348,7 @@ class Acceleration:
         """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
         pipe = self._alive_pipe()
         device = self._follow_device(pipe)
-        self._bind(pipe)
+        self._bind_on_all_ranks(pipe, "open()")
         with self._opened(pipe, {}, device) as call, apart(call):
             yield call
 
@@ -395,7 +396,7 @@ class Acceleration:
             device = self._follow_device(pipe)
             team = self._team
             with contextlib.nullcontext() if team is None else team.watched(_weakly(self._stage_now)):
-                self._bind(pipe)
+                self._bind_on_all_ranks(pipe, "the call's start")
                 if team is None:
                     bound = signature.bind(pipe, *args, **kwargs)
                 else:
@@ -488,6 +489,28 @@ class Acceleration:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.MAIN_RANK
         self._team = None
 
+    def _bind_on_all_ranks(self, pipe: Any, doing: str) -> None:
+        """As `_bind`; an error on one rank is an error on all, and what was bound is stock again on all.
+
+        Raises:
+            Exception: what this rank has raised.
+            RankFailedError: another rank has raised something.
+        """
+        team = self._team
+        if team is None:
+            self._bind(pipe)
+            return
+        before = dict(self._parts)
+        with team.watched(lambda: doing):
+            try:
+                with team.all_or_none(doing):
+                    self._bind(pipe)
+            except BaseException:
+                for key in reversed(tuple(self._parts)):
+                    if self._parts[key] is not before.get(key):
+                        self._undo_part(key)
+                raise
+
     def _bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""
         models = self.plan.family.models(pipe)
@@ -522,7 +545,7 @@ class Acceleration:
         """Apply the plan to one component, features in the order that this module's docstring explains."""
         plan, compiled, team = self.plan, None, self._team
         graphs: Graphs | None = None
-        with Ledger() as ledger:
+        with Ledger() as ledger, contextlib.nullcontext() if team is None else team.telling():
             if denoiser and plan["attention"].on:
                 swap_attention(
                     obj,
@@ -546,7 +569,8 @@ class Acceleration:
             if denoiser and plan["graphs"].on:
                 graphs = capture_graphs(obj, plan["graphs"].settings, ledger, owner=self)
             if plan["offload"].on:
-                place(path, obj, plan["offload"].settings, plan.family, ledger)
+                with busy("placing weights"):
+                    place(path, obj, plan["offload"].settings, plan.family, ledger)
             if not path and self._prompts is not None:
                 reuse_prompts(obj, self._prompts, ledger)
             watch(path, obj, plan.family, ledger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from pipeboost.attention import refuse_stock_processors
 from pipeboost.config import ParallelConfig
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.distributed.agreement import agreed_arguments
+from pipeboost.distributed.all_or_none import AllOrNone
 from pipeboost.distributed.watch import watched
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family, text_encoder_sharding
+from pipeboost.families import Family, TensorSharding, text_encoder_sharding
 from pipeboost.hardware import device_of
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import (
@@ -64,8 +65,10 @@ class Team:
         self._shares_vae = shares_vae(layout, plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
+        self._all_or_none = AllOrNone(self.mesh, "accelerate_pipeline")
         try:
-            self._refuse_different_plans(plan)
+            with self.watched(lambda: "accelerate_pipeline"):
+                self._refuse_different_plans(plan)
         except BaseException:
             self.mesh.close()
             raise
@@ -83,6 +86,22 @@ class Team:
     def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
         return watched(self.mesh, stage=stage, timeout=self._layout.timeout)
+
+    @contextlib.contextmanager
+    def all_or_none(self, doing: str) -> Iterator[None]:
+        """Inside, an error on one rank is an error on all of them; inside `watched`, so that none waits for ever.
+
+        Raises:
+            Exception: what this rank has raised.
+            RankFailedError: another rank has raised something while it was `doing` this.
+        """
+        self._all_or_none = AllOrNone(self.mesh, doing)
+        with self._all_or_none():
+            yield
+
+    def telling(self) -> contextlib.AbstractContextManager[None]:
+        """Inside `all_or_none`, an error is told before anything is taken back, for which ranks may need each other."""
+        return self._all_or_none.telling()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
         """The arguments of a call that all ranks go on with.
@@ -108,7 +127,7 @@ class Team:
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None
-                shard_weights(obj, family.tensor, mesh.group("tensor"), ledger)
+                self._shard_weights(obj, family.tensor, ledger)
             if mesh.degree("cfg") > 1:
                 (share_branches if family.batched is None else share_batch)(obj, family, ledger)
             if self.across is not None:
@@ -127,7 +146,10 @@ class Team:
         if path in self.text_encoders:
             sharding = text_encoder_sharding(obj)
             assert sharding is not None
-            shard_weights(obj, sharding, mesh.group("tensor"), ledger)
+            self._shard_weights(obj, sharding, ledger)
+
+    def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
+        shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
 
     def refuse_stock_processors(self, model: Any) -> None:
         """Refuse attention processors that would see a rank's own tokens only.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from pipeboost.distributed.watch_ending import break_off
 from pipeboost.distributed.watch_guard import Guard
 from pipeboost.distributed.watch_mail import Mail, nothing_to_do
 from pipeboost.distributed.watch_progress import Progress
-from pipeboost.distributed.watch_records import Ended, Failure, Record, first_error, in_step
+from pipeboost.distributed.watch_records import Ended, Failure, Record, first_error, in_step, told_of
 from pipeboost.errors import PipeboostError
 
 _PAUSES = (0.05, 0.5)
@@ -89,7 +88,7 @@ class Watch:
                 self._find_out(error)
             own = error is not None and self.failure is None
             # What the call had opened is closed by now, so it cannot tell any more where it was.
-            told = _told(self.rank, self._told or self.where(), error) if own and error is not None else None
+            told = told_of(self.rank, self._told or self.where(), error) if own and error is not None else None
             self._ended = Ended(self.call, dict(self.progress.counts), self.progress.open, time.time(), told)
             self.inside = False
             if error is None:
@@ -208,11 +207,6 @@ class Watch:
                 f"the ranks of this pipeline are out of step since an earlier call failed ({self.failure.what}); "
                 "start the ranks again, or where all live call accelerate_pipeline again on every one"
             )
-
-
-def _told(rank: int, stage: str, error: BaseException) -> Failure:
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return Failure(rank, stage, f"rank {rank} raised {type(error).__name__} in {stage!r}", traceback=text)
 
 
 def _of_transport(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,12 @@ class Failure:
         return RankFailedError(
             self.what, rank=self.rank, stage=self.stage, signal=self.signal, traceback=self.traceback
         )
+
+
+def told_of(rank: int, stage: str, error: BaseException) -> Failure:
+    """What the other ranks are told of an exception."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return Failure(rank, stage, f"rank {rank} raised {type(error).__name__} in {stage!r}", traceback=text)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,14 @@ class ShardReport:
 _reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
 
 
-def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledger: Ledger) -> ShardReport:
+def shard_weights(
+    model: nn.Module,
+    sharding: TensorSharding,
+    group: Group,
+    ledger: Ledger,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> ShardReport:
     """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
 
     Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
@@ -52,6 +60,7 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
         sharding: of its family, or `families.text_encoder_sharding(model)`.
         group: the ranks of the mesh axis `tensor`; a group of one changes nothing.
         ledger: takes the inverse.
+        ready: called when this rank has found nothing against it, before it talks to the others; may raise.
 
     Raises:
         ConfigurationError: the size of the group does not divide the heads or a width.
@@ -67,6 +76,8 @@ def shard_weights(model: nn.Module, sharding: TensorSharding, group: Group, ledg
     def apply(inner: Ledger) -> None:
         layout = layout_of(model, sharding)
         layout.check(group.size)
+        if ready is not None:
+            ready()
         _refuse_different_weights(model, group)
         guards = Ledger()
         with guards:

@@ -1,0 +1,121 @@
+"""What the ranks run in `test_binding`: one of them cannot do to the pipeline what the others do."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeboost import ParallelConfig, accelerate_pipeline, acceleration
+from pipeboost.distributed import groups as groups_module
+from tests.distributed.failure_cases import outcome
+from tests.pipelines.tiny import TINY
+
+
+def fails_while_accelerating(name: str, rank: int, path: str, /, **layout: Any) -> dict[str, Any]:
+    """One rank fails at the component at `path`; what is left then, and what the next acceleration makes."""
+    entry = TINY[name]
+    pipe = entry.build()
+    before, classes = _surroundings(), _classes(pipe)
+    stock = _latents(entry, pipe)
+    with _failing(rank, path):
+        first = outcome(lambda: str(_accelerated(pipe, layout)))
+    left = {"surroundings": _surroundings() == before, "classes": _classes(pipe) == classes}
+    again = _difference(_latents(entry, pipe), stock)
+    _accelerated(pipe, layout)
+    ours = _difference(_latents(entry, pipe), stock)
+    pipe.acceleration.remove()
+    return {"first": first, "left": left, "stock": again, "next": ours, "end": _surroundings() == before}
+
+
+def fails_while_accelerating_anew(name: str, rank: int, first: Mapping[str, Any], second: Mapping[str, Any]) -> Any:
+    """One rank cannot have the second layout; what it raises, and the latents of the first one, which is back."""
+    entry = TINY[name]
+    pipe = entry.build()
+    stock = _latents(entry, pipe)
+    _accelerated(pipe, first)
+    with _failing(rank, "scheduler", only_first=True):
+        raised = outcome(lambda: str(_accelerated(pipe, second)))
+    degrees = pipe.acceleration.plan["parallel"].choice
+    difference = _difference(_latents(entry, pipe), stock)
+    pipe.acceleration.remove()
+    return raised, degrees, difference
+
+
+def fails_at_the_next_call(name: str, rank: int, path: str, /, **layout: Any) -> dict[str, Any]:
+    """After a call all ranks replace the denoiser, which one rank then cannot bind; the calls after that can."""
+    entry = TINY[name]
+    pipe = entry.build()
+    stock = _latents(entry, pipe)
+    _accelerated(pipe, layout)
+    mesh = pipe.acceleration._team.mesh
+    _latents(entry, pipe)
+    other = entry.build()
+    pipe.transformer, pipe.scheduler = other.transformer, other.scheduler
+    with _failing(rank, path):
+        refused = outcome(lambda: _latents(entry, pipe).mean().item())
+    classes = _classes(other)
+    difference = _difference(_latents(entry, pipe), stock)
+    same = pipe.acceleration._team.mesh is mesh
+    pipe.acceleration.remove()
+    left = _difference(_latents(entry, pipe), stock)
+    return {
+        "refused": refused,
+        "stock again": classes["transformer"] == _classes(entry.build())["transformer"],
+        "next": difference,
+        "same mesh": same,
+        "left": left,
+    }
+
+
+def dies_while_accelerating(name: str, rank: int, /, **layout: Any) -> dict[str, Any]:
+    """One rank is killed while it accelerates."""
+    with _failing(rank, "transformer", kill=True):
+        return outcome(lambda: str(_accelerated(TINY[name].build(), layout)))
+
+
+@contextmanager
+def _failing(rank: int, path: str, *, kill: bool = False, only_first: bool = False) -> Iterator[None]:
+    """Inside, one rank fails at the last thing that is done to the component at `path`."""
+    stock = acceleration.watch
+    failures = []
+
+    def watch(component: str, *args: Any) -> None:
+        if component == path and dist.get_rank() == rank and not (only_first and failures):
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            failures.append(component)
+            raise ValueError(f"boom on rank {rank}")
+        stock(component, *args)
+
+    acceleration.watch = watch
+    try:
+        yield
+    finally:
+        acceleration.watch = stock
+
+
+def _accelerated(pipe: Any, layout: Mapping[str, Any]) -> Any:
+    return accelerate_pipeline(pipe, parallel=ParallelConfig(**{"timeout": 10.0, **layout}))
+
+
+def _latents(entry: Any, pipe: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return entry.call(pipe, output_type="latent")
+
+
+def _difference(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    return float((ours - stock).abs().max())
+
+
+def _surroundings() -> tuple[set[str], list[str]]:
+    return set(groups_module._groups), [each.name for each in threading.enumerate() if "pipeboost" in each.name]
+
+
+def _classes(pipe: Any) -> dict[str, type]:
+    modules = {"": type(pipe), "transformer": type(pipe.transformer), "scheduler": type(pipe.scheduler)}
+    return modules | {name: type(module) for name, module in pipe.transformer.named_modules() if name}

@@ -1,0 +1,61 @@
+"""What one rank cannot do to a pipeline no rank has done to it: an error of one while they accelerate is one of all."""
+
+import time
+
+import pytest
+
+from tests.distributed import binding_cases
+from tests.distributed.failure_ranks import on_mortal_ranks
+from tests.distributed.ranks import on_ranks
+
+NAME = "flux_true_cfg"
+LAYOUTS = {"cfg": {"cfg": 2}, "weights": {"tensor": 2}}
+"""Of these, ranks that share weights talk to each other in between, and to take it back."""
+LIMIT = 3e-5
+"""What float32 sums in another order come to; the parity table has the figures by pipeline."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("rank", "path"), [(0, "transformer"), (1, "scheduler")])
+def test_an_error_on_one_rank_while_accelerating_leaves_all_ranks_stock_and_free_to_try_again(layout, rank, path):
+    answers = on_ranks(2, binding_cases.fails_while_accelerating, NAME, rank, path, **layout)
+    _assert_raised([answer["first"] for answer in answers], rank, "accelerate_pipeline")
+    for answer in answers:
+        assert answer["left"] == {"surroundings": True, "classes": True}
+        assert answer["stock"] == 0.0
+        assert answer["next"] <= (0.0 if "cfg" in layout else LIMIT)
+        assert answer["end"]
+
+
+def test_where_a_rank_cannot_have_the_new_acceleration_all_ranks_have_the_old_one_back():
+    answers = on_ranks(2, binding_cases.fails_while_accelerating_anew, NAME, 1, {"cfg": 2}, {"tensor": 2})
+    _assert_raised([raised for raised, *_ in answers], 1, "accelerate_pipeline")
+    assert [rest for _, *rest in answers] == [["cfg=2", 0.0]] * 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("rank", "path"), [(0, "transformer"), (1, "scheduler")])
+def test_a_component_that_one_rank_cannot_bind_at_the_next_call_ends_it_on_all_and_the_groups_stay(layout, rank, path):
+    answers = on_ranks(2, binding_cases.fails_at_the_next_call, NAME, rank, path, **layout)
+    _assert_raised([answer["refused"] for answer in answers], rank, "the call's start")
+    for answer in answers:
+        assert answer["stock again"]
+        assert answer["same mesh"]
+        assert answer["next"] <= (0.0 if "cfg" in layout else LIMIT)
+        assert answer["left"] == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_rank_that_is_killed_while_accelerating_is_named(layout):
+    started = time.monotonic()
+    outcomes = on_mortal_ranks(2, binding_cases.dies_while_accelerating, NAME, 1, **layout)
+    told = outcomes[0].answer
+    assert (told["raised"], told["rank"], told["signal"]) == ("RankFailedError", 1, "SIGKILL"), told
+    assert time.monotonic() - started < 30
+
+
+def _assert_raised(raised: list, rank: int, stage: str) -> None:
+    failed, other = raised[rank], raised[1 - rank]
+    assert (failed["raised"], failed["text"]) == ("ValueError", f"boom on rank {rank}"), failed
+    assert (other["raised"], other["rank"], other["stage"]) == ("RankFailedError", rank, stage), other
+    assert f"ValueError: boom on rank {rank}" in other["text"]
