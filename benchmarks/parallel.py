@@ -1,15 +1,18 @@
 """One denoising step on several GPUs: stock, stock's own context parallelism with compile, and ours; and the VAE.
 
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results [--parts smoke flux qwen vae]
+    torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results --parts flux --stock-parallel
 
 Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
 uses guidance, a quarter of a loop of four steps with both branches. What runs on one GPU runs on every rank at the
-same time. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in
+same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows are added to those that the day's file
+has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in
 every layout first, and compares their pictures with one GPU's.
 """
 
 import argparse
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -49,7 +52,9 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", default=["smoke", "flux", "qwen", "vae"], choices=("smoke", "vae", *MODELS)
     )
-    parser.add_argument("--no-stock-parallel", action="store_true", help="leave out Diffusers' context parallelism")
+    parser.add_argument(
+        "--stock-parallel", action="store_true", help="Diffusers' context parallelism, and nothing else"
+    )
     settings = parser.parse_args()
     settings.output.mkdir(parents=True, exist_ok=True)
     device = local_device()
@@ -63,7 +68,7 @@ def main() -> None:
         elif part == "vae":
             vae(device, results)
         else:
-            denoiser(part, device, results, stock_parallel=not settings.no_stock_parallel)
+            denoiser(part, device, results, stock_parallel=settings.stock_parallel)
         results.tell(f"{part} took {time.perf_counter() - began:.0f} s")
         gc.collect()
         torch.cuda.empty_cache()
@@ -85,6 +90,8 @@ class Results:
         }
         name = hardware.name.lower().replace("nvidia ", "").replace(" ", "-")
         self._path = folder / f"parallel_{everyone.size}x{name}_{self._content['date']}.json"
+        if self._path.exists():
+            self._content["rows"] = json.loads(self._path.read_text())["rows"]
 
     def add(self, **row: Any) -> None:
         """Note one row."""
@@ -134,7 +141,7 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
     count = results.ranks
     layouts: list[dict[str, int]] = [{"ulysses": count}, {"ring": count}]
     if branches == 2:
-        layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}, *layouts]
+        layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}]
 
     arguments = call_arguments(pipe, inputs, steps=STEPS) if branches == 2 else {}
 
@@ -163,6 +170,12 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
         return output
 
     with torch.no_grad():
+        if stock_parallel:
+            with _default_group():
+                pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=count))
+                pipe.transformer.compile_repeated_blocks(fullgraph=True)
+                add(f"stock, ulysses={count} and compile", step)
+            return
         stock = add("stock, 1 GPU", step).clone()
         with _accelerated(pipe, None, opened=branches == 1):
             add("ours, 1 GPU", step, stock)
@@ -170,12 +183,6 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
             with _accelerated(pipe, layout, opened=branches == 1, graphs=graphs):
                 add(f"ours, {named}{' and CUDA graphs' if graphs else ''}", step, stock)
-        if stock_parallel and branches == 1:
-            with _default_group():
-                config = diffusers.ContextParallelConfig(ulysses_degree=count)
-                pipe.transformer.enable_parallelism(config=config)
-                pipe.transformer.compile_repeated_blocks(fullgraph=True)
-                add(f"stock, ulysses={count} and compile", step, stock)
 
 
 def vae(device: torch.device, results: Results) -> None:
@@ -201,17 +208,28 @@ def vae(device: torch.device, results: Results) -> None:
 
     with torch.no_grad(), Ledger() as ledger:
         timing, stock = time_runs(decode, device, repeats=3, warm_ups=1)
-        results.add(part="vae", variant="stock, 1 GPU", ms=max(_everywhere(timing.median)), peak_gib=_peak(device))
+        stock_peak = _peak(device)
+        exact = copy.deepcopy(autoencoder).float().decode(latents.float(), return_dict=False)[0].cpu()
+
+        def error(output: torch.Tensor) -> float:
+            return float((output.float().cpu() - exact).norm() / exact.norm())
+
+        results.add(
+            part="vae",
+            variant="stock, 1 GPU",
+            ms=max(_everywhere(timing.median)),
+            peak_gib=stock_peak,
+            error_to_fp32=error(stock),
+        )
         parallelize_vae(autoencoder, family.autoencoder, ledger)
         with open_call(None, owner=None, mesh=mesh, device=device):
             timing, shared = time_runs(decode, device, repeats=3, warm_ups=1)
-        difference = float((shared - stock).float().norm() / stock.float().norm())
         results.add(
             part="vae",
             variant=f"ours, {results.ranks} GPUs",
             ms=max(_everywhere(timing.median)),
             peak_gib=_peak(device),
-            error_to_stock=difference,
+            error_to_fp32=error(shared),
         )
         ledger.undo()
     mesh.close()

@@ -32,14 +32,17 @@ def on_mortal_ranks(
     limit: float = 60.0,
     stuck: int | None = None,
     tcp: bool = False,
+    start: str = "forkserver",
     **kwargs: Any,
 ) -> list[Outcome]:
     """Run `function(*args, **kwargs)` on `count` ranks at once; how each ended. None is left when this returns.
 
     Rank `stuck` cannot end by itself: it is killed when the others have ended. With `tcp` rank 0 keeps the store.
+    Ranks that use a GPU `start` by `"spawn"`: what they import may have begun to use one, which no fork inherits.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preloaded"])
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["tests.distributed.preloaded"])
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         pipes, processes = [], []

@@ -1,12 +1,13 @@
 """Several ranks over NCCL: what one GPU computes, CUDA graphs with transfers in them, and failures that end on all."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from tests.distributed import failure_ranks
 from tests.distributed.failing_pipeline_cases import STAGES, TIMEOUT
-from tests.distributed.failure_ranks import on_mortal_ranks
 from tests.gpu import parallel_gpu_cases as cases
 
 RANKS = min(4, torch.cuda.device_count())
@@ -17,6 +18,7 @@ LAYOUTS = {
 }
 GUIDED = {2: [{"cfg": 2}], 4: [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}]}
 PIPELINES = {"flux": False, "qwen_image": True, "wan22_t2v": True, "hunyuan_video": False}
+on_mortal_ranks = functools.partial(failure_ranks.on_mortal_ranks, start="spawn")
 
 
 @pytest.mark.parametrize("name", PIPELINES)
