@@ -42,7 +42,16 @@ from pipeboost.offload import (
     unmovable_weights,
     weigh,
 )
-from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words, shares_text_encoders, tensor_degrees
+from pipeboost.parallel import (
+    Ranks,
+    beside_in_words,
+    bytes_on_other_ranks,
+    check_layout,
+    choose_layout,
+    layout_in_words,
+    shares_text_encoders,
+    tensor_degrees,
+)
 from pipeboost.seams import stock_class
 
 
@@ -257,7 +266,7 @@ def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, 
     considered: tuple[str, ...] = ()
     if given is not None:
         check_layout(given, ranks)
-        layout, why = given, "as asked for"
+        layout, why = given, "; ".join(filter(None, ("as asked for", beside_in_words(given))))
     elif family.prediction is None and family.batched is None and family.token_sharding is None:
         why = f"no family tells how ranks could share {facts.pipeline}; the {count} ranks work apart"
         return Decision("parallel", "off", why)
@@ -496,7 +505,8 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     return ModelFacts(
         pipeline=type(pipe).__name__,
         dtype=model.dtype,
-        weights=sum(component.nbytes for component in components),
+        weights=sum(component.nbytes for component in components)
+        + sum(bytes_on_other_ranks(module) for module in modules.values()),
         offloaded=stock_offload(pipe),
         components=components,
         device=device,

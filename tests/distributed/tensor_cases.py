@@ -327,3 +327,27 @@ def _fresh(value: Any, argument: str) -> Any:
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(torch.Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, value)
+
+
+def accelerated_again(name: str) -> dict[str, Any]:
+    """A pipeline accelerated again and again while its weights are split, in other layouts and the same.
+
+    Returns:
+        `"differences"`: of each layout to one rank, the last one of stock to stock; `"weights"`: that the plan weighs.
+    """
+    from pipeboost import ParallelConfig, accelerate_pipeline
+    from pipeboost.plan import facts_of
+
+    entry = TINY[name]
+    pipe = entry.build()
+    family = family_of(pipe)
+    results, weights = [], []
+    with torch.no_grad():
+        stock = entry.call(pipe)
+        for layout in ({"tensor": 2}, {"tensor": 2}, {"ulysses": 2}, {"tensor": 2}):
+            accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
+            weights.append(facts_of(pipe, family, torch.device("cpu")).weights)
+            results.append(entry.call(pipe))
+        pipe.acceleration.remove()
+        results.append(entry.call(pipe))
+    return {"differences": [float((each - stock).abs().max()) for each in results], "weights": weights}

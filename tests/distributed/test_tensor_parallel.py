@@ -106,6 +106,14 @@ def test_what_split_weights_cannot_do_raises_one_sentence_with_the_way_out_and_c
         assert "before accelerate_pipeline()" in said["lora"]
 
 
+def test_a_pipeline_is_accelerated_again_while_its_weights_are_split():
+    for found in on_ranks(2, tensor_cases.accelerated_again, "qwen_image"):
+        *shared, removed = found["differences"]
+        assert max(shared) < 1e-4
+        assert removed == 0.0
+        assert len(set(found["weights"])) == 1
+
+
 def test_a_lora_is_refused_before_anything_is_changed_and_works_once_fused():
     for result in on_ranks(2, tensor_cases.lora, "loaded"):
         assert re.search(r"attn\.to_q of FluxTransformer2DModel has a LoRA.*pipe\.fuse_lora\(\)", result["said"])

@@ -6,13 +6,15 @@ from pipeboost.parallel.branches import apart, callback_apart, settle_branches, 
 from pipeboost.parallel.first_step import check_first_step
 from pipeboost.parallel.layout import (
     Ranks,
+    beside_in_words,
     check_layout,
     choose_layout,
     layout_in_words,
     shares_text_encoders,
     shares_vae,
 )
-from pipeboost.parallel.tensor import shard_weights, tensor_degrees
+from pipeboost.parallel.stops import agree_on_interrupts, agree_on_stops
+from pipeboost.parallel.tensor import bytes_on_other_ranks, shard_weights, tensor_degrees
 from pipeboost.parallel.tensor_guards import guard_pipeline
 from pipeboost.parallel.tokens import shard_tokens
 from pipeboost.parallel.vae import parallelize_vae
@@ -20,7 +22,11 @@ from pipeboost.parallel.vae import parallelize_vae
 __all__ = [
     "AcrossRanks",
     "Ranks",
+    "agree_on_interrupts",
+    "agree_on_stops",
     "apart",
+    "beside_in_words",
+    "bytes_on_other_ranks",
     "callback_apart",
     "check_first_step",
     "check_layout",

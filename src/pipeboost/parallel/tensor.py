@@ -30,11 +30,13 @@ class ShardReport:
         whole_bytes: size of the split weights when they were whole.
         own_bytes: size of this rank's share of them.
         left: path and reason, for layers that could be split and stay whole on every rank.
+        degrees: that the whole model allows.
     """
 
     whole_bytes: int
     own_bytes: int
     left: tuple[tuple[str, str], ...]
+    degrees: tuple[int, ...]
 
 
 _reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
@@ -68,7 +70,7 @@ def shard_weights(
             ranks have different weights; the model is shared with a pipeline that splits it otherwise.
     """
     if group.size == 1:
-        return ShardReport(0, 0, ())
+        return ShardReport(0, 0, (), ())
 
     # The ledger of a shared change must not keep its model alive.
     reference = weakref.ref(model)
@@ -99,7 +101,7 @@ def shard_weights(
                 _reports.pop(joined, None)
 
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left)
+        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left, layout.degrees)
 
     try:
         ledger.share(model, "tensor parallel", (group.size, group.name), apply)
@@ -114,12 +116,19 @@ def shard_weights(
 
 
 def tensor_degrees(model: nn.Module, sharding: TensorSharding) -> tuple[int, ...]:
-    """The degrees of tensor parallelism above 1 that the heads and widths of a model allow.
+    """The degrees of tensor parallelism above 1 that the heads and widths of a model, split or whole, allow.
 
     Raises:
         UnsupportedError: its weights cannot be split at all.
     """
-    return layout_of(model, sharding).degrees
+    report = _reports.get(model)
+    return layout_of(model, sharding).degrees if report is None else report.degrees
+
+
+def bytes_on_other_ranks(model: nn.Module) -> int:
+    """How much of a model's weights is on other ranks alone."""
+    report = _reports.get(model)
+    return 0 if report is None else report.whole_bytes - report.own_bytes
 
 
 def bytes_per_rank(model: nn.Module, sharding: TensorSharding, degree: int) -> int:
