@@ -40,6 +40,7 @@ class Call:
         decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
             do not show; a forward that is replayed is one with the same decisions.
         resources: closed when the call ends, whether it returns or raises.
+        of_several_ranks: whether other ranks work on the same sample, also where `mesh` is None for a while.
         rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
     """
 
@@ -66,6 +67,7 @@ class Call:
         self.resources = contextlib.ExitStack()
         self.rebind: Callable[[], None] = _nothing
         self._scheduler = getattr(pipe, "scheduler", None)
+        self.of_several_ranks = mesh is not None and mesh.control.size > 1
         self._cancelled = threading.Event()
 
     def has(self, feature: str) -> bool:
@@ -80,13 +82,25 @@ class Call:
             self.rebind()
 
     def cancel(self) -> None:
-        """Make the call raise `Cancelled` at its next step; may be called from any thread."""
+        """Make the call raise `Cancelled` at its next step; may be called from any thread.
+
+        Where several ranks run it, one of them is enough: all raise at the same step, a step or two later.
+        """
         self._cancelled.set()
 
+    @property
+    def is_to_be_cancelled(self) -> bool:
+        """Whether someone asked for it, on this rank."""
+        return self._cancelled.is_set()
+
     def raise_if_cancelled(self) -> None:
-        """Raise `Cancelled` if someone asked for it."""
-        if self._cancelled.is_set():
-            raise Cancelled(f"the call was cancelled after step {self.step}")
+        """Raise `Cancelled` if someone asked for it; of several ranks none does so alone."""
+        if self.is_to_be_cancelled and not self.of_several_ranks:
+            raise self.cancelled()
+
+    def cancelled(self) -> Cancelled:
+        """What a cancelled call raises."""
+        return Cancelled(f"the call was cancelled after step {self.step}")
 
 
 def _nothing() -> None:
