@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from pipeboost.attention import refuse_stock_processors
 from pipeboost.config import ParallelConfig
@@ -24,6 +23,8 @@ from pipeboost.hardware import device_of
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import (
     AcrossRanks,
+    agree_on_interrupts,
+    agree_on_stops,
     callback_apart,
     check_first_step,
     guard_pipeline,
@@ -111,8 +112,7 @@ class Team:
         """
         bound = agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
         callback = bound.arguments.get("callback_on_step_end")
-        # Scripts look at the class of Diffusers' own callbacks, which make no forwards.
-        if callable(callback) and not isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        if callable(callback):
             bound.arguments["callback_on_step_end"] = callback_apart(callback)
         return bound
 
@@ -134,11 +134,14 @@ class Team:
                 shard_tokens(obj, family, ledger)
         if not path and mesh.degree("tensor") > 1:
             guard_pipeline(obj, mesh.group("tensor"), ledger)
+        if not path:
+            agree_on_interrupts(obj, ledger)
         if not path and not mesh.main:
             _hide_progress_bar(obj, ledger)
         if path == "scheduler":
             settle_branches(obj, ledger)
             check_first_step(obj, ledger)
+            agree_on_stops(obj, ledger)
         if path and path == family.guider:
             settle_branches(obj, ledger, door="__call__")
         if path == "vae" and self._shares_vae:

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from pipeboost import accelerate_pipeline
+from pipeboost import Stage, accelerate_pipeline
+from pipeboost.call import open_call
 from pipeboost.config import ParallelConfig
+from pipeboost.distributed import DisagreementError, Mesh, checked_latents
 from pipeboost.distributed import groups as groups_module
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import family_of
+from pipeboost.ledger import Ledger
+from pipeboost.parallel import share_branches
 from tests.pipelines.tiny import TINY
 
 
@@ -112,3 +119,117 @@ def progress_of_a_copy(name: str, /, **layout: Any) -> list[dict[str, Any]]:
     during = dict(getattr(view, "_progress_bar_config", {}))
     pipe.acceleration.remove()
     return [during, dict(getattr(view, "_progress_bar_config", {}))]
+
+
+class Forwards(PipelineCallback):
+    """A callback of Diffusers' kind that runs the denoiser, and keeps in itself what came out."""
+
+    tensor_inputs = ["latents"]  # noqa: RUF012 - as Diffusers has it
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.count = 0
+        self.seen: list[torch.Tensor] = []
+
+    def callback_fn(self, pipeline: Any, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]) -> Any:
+        self.count += 1
+        self.seen.append(pipeline.transformer(**copy.deepcopy(self.inputs))[0].clone())
+        return callback_kwargs
+
+
+class ForwardStage(Stage):
+    """A stage of the user's that runs the denoiser."""
+
+    def __init__(self, pipe: Any, inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.inputs = inputs
+        self.seen: list[torch.Tensor] = []
+
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        self.seen.append(self.pipe.transformer(**copy.deepcopy(self.inputs))[0].clone())
+        return values
+
+
+def differences_with_a_callback_of_diffusers(name: str, several: bool, /, **layout: Any) -> list[float]:
+    """As `callback_differences`, with a callback that has Diffusers' class, or several of them in one."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+
+    def run() -> list[torch.Tensor]:
+        callback = Forwards(inputs)
+        given = MultiPipelineCallbacks([callback]) if several else callback
+        latents = entry.call(pipe, output_type="latent", callback_on_step_end=given)
+        assert callback.count == len(callback.seen) > 1
+        return [latents, *callback.seen]
+
+    with torch.no_grad():
+        stock = run()
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+        ours = run()
+        pipe.acceleration.remove()
+    return [float((ours - stock).abs().max()) for ours, stock in zip(ours, stock, strict=True)]
+
+
+def differences_with_stages_that_run_the_denoiser(name: str, /, **layout: Any) -> list[float]:
+    """Largest differences to stock's of the latents, and of what each stage saw, around the denoising."""
+    entry = TINY[name]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    with torch.no_grad():
+        expected = pipe.transformer(**copy.deepcopy(inputs))[0]
+        stock = entry.call(pipe, output_type="latent")
+        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout))
+        before, after = ForwardStage(pipe, inputs), ForwardStage(pipe, inputs)
+        pipe.acceleration.add_stage("one", before, after="text encoding")
+        pipe.acceleration.add_stage("two", after, after="denoising")
+        ours = entry.call(pipe, output_type="latent")
+        pipe.acceleration.remove()
+    seen = [*before.seen, *after.seen]
+    assert len(seen) > 1
+    return [float((ours - stock).abs().max()), *(float((each - expected).abs().max()) for each in seen)]
+
+
+def early_reading() -> dict[str, Any]:
+    """Two forwards of a step, of which the script reads the first before it makes the second."""
+    entry = TINY["flux_true_cfg"]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    with torch.no_grad():
+        stock = pipe.transformer(**copy.deepcopy(inputs))[0]
+        mesh, ledger = Mesh({"cfg": 2}, device=torch.device("cpu")), Ledger()
+        share_branches(pipe.transformer, family_of(pipe), ledger)
+        with open_call(pipe, owner=None, mesh=mesh):
+            first = pipe.transformer(**copy.deepcopy(inputs))[0]
+            early = first + 0
+            pipe.transformer(**copy.deepcopy(inputs))
+        found = {"early": bool(early.isnan().all()), "filled": float((first - stock).abs().max()), "refused": ""}
+        try:
+            checked_latents(mesh, early)
+        except DisagreementError as error:
+            found["refused"] = str(error)
+        ledger.undo()
+        mesh.close()
+    return found
+
+
+def odd_prediction() -> str:
+    """What a denoiser is told that computes in another dtype than its latents have."""
+    entry = TINY["flux_true_cfg"]
+    pipe = entry.build()
+    inputs = entry.forward_inputs(pipe)
+    mesh, ledger = Mesh({"cfg": 2}, device=torch.device("cpu")), Ledger()
+    share_branches(pipe.transformer, family_of(pipe), ledger)
+    pipe.transformer.register_forward_hook(lambda _, args, output: (output[0].double(),))
+    try:
+        with torch.no_grad(), open_call(pipe, owner=None, mesh=mesh):
+            for _ in range(2):
+                pipe.transformer(**{**copy.deepcopy(inputs), "return_dict": False})
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        ledger.undo()
+        mesh.close()
+    return "accepted"

@@ -10,7 +10,11 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.team_cases import (
     callback_differences,
     differences_of_two_pipelines_with_one_transformer,
+    differences_with_a_callback_of_diffusers,
+    differences_with_stages_that_run_the_denoiser,
+    early_reading,
     left_by_a_dropped_pipeline,
+    odd_prediction,
     opened_difference,
     progress_of_a_copy,
     refused,
@@ -45,6 +49,30 @@ def test_a_forward_outside_a_script_is_no_guidance_branch_so_that_every_rank_has
 
 def test_a_forward_in_a_callback_is_no_guidance_branch_so_that_every_rank_has_its_result():
     assert on_ranks(2, callback_differences, "flux_true_cfg", cfg=2) == [[0.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_a_forward_in_a_callback_of_diffusers_own_class_is_no_guidance_branch(several):
+    found = on_ranks(2, differences_with_a_callback_of_diffusers, "flux_true_cfg", several, cfg=2)
+    assert found == [[0.0] * 3, [0.0] * 3]
+
+
+def test_a_forward_in_a_stage_of_the_users_is_no_guidance_branch():
+    found = on_ranks(2, differences_with_stages_that_run_the_denoiser, "flux_true_cfg", cfg=2)
+    assert found[0] == found[1] == [0.0] * len(found[0])
+
+
+def test_a_script_that_reads_a_prediction_before_the_other_ranks_have_sent_it_gets_nan_and_is_found_out():
+    first, second = on_ranks(2, early_reading)
+    assert (first["early"], second["early"]) == (False, True)
+    assert first["filled"] == second["filled"] == 0.0
+    assert all("the latents of rank 1 are not those of rank 0" in found["refused"] for found in (first, second))
+
+
+def test_predictions_of_another_dtype_than_the_latents_are_refused_in_a_sentence():
+    for found in on_ranks(2, odd_prediction):
+        assert "the transformer returned" in found
+        assert "of torch.float64; give it latents of the dtype" in found
 
 
 def test_a_pipeline_that_is_dropped_takes_the_groups_of_its_ranks_along():

@@ -1,10 +1,11 @@
 """CFG-parallel: of the calls that a step makes to its denoiser, each rank computes its own and is given the others.
 
-The script runs on every rank as it is. A call that is another rank's returns at once, with memory that nothing has been
-written to yet; once the ranks have computed a call each, what they computed goes to all of them, into that memory.
-Until then the script only indexes or slices what it was given. Where a step makes no further call, as without
-guidance, the memory is filled before `scheduler.step` reads it. A step's formula then runs on every rank, on the same
-numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out the same to the bit.
+The script runs on every rank as it is. A call that is another rank's returns at once, with memory full of NaN; once
+the ranks have computed a call each, what they computed goes to all of them, into that memory. Until then a script only
+indexes or slices what it was given. One that reads it has NaN in its latents, which nobody takes for a result. Where a
+step makes no further call, as without guidance, the memory is filled before `scheduler.step` reads it. A step's formula
+then runs on every rank, on the same numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out the
+same to the bit.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from pipeboost.call import Call, current_call
 from pipeboost.errors import UnsupportedError
 from pipeboost.families import Family
 from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.seams import disguised_subclass, stock_class
 
 # Outside all that a forward does, so that a call left to another rank does none of it.
 _FORWARD_ORDER = 0.0
@@ -73,7 +75,15 @@ def apart(call: Call) -> Iterator[None]:
 
 
 def callback_apart(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a callback of the script: forwards that it makes are its own."""
+    """The same for a callback of the script: forwards that it makes are its own.
+
+    Scripts look at the class of Diffusers' own callbacks, so one of them has a twin of its class, and of its state.
+    """
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        kind: Any = type(callback)
+        twin = object.__new__(_apart_class(kind))
+        twin.__dict__ = vars(callback)
+        return twin
 
     @functools.wraps(callback)
     def call_apart(*args: Any, **kwargs: Any) -> Any:
@@ -82,6 +92,16 @@ def callback_apart(callback: Callable[..., Any]) -> Callable[..., Any]:
             return callback(*args, **kwargs)
 
     return call_apart
+
+
+@functools.cache
+def _apart_class(cls: Any) -> Any:
+    def call_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        with contextlib.nullcontext() if call is None else apart(call):
+            return cls.__call__(self, *args, **kwargs)
+
+    return disguised_subclass(cls, {"__call__": call_apart})
 
 
 def _forward(
@@ -101,7 +121,7 @@ def _forward(
         result = call_next(*args, **kwargs)
         waiting.append(_laid_out(result[0], prediction(owner, torch.empty_like(states, device="meta"))))
     else:
-        empty = prediction(owner, states)
+        empty = prediction(owner, states).fill_(float("nan"))
         result = (empty,) if as_tuple else Transformer2DModelOutput(sample=empty)
         waiting.append(empty)
     if len(waiting) == group.size:
@@ -130,7 +150,12 @@ def _fill(call: Call) -> None:
 
 def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
-    assert (result.shape, result.dtype) == (like.shape, like.dtype), (result.shape, result.dtype, like)
+    if (result.shape, result.dtype) != (like.shape, like.dtype):
+        raise UnsupportedError(
+            f"cfg-parallel expects predictions like hidden_states, {tuple(like.shape)} of {like.dtype}, and the "
+            f"transformer returned {tuple(result.shape)} of {result.dtype}; give it latents of the dtype that it "
+            "computes in, or use ParallelConfig(cfg=1)"
+        )
     strides = zip(result.stride(), like.stride(), result.shape, strict=True)
     if all(own == expected for own, expected, size in strides if size > 1):
         return result

@@ -17,6 +17,7 @@ from torch.nn import Module
 from pipeboost.call import Call, current_call
 from pipeboost.errors import PipeboostError
 from pipeboost.families import StageDoor
+from pipeboost.parallel import apart
 from pipeboost.seams import Layer, stock_class
 from pipeboost.stages.composition import FRAMES, Composition, Slot
 from pipeboost.stages.ranks import on_ranks
@@ -111,7 +112,8 @@ def _run_user_stage(call: Call, stage: Stage, values: Values, more: Callable[[],
 
     def work() -> tuple[Values, Any]:
         call.state[COMPOSITION].load(stage)
-        result = stage.run(dict(verified(stage, stage.name, "input", values)))
+        with apart(call):
+            result = stage.run(dict(verified(stage, stage.name, "input", values)))
         if not isinstance(result, dict):
             raise PipeboostError(
                 f"stage {stage.name!r} returned {type(result).__name__}; run() must return its values as a dict"
