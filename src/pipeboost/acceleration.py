@@ -20,7 +20,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
 from pipeboost.distributed import busy
-from pipeboost.errors import PipeboostError, UnsupportedError
+from pipeboost.errors import PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
@@ -45,18 +45,22 @@ from pipeboost.reuse import PromptReuse, reuse_prompts
 from pipeboost.seams import attach, stock_class
 from pipeboost.stages import (
     COMPOSITION,
+    ERRANDS,
     RECORDER,
     TEXT_ENCODING,
     TRAJECTORY_ARGUMENT,
     TURN,
     WHOLE_CALL,
     Composition,
+    Errands,
     FinishedCall,
     Progress,
     Recorder,
     Report,
+    Serving,
     Stage,
     StageParallelism,
+    asking,
     current_turn,
     follow_trajectory,
     latest_after,
@@ -76,6 +80,8 @@ P = TypeVar("P")
 _CALL_DOOR_ORDER = -1000.0
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
+_listed: ContextVar[tuple[inspect.BoundArguments, ...] | None] = ContextVar("pipeboost_listed", default=None)
+"""The arguments of all requests, in a thread that runs one of a list on a mesh with ranks beside it."""
 _call_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _call_locks_lock = threading.Lock()
 
@@ -200,6 +206,7 @@ class Acceleration:
         self._removed = False
         self._prompts: PromptReuse | None = None
         self._team: Team | None = None
+        self._list_runs = False
         with self._ledger:
             self._ledger.record("ranks", _weakly(self._leave_team))
             self._join_team(pipe, plan)
@@ -277,9 +284,10 @@ class Acceleration:
     def run_many(self, requests: Sequence[Mapping[str, Any]], *, overlap: bool = True) -> Iterator[Any]:
         """Run `pipe(**request)` for each request and yield what they return, in order.
 
-        While two denoise, the text of the next is encoded and the previous is decoded. The results are those of one
-        call after the other, to the bit. They do run one after the other where that would not hold (a request without a
-        `generator` of its own), and where components are offloaded. After each output `report()` is of its request.
+        While two denoise, the text of the next is encoded and the previous is decoded; where ranks are beside a mesh,
+        they do that while the mesh denoises one. The results are those of one call after the other, to the bit. They do
+        run one after the other where that would not hold (a request without a `generator` of its own), where components
+        are offloaded, and on several ranks with none beside them. After each output `report()` is of its request.
 
         Args:
             requests: arguments of each call.
@@ -290,15 +298,117 @@ class Acceleration:
                 it are not run.
         """
         pipe = self._alive_pipe()
-        alone = self.plan["offload"].on or self._team is not None
+        team, here = self._team, not self._removed and id(self) not in _paused.get()
+        if overlap and here and team is not None and team.beside is not None and self._overlaps_beside(pipe, requests):
+            yield from self._run_beside(pipe, requests)
+            return
+        alone = self.plan["offload"].on or team is not None
         together = overlap and len(requests) > 1 and not alone and one_by_one(requests) is None
-        if not together or self._removed or id(self) in _paused.get():
+        if not together or not here:
             for request in requests:
                 yield pipe(**request)
             return
         for output, finished in overlapped(pipe, requests, with_what_finished, self._cancel_turns):
             self._finished = finished or self._finished
             yield output
+
+    def _overlaps_beside(self, pipe: Any, requests: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these requests overlap on a mesh with ranks beside it, as the first rank says."""
+        team = self._team
+        assert team is not None
+        self._require_no_list()
+        self._follow_device(pipe)
+        against = {
+            "there is only one": len(requests) < 2,
+            "components are offloaded": self.plan["offload"].on,
+            "ranks exchange something in a stage outside the loop": self.stages.meets_outside_the_loop,
+            "ranks ask each other after each callback whether one has interrupted the call": any(
+                request.get("callback_on_step_end") is not None for request in requests
+            ),
+        }
+        reason = next((words for words, holds in against.items() if holds), one_by_one(requests))
+        with team.watched(_weakly(self._stage_now)):
+            return team.agreed_to_overlap(len(requests), reason)
+
+    def _run_beside(self, pipe: Any, requests: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+        """`run_many` on a mesh with ranks beside it: one loop at a time, so that all ranks go through them alike."""
+        team, signature, failure = self._team, _signature(stock_class(pipe)), None
+        assert team is not None
+        assert team.beside is not None
+        self._list_runs = True
+        try:
+            with team.watched(_weakly(self._stage_now)):
+                self._bind_on_all_ranks(pipe, "the start of run_many")
+                given = [_without_trajectory(signature, request)[0] for request in requests]
+                bound = [team.agreed(signature, pipe, (), request) for request in given]
+                if team.mesh is None:
+                    failure = yield from self._served(pipe, bound)
+                else:
+                    with asking(team.beside):
+                        yield from self._asked(pipe, requests, bound)
+        finally:
+            self._list_runs = False
+        if failure is not None:
+            raise failure
+
+    def _asked(
+        self, pipe: Any, requests: Sequence[Mapping[str, Any]], bound: Sequence[inspect.BoundArguments]
+    ) -> Iterator[Any]:
+        """The results of requests on a rank of the mesh."""
+
+        def run(view: Any, request: Mapping[str, Any]) -> Any:
+            token = _listed.set(tuple(bound))
+            try:
+                return with_what_finished(view, request)
+            finally:
+                _listed.reset(token)
+
+        results = overlapped(pipe, requests, run, self._cancel_turns, at_once=1, together=True)
+        for output, finished in results:
+            self._finished = finished or self._finished
+            try:
+                yield output
+            except GeneratorExit:  # on every rank; the requests that are under way come to their end
+                results.close()
+                return
+
+    def _served(self, pipe: Any, bound: Sequence[inspect.BoundArguments]) -> Generator[Any, None, Exception | None]:
+        """The results of requests on a rank beside, and what one of them raised on the mesh."""
+        team, device = self._team, self._follow_device(pipe)
+        assert team is not None
+        assert team.beside is not None
+        serving = Serving(team.beside)
+        thread = threading.Thread(target=self._serve, args=(pipe, device, serving), name="pipeboost serving")
+        thread.start()
+        try:
+            for position, each in enumerate(bound):
+                try:
+                    result = serving.outcome(position, dict(each.arguments), alone=False)
+                except RankFailedError:
+                    raise
+                except Exception as error:
+                    return error
+                try:
+                    yield result
+                except GeneratorExit:
+                    break
+            return None
+        finally:
+            thread.join()
+
+    def _serve(self, pipe: Any, device: torch.device, serving: Serving) -> None:
+        """Do what a mesh asks of a rank beside it, until it is done."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with self._opened(pipe, {}, device) as call, call.state[RECORDER].span(WHOLE_CALL):
+            serving.run(call)
+        self._finished = latest_after(call, self._finished)
+
+    def _require_no_list(self) -> None:
+        if self._list_runs:
+            raise PipeboostError(
+                "run_many is under way on these ranks, so that no other call has its turn; take its last output first"
+            )
 
     def warm_up(self, **call: Any) -> None:
         """Run `pipe(**call)` without reporting it, so that what comes after is compiled and loaded."""
@@ -386,25 +496,33 @@ class Acceleration:
         if self._removed or id(self) in _paused.get():
             with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
+        # On a rank beside, what the mesh has raised is raised out here: it is no error of this rank.
+        return self._result_of(call_next, pipe, args, kwargs)()
+
+    def _result_of(
+        self, call_next: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[], Any]:
+        """Make a call; what comes of it, returned or raised."""
         cancellations = self._cancellations
         with _alone_with(pipe):
             if self._removed:  # while this call waited
-                return self._run(call_next, pipe, *args, **kwargs)
+                return functools.partial(self._run, call_next, pipe, *args, **kwargs)
             signature = _signature(stock_class(pipe))
-            trajectory_is_ours = TRAJECTORY_ARGUMENT not in signature.parameters
-            wants_trajectory = trajectory_is_ours and kwargs.pop(TRAJECTORY_ARGUMENT, False)
+            kwargs, wants_trajectory = _without_trajectory(signature, kwargs)
             device = self._follow_device(pipe)
             team = self._team
-            with contextlib.nullcontext() if team is None else team.watched(_weakly(self._stage_now)):
-                self._bind_on_all_ranks(pipe, "the call's start")
-                if team is None:
-                    bound = signature.bind(pipe, *args, **kwargs)
-                else:
-                    bound = team.agreed(signature, pipe, args, kwargs)
+            with self._agreed(pipe, signature, args, kwargs) as bound:
+                if team is not None:
                     args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
                 arguments = dict(bound.arguments)
-                with self._opened(pipe, arguments, device) as call:
+                if team is not None and team.beside is not None and team.mesh is None:
+                    serving = Serving(team.beside)
+                    self._serve(pipe, device, serving)
+                    return lambda: serving.outcome(0, arguments, alone=True)
+                with self._errands(arguments) as errands, self._opened(pipe, arguments, device) as call:
+                    if errands is not None:
+                        call.state[ERRANDS] = errands
                     if self._cancellations != cancellations:  # while this call waited
                         call.cancel()
                     call.raise_if_cancelled()
@@ -413,8 +531,47 @@ class Acceleration:
                     trajectory = follow_trajectory(call) if wants_trajectory else None
                     with call.state[RECORDER].span(WHOLE_CALL):
                         result = call_next(*args, **kwargs)
+                    if trajectory is not None:
+                        result = with_trajectory(result, trajectory)
+                    if errands is not None:
+                        errands.returned(result)
         self._finished = latest_after(call, self._finished)
-        return result if trajectory is None else with_trajectory(result, trajectory)
+        return lambda: result
+
+    @contextlib.contextmanager
+    def _agreed(
+        self, pipe: Any, signature: inspect.Signature, args: Any, kwargs: Any
+    ) -> Iterator[inspect.BoundArguments]:
+        """The arguments of a call, which its ranks agree on; inside, they watch each other."""
+        team, listed, turn, outer = self._team, _listed.get(), current_turn(), current_call()
+        if team is not None and listed is not None and turn is not None and outer is None:
+            # One of a list, which is watched as a whole, and whose ranks have agreed on all of it.
+            self._bind(pipe)
+            bound = listed[turn.position]
+            yield signature.bind(pipe, *bound.args[1:], **bound.kwargs)
+            return
+        if team is not None and team.beside is not None:
+            self._require_no_list()
+            if outer is not None and ERRANDS in outer.state:
+                raise UnsupportedError(
+                    "a call inside a call has no ranks beside it, which are at the outer one; make it afterwards, or "
+                    "use ParallelConfig(beside=0)"
+                )
+        with contextlib.nullcontext() if team is None else team.watched(_weakly(self._stage_now)):
+            self._bind_on_all_ranks(pipe, "the call's start")
+            yield signature.bind(pipe, *args, **kwargs) if team is None else team.agreed(signature, pipe, args, kwargs)
+
+    @contextlib.contextmanager
+    def _errands(self, arguments: dict[str, Any]) -> Iterator[Errands | None]:
+        """What ranks beside the mesh do for a call; None where there are none."""
+        beside = None if self._team is None else self._team.beside
+        if beside is None:
+            yield None
+            return
+        turn = None if _listed.get() is None else current_turn()
+        errands = Errands(beside, 0 if turn is None else turn.position, alone=turn is None)
+        with contextlib.nullcontext() if turn is not None else asking(beside), errands.request(arguments):
+            yield errands
 
     @contextlib.contextmanager
     def _opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
@@ -481,10 +638,12 @@ class Acceleration:
             self._team = Team(pipe, plan)
             if self._team.text_encoders and TEXT_ENCODING in self.stages:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
+            self.stages.work_beside(beside=self._team.beside is not None)
 
     def _leave_team(self) -> None:
         if self._team is not None:
             self._team.leave()
+            self.stages.work_beside(beside=False)
             if self._team.text_encoders and TEXT_ENCODING in self.stages:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.MAIN_RANK
         self._team = None
@@ -612,6 +771,14 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
         return target(*args, **kwargs)
 
     return call
+
+
+def _without_trajectory(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A call's arguments without the one that is ours, and what that said."""
+    if TRAJECTORY_ARGUMENT in signature.parameters:
+        return dict(kwargs), False
+    rest = dict(kwargs)
+    return rest, rest.pop(TRAJECTORY_ARGUMENT, False)
 
 
 @functools.cache

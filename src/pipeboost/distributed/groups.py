@@ -21,6 +21,7 @@ from pipeboost.distributed.waiting import Transfer, finish
 
 LIMIT = timedelta(minutes=30)
 """When torch's own backends give up; `waiting` gives up long before."""
+_FOR_EVER = timedelta(days=365)
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -97,12 +98,18 @@ class Group:
         ranks = [rank for _, rank in sent], [rank for _, rank in received]
         return Pending(Transfer(works, self, *ranks, f"exchange on {device}"))
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Write the contiguous tensor of rank `source` of the group into the others' in place."""
+    def broadcast(self, tensor: torch.Tensor, source: int, *, whenever: bool = False) -> None:
+        """Write the contiguous tensor of rank `source` of the group into the others' in place.
+
+        Args:
+            whenever: it may come at any time, so that waiting for it is no sign of trouble. CPU groups only.
+        """
         if self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
-            finish(self.backend.broadcast([tensor], options), self, "broadcast")
+            if whenever:
+                options.timeout = _FOR_EVER
+            finish(self.backend.broadcast([tensor], options), self, "broadcast", whenever=whenever)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """What rank `source` of the group has, on all of them; anything that can be pickled. CPU groups only."""

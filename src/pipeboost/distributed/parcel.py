@@ -86,9 +86,13 @@ def tensors_in(content: bytes) -> list[TensorFacts]:
     return facts
 
 
-def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known) -> Any:
-    """The value that was packed, made of the tensors that have arrived and of this rank's own objects."""
-    return _Unpacker(io.BytesIO(pickle.loads(content)[1]), tensors, known).load()
+def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
+    """The value that was packed, made of the tensors that have arrived and of this rank's own objects.
+
+    A generator arrives as a new one in the same state; it, and a `torch.device` itself, are of this rank's `device`
+    where they came from a device of its type.
+    """
+    return _Unpacker(io.BytesIO(pickle.loads(content)[1]), tensors, known, device).load()
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,11 @@ class _Packer(pickle.Pickler):
         place = self._known.place(obj)
         if place is not None:
             return ("known", place, self._place(obj) if self._known.changed(place) else None)
-        return ("tensor", self._place(obj)) if isinstance(obj, torch.Tensor) else None
+        if isinstance(obj, torch.Tensor):
+            return ("tensor", self._place(obj))
+        if isinstance(obj, torch.Generator):
+            return ("generator", id(obj), obj.device.type, obj.get_state().numpy().tobytes())
+        return ("device", obj.type) if isinstance(obj, torch.device) else None
 
     def _place(self, tensor: torch.Tensor) -> int:
         if id(tensor) not in self._places:
@@ -119,20 +127,32 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Known) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> None:
         super().__init__(file)
         self._tensors = tensors
         self._known = known
+        self._device = device
+        self._generators: dict[int, torch.Generator] = {}
 
     def persistent_load(self, pid: Any) -> Any:
         how, place, *rest = pid
         if how == "tensor":
             return self._tensors[place]
+        if how == "device":
+            return self._here(place)
+        if how == "generator":
+            if place not in self._generators:
+                self._generators[place] = torch.Generator(self._here(rest[0]))
+                self._generators[place].set_state(torch.frombuffer(bytearray(rest[1]), dtype=torch.uint8))
+            return self._generators[place]
         own = self._known.objects[place]
         if rest[0] is not None:
             with torch.no_grad():
                 own.copy_(self._tensors[rest[0]])
         return own
+
+    def _here(self, kind: str) -> torch.device:
+        return self._device if kind == self._device.type else torch.device(kind)
 
 
 def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -22,8 +22,13 @@ _busy: list[str] = []
 class Waiter(Protocol):
     """Who waits for the groups of a mesh while one of its calls runs."""
 
-    def finish(self, work: Any, group: Group, what: str) -> None:
+    def finish(self, work: Any, group: Group, what: str, *, whenever: bool = False) -> None:
         """Wait for a collective of a group, which has just begun."""
+
+    def expecting(
+        self, group: Group, what: str, *, whenever: bool
+    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """As `expecting`."""
 
     def follow(self, group: Group, what: str) -> None:
         """Watch what this rank has just given its GPU to do, which takes all ranks of the group."""
@@ -35,8 +40,11 @@ class Waiter(Protocol):
         """Wait for a transfer."""
 
 
-def finish(work: Any, group: Group, what: str) -> None:
+def finish(work: Any, group: Group, what: str, *, whenever: bool = False) -> None:
     """Wait for a collective that has just begun: on a CPU until it is done, on a GPU the current stream does.
+
+    Args:
+        whenever: it may take as long as it likes.
 
     Raises:
         RankFailedError: inside a watched call, another rank will not do its part.
@@ -45,7 +53,30 @@ def finish(work: Any, group: Group, what: str) -> None:
     if waiter is None:
         work.wait()
     else:
-        waiter.finish(work, group, what)
+        waiter.finish(work, group, what, whenever=whenever)
+
+
+@contextlib.contextmanager
+def expecting(group: Group, what: str, *, whenever: bool = False) -> Iterator[Callable[[], None]]:
+    """Inside, this thread waits for what another thread is to receive next by a group.
+
+    Args:
+        what: is expected, for messages.
+        whenever: it may take as long as it likes.
+
+    Yields:
+        Raises `RankFailedError` where another rank has failed; to be called now and then.
+    """
+    waiter = _waiters.get(group.name)
+    if waiter is None:
+        yield _no_news
+        return
+    with waiter.expecting(group, what, whenever=whenever) as check:
+        yield check
+
+
+def _no_news() -> None:
+    return None
 
 
 def follow(group: Group, what: str) -> None:

@@ -129,7 +129,7 @@ class Watch:
             stage=self.where(),
             busy=busy_with(),
             counts=dict(self.progress.counts),
-            waiting={} if waiting is None else waiting.operations,
+            waiting=self.progress.operations(),
             what="" if waiting is None else waiting.what,
             ended=self._ended,
             failure=self.failure,

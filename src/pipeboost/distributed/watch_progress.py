@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ class Waiting(NamedTuple):
     Attributes:
         operations: those of one exchange together, by number.
         what: they are.
-        since: of `time.monotonic`.
+        since: of `time.monotonic`; infinite where it may take as long as it likes.
     """
 
     operations: Counts
@@ -54,15 +56,33 @@ class Progress:
         self._broken = broken
         self.counts: Counts = {}
         self.open = 0
-        self._waiting: Waiting | None = None
+        self._waiting: dict[int, Waiting] = {}  # by thread
+        self._listening: set[str] = set()
+        self._counting = threading.Lock()
         self._given: deque[_Given] = deque()
         self._given_since = 0.0
         self._events: list[Any] = []
 
-    def finish(self, work: Any, group: Group, what: str) -> None:
+    def finish(self, work: Any, group: Group, what: str, *, whenever: bool = False) -> None:
         """As `waiting.finish`."""
         self._check()
-        self._wait((work,), self._count({group.name: (1, group.ranks)}), group, what)
+        begun = self._count({group.name: (1, group.ranks)})
+        if not whenever:
+            self._wait((work,), begun, group, what)
+            return
+        self._listening.add(group.name)
+        try:
+            self._wait_for((work,))
+        finally:
+            self._listening.discard(group.name)
+
+    @contextlib.contextmanager
+    def expecting(self, group: Group, what: str, *, whenever: bool) -> Iterator[Callable[[], None]]:
+        """As `waiting.expecting`."""
+        begun, _ = self.counts.get(group.name, (0, ()))
+        number = begun if group.name in self._listening else begun + 1
+        with self._waiting_for({group.name: (number, group.ranks)}, what, math.inf if whenever else time.monotonic()):
+            yield self._check
 
     def follow(self, group: Group, what: str) -> None:
         """As `waiting.follow`."""
@@ -71,7 +91,8 @@ class Progress:
 
     def begin_transfer(self, group: Group, sent: Sequence[int], received: Sequence[int]) -> Counts:
         """Two ranks count what they say to each other by themselves: others need not say as much."""
-        self.open += 1
+        with self._counting:
+            self.open += 1
         here = group.ranks[group.rank]
         pairs = [(here, group.ranks[rank]) for rank in sent] + [(group.ranks[rank], here) for rank in received]
         return self._count({f"{group.name}: {a} to {b}": (pairs.count((a, b)), (a, b)) for a, b in pairs})
@@ -80,7 +101,8 @@ class Progress:
         """As `waiting.Transfer.finish`."""
         self._check()
         self._wait(works, begun, group, what)
-        self.open -= 1
+        with self._counting:
+            self.open -= 1
 
     def _count(self, operations: Counts) -> Counts:
         begun = {
@@ -95,28 +117,50 @@ class Progress:
             for work in works:
                 work.wait()
             if not torch.cuda.is_current_stream_capturing():
-                event = self._events.pop() if self._events else torch.cuda.Event()
+                try:
+                    event = self._events.pop()
+                except IndexError:  # none is free
+                    event = torch.cuda.Event()
                 event.record()
                 self._given.append(_Given(event, operations, what))
             return
-        self._waiting = Waiting(operations, what, time.monotonic())
+        with self._waiting_for(operations, what, time.monotonic()):
+            self._wait_for(works)
+
+    def _wait_for(self, works: Sequence[Any]) -> None:
         try:
             for work in works:
                 work.wait()
         except RuntimeError as error:
             self._broken(error)
             self._check()
+
+    @contextlib.contextmanager
+    def _waiting_for(self, operations: Counts, what: str, since: float) -> Iterator[None]:
+        thread = threading.get_ident()
+        self._waiting[thread] = Waiting(operations, what, since)
+        try:
+            yield
         finally:
-            self._waiting = None
+            del self._waiting[thread]
 
     def waiting(self) -> Waiting | None:
-        """What this rank waits for, or its GPU."""
-        waiting = self._waiting
-        if waiting is None and self._given:
+        """What this rank waits for, or its GPU: for the longest time, where several threads wait."""
+        threads = tuple(self._waiting.values())
+        if self._given and all(each.since == math.inf for each in threads):
             with contextlib.suppress(IndexError):  # done meanwhile
                 given = self._given[0]
                 return Waiting(given.operations, given.what, self._given_since)
-        return waiting
+        return min(threads, key=lambda each: each.since, default=None)
+
+    def operations(self) -> Counts:
+        """All that its threads wait for, or its GPU."""
+        threads = tuple(self._waiting.values())
+        longest = self.waiting()
+        operations = {} if longest is None else dict(longest.operations)
+        for each in threads:
+            operations |= each.operations
+        return operations
 
     def ask_gpu(self) -> None:
         """Forget what the GPU has done by now."""

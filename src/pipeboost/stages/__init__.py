@@ -2,9 +2,11 @@
 
 from pipeboost.stages.composition import TEXT_ENCODING, Composition
 from pipeboost.stages.doorway import COMPOSITION
+from pipeboost.stages.errands import ERRANDS, Errands, asking
 from pipeboost.stages.finished import FinishedCall, latest_after, unreported, with_what_finished
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
 from pipeboost.stages.report import Report, weights_of
+from pipeboost.stages.serving import Serving
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
 from pipeboost.stages.trajectory import ARGUMENT as TRAJECTORY_ARGUMENT
@@ -14,6 +16,7 @@ from pipeboost.stages.watch import watch, watched_components
 
 __all__ = [
     "COMPOSITION",
+    "ERRANDS",
     "RECORDER",
     "TEXT_ENCODING",
     "TRAJECTORY_ARGUMENT",
@@ -21,16 +24,19 @@ __all__ = [
     "WHOLE_CALL",
     "Checks",
     "Composition",
+    "Errands",
     "FailedCheck",
     "FinishedCall",
     "Progress",
     "Recorder",
     "Report",
+    "Serving",
     "Span",
     "Stage",
     "StageParallelism",
     "StageVerificationError",
     "Trajectory",
+    "asking",
     "current_turn",
     "follow_trajectory",
     "latest_after",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ class Turns:
         self._changed = threading.Condition()
         self._begun = -1
         self._ended: set[int] = set()
+        self._refused = sys.maxsize
         self._stopped = False
 
     def wait_to_start(self, position: int) -> None:
@@ -31,8 +33,10 @@ class Turns:
 
     def begin(self, position: int) -> None:
         """Wait until few enough of the requests before this one still denoise."""
-        self._wait(lambda: position - len(self._ended) < self._at_once)
+        self._wait(lambda: position >= self._refused or position - len(self._ended) < self._at_once)
         with self._changed:
+            if position >= self._refused:
+                raise Cancelled("the call was cancelled, for one before it has failed")
             self._begun = max(self._begun, position)
             self._changed.notify_all()
 
@@ -42,6 +46,17 @@ class Turns:
             self._begun = max(self._begun, position)
             self._ended.add(position)
             self._changed.notify_all()
+
+    def fail(self, position: int) -> None:
+        """This request has failed. If it did so before the end of its loop, none after it begins its own."""
+        with self._changed:
+            if position not in self._ended:
+                self._refused = min(self._refused, position)
+            self._changed.notify_all()
+
+    def has_ended(self, position: int) -> bool:
+        """Whether this request has said that it needs the denoiser no longer."""
+        return position in self._ended
 
     def stop(self) -> None:
         """Make everyone who waits, now or later, raise `Cancelled`."""
@@ -61,16 +76,25 @@ class Turn:
 
     def __init__(self, turns: Turns, position: int) -> None:
         self.turns = turns
-        self._position = position
+        self.position = position
 
     def wait_to_start(self) -> None:
         """Wait until the request before this one denoises."""
-        self.turns.wait_to_start(self._position)
+        self.turns.wait_to_start(self.position)
 
     def begin(self) -> None:
         """Wait until few enough of the requests before this one still denoise."""
-        self.turns.begin(self._position)
+        self.turns.begin(self.position)
+
+    def fail(self) -> None:
+        """This request has failed; to be told before its end."""
+        self.turns.fail(self.position)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether another request may denoise by now."""
+        return self.turns.has_ended(self.position)
 
     def end(self) -> None:
         """Let the next request denoise; harmless when repeated."""
-        self.turns.end(self._position)
+        self.turns.end(self.position)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeboost.call import Call, current_call
+from pipeboost.errors import UnsupportedError
 from pipeboost.families import Family
 from pipeboost.ledger import Ledger
 from pipeboost.stages.doorway import door_layer, named_results, rebuilt, run_user_stage, user_stages
@@ -72,6 +73,11 @@ def _begin_step(call: Call) -> None:
     call.raise_if_cancelled()
     recorder = recorder_of(call)
     if recorder.current_step() is None:
+        if TURN in call.state and call.mesh is not None and call.state[TURN].has_ended:
+            raise UnsupportedError(
+                "this call denoises again after the last step of its scheduler, while ranks may be at another request; "
+                "use run_many(..., overlap=False)"
+            )
         if TURN in call.state and call.step == 0:
             with recorder.span(WAITING):
                 call.state[TURN].begin()
