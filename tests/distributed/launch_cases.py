@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 import pipeboost
+from pipeboost.cli import generate
 from pipeboost.distributed import Mesh, watched, world
+from pipeboost.errors import ConfigurationError
 from tests.distributed.failure_cases import Trouble, script
 
 
@@ -46,3 +48,15 @@ def sleeping(folder: str) -> None:
     Path(folder, f"{world().rank}.new").write_text(str(os.getpid()))
     Path(folder, f"{world().rank}.new").rename(Path(folder, str(world().rank)))
     time.sleep(600)
+
+
+def refusing(alone: int) -> None:
+    """`pipeboost generate` on a rank: one refuses, or all do where `alone` is -1; the others load for long."""
+
+    def run_generate(*_: Any, **__: Any) -> None:
+        if alone in (-1, world().rank):
+            raise ConfigurationError("width=100 cannot be")
+        time.sleep(600)
+
+    generate.run_generate = run_generate
+    generate._on_rank(None, {})

@@ -34,6 +34,13 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
     assert "launch_cases.py" in raised.value.traceback
 
 
+@pytest.mark.parametrize(("alone", "told"), [(1, " (rank 1)"), (0, ""), (-1, "")], ids=["second", "first", "all"])
+def test_what_a_rank_of_the_command_refuses_ends_all_in_one_sentence(alone, told):
+    with pytest.raises(RankFailedError) as raised:
+        pipeboost.launch(launch_cases.refusing, alone, num_gpus=2)
+    assert str(raised.value) == f"width=100 cannot be{told}"
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
 def test_no_rank_outlives_the_process_that_launched(how, tmp_path):
     context = multiprocessing.get_context("forkserver")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeboost.cli.generate_progress import BatchProgress
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.config import ParallelConfig
 from pipeboost.distributed import world, world_size
-from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.errors import ConfigurationError, PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.generate import Generated, LoadedModel
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FOLDER, DEFAULT_FPS, check_fps
@@ -24,6 +25,9 @@ from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import Request, make_requests
 from pipeboost.generate.session import with_defaults
 from pipeboost.generate.writing import IMAGE_FORMATS, VIDEO_FORMATS, names_folder, require_pyav, write_whole
+
+_FIRST_TO_SPEAK = 1.0
+"""Seconds by which a rank lets the first one tell of what all of them refuse."""
 
 
 @dataclass(frozen=True)
@@ -243,18 +247,21 @@ def generate_on_ranks(settings: ModelSettings, ranks: int, **arguments: Any) -> 
         raise ConfigurationError(f"--num-gpus {ranks} contradicts the {world_size()} processes that are running")
     from pipeboost.distributed.launch import launch
 
-    error = launch(_on_rank, settings, arguments, num_gpus=ranks)
-    if error is not None:
-        raise error
+    launch(_on_rank, settings, arguments, num_gpus=ranks)
 
 
-def _on_rank(settings: ModelSettings, arguments: dict[str, Any]) -> PipeboostError | None:
-    """`run_generate` on one rank; what it raises for the user is returned, so that it is told once."""
+def _on_rank(settings: ModelSettings, arguments: dict[str, Any]) -> None:
+    """`run_generate` on one rank; what it raises for the user ends all ranks, and is told once, without a traceback."""
     try:
         run_generate(settings, **arguments)
+    except RankFailedError:
+        raise
     except PipeboostError as error:
-        return error
-    return None
+        rank = world().rank
+        if rank == 0:
+            raise RankFailedError(str(error), rank=0) from error
+        time.sleep(_FIRST_TO_SPEAK)
+        raise RankFailedError(f"{error} (rank {rank})", rank=rank) from error
 
 
 def parallel_by(
