@@ -1,7 +1,11 @@
 """The command line: what it prints, and that each mistake is one line on stderr and exit code 2."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,3 +223,37 @@ def test_the_picture_has_a_cell_for_each_image():
 def test_another_kind_of_device_is_refused(device):
     with pytest.raises(UnsupportedError, match=f"cpu and cuda devices, not on '{device}'"):
         detect_hardware(device)
+
+
+@pytest.mark.parametrize("start", [("-m", "pipeboost"), ("-c", "from pipeboost.cli import main; main()")], ids=str)
+def test_ctrl_c_while_the_libraries_are_loaded_is_one_line_and_130(start, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'began')!r}).touch()\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('made of it')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    words = [sys.executable, *start, "doctor"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "began").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "pipeboost: stopped\n")
+
+
+def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "print_diagnosis", stopped)
+    monkeypatch.setattr(sys, "argv", ["pipeboost", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "pipeboost: stopped\n"

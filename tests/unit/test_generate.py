@@ -121,6 +121,11 @@ def test_a_with_block_frees_its_model_and_a_freed_one_says_so():
     [
         ({"width": 100}, "width=100 is not a multiple of 16, as FluxPipeline needs; use 96 or 112"),
         ({"width": 8}, "use 16"),
+        ({"width": 1000000}, "width=1000000 is more than 16384; use a smaller one"),
+        ({"call": {"height": 10**9}}, "height=1000000000 is more than 16384"),
+        ({"call": {"latents": 5}}, "call={'latents': 5}: FluxPipeline takes torch.FloatTensor | None there"),
+        ({"call": {"max_sequence_length": "many"}}, "takes int there; leave it out"),
+        ({"call": {"sigmas": [1.0, "a"]}}, "takes list[float] | None there; leave it out"),
         ({"height": 0}, "height=0 must be an integer of at least 1"),
         ({"num_inference_steps": 1.5}, "num_inference_steps=1.5 must be an integer"),
         ({"guidance_scale": math.nan}, "guidance_scale=nan must be a number"),
@@ -486,3 +491,26 @@ def test_a_pipeline_of_neither_kind_is_refused():
 
     with pytest.raises(UnsupportedError, match="AudioLDM2Pipeline makes audios, neither images nor videos"):
         _ = CallSignature(AudioLDM2Pipeline.__new__(AudioLDM2Pipeline)).kind
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "ran out of the GPU's memory at width=64; make it smaller, or set",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "ran out of the host's memory at width=64; make it smaller",
+        ),
+    ],
+    ids=["GPU", "host"],
+)
+def test_a_device_that_is_too_small_for_a_request_is_one_sentence(flux, monkeypatch, error, sentence):
+    def decode(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(flux.pipe.vae, "decode", decode)
+    with pytest.raises(PipeboostError, match=sentence):
+        flux.generate_image("a fox", width=64, num_inference_steps=1, call=CALL)

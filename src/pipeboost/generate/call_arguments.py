@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import types
 import typing
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,6 +22,8 @@ Kind = Literal["image", "video"]
 
 # As the model cards of Qwen-Image word "no negative prompt"; without any, the pipelines leave true CFG out.
 NO_NEGATIVE_PROMPT = " "
+LONGEST_SIDE = 16384
+"""Pixels: far more than any model was trained for, and few enough that a mistake does not run for hours."""
 _OURS = (
     "self",
     "prompt",
@@ -33,6 +36,8 @@ _OURS = (
     "num_videos_per_prompt",
     "callback_on_step_end",
 )
+
+_PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
 class CallSignature:
@@ -140,11 +145,19 @@ class CallSignature:
             if name in _OURS:
                 raise ConfigurationError(f"call={{{name!r}: ...}} is not allowed, generate sets it; leave it out")
             self._require(name, value)
+        for name, value in call.items():
+            wanted = self.parameters[name].annotation
+            if value is not None and not may_be(value, wanted):
+                raise ConfigurationError(
+                    f"call={{{name!r}: {_in_short(value)}}}: {self.name} takes {_in_words(wanted)} there; leave it out"
+                )
         return dict(call)
 
     def _check_size(self, arguments: Mapping[str, Any]) -> None:
         for name in ("width", "height"):
             value, multiple = arguments.get(name), self.size_multiple
+            if value is not None and value > LONGEST_SIDE:
+                raise ConfigurationError(f"{name}={value} is more than {LONGEST_SIDE}; use a smaller one")
             if value is not None and value % multiple:
                 below = value // multiple * multiple
                 near = f"{below} or {below + multiple}" if below else f"{multiple}"
@@ -201,6 +214,34 @@ class CallSignature:
         if len(images) > 1 and not self.takes_several_images:
             raise UnsupportedError(f"image_path names {len(images)} images, but {self.name} takes one per request")
         return {"image": images if self.takes_several_images else images[0]}
+
+
+def may_be(value: Any, annotation: Any) -> bool:
+    """Whether a plain value, as files and flags have them, is what an annotation asks for.
+
+    Whatever is not plain may be: annotations of pipelines say `torch.FloatTensor` where pictures are taken too.
+    """
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return any(may_be(value, each) for each in typing.get_args(annotation))
+    kind: Any = typing.get_origin(annotation) or annotation
+    if not isinstance(value, _PLAIN) or not isinstance(kind, type) or kind is inspect.Parameter.empty:
+        return True
+    if isinstance(value, (list, tuple)) and kind in (list, tuple):
+        inner = typing.get_args(annotation)
+        return kind is tuple or not inner or all(may_be(each, inner[0]) for each in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, (bool, int) if kind is bool else kind)
+
+
+def _in_words(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace("typing.", "").replace("NoneType", "None")
+
+
+def _in_short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _output_fields(annotation: Any) -> tuple[str, ...]:

@@ -219,10 +219,14 @@ def _one_sentence(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
     name = stock_class(pipe).__name__
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        of_the_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not of_the_gpu and "DefaultCPUAllocator" not in str(error):
+            raise
         size = ", ".join(f"{key}={call[key]}" for key in ("width", "height", "num_frames") if key in call)
         raise PipeboostError(
-            f"{name} ran out of the GPU's memory{f' at {size}' if size else ''}; make it smaller, or set offload"
+            f"{name} ran out of the {'GPU' if of_the_gpu else 'host'}'s memory{f' at {size}' if size else ''}; make it "
+            f"smaller{', or set offload' if of_the_gpu else ''}"
         ) from error
     except (ValueError, TypeError) as error:
         if isinstance(error, PipeboostError) or not _from_check_inputs(error):
