@@ -65,10 +65,22 @@ class Ledger:
         if change in self._changes:
             self._changes.remove(change)
 
-    def share(self, obj: Any, kind: str, settings: Hashable, apply: Callable[[Ledger], None]) -> bool:
+    def share(
+        self,
+        obj: Any,
+        kind: str,
+        settings: Hashable,
+        apply: Callable[[Ledger], None],
+        *,
+        explain: Callable[[Any], str | None] | None = None,
+    ) -> bool:
         """Make a change to an object that several accelerations may hold, such as a transformer of two pipelines.
 
         The first holder applies it through `apply(ledger)`, the last one to leave undoes it.
+
+        Args:
+            explain: given another holder's settings, says how they differ and what to do, as the end of a sentence that
+                begins with the object; None where their own words will do.
 
         Returns:
             Whether this ledger became a new holder (False where it holds it already).
@@ -89,9 +101,11 @@ class Ledger:
                 shared[kind] = _SharedChange(settings, inner, weakref.WeakSet())
             change = shared[kind]
             if change.settings != settings:
+                why = None if explain is None else explain(change.settings)
+                why = why or f"whose {kind} is {change.settings!r}, not {settings!r}; use the same settings"
                 raise UnsupportedError(
-                    f"this {type(obj).__name__} is shared with another accelerated pipeline whose {kind} is "
-                    f"{change.settings!r}, not {settings!r}; use the same settings or call acceleration.remove() there"
+                    f"this {type(obj).__name__} is shared with another accelerated pipeline {why} or call "
+                    "acceleration.remove() there"
                 )
             if self in change.holders:
                 return False

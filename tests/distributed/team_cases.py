@@ -233,3 +233,17 @@ def odd_prediction() -> str:
         ledger.undo()
         mesh.close()
     return "accepted"
+
+
+def refused_beside_another(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The sentence that refuses a pipeline which shares its transformer with one that is accelerated."""
+    one = TINY[name].build()
+    two = type(one)(**one.components)
+    accelerate_pipeline(one, parallel=ParallelConfig(**first))
+    try:
+        accelerate_pipeline(two, parallel=ParallelConfig(**second))
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        one.acceleration.remove()
+    return "accepted"

@@ -18,6 +18,7 @@ from tests.distributed.team_cases import (
     opened_difference,
     progress_of_a_copy,
     refused,
+    refused_beside_another,
 )
 from tests.pipelines.tiny import TINY
 
@@ -92,6 +93,28 @@ def test_two_pipelines_with_one_transformer_share_its_tokens_each_in_its_layout(
     ):
         assert max(shared) < 1e-5
         assert stock == 0.0
+
+
+@pytest.mark.parametrize(
+    ("layouts", "sentence"),
+    [
+        (({"ulysses": 2}, {"cfg": 2}), "whose ranks share its tokens, and those of this one do not; give both"),
+        (({"cfg": 2}, {"ring": 2}), "whose ranks do not share its tokens, and those of this one do; give both"),
+    ],
+    ids=["shares", "does not"],
+)
+def test_two_pipelines_with_one_transformer_of_which_one_shares_its_tokens_are_refused_in_words(layouts, sentence):
+    for found in on_ranks(2, refused_beside_another, "flux_dev", *layouts):
+        assert sentence in found
+
+
+@pytest.mark.parametrize(("name", "way_out"), [("z_image", "parallel=None"), ("flux_dev", "cfg=2")])
+def test_where_no_layout_suits_the_tier_the_sentence_speaks_of_the_tier_and_of_no_layout(name, way_out):
+    for found in on_ranks(2, refused, name, *[{"quality": "exact", "parallel": "auto"}] * 2):
+        assert "parallel='auto': 2 ranks cannot share" in found
+        assert "at quality='exact', which allows nothing but guidance branches" in found
+        assert f"; use quality='lossless' or {way_out}" in found
+        assert "ring" not in found
 
 
 def test_a_copy_of_a_pipeline_shows_its_progress_again_once_the_pipeline_is_stock():

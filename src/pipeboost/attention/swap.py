@@ -145,7 +145,16 @@ def swap_attention(
         _swaps[model] = swap
         swap.bind()
 
-    ledger.share(model, "attention", settings, apply)
+    def explain(other: DispatcherSettings) -> str | None:
+        if (other.across is None) == (across is None):
+            return None
+        first, second = ("share", "do not") if across is None else ("do not share", "do")
+        return (
+            f"whose ranks {first} its tokens, and those of this one {second}; give both of them ulysses or ring ranks, "
+            "or neither,"
+        )
+
+    ledger.share(model, "attention", settings, apply, explain=explain)
     return _swaps[model].report()
 
 

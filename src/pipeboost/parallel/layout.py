@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
         tensor = _largest(ranks, "tensor", rest)
     ulysses = _largest(ranks, "ulysses", rest // tensor, tensor=tensor)
     layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
-    check_layout(layout, ranks)
+    refusal = _refusal(layout, ranks)
+    if refusal is not None:
+        raise _none_suits(ranks, refusal)
     reasons = []
     if cfg > 1:
         reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
@@ -148,6 +151,20 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
             error = ConfigurationError if "quality" in against else UnsupportedError
             return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks, layout.beside)}")
     return None
+
+
+def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
+    """What `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
+    if tier_allows(ranks.tier, "lossless"):
+        return refusal
+    way_out = _way_out(ranks)
+    with contextlib.suppress(ConfigurationError, UnsupportedError):
+        choose_layout(replace(ranks, tier="lossless", attention=True))
+        way_out = way_out.replace("; use ", "; use quality='lossless' or ", 1)
+    return ConfigurationError(
+        f"parallel='auto': {ranks.count} ranks cannot share {ranks.model} at quality={ranks.tier!r}, which allows "
+        f"nothing but guidance branches that the script computes one after the other{way_out}"
+    )
 
 
 def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
