@@ -1,5 +1,8 @@
 """Pipelines shared by several ranks: the same latents as on one, whatever the layout, and stock again afterwards."""
 
+import os
+import shutil
+
 import pytest
 
 from tests.distributed import layout_cases
@@ -114,6 +117,23 @@ def test_compiled_blocks_run_in_a_layout_and_new_prompts_compile_nothing(name, l
     for found in on_ranks(2, layout_cases.compiled, name, LAYOUTS[layout], "aot_eager"):
         assert found["shared"] <= LIMIT
         # A rank whose prompt leaves it one token of text has a graph for that.
+        assert found["graphs"] <= 3
+        assert found["more"] == 0
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen_image", "ulysses 2"),
+        pytest.param("qwen_image", "ring 2", marks=pytest.mark.exhaustive),
+        pytest.param("wan21_t2v", "tensor 2", marks=pytest.mark.exhaustive),
+        pytest.param("hunyuan_video", "ulysses 2", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_blocks_compiled_by_inductor_run_in_a_layout_and_new_prompts_compile_nothing(name, layout):
+    for found in on_ranks(2, layout_cases.compiled, name, LAYOUTS[layout], "inductor", limit=240.0):
+        assert found["shared"] <= LIMIT
         assert found["graphs"] <= 3
         assert found["more"] == 0
 
