@@ -20,7 +20,8 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -32,8 +33,9 @@ from pipeboost.cache import attach_cache
 from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
 from pipeboost.config import AccelerationConfig, resolve_config
-from pipeboost.distributed import busy
-from pipeboost.errors import PipeboostError, RankFailedError, UnsupportedError
+from pipeboost.distributed import busy, tell_stage
+from pipeboost.distributed.beside import Beside
+from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import GENERIC, family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
@@ -207,6 +209,7 @@ class Acceleration:
         self._prompts: PromptReuse | None = None
         self._team: Team | None = None
         self._list_runs = False
+        self._failed_in: str | None = None
         with self._ledger:
             self._ledger.record("ranks", _weakly(self._leave_team))
             self._join_team(pipe, plan)
@@ -332,24 +335,26 @@ class Acceleration:
 
     def _run_beside(self, pipe: Any, requests: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
         """`run_many` on a mesh with ranks beside it: one loop at a time, so that all ranks go through them alike."""
-        team, signature, failure = self._team, _signature(stock_class(pipe)), None
+        team, signature = self._team, _signature(stock_class(pipe))
         assert team is not None
         assert team.beside is not None
-        self._list_runs = True
+        serving = None if team.mesh is not None else Serving(team.beside)
+        self._list_runs, self._failed_in = True, None
         try:
-            with team.watched(_weakly(self._stage_now)):
+            excusing = contextlib.nullcontext() if serving is None else serving.excusing()
+            with excusing, team.watched(_weakly(self._stage_now)):
                 self._bind_on_all_ranks(pipe, "the start of run_many")
                 given = [_without_trajectory(signature, request)[0] for request in requests]
                 bound = [team.agreed(signature, pipe, (), request) for request in given]
-                if team.mesh is None:
-                    failure = yield from self._served(pipe, bound)
+                if serving is not None:
+                    yield from self._served(pipe, serving, bound)
                 else:
                     with asking(team.beside):
                         yield from self._asked(pipe, requests, bound)
         finally:
             self._list_runs = False
-        if failure is not None:
-            raise failure
+        if serving is not None:
+            serving.raise_what_was_told()
 
     def _asked(
         self, pipe: Any, requests: Sequence[Mapping[str, Any]], bound: Sequence[inspect.BoundArguments]
@@ -372,29 +377,19 @@ class Acceleration:
                 results.close()
                 return
 
-    def _served(self, pipe: Any, bound: Sequence[inspect.BoundArguments]) -> Generator[Any, None, Exception | None]:
-        """The results of requests on a rank beside, and what one of them raised on the mesh."""
-        team, device = self._team, self._follow_device(pipe)
-        assert team is not None
-        assert team.beside is not None
-        serving = Serving(team.beside)
-        thread = threading.Thread(target=self._serve, args=(pipe, device, serving), name="pipeboost serving")
-        thread.start()
-        try:
+    def _served(self, pipe: Any, serving: Serving, bound: Sequence[inspect.BoundArguments]) -> Iterator[Any]:
+        """The results of requests on a rank beside, up to one that has failed on the mesh."""
+        device = self._follow_device(pipe)
+        with ThreadPoolExecutor(1, thread_name_prefix="pipeboost-serving") as pool:
+            work = pool.submit(self._serve, pipe, device, serving)
             for position, each in enumerate(bound):
-                try:
-                    result = serving.outcome(position, dict(each.arguments), alone=False)
-                except RankFailedError:
-                    raise
-                except Exception as error:
-                    return error
-                try:
-                    yield result
-                except GeneratorExit:
+                if not serving.has_returned(position):
                     break
-            return None
-        finally:
-            thread.join()
+                try:
+                    yield serving.outcome(position, dict(each.arguments), alone=False)
+                except GeneratorExit:  # on every rank; the requests that are under way come to their end
+                    break
+            work.result()
 
     def _serve(self, pipe: Any, device: torch.device, serving: Serving) -> None:
         """Do what a mesh asks of a rank beside it, until it is done."""
@@ -511,15 +506,13 @@ class Acceleration:
             kwargs, wants_trajectory = _without_trajectory(signature, kwargs)
             device = self._follow_device(pipe)
             team = self._team
+            if team is not None and team.beside is not None and team.mesh is None:
+                return self._serve_one(pipe, device, team.beside, signature, args, kwargs)
             with self._agreed(pipe, signature, args, kwargs) as bound:
                 if team is not None:
                     args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
                 arguments = dict(bound.arguments)
-                if team is not None and team.beside is not None and team.mesh is None:
-                    serving = Serving(team.beside)
-                    self._serve(pipe, device, serving)
-                    return lambda: serving.outcome(0, arguments, alone=True)
                 with self._errands(arguments) as errands, self._opened(pipe, arguments, device) as call:
                     if errands is not None:
                         call.state[ERRANDS] = errands
@@ -537,6 +530,17 @@ class Acceleration:
                         errands.returned(result)
         self._finished = latest_after(call, self._finished)
         return lambda: result
+
+    def _serve_one(
+        self, pipe: Any, device: torch.device, beside: Beside, signature: inspect.Signature, args: Any, kwargs: Any
+    ) -> Callable[[], Any]:
+        """A call on a rank beside a mesh; what comes of it, returned or raised."""
+        serving = Serving(beside)
+        with serving.excusing(), self._agreed(pipe, signature, args, kwargs) as bound:
+            arguments = dict(bound.arguments)
+            self._serve(pipe, device, serving)
+            serving.has_returned(0)
+        return lambda: serving.outcome(0, arguments, alone=True)
 
     @contextlib.contextmanager
     def _agreed(
@@ -592,6 +596,11 @@ class Acceleration:
             try:
                 with residing(pipe):
                     yield call
+            except Exception:
+                if TURN in call.state and mesh is not None and call.events:  # others go on, and tell where they are
+                    self._failed_in = self._failed_in or call.events[-1].stage
+                    tell_stage(mesh)
+                raise
             finally:
                 # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
                 call.state.pop(RECORDER)
@@ -602,7 +611,11 @@ class Acceleration:
 
     def _stage_now(self) -> str:
         """Where the running call is; asked by the thread that watches the ranks."""
-        recorders = [call.state.get(RECORDER) for call in tuple(self._calls)]
+        if self._list_runs and self._failed_in is not None:
+            return self._failed_in
+        # Of several requests, the earliest.
+        calls = sorted(self._calls.copy(), key=lambda call: call.state[TURN].position if TURN in call.state else -1)
+        recorders = [call.state.get(RECORDER) for call in calls]
         return next((recorder.stage for recorder in recorders if recorder is not None), "the call's start")
 
     def _cancel_turns(self, turns: Any) -> None:

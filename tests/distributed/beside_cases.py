@@ -1,24 +1,175 @@
 """What the ranks run in `test_beside`: calls on a mesh with ranks beside it."""
 
+import contextlib
+import threading
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import groups as groups_module
+from pipeboost.distributed import world
+from tests.distributed.failure_cases import Trouble, outcome
 from tests.pipelines.tiny import TINY
 
+Layout = dict[str, Any]
 
-def results(name: str, layout: dict[str, Any], *, quality: str = "exact", calls: int = 1, **settings: Any) -> dict:
-    """What calls of a pipeline return on this rank, and what has worked here."""
-    entry = TINY[name]
+
+def results(name: str, layout: Layout, *, quality: str = "exact", **settings: Any) -> dict[str, Any]:
+    """What two calls return on this rank, one with a generator and one without, and what they leave behind.
+
+    Returns:
+        `"results"`; `"worked"`: components that have worked here; `"random"`: states after the calls; `"removed"`: the
+        result of the pipeline once it is stock again; `"left"`: threads and groups that there are then.
+    """
+    entry, groups = TINY[name], set(groups_module._groups)
     pipe, worked = entry.build(), set()
-    for component, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            hooked = module.decoder if component == "vae" else module
-            hooked.register_forward_pre_hook(lambda *_, component=component: worked.add(component))
-    accelerate_pipeline(pipe, quality=quality, parallel=ParallelConfig(**layout))
+    hooks = _hooks(pipe, worked)
+    torch.manual_seed(11 + dist.get_rank())
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        found = [entry.call(pipe, seed=seed, **settings) for seed in range(calls)]
+        accelerate_pipeline(pipe, quality=quality, parallel=ParallelConfig(**layout), reuse=None)
+        found = [entry.call(pipe, generator=given, **settings) for given in (generator, None)]
+        plan = str(pipe.acceleration.plan)
+        pipe.acceleration.remove()
+        for hook in hooks:
+            hook.remove()
+        random = [torch.rand(1, generator=generator).item(), torch.rand(1).item()]
+        removed = entry.call(pipe, **settings)
+    left = [*(set(groups_module._groups) - groups), *_threads()]
+    return {"results": found, "worked": worked, "random": random, "removed": removed, "left": left, "plan": plan}
+
+
+def of_list(name: str, layout: Layout, *, quality: str = "exact", take: int = 4, **settings: Any) -> dict[str, Any]:
+    """What `run_many` yields for four requests on this rank, and each call by itself; `take` of them are taken.
+
+    Returns:
+        `"list"`, `"alone"`: results; `"stages"`: of the report of the last; `"after"`: of a call after it.
+    """
+    entry = TINY[name]
+    pipe = entry.build()
+    with torch.no_grad():
+        accelerate_pipeline(pipe, quality=quality, parallel=ParallelConfig(**layout))
+        listed = []
+        outputs = pipe.acceleration.run_many(_requests(name, **settings))
+        for _ in range(take):
+            listed.append(next(outputs)[0])
+        outputs.close()
+        stages = set(pipe.acceleration.report().stages)
+        alone = [pipe(**request)[0] for request in _requests(name, **settings)]
+        pipe.acceleration.remove()
+    return {"list": listed, "alone": alone, "stages": stages, "left": _threads()}
+
+
+def _requests(name: str, count: int = 4, **settings: Any) -> list[dict[str, Any]]:
+    prompts = ("a cat", "two dogs on a long walk by the sea", "a bird", "a boat")
+    entry = TINY[name]
+    return [
+        entry.call_kwargs(seed=seed, prompt=prompts[seed % len(prompts)], steps=2 + seed % 2, **settings)
+        for seed in range(count)
+    ]
+
+
+def _hooks(pipe: Any, worked: set[str]) -> list[Any]:
+    hooks = []
+    for component, module in pipe.components.items():
+        parts = {component: module} if component != "vae" else {"encoder": module.encoder, "decoder": module.decoder}
+        for part, hooked in parts.items():
+            if isinstance(hooked, torch.nn.Module):
+                hooks.append(hooked.register_forward_pre_hook(lambda *_, part=part: worked.add(part)))
+    return hooks
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "pipeboost" in thread.name]
+
+
+def overlapping(name: str, layout: Layout, tag: str) -> int:
+    """How many requests of a list came through, where loops, encodings and decodings each wait until others have begun.
+
+    Request i's loop ends only once request i - 1 is being decoded and the text of request i + 1 being encoded; and
+    request i - 1's decoding only once request i's loop has begun.
+    """
+    pipe, store, last, steps = TINY[name].build(), world().store, 3, 2
+    requests = [{**request, "num_inference_steps": steps} for request in _requests(name, last + 1)]
+    counts = {"loop": 0, "encoding": 0, "decoding": 0}
+
+    def begins(what: str, runs: int, *others: tuple[str, int]) -> Any:
+        def hook(*_: Any) -> None:
+            request, run = divmod(counts[what], runs)
+            counts[what] += 1
+            if run == 0:
+                store.set(f"{tag} {what} {request}", "begun")
+            wanted = [(other, request + offset) for other, offset in others if 0 <= request + offset <= last]
+            store.wait([f"{tag} {other} {number}" for other, number in wanted] or [f"{tag} {what} 0"], _SOON)
+
+        return hook
+
+    pipe.transformer.register_forward_pre_hook(begins("loop", steps, ("decoding", -1), ("encoding", 1)))
+    pipe.text_encoder.register_forward_pre_hook(begins("encoding", 2))
+    pipe.vae.decoder.register_forward_pre_hook(begins("decoding", 1, ("loop", 1)))
+    with torch.no_grad():
+        accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
+        count = len(list(pipe.acceleration.run_many(requests)))
+        pipe.acceleration.remove()
+    return count
+
+
+_SOON = timedelta(seconds=20)
+
+
+def failing(name: str, layout: Layout, kind: str, rank: int, stage: str, *, listed: bool = False) -> dict[str, Any]:
+    """A call, or a list of them, in which one rank fails at a stage, and the next call; what each raised or returned."""
+    entry = TINY[name]
+    pipe, trouble = entry.build(), Trouble(kind, rank, stage)
+    accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
+    pipe.acceleration.progress = lambda told: trouble.at(told.stage) if told.step in (None, 1) else None
+
+    def call() -> float:
+        if listed:
+            return sum(output[0].mean().item() for output in pipe.acceleration.run_many(_requests(name)))
+        return entry.call(pipe).mean().item()
+
+    before = time.monotonic()
+    first = outcome(call)
+    first["seconds"] = time.monotonic() - before
+    pipe.acceleration.progress = None
+    return {"first": first, "second": outcome(lambda: entry.call(pipe).mean().item()), "threads": _threads()}
+
+
+def bad_request(name: str, layout: Layout) -> dict[str, Any]:
+    """A list of requests whose third one the script refuses, and the next call; with what the second rank differs."""
+    entry = TINY[name]
+    pipe = entry.build()
+    accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
+    requests = _requests(name)
+    requests[2]["prompt"] = 3
+    taken = []
+
+    def take() -> None:
+        for output in pipe.acceleration.run_many(requests):
+            taken.append(output)
+
+    refused = outcome(take)
+    other = {"prompt": f"rank {dist.get_rank()}"}
+    disagreement = outcome(lambda: entry.call(pipe, **other).mean().item())
+    lengths = outcome(lambda: list(pipe.acceleration.run_many(_requests(name, 3 + dist.get_rank() // 2))))
+    with contextlib.suppress(StopIteration):
+        outputs = pipe.acceleration.run_many(_requests(name))
+        next(outputs)
+        inside = outcome(lambda: entry.call(pipe).mean().item())
+        outputs.close()
+    after = outcome(lambda: entry.call(pipe).mean().item())
     pipe.acceleration.remove()
-    return {"results": found, "worked": worked, "rank": dist.get_rank()}
+    return {
+        "taken": len(taken),
+        "refused": refused,
+        "disagreement": disagreement,
+        "lengths": lengths,
+        "inside": inside,
+        "after": after,
+        "stock": entry.call(pipe).mean().item(),
+    }

@@ -52,17 +52,18 @@ def overlapped(
     call: Callable[[Any, Mapping[str, Any]], Result],
     cancel: Callable[[Turns], None],
     *,
-    at_once: int = AT_ONCE,
+    at_once: int | None = None,
     together: bool = False,
 ) -> Generator[Result]:
     """Run `call(view of pipe, request)` for each request and yield what it returns, in order.
 
     Args:
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
-        at_once: requests in their loops at a time.
+        at_once: requests in their loops at a time; None for what is best on one rank.
         together: other ranks run the same requests with this one. Then requests that are under way are not cancelled,
             which no two ranks would do at the same step, but come to their end, all on all ranks or none.
     """
+    at_once = AT_ONCE if at_once is None else at_once
     turns = Turns(at_once=at_once)
     in_flight = at_once + 2  # one before its loop and one after it
     device = pipe._execution_device
@@ -74,9 +75,9 @@ def overlapped(
 
     def run(position: int, view: Any) -> Result:
         turn = Turn(turns, position)
-        turn.wait_to_start()
-        _turn.set(turn)
         try:
+            turn.wait_to_start()
+            _turn.set(turn)
             if callers is None:
                 return call(view, requests[position])
             stream = streams[position % STREAMS]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from pipeboost.distributed.parcel import Known, Parcel, pack
 from pipeboost.distributed.random_state import generators_in, set_global_state
 from pipeboost.distributed.sharing import packed_failure, raise_failure
 from pipeboost.distributed.wire import Kind, Message
-from pipeboost.errors import PipeboostError
+from pipeboost.errors import PipeboostError, RankFailedError
 from pipeboost.stages.errands import INSIDE, Errand, own_objects
 from pipeboost.stages.ranks import Effects
 
@@ -25,6 +27,8 @@ class Serving:
     def __init__(self, beside: Beside) -> None:
         self._beside = beside
         self._outcomes: dict[int, Message] = {}
+        self._values: dict[int, Any] = {}
+        self._told: bytes | None = None
         self._failure: BaseException | None = None
         self._over = False
         self._changed = threading.Condition()
@@ -59,15 +63,10 @@ class Serving:
                 self._changed.notify_all()
             raise
 
-    def outcome(self, request: int, arguments: dict[str, Any], *, alone: bool) -> Any:
-        """What a request has returned on the mesh, once it has; random state is then as it is there.
-
-        Args:
-            arguments: of the request.
-            alone: whether no other request is under way.
+    def has_returned(self, request: int) -> bool:
+        """Whether a request has returned something on the mesh, once it has come to its end; else it has raised.
 
         Raises:
-            Exception: what it has raised on the first rank.
             RankFailedError: a rank has failed.
         """
         with self._changed:
@@ -75,19 +74,47 @@ class Serving:
             if self._failure is not None:
                 raise self._failure
             message = self._outcomes.get(request)
-        if message is None:
-            raise PipeboostError("the call has ended on the first rank without a result")
-        told = message.open(Known(()))
-        if isinstance(told, bytes):
-            raise_failure(told)
-        (result,), found = told
+        if message is not None and message.kind is Kind.OUTCOME:
+            value = message.open(Known(()))
+            if not isinstance(value, bytes):
+                self._values[request] = value
+                return True
+            self._told = value
+        elif message is not None:
+            self._told = message.open(Known(()))
+        else:
+            error = PipeboostError("the call has ended on the first rank without a result")
+            self._told = packed_failure(error, self._beside.rank)
+        return False
+
+    def outcome(self, request: int, arguments: dict[str, Any], *, alone: bool) -> Any:
+        """What a request has returned on the mesh, after `has_returned`; random state is then as it is there.
+
+        Args:
+            arguments: of the request.
+            alone: whether no other request is under way.
+
+        Raises:
+            Exception: what it has raised on the first rank.
+        """
+        self.raise_what_was_told()
+        (result,), found = self._values.pop(request)
         Effects(generators_in(arguments.values()), self._beside.device, None, everywhere=alone).repeat(found)
         return result
 
-    def wait_until_over(self) -> None:
-        """Wait until `run` has ended, in another thread."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._over)
+    def raise_what_was_told(self) -> None:
+        """Raise what a request has raised on the first rank, if one has."""
+        if self._told is not None:
+            raise_failure(self._told)
+
+    @contextlib.contextmanager
+    def excusing(self) -> Iterator[None]:
+        """Goes around the watched call: an error of all ranks of the mesh is told by the first, and is raised so."""
+        try:
+            yield
+        except RankFailedError:
+            if self._told is None:
+                raise
 
     def _answer(self, call: Call, message: Message) -> None:
         (wire,) = self._beside.answers

@@ -24,19 +24,19 @@ class Turns:
         self._changed = threading.Condition()
         self._begun = -1
         self._ended: set[int] = set()
-        self._refused = sys.maxsize
+        self._refused = self._refused_start = sys.maxsize
         self._stopped = False
 
     def wait_to_start(self, position: int) -> None:
         """Wait until the request before this one denoises: what comes before and after a loop overlaps with it."""
-        self._wait(lambda: self._begun >= position - 1)
+        self._wait(lambda: self._begun >= position - 1 or position >= self._refused_start)
+        self._refuse(position >= self._refused_start)
 
     def begin(self, position: int) -> None:
         """Wait until few enough of the requests before this one still denoise."""
         self._wait(lambda: position >= self._refused or position - len(self._ended) < self._at_once)
         with self._changed:
-            if position >= self._refused:
-                raise Cancelled("the call was cancelled, for one before it has failed")
+            self._refuse(position >= self._refused)
             self._begun = max(self._begun, position)
             self._changed.notify_all()
 
@@ -48,10 +48,15 @@ class Turns:
             self._changed.notify_all()
 
     def fail(self, position: int) -> None:
-        """This request has failed. If it did so before the end of its loop, none after it begins its own."""
+        """This request has failed. If it did so before the end of its loop, none after it begins its own.
+
+        Nor does one start that does not start before. Other ranks, on which the request fails alike, say the same of
+        each request, whichever of their threads comes first.
+        """
         with self._changed:
             if position not in self._ended:
-                self._refused = min(self._refused, position)
+                self._refused = min(self._refused, position + 1)
+                self._refused_start = min(self._refused_start, position + (2 if self._begun >= position else 1))
             self._changed.notify_all()
 
     def has_ended(self, position: int) -> bool:
@@ -63,6 +68,10 @@ class Turns:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+
+    def _refuse(self, refused: bool) -> None:
+        if refused:
+            raise Cancelled("the call was cancelled, because one before it has failed")
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._changed:
