@@ -97,6 +97,7 @@ def device_of(pipe: Any) -> torch.device:
     """Where a pipeline's script runs: what its `_execution_device` says.
 
     Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
+    Where some are on a GPU, the others wait on the host for their turn.
     """
     if layers_of(pipe, "_execution_device"):
         return pipe._execution_device
@@ -108,4 +109,16 @@ def device_of(pipe: Any) -> torch.device:
             first = next(component.parameters(), None)
             if first is not None:
                 devices.add(first.device)
-    return devices.pop() if len(devices) == 1 else pipe._execution_device
+    return _where_they_run(devices) or pipe._execution_device
+
+
+def device_of_weights(pipe: Any) -> torch.device | None:
+    """The one device that components' weights are on, beside the host where some may wait; None if there is none."""
+    components = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
+    parameters = (next(component.parameters(), None) for component in components)
+    return _where_they_run({parameter.device for parameter in parameters if parameter is not None})
+
+
+def _where_they_run(devices: set[torch.device]) -> torch.device | None:
+    candidates = devices if len(devices) == 1 else {device for device in devices if device.type != "cpu"}
+    return next(iter(candidates)) if len(candidates) == 1 else None

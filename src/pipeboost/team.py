@@ -19,7 +19,7 @@ from pipeboost.distributed.all_or_none import AllOrNone
 from pipeboost.distributed.beside import Beside
 from pipeboost.distributed.watch import watched
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family, TensorSharding, text_encoder_sharding
+from pipeboost.families import Family, TensorSharding, family_of, text_encoder_sharding
 from pipeboost.hardware import device_of
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import (
@@ -204,6 +204,7 @@ class Team:
     def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
         assert self.mesh is not None
         shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
+        _take_from_host(model, self.mesh.device, ledger)
 
     def refuse_stock_processors(self, model: Any) -> None:
         """Refuse attention processors that would see a rank's own tokens only.
@@ -257,13 +258,66 @@ def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
 
 
 def to_own_device(pipe: Any) -> None:
-    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank."""
+    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank.
+
+    Components that wait on the host for the ranks to split them stay there.
+    """
     if world_size() == 1 or device_of(pipe).type != "cuda":
         return
     device = local_device()
     torch.cuda.set_device(device)
     if device_of(pipe) != device:
-        pipe.to(device)
+        waiting = [each for each in _modules(pipe).values() if _is_on_host(each)]
+        if not waiting:
+            pipe.to(device)
+        for component in _modules(pipe).values():
+            if component not in waiting:
+                component.to(device)
+
+
+def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
+    """Components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
+
+    It moves each rank's share to its device. The rest of the pipeline is on that device.
+
+    Args:
+        layout: the setting `parallel`; only where it names tensor ranks, components wait.
+
+    Raises:
+        UnsupportedError: as `Team`.
+    """
+    if not isinstance(layout, ParallelConfig) or layout.tensor == 1:
+        return ()
+    family = family_of(pipe)
+    denoisers = tuple(name for name in family.denoisers if name in _modules(pipe))
+    return denoisers + _shared_encoders(pipe, layout) if family.tensor is not None else ()
+
+
+def _take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger) -> None:
+    """Move the share of a model that has waited on the host to its rank's device, and back before it is made whole."""
+    if device.type == "cpu" or not _is_on_host(model):
+        return
+    reference = weakref.ref(model)
+
+    def apply(inner: Ledger) -> None:
+        model.to(device)
+        inner.record(f"device of {stock_class(model).__name__}", back)
+
+    def back() -> None:
+        target = reference()
+        if target is not None:
+            target.to("cpu")
+
+    ledger.share(model, "device", device, apply)
+
+
+def _is_on_host(module: torch.nn.Module) -> bool:
+    first = next(module.parameters(), None)
+    return first is not None and first.device.type == "cpu"
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
 
 
 def _shared_encoders(pipe: Any, layout: ParallelConfig) -> tuple[str, ...]:
@@ -275,8 +329,8 @@ def _shared_encoders(pipe: Any, layout: ParallelConfig) -> tuple[str, ...]:
     if not shares_text_encoders(layout):
         return ()
     shared = []
-    for name, component in pipe.components.items():
-        if not name.startswith("text_encoder") or not isinstance(component, torch.nn.Module):
+    for name, component in _modules(pipe).items():
+        if not name.startswith("text_encoder"):
             continue
         sharding = text_encoder_sharding(component)
         if sharding is not None and layout.tensor in tensor_degrees(component, sharding):

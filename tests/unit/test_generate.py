@@ -1,5 +1,6 @@
 """`pipeboost.generate_image`, `generate_video` and `load_model`: what they make, refuse, keep warm and write."""
 
+import dataclasses
 import errno
 import gc
 import math
@@ -14,8 +15,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 import pipeboost
+from pipeboost import ParallelConfig
 from pipeboost.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
-from pipeboost.generate import functions, inputs
+from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
 from pipeboost.generate.loading import ModelSettings
@@ -23,6 +25,9 @@ from pipeboost.generate.lora import Lora
 from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import make_requests
 from pipeboost.generate.writing import write_whole
+from pipeboost.hardware import device_of
+from pipeboost.offload import execution_device
+from pipeboost.team import to_be_split
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
 
@@ -514,3 +519,27 @@ def test_a_device_that_is_too_small_for_a_request_is_one_sentence(flux, monkeypa
     monkeypatch.setattr(flux.pipe.vae, "decode", decode)
     with pytest.raises(PipeboostError, match=sentence):
         flux.generate_image("a fox", width=64, num_inference_steps=1, call=CALL)
+
+
+def test_weights_that_ranks_will_split_wait_on_the_host_while_the_rest_is_moved(monkeypatch):
+    pipe = TINY["flux_dev"].build()
+    monkeypatch.setattr(loading, "world_size", lambda: 2)
+    monkeypatch.setattr(loading, "local_device", lambda: torch.device("meta"))
+    settings = ModelSettings.of(
+        stored("flux_dev"), device="cpu", acceleration={"parallel": ParallelConfig(tensor=2)}, ranks=2
+    )
+    loading._put_on_device(pipe, dataclasses.replace(settings, device="cuda"))
+    found = {name: next(module.parameters()).device.type for name, module in models_of(pipe).items()}
+    assert found == {"transformer": "cpu", "text_encoder": "cpu", "text_encoder_2": "cpu", "vae": "meta"}
+    assert device_of(pipe).type == execution_device(pipe, None).type == "meta"
+
+
+def test_where_ranks_split_no_weights_all_are_moved(monkeypatch):
+    pipe = TINY["flux_dev"].build()
+    assert to_be_split(pipe, ParallelConfig(ulysses=2)) == to_be_split(pipe, "auto") == ()
+    assert to_be_split(pipe, ParallelConfig(tensor=2, text_encoder=False)) == ("transformer",)
+    assert device_of(pipe) == execution_device(pipe, None) == torch.device("cpu")
+
+
+def models_of(pipe):
+    return {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}

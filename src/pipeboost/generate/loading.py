@@ -128,9 +128,21 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
 
 
 def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
-    """Move the weights to the device; those that do not fit stay on the host, from where offload takes them."""
+    """Move the weights to the device; those that do not fit stay on the host, from where offload takes them.
+
+    So do those that ranks will split: a device never holds a whole model then.
+    """
     import torch
 
+    from pipeboost.team import to_be_split
+
+    if settings.device == "cuda" and world_size() > 1:
+        waiting = to_be_split(pipe, settings.acceleration.parallel)
+        if waiting:
+            for name, component in pipe.components.items():
+                if isinstance(component, torch.nn.Module) and name not in waiting:
+                    component.to(local_device())
+            return settings.acceleration
     offload = settings.acceleration.offload
     waits = isinstance(offload, OffloadConfig) and not offload.all_resident
     if settings.device == "cuda" and (waits or offload == "auto"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeboost.config import OffloadConfig
 from pipeboost.families import Family
-from pipeboost.hardware import has_cuda
+from pipeboost.hardware import device_of_weights, has_cuda
 from pipeboost.ledger import Ledger
 from pipeboost.offload.budget import STAGES, kind_of, repeated_blocks
 from pipeboost.offload.component import Session, Stage, StagedComponent
@@ -92,6 +92,8 @@ def execution_device(pipe: Any, offload: OffloadConfig | str | None) -> torch.de
     device: torch.device = stock._execution_device.__get__(pipe)
     if not stock_offload(pipe):
         placed = [_placed[module] for module in placed_components(pipe).values() if module in _placed]
+        if not placed:
+            device = device_of_weights(pipe) or device
         device = next((each.home for each in placed if each.home is not None and each.home.type != "cpu"), device)
         waits = isinstance(offload, OffloadConfig) and not offload.all_resident
         if device.type == "cpu" and waits and has_cuda():
