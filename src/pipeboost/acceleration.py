@@ -587,6 +587,7 @@ class Acceleration:
                 if self._removed:
                     raise PipeboostError("this acceleration was removed while the call was starting")
                 self._calls.add(call)
+            call.watched = None if self._team is None else self._team.everyone
             call.rebind = functools.partial(self._bind, pipe)
             call.state[COMPOSITION] = self.stages
             call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=self.progress)

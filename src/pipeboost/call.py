@@ -29,6 +29,7 @@ class Call:
         pipe: the pipeline, or the view of it, that was called.
         device: where its script runs.
         mesh: the ranks that run it together; None where it runs on one.
+        watched: all ranks that are watched with this one while it runs; None where there are no others.
         owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
         arguments: the arguments of the call by parameter name, defaults included.
         features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
@@ -54,7 +55,7 @@ class Call:
         mesh: Mesh | None = None,
     ) -> None:
         self.pipe = pipe
-        self.mesh = mesh
+        self.mesh = self.watched = mesh
         self.device = torch.device("cpu") if device is None else device
         self.owner = owner
         self.arguments = arguments

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import groups as groups_module
 from pipeboost.distributed import world
+from pipeboost.errors import UnsupportedError
+from pipeboost.stages import Stage, StageParallelism
 from tests.distributed.failure_cases import Trouble, outcome
 from tests.pipelines.tiny import TINY
 
@@ -97,19 +99,21 @@ def overlapping(name: str, layout: Layout, tag: str) -> int:
     requests = [{**request, "num_inference_steps": steps} for request in _requests(name, last + 1)]
     counts = {"loop": 0, "encoding": 0, "decoding": 0}
 
-    def begins(what: str, runs: int, *others: tuple[str, int]) -> Any:
+    def begins(what: str, runs: int, *others: tuple[str, int], at: int = 0) -> Any:
         def hook(*_: Any) -> None:
             request, run = divmod(counts[what], runs)
             counts[what] += 1
-            if run == 0:
+            if run == at:
                 store.set(f"{tag} {what} {request}", "begun")
             wanted = [(other, request + offset) for other, offset in others if 0 <= request + offset <= last]
-            store.wait([f"{tag} {other} {number}" for other, number in wanted] or [f"{tag} {what} 0"], _SOON)
+            if wanted:
+                store.wait([f"{tag} {other} {number}" for other, number in wanted], _SOON)
 
         return hook
 
     pipe.transformer.register_forward_pre_hook(begins("loop", steps, ("decoding", -1), ("encoding", 1)))
-    pipe.text_encoder.register_forward_pre_hook(begins("encoding", 2))
+    # Not before the second prompt: the rank beside must be through with both before it waits in a decoding.
+    pipe.text_encoder.register_forward_pre_hook(begins("encoding", 2, at=1))
     pipe.vae.decoder.register_forward_pre_hook(begins("decoding", 1, ("loop", 1)))
     with torch.no_grad():
         accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
@@ -122,7 +126,7 @@ _SOON = timedelta(seconds=20)
 
 
 def failing(name: str, layout: Layout, kind: str, rank: int, stage: str, *, listed: bool = False) -> dict[str, Any]:
-    """A call, or a list of them, in which one rank fails at a stage, and the next call; what each raised or returned."""
+    """A call or a list of them, in which one rank fails at a stage, and the next call; what each raised or returned."""
     entry = TINY[name]
     pipe, trouble = entry.build(), Trouble(kind, rank, stage)
     accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
@@ -173,3 +177,24 @@ def bad_request(name: str, layout: Layout) -> dict[str, Any]:
         "after": after,
         "stock": entry.call(pipe).mean().item(),
     }
+
+
+class Beside(Stage):
+    """Wants what only built-in stages can have."""
+
+    parallelism = StageParallelism.BESIDE
+
+
+def user_stage_beside() -> str:
+    """The sentence that refuses a user's stage beside the mesh."""
+    entry = TINY["flux_dev"]
+    pipe = entry.build()
+    accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(beside=1))
+    pipe.acceleration.add_stage("mine", Beside(), after="decoding")
+    try:
+        entry.call(pipe)
+    except UnsupportedError as error:
+        return f"UnsupportedError: {error}"
+    finally:
+        pipe.acceleration.remove()
+    return "it ran"

@@ -113,8 +113,8 @@ class Recorder:
         """Begin a span inside those that are open."""
         if what in ("stage", "step"):
             self._entered = stage
-            if self._call.mesh is not None:
-                tell_stage(self._call.mesh)
+            if self._call.watched is not None:
+                tell_stage(self._call.watched)
         if what == "stage" and stage != WHOLE_CALL:
             self._tell(stage, None)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
