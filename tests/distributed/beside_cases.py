@@ -198,3 +198,36 @@ def user_stage_beside() -> str:
     finally:
         pipe.acceleration.remove()
     return "it ran"
+
+
+class Noting(Stage):
+    """Notes how often it ran; in the place of a built-in stage it does the stock work."""
+
+    def __init__(self, parallelism: StageParallelism, instead_of: Stage | None = None) -> None:
+        self.parallelism, self.instead_of, self.runs = parallelism, instead_of, 0
+
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        self.runs += 1
+        return values if self.instead_of is None else self.instead_of.run(values)
+
+
+def user_stages(name: str, layout: Layout, parallelism: StageParallelism) -> dict[str, Any]:
+    """A call and a list of calls with stages of the user's at doors whose work is done beside; how often they ran."""
+    entry = TINY[name]
+    pipe = entry.build()
+    with torch.no_grad():
+        stock = entry.call(pipe)
+        accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout))
+        handle = pipe.acceleration
+        stages = [Noting(parallelism), Noting(parallelism), Noting(parallelism, handle.stages["decoding"])]
+        handle.add_stage("first", stages[0], after="text encoding")
+        handle.add_stage("second", stages[1], after="decoding")
+        handle.replace_stage("decoding", stages[2])
+        found = [entry.call(pipe), *(output[0] for output in handle.run_many([entry.call_kwargs() for _ in range(2)]))]
+        with handle.paused():
+            found.append(entry.call(pipe))
+        found.append(pipe(**entry.call_kwargs(), return_trajectory=True).images)
+        verified = handle.verify(**entry.call_kwargs()).passed
+        handle.remove()
+    differences = [float((each - stock).abs().max()) for each in found]
+    return {"differences": differences, "runs": [stage.runs for stage in stages], "verified": verified}

@@ -13,6 +13,7 @@ from pipeboost.stages import Composition, Stage, StageParallelism
 from tests.distributed import beside_cases as cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 from tests.distributed.ranks import on_ranks
+from tests.distributed.team_cases import left_by_a_dropped_pipeline
 from tests.pipelines.tiny import TINY
 
 ONE = {"cfg": 2, "beside": 1}
@@ -160,6 +161,21 @@ def test_a_stage_of_the_users_cannot_run_beside_the_mesh():
         assert words.startswith(
             "UnsupportedError: stage 'mine' asks for StageParallelism.BESIDE, which is for built-in"
         )
+
+
+@pytest.mark.parametrize("kind", [StageParallelism.REPLICATED, StageParallelism.MAIN_RANK], ids=str)
+def test_stages_of_the_users_run_on_the_mesh_where_they_say_and_their_built_in_neighbours_beside(kind):
+    first, second, beside = on_ranks(3, cases.user_stages, "qwen_image", ONE, kind)
+    for found in (first, second, beside):
+        assert found["differences"] == [0.0] * 5
+        assert found["verified"]
+    assert first["runs"] == [10, 5, 5]  # prompts are encoded twice a call
+    assert second["runs"] == (first["runs"] if kind is StageParallelism.REPLICATED else [0, 0, 0])
+    assert beside["runs"] == [0, 0, 0]
+
+
+def test_a_pipeline_that_is_dropped_takes_the_groups_of_all_its_ranks_along():
+    assert on_ranks(3, left_by_a_dropped_pipeline, "qwen_image", **ONE) == [[], [], []]
 
 
 def test_stages_that_the_user_gave_to_other_ranks_stay_theirs():
