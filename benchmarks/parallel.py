@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results --parts flux --stock-parallel
 
 Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
-uses guidance, a quarter of a loop of four steps with both branches. What runs on one GPU runs on every rank at the
-same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows are added to those that the day's file
-has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs tiny pipelines on the GPUs in
-every layout first, and compares their pictures with one GPU's.
+uses guidance, an eighth of what a loop of twelve steps with both branches takes longer than one of four. What runs on
+one GPU runs on every rank at the same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows are
+added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs
+tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import gc
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ MODELS = {
     "wan14": "wan2.1-14b",
     "hunyuan": "hunyuan-video",
 }
-STEPS = 4
-"""Of a loop with guidance, which is timed as a whole."""
+STEPS = 4, 12
+"""Of two loops with guidance, whose difference is that of the steps."""
 GUIDED = ("qwen", "wan", "wan14")
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--stock-parallel", action="store_true", help="Diffusers' context parallelism, and nothing else"
     )
+    parser.add_argument("--layouts", nargs="+", type=_layout, help="such as cfg=2,ulysses=2 ring=4; default: by model")
     settings = parser.parse_args()
     settings.output.mkdir(parents=True, exist_ok=True)
     device = local_device()
@@ -68,7 +69,7 @@ def main() -> None:
         elif part == "vae":
             vae(device, results)
         else:
-            denoiser(part, device, results, stock_parallel=settings.stock_parallel)
+            denoiser(part, device, results, settings.layouts, stock_parallel=settings.stock_parallel)
         results.tell(f"{part} took {time.perf_counter() - began:.0f} s")
         gc.collect()
         torch.cuda.empty_cache()
@@ -132,29 +133,51 @@ def smoke(device: torch.device, results: Results) -> None:
                 )
 
 
-def denoiser(part: str, device: torch.device, results: Results, *, stock_parallel: bool) -> None:
-    """A step of one model: stock and ours on one GPU, ours in each layout, stock's own parallelism last."""
+def _layout(text: str) -> dict[str, int]:
+    return {axis: int(degree) for axis, degree in (part.split("=") for part in text.split(","))}
+
+
+def denoiser(
+    part: str,
+    device: torch.device,
+    results: Results,
+    layouts: Sequence[Mapping[str, int]] | None,
+    *,
+    stock_parallel: bool,
+) -> None:
+    """A step of one model: stock and ours on one GPU, ours in each layout; or stock's own parallelism alone."""
     size: FullSize = full_size_named(MODELS[part])
     pipe = build_pipeline(size, device=device, dtype=torch.bfloat16)
     inputs = forward_inputs(size, device=device, dtype=torch.bfloat16)
     branches = 2 if part in GUIDED else 1
     count = results.ranks
-    layouts: list[dict[str, int]] = [{"ulysses": count}, {"ring": count}]
-    if branches == 2:
+    if layouts is None and branches == 2:
         layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}]
+    elif layouts is None:
+        layouts = [{"ulysses": count}, {"ring": count}]
 
-    arguments = call_arguments(pipe, inputs, steps=STEPS) if branches == 2 else {}
+    loops = {steps: call_arguments(pipe, inputs, steps=steps) for steps in STEPS} if branches == 2 else {}
 
-    def step() -> Any:
-        """One forward, or a loop of steps with guidance: the script makes its two forwards one after another."""
-        return pipe.transformer(**inputs)[0] if branches == 1 else pipe(**arguments)[0]
+    def forward() -> Any:
+        return pipe.transformer(**inputs)[0]
 
-    def add(variant: str, run: Callable[[], Any], reference: torch.Tensor | None = None) -> torch.Tensor:
+    def timed() -> tuple[float, float, Any]:
+        """Milliseconds of a step, those that a loop takes beside its steps, and an output."""
+        if branches == 1:
+            timing, output = time_runs(forward, device, repeats=7, warm_ups=4)
+            return max(_everywhere(timing.median)), 0.0, output
+        totals = []
+        for arguments in loops.values():
+            timing, output = time_runs(lambda given=arguments: pipe(**given)[0], device, repeats=3, warm_ups=1)
+            totals.append(max(_everywhere(timing.median)))
+        step = (totals[1] - totals[0]) / (STEPS[1] - STEPS[0])
+        return step, totals[0] - STEPS[0] * step, output
+
+    def add(variant: str, reference: torch.Tensor | None = None) -> torch.Tensor:
         began = time.perf_counter()
-        run()
+        forward() if branches == 1 else pipe(**loops[STEPS[0]])
         cold = time.perf_counter() - began
-        timing, output = time_runs(run, device, repeats=7 if branches == 1 else 3, warm_ups=4 if branches == 1 else 1)
-        slowest = max(_everywhere(timing.median)) / (1 if branches == 1 else STEPS)
+        step, beside, output = timed()
         error = None if reference is None else float((output - reference).norm() / reference.norm())
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         results.add(
@@ -162,7 +185,8 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
             model=size.name,
             workload=size.workload,
             variant=variant,
-            step_ms=slowest,
+            step_ms=step,
+            beside_steps_ms=beside,
             peak_gib=peak,
             error_to_stock=error,
             cold_s=cold,
@@ -174,15 +198,15 @@ def denoiser(part: str, device: torch.device, results: Results, *, stock_paralle
             with _default_group():
                 pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=count))
                 pipe.transformer.compile_repeated_blocks(fullgraph=True)
-                add(f"stock, ulysses={count} and compile", step)
+                add(f"stock, ulysses={count} and compile")
             return
-        stock = add("stock, 1 GPU", step).clone()
+        stock = add("stock, 1 GPU").clone()
         with _accelerated(pipe, None, opened=branches == 1):
-            add("ours, 1 GPU", step, stock)
-        for layout, graphs in itertools.product(layouts, (False, True)):
+            add("ours, 1 GPU", stock)
+        for layout, graphs in itertools.product(layouts, (False, "auto")):
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
             with _accelerated(pipe, layout, opened=branches == 1, graphs=graphs):
-                add(f"ours, {named}{' and CUDA graphs' if graphs else ''}", step, stock)
+                add(f"ours, {named}{' and CUDA graphs' if graphs else ''}", stock)
 
 
 def vae(device: torch.device, results: Results) -> None:

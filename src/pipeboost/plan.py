@@ -210,7 +210,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             _quantize(config),
             cache,
             _compile(config, hardware),
-            _graphs(config, hardware, facts, cache, policies, parallel.settings),
+            _graphs(config, hardware, facts, cache, policies),
             offload,
             _reuse(config, facts, parallel.settings),
         ),
@@ -396,7 +396,6 @@ def _graphs(
     facts: ModelFacts,
     cache: Decision,
     policies: Mapping[str, str],
-    layout: ParallelConfig | None,
 ) -> Decision:
     asked = config.compile
     if asked is None:
@@ -416,11 +415,6 @@ def _graphs(
         if wanted is True:
             raise UnsupportedError(f"compile.graphs=True is not possible here: {reason}; use graphs='auto' or False")
         return Decision("graphs", "off", f"a CUDA graph is not possible: {reason}")
-    if wanted == "auto" and layout is not None and layout.ulysses * layout.ring * layout.tensor > 1:
-        why = (
-            "none with transfers between ranks in it has been run on several GPUs; CompileConfig(graphs=True) has them"
-        )
-        return Decision("graphs", "off", why)
     why = "a forward whose launches take the host about as long as the device runs is captured at its third run"
     if wanted is True:
         why = "a forward is captured at its second run with the same shapes and settings"

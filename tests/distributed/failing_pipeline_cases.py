@@ -12,12 +12,13 @@ from tests.pipelines.tiny import TINY
 STAGES = ("text encoding", "denoising", "decoding")
 TIMEOUT = 3.0
 """Seconds that ranks wait for each other, on machines that do much else."""
-LAYOUT = {"cfg": 2}
 
 
-def failing_calls(name: str, kind: str, rank: int, stage: str, device: str = "cpu") -> dict[str, Any]:
+def failing_calls(
+    name: str, kind: str, rank: int, stage: str, device: str = "cpu", axis: str = "cfg"
+) -> dict[str, Any]:
     """A call in which one rank fails at a stage, and the next one; what each raised, or returned."""
-    pipe = _accelerate(TINY[name].build().to(device), TIMEOUT)
+    pipe = _accelerate(TINY[name].build().to(device), TIMEOUT, axis)
     pipe.acceleration.progress = _trouble(kind, rank, stage)
     before = time.monotonic()
     first = outcome(lambda: _latents(name, pipe).mean().item())
@@ -61,9 +62,10 @@ def bad_prompts(name: str) -> dict[str, Any]:
     return {"refused": refused, "difference": _difference(after, before)}
 
 
-def _accelerate(pipe: Any, timeout: float) -> Any:
-    layout = ParallelConfig(**LAYOUT, timeout=timeout)
-    return accelerate_pipeline(pipe, quality="exact", parallel=layout, reuse=None)
+def _accelerate(pipe: Any, timeout: float, axis: str = "cfg") -> Any:
+    layout = ParallelConfig(**{axis: 2}, timeout=timeout)
+    quality = "exact" if axis == "cfg" else "lossless"
+    return accelerate_pipeline(pipe, quality=quality, parallel=layout, compile=None, reuse=None)
 
 
 def _latents(name: str, pipe: Any, **settings: Any) -> torch.Tensor:

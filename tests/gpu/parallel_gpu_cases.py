@@ -68,8 +68,8 @@ def compiled(name: str, degrees: Mapping[str, int]) -> dict[str, float]:
 
 
 def failing_calls(name: str, kind: str, rank: int, stage: str) -> dict[str, Any]:
-    """`failing_pipeline_cases.failing_calls`, on the GPUs."""
-    return failing_pipeline_cases.failing_calls(name, kind, rank, stage, str(_exact_device()))
+    """`failing_pipeline_cases.failing_calls`, on the GPUs, which share the tokens."""
+    return failing_pipeline_cases.failing_calls(name, kind, rank, stage, str(_exact_device()), "ulysses")
 
 
 def _exact_device() -> torch.device:

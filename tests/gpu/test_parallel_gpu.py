@@ -17,7 +17,7 @@ LAYOUTS = {
     4: [{"ulysses": 4}, {"ring": 4}, {"ulysses": 2, "ring": 2}, {"ulysses": 2, "tensor": 2}, {"tensor": 4}],
 }
 GUIDED = {2: [{"cfg": 2}], 4: [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}]}
-PIPELINES = {"flux": False, "qwen_image": True, "wan22_t2v": True, "hunyuan_video": False}
+PIPELINES = {"flux_dev": False, "qwen_image": True, "wan22_t2v": True, "hunyuan_video": False}
 on_mortal_ranks = functools.partial(failure_ranks.on_mortal_ranks, start="spawn")
 
 
@@ -34,7 +34,7 @@ def test_layouts_give_what_one_gpu_gives_from_graphs_too_and_come_off(name):
             assert found["removed"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image"])
 def test_compiled_blocks_share_tokens(name):
     for outcome in on_mortal_ranks(RANKS, cases.compiled, name, {"ulysses": RANKS}, limit=120.0):
         assert outcome.answer is not None, outcome.printed

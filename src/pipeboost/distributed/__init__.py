@@ -3,6 +3,7 @@
 from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
 from pipeboost.distributed.groups import Group, Pending
 from pipeboost.distributed.mesh import AXES, SAMPLE, SEQUENCE, Mesh
+from pipeboost.distributed.peers import Peers
 from pipeboost.distributed.sharing import shared
 from pipeboost.distributed.start import World, local_device, world, world_size
 from pipeboost.distributed.waiting import busy, follow
@@ -15,6 +16,7 @@ __all__ = [
     "DisagreementError",
     "Group",
     "Mesh",
+    "Peers",
     "Pending",
     "World",
     "agreed_arguments",

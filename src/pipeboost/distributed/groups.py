@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
+from pipeboost.distributed.peers import MOST_BYTES, Peers, connect
 from pipeboost.distributed.start import world
 from pipeboost.distributed.waiting import Transfer, finish
 
@@ -38,6 +39,7 @@ class Group:
         rank: this process's position in `ranks`.
         size: how many there are.
         backend: torch's; None for a group of one.
+        unreachable: why its GPUs do not write into each other's memory, once that was tried and failed.
     """
 
     def __init__(self, ranks: Sequence[int], device: str) -> None:
@@ -50,6 +52,8 @@ class Group:
         _made[device, self.ranks] += 1
         self.name = f"pipeboost {device} {'-'.join(map(str, self.ranks))} {serial}"
         self.backend: Any = None
+        self._peers: list[Peers] = []
+        self.unreachable: str | None = None
         if self.size > 1:
             self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
         _groups[self.name] = self
@@ -125,9 +129,31 @@ class Group:
 
         return gather(self, value)
 
+    def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
+        """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them."""
+        if self.device != "cuda" or self.size == 1 or self.unreachable or heads_bytes + tokens_bytes > MOST_BYTES:
+            return None
+        latest = self._peers[-1] if self._peers else None
+        if latest is not None:
+            if latest.heads_bytes >= heads_bytes and latest.tokens_bytes >= tokens_bytes:
+                return latest
+            heads_bytes, tokens_bytes = max(latest.heads_bytes, heads_bytes), max(latest.tokens_bytes, tokens_bytes)
+        made = connect(self, heads_bytes, tokens_bytes, device, f"peers {len(self._peers)}")
+        if isinstance(made, str):
+            self.unreachable = made
+            return None
+        self._peers.append(made)  # CUDA graphs may hold on to the former ones
+        return made
+
+    def halt(self) -> None:
+        """Let this rank's GPU wait for nobody in the others' memory any more."""
+        for peers in self._peers:
+            peers.halt()
+
     def close(self) -> None:
         """Give up the group. Every rank of it does so."""
         _groups.pop(self.name, None)
+        self._peers.clear()
         if self.backend is not None:
             self.backend.shutdown()
             self.backend = None

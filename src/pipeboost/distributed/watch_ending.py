@@ -23,6 +23,7 @@ def break_off(group: Group) -> None:
     backend = group.backend
     if backend is None:
         return
+    group.halt()
     if group.device == "cuda":
         # It may wait for kernels; nobody waits for it.
         threading.Thread(target=backend.abort, name="pipeboost abort", daemon=True).start()

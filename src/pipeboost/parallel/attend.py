@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeboost.call import current_call
-from pipeboost.distributed import Group
+from pipeboost.distributed import Group, Peers
 from pipeboost.errors import UnsupportedError
 from pipeboost.parallel.shards import SHARDS, Shards
 
@@ -116,6 +116,9 @@ def _heads_for_tokens(
 ) -> tuple[torch.Tensor, ...]:
     """All tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
     batch, own, heads, head_dim = q.shape
+    peers = _peers(q, tokens, heads, group)
+    if peers is not None:
+        return peers.heads_for_tokens(q, k, v, tokens)
     split = (batch, own, group.size, heads // group.size, head_dim)
     packed = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
     # Rank by rank, and token by token within: then all that arrives is in the order of the tokens.
@@ -128,10 +131,19 @@ def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) ->
     """The inverse: this rank's own tokens with all heads."""
     batch, _, heads, head_dim = out.shape
     own = tokens[group.rank]
+    peers = _peers(out, tokens, group.size * heads, group)
+    if peers is not None:
+        return peers.tokens_for_heads(out, tokens)
     parcels = out.transpose(0, 1).reshape(sum(tokens), -1)
     received = group.all_to_all(parcels, tokens, [own] * group.size)
     received = received.view(group.size, own, batch, heads, head_dim)
     return received.permute(2, 1, 0, 3, 4).reshape(batch, own, group.size * heads, head_dim)
+
+
+def _peers(tensor: torch.Tensor, tokens: Sequence[int], heads: int, group: Group) -> Peers | None:
+    """The GPUs' memory for all that one attention exchanges; None where the group's backend carries it."""
+    token_bytes = tensor.shape[0] * heads * tensor.shape[3] * tensor.element_size()
+    return group.peers(3 * sum(tokens) * token_bytes // group.size, max(tokens) * token_bytes, tensor.device)
 
 
 def _around_the_ring(

@@ -1,0 +1,211 @@
+"""`Peers`: memory that the GPUs of a group on one machine write into directly, over NVLink or PCIe.
+
+NCCL's exchange of heads for tokens takes a copy that packs, the transfer, and one that unpacks; here a kernel writes
+each row where it belongs, on whichever GPU that is. Needs torch's symmetric memory, and Triton.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipeboost.distributed.neighbours import this_process
+from pipeboost.distributed.start import world
+from pipeboost.distributed.waiting import expecting, follow
+
+if TYPE_CHECKING:
+    from pipeboost.distributed.groups import Group
+
+MOST_RANKS = 8
+MOST_BYTES = 4 * 2**30
+"""Of one rank's memory for others; more is left to NCCL, which needs it for the time of a transfer only."""
+_BOARD = 256
+"""Bytes in front, where ranks write how often they came."""
+_LEAST = 2**20
+"""Bytes of an inbox: enough to try it."""
+
+
+class Peers:
+    """What the ranks of a group have for each other: a board, and two inboxes.
+
+    All ranks make it at the same point of their programs, and then the same calls in the same order, on one stream.
+    Two inboxes, so that a rank's output never arrives where another still reads what came before it.
+
+    Args:
+        group: of GPUs of one machine.
+        heads_bytes, tokens_bytes: the largest that `heads_for_tokens` and `tokens_for_heads` will bring here.
+        device: this rank's.
+        name: of this, unlike any other's of the group.
+
+    Raises:
+        RuntimeError: the GPUs cannot reach each other's memory.
+    """
+
+    def __init__(self, group: Group, heads_bytes: int, tokens_bytes: int, device: torch.device, name: str) -> None:
+        self.heads_bytes, self.tokens_bytes = (-(-nbytes // _BOARD) * _BOARD for nbytes in (heads_bytes, tokens_bytes))
+        self._group = group
+        nbytes = _BOARD + self.heads_bytes + self.tokens_bytes
+        self._memory, addresses = _shared_memory(nbytes, device, group, name)
+        self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._heads_inboxes = self._boards + _BOARD
+        self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
+        self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._round = torch.zeros(1, dtype=torch.int32, device=device)
+        self._starts: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def heads_for_tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """Give each rank its heads of this rank's tokens.
+
+        Args:
+            q, k, v: `(batch, own tokens, heads, head_dim)`.
+            tokens: how many each rank has.
+
+        Returns:
+            q, k and v as `(batch, all tokens, heads of a rank, head_dim)`; valid until `tokens_for_heads`.
+        """
+        import triton
+
+        from pipeboost.distributed.peer_kernels import ROWS, WARPS, send_heads
+
+        group, (batch, own, heads, head_dim) = self._group, q.shape
+        total, row = sum(tokens), heads // group.size * head_dim
+        q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
+        grid = (triton.cdiv(own, ROWS) * group.size, 3 * batch)
+        strides = [stride for each in (q, k, v) for stride in each.stride()[:2]]
+        send_heads[grid](
+            q, k, v, self._heads_inboxes, own, sum(tokens[: group.rank]), total, *strides, group.rank,
+            RANKS=group.size, ROW=row, BLOCK=triton.next_power_of_2(row), ROWS=ROWS, num_warps=WARPS,
+        )  # fmt: skip
+        self._meet()
+        follow(group, "exchange of heads for tokens")
+        received = self._memory[_BOARD : _BOARD + 3 * batch * total * row * q.element_size()].view(q.dtype)
+        return received.view(3, batch, total, heads // group.size, head_dim).unbind(0)
+
+    def tokens_for_heads(self, out: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Give each rank its tokens of this rank's heads.
+
+        Args:
+            out: `(batch, all tokens, heads of a rank, head_dim)`.
+            tokens: how many each rank has.
+
+        Returns:
+            `(batch, own tokens, heads, head_dim)`.
+        """
+        import triton
+
+        from pipeboost.distributed.peer_kernels import ROWS, WARPS, send_tokens
+
+        group, (batch, total, heads, head_dim) = self._group, out.shape
+        own, row = tokens[group.rank], heads * head_dim
+        grid = (triton.cdiv(max(tokens), ROWS) * group.size, batch)
+        send_tokens[grid](
+            out.contiguous(), self._tokens_inboxes, self._starts_of(tuple(tokens)), total, group.rank,
+            RANKS=group.size, ROW=row, BLOCK=triton.next_power_of_2(row), ROWS=ROWS, num_warps=WARPS,
+        )  # fmt: skip
+        self._meet()
+        follow(group, "exchange of tokens for heads")
+        begin = _BOARD + self.heads_bytes
+        received = self._memory[begin : begin + batch * own * group.size * row * out.element_size()].view(out.dtype)
+        return received.view(batch, own, group.size * heads, head_dim).clone()
+
+    def halt(self) -> None:
+        """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
+        self._halt[0] = 1
+
+    def _meet(self) -> None:
+        """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
+        from pipeboost.distributed.peer_kernels import meet
+
+        meet[(1,)](self._boards, self._group.rank, self._round, self._halt, RANKS=self._group.size, num_warps=1)
+
+    def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        if tokens not in self._starts:
+            starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
+            self._starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._boards.device)
+        return self._starts[tokens]
+
+
+def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.device, name: str) -> Peers | str:
+    """Make the memory of all ranks of a group and try it; on every rank the reason where it does not serve one of them.
+
+    Every rank of the group calls it, with the same sizes.
+    """
+    if group.size > MOST_RANKS:
+        return f"the group has more than {MOST_RANKS} ranks"
+    said = dist.PrefixStore(f"{group.name} {name}", world().store)
+    host = this_process().host
+    machine = host if host and find_spec("triton") is not None else "no Triton"
+    machines = _all_say(said, "machine", machine, group)
+    if "no Triton" in machines:
+        return "a rank has no Triton"
+    if len(set(machines)) > 1:
+        return "the ranks are on several machines"
+    peers, trouble = None, ""
+    try:
+        peers = Peers(group, max(heads_bytes, _LEAST), max(tokens_bytes, _LEAST), device, name)
+    except RuntimeError as error:
+        trouble = str(error).splitlines()[0]
+    troubles = [word for word in _all_say(said, "trouble", trouble, group) if word]
+    if troubles:
+        return f"a GPU does not reach another's memory: {troubles[0]}"
+    assert peers is not None
+    right = _arrives(peers, group, device)
+    if not all(_all_say(said, "right", "yes" if right else "", group)):
+        return "what one GPU wrote into another's memory did not arrive"
+    return peers
+
+
+def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
+    """Whether numbers arrive where they belong: a machine may forbid what its driver promises."""
+    ranks, own, head_dim = group.size, 16, 8
+    tokens = [own] * ranks
+    # Every number says which tensor, token, head and place it is of.
+    numbers = torch.arange(3 * ranks * own * ranks * head_dim, device=device, dtype=torch.int32).float()
+    whole = numbers.view(3, 1, ranks * own, ranks, head_dim)
+    mine = whole[:, :, group.rank * own : (group.rank + 1) * own]
+    q, k, v = mine.unbind(0)
+    received = torch.stack(peers.heads_for_tokens(q, k, v, tokens))
+    back = peers.tokens_for_heads(received[0], tokens)
+    return torch.equal(received, whole[:, :, :, group.rank, None]) and torch.equal(back, mine[0])
+
+
+def _shared_memory(nbytes: int, device: torch.device, group: Group, name: str) -> tuple[torch.Tensor, list[int]]:
+    """Memory of this rank, zeros, and where all ranks' are, as this one's GPU sees them."""
+    from torch._C._distributed_c10d import (
+        _register_process_group,
+        _SymmetricMemory,
+        _unregister_process_group,
+    )
+
+    store = dist.PrefixStore(f"{group.name} {name} memory", world().store)
+    registered: Any = f"{group.name} {name}"
+    # torch looks for a store in its registry, by a reference that keeps nothing; it is there for as long as that takes.
+    ranks = dist.ProcessGroup(store, group.rank, group.size)
+    _register_process_group(registered, ranks)
+    try:
+        _SymmetricMemory.set_group_info(registered, group.rank, group.size, store)
+        memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, registered)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        handle = _SymmetricMemory.rendezvous(memory)
+    finally:
+        _unregister_process_group(registered)
+    return memory, list(handle.buffer_ptrs)
+
+
+def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
+    """What each rank of the group says; outside its collectives, since one of them may have failed."""
+    store.set(f"{about} {group.rank}", f"={word}")
+    keys = [f"{about} {rank}" for rank in range(group.size)]
+    with expecting(group, "meeting of the GPUs' memory") as check:
+        while not store.check(keys):
+            check()
+            time.sleep(0.001)
+    return [store.get(key).decode().removeprefix("=") for key in keys]
