@@ -1,6 +1,7 @@
 """Attention kernels and the table of them; nothing that only a GPU has is imported before its first use."""
 
 from pipeboost.kernels.key_padding import MaskKind, compact_keys, mask_kind
+from pipeboost.kernels.merge import merge_partial
 from pipeboost.kernels.table import (
     KERNELS,
     Kernel,
@@ -26,6 +27,7 @@ __all__ = [
     "compact_keys",
     "installed_package",
     "mask_kind",
+    "merge_partial",
     "missing_package",
     "refuses",
     "unavailable_reason",

@@ -19,6 +19,7 @@ import torch
 from pipeboost.call import current_call
 from pipeboost.distributed import Group, Peers
 from pipeboost.errors import UnsupportedError
+from pipeboost.kernels import merge_partial
 from pipeboost.parallel.shards import SHARDS, Shards
 
 Attend = Callable[..., Any]
@@ -173,24 +174,12 @@ def _around_the_ring(
         keys, values = block[:2]
         part_mask = block[2][:, None, None] if mask is not None else None
         part, part_lse = attend(q, keys, values, part_mask, scale=scale, return_lse=True)
-        out, lse = (part.float(), part_lse) if out is None else _merged(out, lse, part, part_lse)
+        out, lse = (part.float(), part_lse) if out is None else merge_partial(out, lse, part, part_lse)
         if pending is not None:
             pending.wait()
         block = coming
     assert out is not None
     return out.to(q.dtype)
-
-
-def _merged(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two partial outputs in float32, and their log-sum-exps, as one."""
-    whole = torch.logaddexp(lse, part_lse)
-    # Where all keys of a part are masked its weight is 0, and what it computed may be anything.
-    weight = torch.exp(lse - whole).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
-    part_weight = torch.exp(part_lse - whole).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
-    merged = torch.where(weight > 0, out * weight, 0.0) + torch.where(part_weight > 0, part.float() * part_weight, 0.0)
-    return merged, whole
 
 
 @torch.library.custom_op("pipeboost::attend_across_ranks", mutates_args=())
