@@ -20,7 +20,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
@@ -346,11 +346,14 @@ class Acceleration:
                 self._bind_on_all_ranks(pipe, "the start of run_many")
                 given = [_without_trajectory(signature, request)[0] for request in requests]
                 bound = [team.agreed(signature, pipe, (), request) for request in given]
-                if serving is not None:
-                    yield from self._served(pipe, serving, bound)
-                else:
-                    with asking(team.beside):
-                        yield from self._asked(pipe, requests, bound)
+                outputs = self._asked(pipe, requests, bound) if serving is None else self._served(pipe, serving, bound)
+                with asking(team.beside) if serving is None else contextlib.nullcontext():
+                    for output in outputs:
+                        try:
+                            yield output
+                        except GeneratorExit:  # on every rank; the requests that are under way come to their end
+                            outputs.close()
+                            break
         finally:
             self._list_runs = False
         if serving is not None:
@@ -358,7 +361,7 @@ class Acceleration:
 
     def _asked(
         self, pipe: Any, requests: Sequence[Mapping[str, Any]], bound: Sequence[inspect.BoundArguments]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         """The results of requests on a rank of the mesh."""
 
         def run(view: Any, request: Mapping[str, Any]) -> Any:
@@ -369,27 +372,23 @@ class Acceleration:
                 _listed.reset(token)
 
         results = overlapped(pipe, requests, run, self._cancel_turns, at_once=1, together=True)
-        for output, finished in results:
-            self._finished = finished or self._finished
-            try:
+        with contextlib.closing(results):
+            for output, finished in results:
+                self._finished = finished or self._finished
                 yield output
-            except GeneratorExit:  # on every rank; the requests that are under way come to their end
-                results.close()
-                return
 
-    def _served(self, pipe: Any, serving: Serving, bound: Sequence[inspect.BoundArguments]) -> Iterator[Any]:
+    def _served(self, pipe: Any, serving: Serving, bound: Sequence[inspect.BoundArguments]) -> Generator[Any]:
         """The results of requests on a rank beside, up to one that has failed on the mesh."""
         device = self._follow_device(pipe)
         with ThreadPoolExecutor(1, thread_name_prefix="pipeboost-serving") as pool:
             work = pool.submit(self._serve, pipe, device, serving)
-            for position, each in enumerate(bound):
-                if not serving.has_returned(position):
-                    break
-                try:
+            try:
+                for position, each in enumerate(bound):
+                    if not serving.has_returned(position):
+                        break
                     yield serving.outcome(position, dict(each.arguments), alone=False)
-                except GeneratorExit:  # on every rank; the requests that are under way come to their end
-                    break
-            work.result()
+            finally:
+                work.result()
 
     def _serve(self, pipe: Any, device: torch.device, serving: Serving) -> None:
         """Do what a mesh asks of a rank beside it, until it is done."""

@@ -45,8 +45,14 @@ def results(name: str, layout: Layout, *, quality: str = "exact", **settings: An
     return {"results": found, "worked": worked, "random": random, "removed": removed, "left": left, "plan": plan}
 
 
-def of_list(name: str, layout: Layout, *, quality: str = "exact", take: int = 4, **settings: Any) -> dict[str, Any]:
-    """What `run_many` yields for four requests on this rank, and each call by itself; `take` of them are taken.
+def of_list(
+    name: str, layout: Layout, *, quality: str = "exact", take: int = 4, late: float = 0.0, **settings: Any
+) -> dict[str, Any]:
+    """What `run_many` yields for four requests on this rank, and each call by itself.
+
+    Args:
+        take: how many are taken.
+        late: seconds by which a rank gives the others up later than the rank before it.
 
     Returns:
         `"list"`, `"alone"`: results; `"stages"`: of the report of the last; `"after"`: of a call after it.
@@ -59,6 +65,7 @@ def of_list(name: str, layout: Layout, *, quality: str = "exact", take: int = 4,
         outputs = pipe.acceleration.run_many(_requests(name, **settings))
         for _ in range(take):
             listed.append(next(outputs)[0])
+        time.sleep(late * dist.get_rank())
         outputs.close()
         stages = set(pipe.acceleration.report().stages)
         alone = [pipe(**request)[0] for request in _requests(name, **settings)]

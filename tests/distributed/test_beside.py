@@ -76,7 +76,8 @@ def test_requests_that_overlap_give_what_they_give_one_by_one_on_every_rank(name
 
 
 def test_a_list_that_is_given_up_leaves_the_ranks_in_step():
-    for found in on_ranks(3, cases.of_list, "qwen_image", ONE, take=2):
+    # At times that differ by more than ranks wait for each other where a call has failed.
+    for found in on_ranks(3, cases.of_list, "qwen_image", ONE, take=2, late=1.1):
         assert all(map(torch.equal, found["list"], found["alone"]))
         assert (len(found["list"]), len(found["alone"]), found["left"]) == (2, 4, [])
 
