@@ -18,13 +18,12 @@ from tests.pipelines.tiny import TINY
 
 ONE = {"cfg": 2, "beside": 1}
 TWO = {"ulysses": 2, "beside": 2}
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 # Without ranks beside them, ranks that share tokens share the VAE too, which changes rounding.
 LAYOUTS = {
     "qwen_image": ({"cfg": 2}, ONE, "exact"),
-    "qwen_image_edit": ({"cfg": 2}, ONE, "exact"),
+    "qwen_image_edit": ({"cfg": 2}, ONE, "exact"),  # its text encoder sees the picture too
     "wan21_t2v": ({"ulysses": 2, "vae": False}, TWO, "lossless"),
-    "wan21_i2v": ({"cfg": 2}, {"cfg": 2, "beside": 2}, "exact"),
     "ltx2": ({"cfg": 2, "vae": False}, {"cfg": 2, "beside": 2}, "lossless"),
     "flux_kontext": ({}, {"beside": 1}, "exact"),
 }
@@ -46,11 +45,11 @@ def test_results_and_random_state_are_those_of_the_same_layout_without_ranks_bes
 
 
 def test_each_rank_does_its_own_part_and_remove_leaves_stock_and_nothing_else():
-    stock = TINY["wan21_i2v"].call(TINY["wan21_i2v"].build())
+    stock = TINY["wan21_i2v"].call(TINY["wan21_i2v"].build(), steps=1)
     mesh = [{"transformer"}] * 2
-    one = on_ranks(3, cases.results, "wan21_i2v", ONE)
+    one = on_ranks(3, cases.results, "wan21_i2v", ONE, steps=1)
     assert [found["worked"] for found in one] == [*mesh, {"text_encoder", "image_encoder", "encoder", "decoder"}]
-    two = on_ranks(4, cases.results, "wan21_i2v", {"cfg": 2, "beside": 2})
+    two = on_ranks(4, cases.results, "wan21_i2v", {"cfg": 2, "beside": 2}, steps=1)
     assert [found["worked"] for found in two] == [*mesh, {"text_encoder", "image_encoder"}, {"encoder", "decoder"}]
     for found in (*one, *two):
         assert torch.equal(found["removed"], stock)
@@ -99,7 +98,7 @@ def test_what_the_script_refuses_is_refused_on_every_rank_and_the_next_call_has_
 
 
 def test_what_a_rank_beside_raises_is_raised_on_every_rank_and_the_next_call_works():
-    runs = [("text encoding", False), ("decoding", False), ("text encoding", True), ("decoding", True)]
+    runs = [("text encoding", False), ("decoding", True)]
     with ThreadPoolExecutor(2) as threads:
         for outcomes in threads.map(lambda run: _failing("raise", 2, run[0], listed=run[1]), runs):
             for outcome in outcomes:
