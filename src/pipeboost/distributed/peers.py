@@ -33,7 +33,8 @@ _LEAST = 2**20
 class Peers:
     """What the ranks of a group have for each other: a board, and two inboxes.
 
-    All ranks make it at the same point of their programs, and then the same calls in the same order, on one stream.
+    All ranks make it at the same point of their programs, and then the same calls in the same order, each after what
+    came before it on its GPU.
     Two inboxes, so that a rank's output never arrives where another still reads what came before it.
 
     Args:

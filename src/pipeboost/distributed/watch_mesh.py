@@ -6,7 +6,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipeboost.distributed.mesh import Mesh
@@ -57,10 +59,15 @@ class Watch:
         self.failure: Failure | None = None
         self._failed = threading.Event()
         self._failing = threading.Lock()
+        self._device = mesh.device
+        self._latest: Any = None
 
     def enter(self, stage: Callable[[], str], timeout: float) -> None:
         """Begin a call."""
         self._require_usable()
+        if self._latest is not None:
+            # Ranks write into each other's memory in the order of the calls, whatever stream each is on.
+            torch.cuda.current_stream(self._device).wait_event(self._latest)
         self._stage = stage
         self.timeout = timeout
         self.call += 1
@@ -84,6 +91,9 @@ class Watch:
             error: what the call has raised here.
         """
         try:
+            if self._device.type == "cuda":
+                with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which the call raises
+                    self._latest = torch.cuda.current_stream(self._device).record_event()
             if error is not None and self.failure is None and _of_transport(error):
                 self._find_out(error)
             own = error is not None and self.failure is None

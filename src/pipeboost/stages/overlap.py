@@ -61,14 +61,15 @@ def overlapped(
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
         at_once: requests in their loops at a time; None for what is best on one rank.
         together: other ranks run the same requests with this one. Then requests that are under way are not cancelled,
-            which no two ranks would do at the same step, but come to their end, all on all ranks or none.
+            which no two ranks would do at the same step, but come to their end, all on all ranks or none. All are on one
+            stream, since ranks write into each other's memory in the order of their loops.
     """
     at_once = AT_ONCE if at_once is None else at_once
     turns = Turns(at_once=at_once)
     in_flight = at_once + 2  # one before its loop and one after it
     device = pipe._execution_device
     callers = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    streams = [] if callers is None else [_stream(device, number) for number in range(STREAMS)]
+    streams = [] if callers is None else [_stream(device, number) for number in range(1 if together else STREAMS)]
     if callers is not None:
         for stream in streams:
             stream.wait_stream(callers)
@@ -80,7 +81,7 @@ def overlapped(
             _turn.set(turn)
             if callers is None:
                 return call(view, requests[position])
-            stream = streams[position % STREAMS]
+            stream = streams[position % len(streams)]
             with torch.cuda.stream(stream):
                 result = call(view, requests[position])
                 stream.record_event().synchronize()
