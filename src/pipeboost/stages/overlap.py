@@ -61,8 +61,8 @@ def overlapped(
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
         at_once: requests in their loops at a time; None for what is best on one rank.
         together: other ranks run the same requests with this one. Then requests that are under way are not cancelled,
-            which no two ranks would do at the same step, but come to their end, all on all ranks or none. All are on one
-            stream, since ranks write into each other's memory in the order of their loops.
+            which no two ranks would do at the same step, but come to their end, all on all ranks or none. All are on
+            one stream, since ranks write into each other's memory in the order of their loops.
     """
     at_once = AT_ONCE if at_once is None else at_once
     turns = Turns(at_once=at_once)
