@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument(
         "--stock-parallel", action="store_true", help="Diffusers' context parallelism, and nothing else"
     )
-    parser.add_argument("--layouts", nargs="+", type=_layout, help="such as cfg=2,ulysses=2 ring=4; default: by model")
+    parser.add_argument(
+        "--layouts", nargs="+", type=layout_of, help="such as cfg=2,ulysses=2 ring=4; default: by model"
+    )
     settings = parser.parse_args()
     settings.output.mkdir(parents=True, exist_ok=True)
     device = local_device()
@@ -78,7 +80,7 @@ def main() -> None:
 class Results:
     """Rows of one run, written by the first rank as they come."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, *, kind: str = "parallel") -> None:
         everyone = world()
         self.ranks, self._first = everyone.size, everyone.rank == 0
         hardware = detect_hardware(device)
@@ -90,7 +92,7 @@ class Results:
             "rows": [],
         }
         name = hardware.name.lower().replace("nvidia ", "").replace(" ", "-")
-        self._path = folder / f"parallel_{everyone.size}x{name}_{self._content['date']}.json"
+        self._path = folder / f"{kind}_{everyone.size}x{name}_{self._content['date']}.json"
         if self._path.exists():
             self._content["rows"] = json.loads(self._path.read_text())["rows"]
 
@@ -133,7 +135,8 @@ def smoke(device: torch.device, results: Results) -> None:
                 )
 
 
-def _layout(text: str) -> dict[str, int]:
+def layout_of(text: str) -> dict[str, int]:
+    """`"cfg=2,ulysses=2"` as degrees."""
     return {axis: int(degree) for axis, degree in (part.split("=") for part in text.split(","))}
 
 
@@ -165,11 +168,11 @@ def denoiser(
         """Milliseconds of a step, those that a loop takes beside its steps, and an output."""
         if branches == 1:
             timing, output = time_runs(forward, device, repeats=7, warm_ups=4)
-            return max(_everywhere(timing.median)), 0.0, output
+            return max(everywhere(timing.median)), 0.0, output
         totals = []
         for arguments in loops.values():
             timing, output = time_runs(lambda given=arguments: pipe(**given)[0], device, repeats=3, warm_ups=1)
-            totals.append(max(_everywhere(timing.median)))
+            totals.append(max(everywhere(timing.median)))
         step = (totals[1] - totals[0]) / (STEPS[1] - STEPS[0])
         return step, totals[0] - STEPS[0] * step, output
 
@@ -241,7 +244,7 @@ def vae(device: torch.device, results: Results) -> None:
         results.add(
             part="vae",
             variant="stock, 1 GPU",
-            ms=max(_everywhere(timing.median)),
+            ms=max(everywhere(timing.median)),
             peak_gib=stock_peak,
             error_to_fp32=error(stock),
         )
@@ -251,7 +254,7 @@ def vae(device: torch.device, results: Results) -> None:
         results.add(
             part="vae",
             variant=f"ours, {results.ranks} GPUs",
-            ms=max(_everywhere(timing.median)),
+            ms=max(everywhere(timing.median)),
             peak_gib=_peak(device),
             error_to_fp32=error(shared),
         )
@@ -283,7 +286,8 @@ def _default_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _everywhere(value: float) -> list[float]:
+def everywhere(value: float) -> list[float]:
+    """The values of all ranks."""
     from pipeboost.distributed import Group
 
     everyone = world()
