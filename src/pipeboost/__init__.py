@@ -62,7 +62,7 @@ __all__ = [
     "load_model",
 ]
 
-_HOMES = ("errors", "config", "stages", "distributed.launch", "generate", "acceleration")
+_HOMES = ("errors", "config", "stages", "distributed.launch", "acceleration", "generate")
 
 
 def __getattr__(name: str) -> Any:
