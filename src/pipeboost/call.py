@@ -30,7 +30,7 @@ class Call:
         device: where its script runs.
         mesh: the ranks that run it together; None where it runs on one.
         watched: all ranks that are watched with this one while it runs; None where there are no others.
-        owner: the `Acceleration` that opened the call; layers of another acceleration stay quiet in it.
+        owner: whose call it is: a plan as it is applied; layers of another acceleration stay quiet in it.
         arguments: the arguments of the call by parameter name, defaults included.
         features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
             pipeline whose plan differs.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeboost import ParallelConfig, accelerate_pipeline, acceleration
+from pipeboost import ParallelConfig, accelerate_pipeline, parts
 from pipeboost.distributed import groups as groups_module
 from tests.distributed.failure_cases import outcome
 from tests.pipelines.tiny import TINY
@@ -52,7 +52,7 @@ def fails_at_the_next_call(name: str, rank: int, path: str, /, **layout: Any) ->
     pipe = entry.build()
     stock = _latents(entry, pipe)
     _accelerated(pipe, layout)
-    mesh = pipe.acceleration._team.mesh
+    mesh = pipe.acceleration._applied.team.mesh
     _latents(entry, pipe)
     other = entry.build()
     pipe.transformer, pipe.scheduler = other.transformer, other.scheduler
@@ -60,7 +60,7 @@ def fails_at_the_next_call(name: str, rank: int, path: str, /, **layout: Any) ->
         refused = outcome(lambda: _latents(entry, pipe).mean().item())
     classes = _classes(other)
     difference = _difference(_latents(entry, pipe), stock)
-    same = pipe.acceleration._team.mesh is mesh
+    same = pipe.acceleration._applied.team.mesh is mesh
     pipe.acceleration.remove()
     left = _difference(_latents(entry, pipe), stock)
     return {
@@ -81,7 +81,7 @@ def dies_while_accelerating(name: str, rank: int, /, **layout: Any) -> dict[str,
 @contextmanager
 def _failing(rank: int, path: str, *, kill: bool = False, only_first: bool = False) -> Iterator[None]:
     """Inside, one rank fails at the last thing that is done to the component at `path`."""
-    stock = acceleration.watch
+    stock = parts.watch
     failures = []
 
     def watch(component: str, *args: Any) -> None:
@@ -92,11 +92,11 @@ def _failing(rank: int, path: str, *, kill: bool = False, only_first: bool = Fal
             raise ValueError(f"boom on rank {rank}")
         stock(component, *args)
 
-    acceleration.watch = watch
+    parts.watch = watch
     try:
         yield
     finally:
-        acceleration.watch = stock
+        parts.watch = stock
 
 
 def _accelerated(pipe: Any, layout: Mapping[str, Any]) -> Any:

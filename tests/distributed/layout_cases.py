@@ -140,7 +140,7 @@ def views_and_batches(layout: Mapping[str, Any]) -> dict[str, float]:
         accelerate_pipeline(one, parallel=ParallelConfig(**layout), reuse=None)
         swapped = {"ulysses": layout.get("ring", 1), "ring": layout.get("ulysses", 1), "cfg": layout.get("cfg", 1)}
         accelerate_pipeline(two, parallel=ParallelConfig(**swapped), reuse=None)
-        assert one.acceleration._team.token_ranks == two.acceleration._team.token_ranks
+        assert one.acceleration._applied.team.token_ranks == two.acceleration._applied.team.token_ranks
         shared = first.call(one, **batch), second.call(two, output_type="latent")
         view = copy.copy(one)
         view.scheduler = copy.deepcopy(one.scheduler)

@@ -321,7 +321,7 @@ def test_forty_views_leave_nothing_behind():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), quality="exact")
     entry.call(pipe, steps=1)
-    parts = len(pipe.acceleration._parts)
+    parts = len(pipe.acceleration._applied.parts)
     for _ in range(40):
         view = copy.copy(pipe)
         view.scheduler = copy.deepcopy(pipe.scheduler)
@@ -330,7 +330,7 @@ def test_forty_views_leave_nothing_behind():
     del view
     gc.collect()
     entry.call(pipe, steps=1)
-    assert len(pipe.acceleration._parts) == parts
+    assert len(pipe.acceleration._applied.parts) == parts
 
 
 def test_removing_one_of_two_pipelines_with_one_transformer_leaves_the_other_as_it_was():
@@ -388,7 +388,7 @@ def test_a_pipeline_moved_to_another_device_is_planned_anew():
     pipe = accelerate_pipeline(entry.build(), quality="balanced")
     here = pipe.acceleration.plan
     elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
-    pipe.acceleration.plan = dataclasses.replace(here, hardware=elsewhere)
+    pipe.acceleration._applied.plan = dataclasses.replace(here, hardware=elsewhere)
     assert difference(entry.call(pipe), entry.call(entry.build())) < ROUNDING
     assert pipe.acceleration.plan == here
     pipe.acceleration.remove()
@@ -678,8 +678,7 @@ def test_verify_keeps_each_tiers_promise_and_says_when_it_is_broken():
     result = pipe.acceleration.verify(**{**call, "num_inference_steps": 1})
     assert result.passed, str(result)
     accelerate_pipeline(pipe, quality="fast", cache=CacheConfig(warmup=1, threshold=1.0, max_continuous=9))
-    pipe.acceleration.config = dataclasses.replace(pipe.acceleration.config, quality="exact")
-    pipe.acceleration.plan = dataclasses.replace(pipe.acceleration.plan, quality="exact")
+    pipe.acceleration._applied.plan = dataclasses.replace(pipe.acceleration.plan, quality="exact")
     broken = pipe.acceleration.verify(**{**call, "num_inference_steps": 9})
     assert not broken.passed
     assert broken.max_difference > 0

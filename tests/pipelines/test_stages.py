@@ -22,8 +22,8 @@ from pipeboost import (
     StageParallelism,
     accelerate_pipeline,
 )
-from pipeboost.acceleration import _alone_with
 from pipeboost.call import current_call
+from pipeboost.calls import _alone_with
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.stages import StageVerificationError
 from pipeboost.stages.turns import Turns
@@ -431,7 +431,7 @@ def test_two_hundred_cancellations_at_random_points_leak_nothing():
     assert threading.active_count() == threads
     assert {name: type(part) for name, part in pipe.components.items()} == classes
     assert torch.equal(entry.call(pipe), expected)
-    assert not pipe.acceleration._calls
+    assert not pipe.acceleration._applied.running
 
 
 def _tensors():
@@ -559,7 +559,7 @@ def test_a_request_that_fails_comes_up_in_its_turn_and_ends_the_others():
     next(iteration)
     iteration.close()
     assert threading.active_count() == threads
-    assert not pipe.acceleration._calls
+    assert not pipe.acceleration._applied.running
     assert torch.equal(entry.call(pipe), stock("flux_dev"))
 
 
@@ -657,7 +657,7 @@ def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypa
         if progress.step == 1 or (progress.stage == "waiting" and forwards):
             second_waits.wait()
         if progress.step == 1:
-            for call in tuple(pipe.acceleration._calls):
+            for call in tuple(pipe.acceleration._applied.running):
                 if call is not current_call():
                     pipe.acceleration.cancel(call)
 
@@ -702,7 +702,7 @@ def test_a_call_inside_a_call_leaves_the_outer_ones_stages_loaded_under_offload(
 
     class Calling(Heavy):
         def run(self, values):
-            if len(pipe.acceleration._calls) == 1:
+            if len(pipe.acceleration._applied.running) == 1:
                 view = copy.copy(pipe)
                 view.scheduler = copy.deepcopy(pipe.scheduler)
                 entry.call(view)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeboost import Acceleration, OffloadConfig
+from pipeboost.calls import Calls
 from pipeboost.cli import generate as command
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
 from pipeboost.generate import writing
@@ -350,14 +351,14 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
 
 
 def test_ctrl_c_keeps_what_is_finished_and_exits_with_130(generate, monkeypatch):
-    run, count = Acceleration._run, iter(range(3))
+    run, count = Calls.run, iter(range(3))
 
     def interrupted(self, *args, **kwargs):
         if next(count) == 1:
             raise KeyboardInterrupt
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Acceleration, "_run", interrupted)
+    monkeypatch.setattr(Calls, "run", interrupted)
     result = generate(*(word for name in "abc" for word in ("--prompt", name)))
     assert (result.code, result.err.count("\n")) == (130, 1)
     assert "stopped (1 of 3 were finished and are kept)" in result.err

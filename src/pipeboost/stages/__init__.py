@@ -9,8 +9,7 @@ from pipeboost.stages.report import Report, weights_of
 from pipeboost.stages.serving import Serving
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
-from pipeboost.stages.trajectory import ARGUMENT as TRAJECTORY_ARGUMENT
-from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_trajectory
+from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_trajectory, without_trajectory
 from pipeboost.stages.turns import TURN
 from pipeboost.stages.watch import watch, watched_components
 
@@ -19,7 +18,6 @@ __all__ = [
     "ERRANDS",
     "RECORDER",
     "TEXT_ENCODING",
-    "TRAJECTORY_ARGUMENT",
     "TURN",
     "WHOLE_CALL",
     "Checks",
@@ -49,4 +47,5 @@ __all__ = [
     "weights_of",
     "with_trajectory",
     "with_what_finished",
+    "without_trajectory",
 ]

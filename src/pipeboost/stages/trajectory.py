@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from pipeboost.call import Call
 from pipeboost.stages.doorway import named_results
 
-ARGUMENT = "return_trajectory"
+_ARGUMENT = "return_trajectory"
 _KEY = "trajectory"
 
 
@@ -25,6 +27,12 @@ class Trajectory:
 
     timesteps: list[Any] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
+
+
+def without_trajectory(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A call's arguments without the one that is ours, and what that said; a pipeline that has one keeps it."""
+    rest = dict(kwargs)
+    return rest, _ARGUMENT not in signature.parameters and rest.pop(_ARGUMENT, False)
 
 
 def follow_trajectory(call: Call) -> Trajectory:
