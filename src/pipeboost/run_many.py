@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeboost.calls import Calls, one_of_a_list, signature_of
+from pipeboost.distributed.beside import Beside
 from pipeboost.stages import Serving, asking, one_by_one, overlapped, with_what_finished, without_trajectory
+from pipeboost.team import Team
 
 
 def run_list(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]], *, overlap: bool) -> Iterator[Any]:
@@ -23,28 +25,28 @@ def run_list(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]], *, 
         Exception: what a request raises, in its turn; the requests after it are not run.
     """
     applied = calls.applied
-    team = applied.team
     overlap = overlap and not applied.removed and not calls.are_paused
-    if overlap and team is not None and team.beside is not None and _overlap_beside(calls, pipe, requests):
-        yield from _run_beside(calls, pipe, requests)
+    if overlap:
+        calls.require_no_list()
+        applied.follow_device(pipe)  # which views of the pipeline cannot
+    team = applied.team
+    if overlap and team is not None and team.beside is not None and _overlap_beside(calls, team, requests):
+        yield from _run_beside(calls, team, team.beside, pipe, requests)
         return
     alone = team is not None or applied.plan["offload"].on
     if not overlap or len(requests) < 2 or alone or one_by_one(requests) is not None:
         for request in requests:
             yield pipe(**request)
         return
+    applied.bind(pipe)  # so that its views come with the doors that they share
     for output, finished in overlapped(pipe, requests, with_what_finished, calls.cancel_turns):
         calls.finished = finished or calls.finished
         yield output
 
 
-def _overlap_beside(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]]) -> bool:
+def _overlap_beside(calls: Calls, team: Team, requests: Sequence[Mapping[str, Any]]) -> bool:
     """Whether these requests overlap on a mesh with ranks beside it, as the first rank says."""
     applied = calls.applied
-    team = applied.team
-    assert team is not None
-    calls.require_no_list()
-    applied.follow_device(pipe)
     against = {
         "there is only one": len(requests) < 2,
         "components are offloaded": applied.plan["offload"].on,
@@ -58,19 +60,19 @@ def _overlap_beside(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any
         return team.agreed_to_overlap(len(requests), reason)
 
 
-def _run_beside(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+def _run_beside(
+    calls: Calls, team: Team, beside: Beside, pipe: Any, requests: Sequence[Mapping[str, Any]]
+) -> Iterator[Any]:
     """On a mesh with ranks beside it: one loop at a time, so that all ranks go through them alike."""
-    team, signature = calls.applied.team, signature_of(pipe)
-    assert team is not None
-    assert team.beside is not None
-    serving = None if team.mesh is not None else Serving(team.beside)
+    signature = signature_of(pipe)
+    serving = None if team.mesh is not None else Serving(beside)
     excusing = contextlib.nullcontext() if serving is None else serving.excusing()
     with calls.a_list(), excusing, calls.watched(team):
         calls.applied.bind_on_all_ranks(pipe, "the start of run_many")
         given = [without_trajectory(signature, request)[0] for request in requests]
         bound = [team.agreed(signature, pipe, (), request) for request in given]
         outputs = _asked(calls, pipe, requests, bound) if serving is None else _served(calls, pipe, serving, bound)
-        with asking(team.beside) if serving is None else contextlib.nullcontext():
+        with asking(beside) if serving is None else contextlib.nullcontext():
             for output in outputs:
                 try:
                     yield output

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import groups as groups_module
 from pipeboost.distributed import world
 from pipeboost.errors import UnsupportedError
+from pipeboost.hardware import Hardware
 from pipeboost.stages import Stage, StageParallelism
 from tests.distributed.failure_cases import Trouble, outcome
 from tests.pipelines.tiny import TINY
@@ -71,6 +73,21 @@ def of_list(
         alone = [pipe(**request)[0] for request in _requests(name, **settings)]
         pipe.acceleration.remove()
     return {"list": listed, "alone": alone, "stages": stages, "left": _threads()}
+
+
+def of_list_after_a_move(name: str, layout: Layout) -> bool:
+    """Whether a list that is the first thing to run on another device gives what each call by itself gives."""
+    pipe = TINY[name].build()
+    with torch.no_grad():
+        accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout))
+        here = pipe.acceleration.plan
+        elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
+        pipe.acceleration._applied.plan = replace(here, hardware=elsewhere)
+        listed = [output[0] for output in pipe.acceleration.run_many(_requests(name, 2))]
+        alone = [pipe(**request)[0] for request in _requests(name, 2)]
+        same = all(map(torch.equal, listed, alone)) and pipe.acceleration.plan == here
+        pipe.acceleration.remove()
+    return same and len(listed) == 2
 
 
 def _requests(name: str, count: int = 4, **settings: Any) -> list[dict[str, Any]]:

@@ -74,6 +74,10 @@ def test_requests_that_overlap_give_what_they_give_one_by_one_on_every_rank(name
     assert "denoising" not in others[-1]["stages"]
 
 
+def test_a_list_that_comes_first_after_a_move_to_another_device_runs_on_the_ranks_planned_anew():
+    assert on_ranks(3, cases.of_list_after_a_move, "qwen_image", ONE) == [True] * 3
+
+
 def test_a_list_that_is_given_up_leaves_the_ranks_in_step():
     # At times that differ by more than ranks wait for each other where a call has failed.
     for found in on_ranks(3, cases.of_list, "qwen_image", ONE, take=2, late=1.1):

@@ -395,6 +395,16 @@ def test_a_pipeline_moved_to_another_device_is_planned_anew():
     assert difference(entry.call(pipe), entry.call(entry.build())) == 0
 
 
+def test_a_list_of_requests_after_a_move_to_another_device_is_planned_anew_too():
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), quality="exact")
+    here = pipe.acceleration.plan
+    elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
+    pipe.acceleration._applied.plan = dataclasses.replace(here, hardware=elsewhere)
+    assert len(list(pipe.acceleration.run_many([entry.call_kwargs(steps=1, seed=seed) for seed in range(2)]))) == 2
+    assert pipe.acceleration.plan == here
+
+
 def test_a_dropped_pipeline_frees_its_transformer_at_once():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), **ALL_ON)
