@@ -1,6 +1,7 @@
 """What the ranks run in `test_beside`: calls on a mesh with ranks beside it."""
 
 import contextlib
+import functools
 import threading
 import time
 from dataclasses import replace
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import Group, world
 from pipeboost.distributed import groups as groups_module
-from pipeboost.distributed import world
-from pipeboost.errors import UnsupportedError
+from pipeboost.distributed.parcel import Known, pack
+from pipeboost.distributed.wire import Kind, Wire
+from pipeboost.errors import RankFailedError, UnsupportedError
 from pipeboost.hardware import Hardware
 from pipeboost.stages import Stage, StageParallelism
 from tests.distributed.failure_cases import Trouble, outcome
@@ -255,3 +258,30 @@ def user_stages(name: str, layout: Layout, parallelism: StageParallelism) -> dic
         handle.remove()
     differences = [float((each - stock).abs().max()) for each in found]
     return {"differences": differences, "runs": [stage.runs for stage in stages], "verified": verified}
+
+
+def torn_message() -> list[str]:
+    """A message of which only the beginning got through, and two after it; what each of the sender's calls raised."""
+    groups: list[Group] = []
+    wire = Wire((0, 1), torch.device("cpu"), groups)
+    if world().rank == 0:
+        wire.control.broadcast(torch.empty(4, dtype=torch.int64), 1)  # what the sender begins with
+        raised = []
+    else:
+        given = wire.control.broadcast
+
+        def once(tensor: torch.Tensor, source: int) -> None:
+            if tensor.dtype == torch.uint8:
+                raise RankFailedError("rank 0 has failed", rank=0, stage="denoising")
+            given(tensor, source)
+
+        wire.control.broadcast = once
+        parcel = pack(torch.ones(3), Known(()), "something")
+        raised = [
+            outcome(functools.partial(wire.send, kind, parcel=each))["raised"]
+            for kind, each in ((Kind.ERRAND, parcel), (Kind.FAILED, parcel), (Kind.OVER, None))
+        ]
+        wire.control.broadcast = given
+    for group in groups:
+        group.close()
+    return raised

@@ -135,6 +135,10 @@ def test_an_error_on_one_rank_of_the_mesh_ends_the_list_on_all():
         assert "ValueError: boom on rank 1" in other["traceback"]
 
 
+def test_after_a_message_that_broke_off_none_is_taken_for_its_rest():
+    assert on_ranks(2, cases.torn_message)[1] == ["RankFailedError", "PipeboostError", "PipeboostError"]
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -12,6 +12,7 @@ import torch
 
 from pipeboost.distributed.groups import Group
 from pipeboost.distributed.parcel import Known, Parcel, memory_of, tensors_in, unpack
+from pipeboost.errors import PipeboostError
 
 
 class Kind(IntEnum):
@@ -80,6 +81,7 @@ class Wire:
         self._source = len(ranks) - 1
         self._tensors = self.control
         self._sending = threading.Lock()
+        self._torn = False
         if device.type != "cpu":
             self._tensors = Group(ranks, device.type)
             groups.append(self._tensors)
@@ -87,13 +89,21 @@ class Wire:
             self._tensors.broadcast(torch.zeros(1, device=device), self._source)
 
     def send(self, kind: Kind, request: int = 0, number: int = 0, parcel: Parcel | None = None) -> None:
-        """Send a message, from any thread; on a GPU the current stream has the tensors."""
+        """Send a message, from any thread; on a GPU the current stream has the tensors.
+
+        Raises:
+            PipeboostError: the call has failed, so that this message, or one before it, did not get through.
+        """
         content, tensors = (b"", []) if parcel is None else parcel
         with self._sending:
+            if self._torn:
+                raise PipeboostError("the ranks beside wait for the rest of a message that has failed")
+            self._torn = True  # should this raise
             self.control.broadcast(torch.tensor([kind, request, number, len(content)]), self._source)
             if parcel is not None:
                 self.control.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8), self._source)
                 self._exchange(tensors)
+            self._torn = False
 
     def receive(self) -> Message:
         """Wait for the next message, however long."""
