@@ -156,6 +156,7 @@ class Acceleration:
             PipeboostError: no call has finished yet.
         """
         finished, pipe, parts = self._calls.finished, self._applied.pipe, self._applied.parts.values()
+        team = self._applied.team
         if finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
         return finished.report(
@@ -163,6 +164,7 @@ class Acceleration:
             components={} if pipe is None else weights_of(pipe.components),
             compiled={part.path: asdict(part.compiled.counters) for part in parts if part.compiled is not None},
             graphs={part.path: part.graphs.summary() for part in parts if part.graphs is not None},
+            ulysses="" if team is None else team.carrier,
         )
 
     def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:

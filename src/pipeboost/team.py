@@ -103,6 +103,11 @@ class Team:
         """How many ranks share the tokens."""
         return 1 if self.mesh is None else self.mesh.group(*SEQUENCE).size
 
+    @property
+    def carrier(self) -> str:
+        """What carries heads and tokens between the ranks, in words; empty where they exchange none."""
+        return "" if self.mesh is None or self.mesh.degree("ulysses") == 1 else self.mesh.group("ulysses").carrier
+
     def leave(self) -> None:
         """Give up the ranks' groups."""
         if self.mesh is not None:

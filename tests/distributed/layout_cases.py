@@ -22,7 +22,7 @@ def differences(
         seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after; `"left"`:
         threads, groups and layers that are there after `remove()`; `"size"`: of the largest latent; `"forwards"`: how
         often this rank's denoisers ran; `"tokens"`: of the image at a block of this rank; `"cache"`: steps computed and
-        skipped.
+        skipped; `"carrier"`: what the report says carries heads and tokens.
     """
     entry = TINY[name]
     pipe = entry.build()
@@ -39,7 +39,7 @@ def differences(
         shared = entry.call(pipe, **settings)
         forwards, tokens = counts["forwards"], counts["tokens"]
         again, other_shared = entry.call(pipe, **settings), entry.call(pipe, **other)
-        reports = pipe.acceleration.report().cache
+        report = pipe.acceleration.report()
         pipe.acceleration.remove()
         after = entry.call(pipe, **settings)
     return {
@@ -56,7 +56,8 @@ def differences(
         "size": float(stock.abs().max()),
         "forwards": forwards,
         "tokens": tokens,
-        "cache": reports,
+        "cache": report.cache,
+        "carrier": report.ulysses,
     }
 
 

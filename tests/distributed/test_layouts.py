@@ -38,6 +38,7 @@ def test_a_layout_gives_the_latents_of_one_rank(name, layout):
     assert [found["tokens"] for found in results] == [whole // shards] * len(results)
     branches = entry.branches // degrees.get("cfg", 1)
     assert {found["forwards"] for found in results} == {entry.steps * branches}
+    assert {found["carrier"] for found in results} == {"gloo" if "ulysses" in degrees else ""}
 
 
 @pytest.mark.exhaustive

@@ -11,12 +11,13 @@ from tests.distributed import failing_pipeline_cases
 from tests.pipelines.tiny import OTHER_PROMPT, TINY
 
 
-def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, float]]:
+def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, Any]]:
     """In each layout, largest differences of final latents.
 
     Returns:
         For each layout, `"shared"`: to one GPU; `"graphs"`, `"graphs, other prompt"`: of replayed CUDA graphs to the
-        same layout without; `"replayed"`: forwards that were; `"removed"`: of stock to stock.
+        same layout without; `"replayed"`: forwards that were; `"carrier"`: what the report says carries heads and
+        tokens; `"removed"`: of stock to stock.
     """
     device = _exact_device()
     entry = TINY[name]
@@ -35,7 +36,7 @@ def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, float
             replayed = _replayed(pipe)
             again = entry.call(pipe, output_type="latent")
             other_again = entry.call(pipe, output_type="latent", prompt=OTHER_PROMPT)
-            replayed = _replayed(pipe) - replayed
+            replayed, carrier = _replayed(pipe) - replayed, pipe.acceleration.report().ulysses
             pipe.acceleration.remove()
             found.append(
                 {
@@ -43,6 +44,7 @@ def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, float
                     "graphs": _difference(again, shared),
                     "graphs, other prompt": _difference(other_again, other),
                     "replayed": replayed,
+                    "carrier": carrier,
                     "removed": _difference(entry.call(pipe, output_type="latent"), stock),
                 }
             )

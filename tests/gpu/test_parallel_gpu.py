@@ -31,6 +31,7 @@ def test_layouts_give_what_one_gpu_gives_from_graphs_too_and_come_off(name):
             assert found["shared"] < 1e-4
             assert found["graphs"] == found["graphs, other prompt"] == 0.0, layout
             assert found["replayed"] > 0
+            assert ("into the other GPUs' memory" in found["carrier"]) == ("ulysses" in layout), found["carrier"]
             assert found["removed"] == 0.0
 
 

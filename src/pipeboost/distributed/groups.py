@@ -145,6 +145,15 @@ class Group:
         self._peers.append(made)  # CUDA graphs may hold on to the former ones
         return made
 
+    @property
+    def carrier(self) -> str:
+        """What carries heads and tokens between its ranks, in words."""
+        if self._peers:
+            room = sum(peers.heads_bytes + peers.tokens_bytes for peers in self._peers)
+            return f"writing into the other GPUs' memory, for which each has {room / 2**20:.0f} MiB"
+        backend = "NCCL" if self.device == "cuda" else "gloo"
+        return backend if self.unreachable is None else f"{backend}, since {self.unreachable}"
+
     def halt(self) -> None:
         """Let this rank's GPU wait for nobody in the others' memory any more."""
         for peers in self._peers:

@@ -46,6 +46,7 @@ class FinishedCall:
         components: dict[str, int],
         compiled: dict[str, dict[str, float]],
         graphs: dict[str, dict[str, Any]],
+        ulysses: str,
     ) -> Report:
         """The report of the call; see the fields of `Report`."""
         return Report.of_spans(
@@ -64,6 +65,7 @@ class FinishedCall:
             vae=self.vae,
             compiled=compiled,
             graphs=graphs,
+            ulysses=ulysses,
         )
 
 

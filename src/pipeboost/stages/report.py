@@ -71,6 +71,7 @@ class Report:
         reuse: prompts whose embeddings were found, and those that were encoded.
         vae: on several ranks, forwards of its encoder and decoder that they shared, and those that each ran whole, with
             the reason.
+        ulysses: how ranks that share tokens exchange heads for them; empty where none do.
         compiled: transformer → graphs compiled and seconds spent on it in this process so far.
         graphs: transformer → CUDA graphs captured and dropped, their bytes, forwards replayed, and why the others were
             not, so far.
@@ -89,6 +90,7 @@ class Report:
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
     reuse: dict[str, int] = field(default_factory=dict)
     vae: dict[str, int] = field(default_factory=dict)
+    ulysses: str = ""
     compiled: dict[str, dict[str, float]] = field(default_factory=dict)
     graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
@@ -200,6 +202,8 @@ class Report:
             lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         if self.vae:
             lines.append(f"  VAE: {', '.join(f'{what} {count} times' for what, count in self.vae.items())}")
+        if self.ulysses:
+            lines.append(f"  Ulysses: heads and tokens are exchanged by {self.ulysses}")
         for name, cost in self.compiled.items():
             lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
         for name, found in self.graphs.items():
