@@ -1,7 +1,9 @@
 """What the ranks run in `test_peers`: Triton's interpreter on memory that they share, in the place of GPUs."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,31 +16,64 @@ def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, s
 
     The inboxes are poisoned before each; what each rank has is known to all, so that all can be compared.
     """
-    os.environ["TRITON_INTERPRET"] = "1"
-    mesh = Mesh({"ulysses": len(cases[0][1])}, device=torch.device("cpu"))
-    group = mesh.group("ulysses")
+    with _on_cpus(folder, len(cases[0][1])) as mesh:
+        return [_exchanged(_connected(mesh, str(number)), mesh, *case) for number, case in enumerate(cases)]
 
-    def shared_memory(nbytes: int, _device: Any, _group: Any, name: str) -> tuple[torch.Tensor, list[int]]:
-        mapped = [
-            torch.from_file(os.path.join(folder, f"{name} {rank}"), shared=True, size=nbytes, dtype=torch.uint8)
-            for rank in range(group.size)
-        ]
-        _kept.append(mapped)
-        return mapped[group.rank], [memory.data_ptr() for memory in mapped]
 
-    given, peers._shared_memory = peers._shared_memory, shared_memory
-    try:
-        found = []
-        for number, case in enumerate(cases):
-            found.append(_exchanged(Peers(group, 2**16, 2**16, torch.device("cpu"), str(number)), mesh, *case))
-    finally:
-        peers._shared_memory = given
-        _kept.clear()
-    mesh.close()
+def refusals(folder: str) -> list[Any]:
+    """What ranks are told where one has no room, one cannot reach the others, and where nothing arrives."""
+    found = []
+    with _on_cpus(folder, 2) as mesh:
+        for name, trouble in (("_room", RuntimeError("out of memory")), ("_addresses", RuntimeError("no access"))):
+            given = getattr(peers, name)
+            if mesh.index("ulysses") == 1:
+                setattr(peers, name, functools.partial(_raise, trouble))
+            found.append(_connected(mesh, name))
+            setattr(peers, name, given)
+        given, peers._addresses = peers._addresses, lambda memory: [memory.data_ptr()] * 2
+        meet, Peers._meet = Peers._meet, lambda _: None  # on such a machine it is the test's patience that ends it
+        found.append(_connected(mesh, "own"))
+        peers._addresses, Peers._meet = given, meet
     return found
 
 
-_kept: list[Any] = []
+def _connected(mesh: Mesh, name: str) -> Any:
+    return peers.connect(mesh.group("ulysses"), 2**16, 2**16, torch.device("cpu"), name)
+
+
+def _raise(error: Exception, *_: Any) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def _on_cpus(folder: str, ranks: int) -> Iterator[Mesh]:
+    """A mesh whose ranks map files in the place of each other's GPU memory."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    mesh = Mesh({"ulysses": ranks}, device=torch.device("cpu"))
+    maps: list[torch.Tensor] = []
+    name = ""
+
+    def mapped(rank: int, nbytes: int) -> torch.Tensor:
+        path = os.path.join(folder, f"{name} {rank}")
+        maps.append(torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8))
+        return maps[-1]
+
+    def room(nbytes: int, _: Any, registered: str) -> torch.Tensor:
+        nonlocal name
+        name = registered
+        return mapped(mesh.index("ulysses"), nbytes)
+
+    def addresses(memory: torch.Tensor) -> list[int]:
+        others = [mapped(rank, memory.numel()).data_ptr() for rank in range(ranks)]
+        return [memory.data_ptr() if rank == mesh.index("ulysses") else other for rank, other in enumerate(others)]
+
+    given = peers._registered, peers._room, peers._addresses
+    peers._registered, peers._room, peers._addresses = lambda _, name: contextlib.nullcontext(name), room, addresses
+    try:
+        yield mesh
+    finally:
+        peers._registered, peers._room, peers._addresses = given
+        mesh.close()
 
 
 def _exchanged(mine: Peers, mesh: Mesh, batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: str) -> bool:

@@ -17,3 +17,12 @@ def test_heads_and_tokens_arrive_where_they_belong(ranks, tmp_path):
     ]
     for outcome in on_mortal_ranks(ranks, peer_cases.exchanges, str(tmp_path), cases):
         assert outcome.answer == [True] * len(cases), outcome.printed
+
+
+def test_where_memory_cannot_be_shared_all_ranks_are_told_why(tmp_path):
+    for outcome in on_mortal_ranks(2, peer_cases.refusals, str(tmp_path)):
+        assert outcome.answer == [
+            "a GPU has no room",
+            "a GPU does not reach another's memory: no access",
+            "what one GPU wrote into another's memory did not arrive",
+        ], outcome.printed

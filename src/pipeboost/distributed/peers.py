@@ -6,10 +6,11 @@ each row where it belongs, on whichever GPU that is. Needs torch's symmetric mem
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from pipeboost.distributed.waiting import expecting, follow
 if TYPE_CHECKING:
     from pipeboost.distributed.groups import Group
 
+Made = TypeVar("Made")
+
 MOST_RANKS = 8
 MOST_BYTES = 4 * 2**30
 """Of one rank's memory for others; more is left to NCCL, which needs it for the time of a transfer only."""
@@ -28,30 +31,31 @@ _BOARD = 256
 """Bytes in front, where ranks write how often they came."""
 _LEAST = 2**20
 """Bytes of an inbox: enough to try it."""
+_PATIENCE = 10.0
+"""Seconds for the first exchange, in which kernels are compiled."""
 
 
 class Peers:
     """What the ranks of a group have for each other: a board, and two inboxes.
 
     All ranks make it at the same point of their programs, and then the same calls in the same order, each after what
-    came before it on its GPU.
-    Two inboxes, so that a rank's output never arrives where another still reads what came before it.
+    came before it on its GPU. Two inboxes, so that a rank's output never arrives where another still reads what came
+    before it.
 
     Args:
         group: of GPUs of one machine.
-        heads_bytes, tokens_bytes: the largest that `heads_for_tokens` and `tokens_for_heads` will bring here.
-        device: this rank's.
-        name: of this, unlike any other's of the group.
+        sizes: bytes of the two inboxes.
+        memory: of this rank, zeros: a board and the two inboxes, one after another.
+        addresses: where the memory of each rank is, as this one's GPU sees it.
 
-    Raises:
-        RuntimeError: the GPUs cannot reach each other's memory.
+    Attributes:
+        heads_bytes, tokens_bytes: the most that `heads_for_tokens` and `tokens_for_heads` may bring here.
     """
 
-    def __init__(self, group: Group, heads_bytes: int, tokens_bytes: int, device: torch.device, name: str) -> None:
-        self.heads_bytes, self.tokens_bytes = (-(-nbytes // _BOARD) * _BOARD for nbytes in (heads_bytes, tokens_bytes))
+    def __init__(self, group: Group, sizes: tuple[int, int], memory: torch.Tensor, addresses: Sequence[int]) -> None:
+        self.heads_bytes, self.tokens_bytes = sizes
         self._group = group
-        nbytes = _BOARD + self.heads_bytes + self.tokens_bytes
-        self._memory, addresses = _shared_memory(nbytes, device, group, name)
+        self._memory, device = memory, memory.device
         self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._heads_inboxes = self._boards + _BOARD
         self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
@@ -148,19 +152,35 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
         return "a rank has no Triton"
     if len(set(machines)) > 1:
         return "the ranks are on several machines"
-    peers, trouble = None, ""
-    try:
-        peers = Peers(group, max(heads_bytes, _LEAST), max(tokens_bytes, _LEAST), device, name)
-    except RuntimeError as error:
-        trouble = str(error).splitlines()[0]
+    sizes = (_rounded(heads_bytes), _rounded(tokens_bytes))
+    with _registered(group, name) as registered:
+        memory, trouble = _managed(lambda: _room(_BOARD + sum(sizes), device, registered))
+        # All have their own before any looks for the others', which would wait for it.
+        if any(_all_say(said, "room", trouble, group)):
+            return "a GPU has no room"
+        assert memory is not None
+        found, trouble = _managed(lambda: _addresses(memory))
     troubles = [word for word in _all_say(said, "trouble", trouble, group) if word]
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
-    assert peers is not None
+    assert found is not None
+    peers = Peers(group, sizes, memory, found)
     right = _arrives(peers, group, device)
     if not all(_all_say(said, "right", "yes" if right else "", group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
+
+
+def _rounded(nbytes: int) -> int:
+    return max(-(-nbytes // _BOARD) * _BOARD, _LEAST)
+
+
+def _managed(make: Callable[[], Made]) -> tuple[Made | None, str]:
+    """What was made, or why it could not be."""
+    try:
+        return make(), ""
+    except RuntimeError as error:
+        return None, str(error).splitlines()[0] or type(error).__name__
 
 
 def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
@@ -174,31 +194,53 @@ def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
     q, k, v = mine.unbind(0)
     received = torch.stack(peers.heads_for_tokens(q, k, v, tokens))
     back = peers.tokens_for_heads(received[0], tokens)
+    if device.type == "cuda" and not _done_within(_PATIENCE, device):
+        peers.halt()
+        return False
     return torch.equal(received, whole[:, :, :, group.rank, None]) and torch.equal(back, mine[0])
 
 
-def _shared_memory(nbytes: int, device: torch.device, group: Group, name: str) -> tuple[torch.Tensor, list[int]]:
-    """Memory of this rank, zeros, and where all ranks' are, as this one's GPU sees them."""
-    from torch._C._distributed_c10d import (
-        _register_process_group,
-        _SymmetricMemory,
-        _unregister_process_group,
-    )
+def _done_within(seconds: float, device: torch.device) -> bool:
+    """Whether the GPU has done what it was given, after so many seconds at most."""
+    done, until = torch.cuda.current_stream(device).record_event(), time.monotonic() + seconds
+    while not done.query():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True
 
-    store = dist.PrefixStore(f"{group.name} {name} memory", world().store)
+
+@contextlib.contextmanager
+def _registered(group: Group, name: str) -> Iterator[str]:
+    """Inside, torch's registry has the ranks under the name that this yields: it looks their store up there."""
+    from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
+
     registered: Any = f"{group.name} {name}"
-    # torch looks for a store in its registry, by a reference that keeps nothing; it is there for as long as that takes.
-    ranks = dist.ProcessGroup(store, group.rank, group.size)
+    store = dist.PrefixStore(f"{registered} memory", world().store)
+    ranks = dist.ProcessGroup(store, group.rank, group.size)  # the registry's reference keeps nothing
     _register_process_group(registered, ranks)
     try:
         _SymmetricMemory.set_group_info(registered, group.rank, group.size, store)
-        memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, registered)
-        memory.zero_()
-        torch.cuda.synchronize(device)
-        handle = _SymmetricMemory.rendezvous(memory)
+        yield registered
     finally:
         _unregister_process_group(registered)
-    return memory, list(handle.buffer_ptrs)
+
+
+def _room(nbytes: int, device: torch.device, registered: str) -> torch.Tensor:
+    """Memory of this rank that other ranks may map, zeros."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, registered)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    return memory
+
+
+def _addresses(memory: torch.Tensor) -> list[int]:
+    """Where the memory of each rank is, once all have come here."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
 
 
 def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
