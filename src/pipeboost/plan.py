@@ -391,11 +391,7 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
 
 
 def _graphs(
-    config: AccelerationConfig,
-    hardware: Hardware,
-    facts: ModelFacts,
-    cache: Decision,
-    policies: Mapping[str, str],
+    config: AccelerationConfig, hardware: Hardware, facts: ModelFacts, cache: Decision, policies: Mapping[str, str]
 ) -> Decision:
     asked = config.compile
     if asked is None:
@@ -493,14 +489,13 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     modules = placed_components(pipe)
     reasons = {path: unmovable_weights(module) for path, module in modules.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
-    components = weigh(modules, family)
+    components = tuple(_whole(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelFacts(
         pipeline=type(pipe).__name__,
         dtype=model.dtype,
-        weights=sum(component.nbytes for component in components)
-        + sum(bytes_on_other_ranks(module) for module in modules.values()),
+        weights=sum(component.nbytes for component in components),
         offloaded=stock_offload(pipe),
         components=components,
         device=device,
@@ -514,6 +509,19 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
         heads=heads if isinstance(heads, int) else None,
         ranks=world_size(),
         splits=splits_of(denoisers.values(), family) if world_size() > 1 else None,
+    )
+
+
+def _whole(component: Component, module: torch.nn.Module) -> Component:
+    """A component as it is once an acceleration that has split its weights among ranks is undone."""
+    nbytes = component.nbytes + bytes_on_other_ranks(module)
+    if nbytes == component.nbytes:
+        return component
+    return replace(
+        component,
+        nbytes=nbytes,
+        block_bytes=component.block_bytes * nbytes // component.nbytes,
+        largest_block=component.largest_block * nbytes // component.nbytes,
     )
 
 

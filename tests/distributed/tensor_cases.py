@@ -333,7 +333,8 @@ def accelerated_again(name: str) -> dict[str, Any]:
     """A pipeline accelerated again and again while its weights are split, in other layouts and the same.
 
     Returns:
-        `"differences"`: of each layout to one rank, the last one of stock to stock; `"weights"`: that the plan weighs.
+        `"differences"`: of each layout to one rank, the last one of stock to stock; `"weights"`: that each plan began
+        with; `"components"`: of this rank's, by the plans that split them.
     """
     from pipeboost import ParallelConfig, accelerate_pipeline
     from pipeboost.plan import facts_of
@@ -341,13 +342,16 @@ def accelerated_again(name: str) -> dict[str, Any]:
     entry = TINY[name]
     pipe = entry.build()
     family = family_of(pipe)
-    results, weights = [], []
+    results, weights, components = [], [], []
     with torch.no_grad():
         stock = entry.call(pipe)
         for layout in ({"tensor": 2}, {"tensor": 2}, {"ulysses": 2}, {"tensor": 2}):
             accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
             weights.append(facts_of(pipe, family, torch.device("cpu")).weights)
+            if "tensor" in layout:
+                components.append([part.nbytes for part in pipe.acceleration.plan.facts.components])
             results.append(entry.call(pipe))
         pipe.acceleration.remove()
         results.append(entry.call(pipe))
-    return {"differences": [float((each - stock).abs().max()) for each in results], "weights": weights}
+    differences = [float((each - stock).abs().max()) for each in results]
+    return {"differences": differences, "weights": weights, "components": components}

@@ -112,6 +112,7 @@ def test_a_pipeline_is_accelerated_again_while_its_weights_are_split():
         assert max(shared) < 1e-4
         assert removed == 0.0
         assert len(set(found["weights"])) == 1
+        assert found["components"] == [found["components"][0]] * 3
 
 
 def test_a_lora_is_refused_before_anything_is_changed_and_works_once_fused():
