@@ -72,7 +72,7 @@ def script(mesh: Mesh, trouble: Trouble) -> float:
     with watched(mesh, stage=lambda: stage, timeout=TIMEOUT):
         group, ring = mesh.group("ulysses"), mesh.group("ring")
         trouble.at("start")
-        mesh.control.broadcast_object("prompt")
+        mesh.control.all_gather_objects("prompt")
         enter("denoising")
         latents = torch.ones(2)
         for _ in range(3):

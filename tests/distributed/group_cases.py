@@ -29,7 +29,6 @@ def collectives(degrees: dict[str, int]) -> dict[str, Any]:
             "incoming": incoming,
             "announced": announced,
             "objects": mesh.control.all_gather_objects({"rank": group.rank, "text": "x" * group.rank}),
-            "first": mesh.control.broadcast_object(f"from {group.rank}"),
         }
     finally:
         mesh.close()

@@ -1,5 +1,6 @@
 """What the ranks run in `test_stops`: one of them is to end a call early."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,15 +18,7 @@ def cancelled(name: str, rank: int, step: int, /, **layout: Any) -> dict[str, An
     pipe = entry.build()
     stock = _latents(entry, pipe)
     accelerate_pipeline(pipe, parallel=ParallelConfig(**layout, timeout=10.0))
-    steps = []
-
-    def told(progress: Any) -> None:
-        if progress.step is not None:
-            steps.append(progress.step)
-        if progress.step == step and dist.get_rank() == rank:
-            pipe.acceleration.cancel()
-
-    pipe.acceleration.progress = told
+    steps = _told_of_steps(pipe, rank, step, pipe.acceleration.cancel)
     try:
         first = _difference(_latents(entry, pipe), stock)
     except Cancelled as error:
@@ -34,6 +27,20 @@ def cancelled(name: str, rank: int, step: int, /, **layout: Any) -> dict[str, An
     second = _difference(_latents(entry, pipe), stock)
     pipe.acceleration.remove()
     return {"first": first, "steps": steps, "second": second}
+
+
+def _told_of_steps(pipe: Any, rank: int, step: int, then: Callable[[], None]) -> list[int]:
+    """The steps that calls of the pipeline come to; one rank does something at one of them."""
+    steps: list[int] = []
+
+    def told(progress: Any) -> None:
+        if progress.step is not None:
+            steps.append(progress.step)
+        if progress.step == step and dist.get_rank() == rank:
+            then()
+
+    pipe.acceleration.progress = told
+    return steps
 
 
 def interrupted_by_a_callback(name: str, rank: int, step: int, /, **layout: Any) -> float:
@@ -62,15 +69,7 @@ def interrupted_from_outside(name: str, rank: int, step: int, /, **layout: Any) 
     pipe = entry.build()
     stock = _latents(entry, pipe)
     accelerate_pipeline(pipe, parallel=ParallelConfig(**layout, timeout=10.0))
-    steps = []
-
-    def told(progress: Any) -> None:
-        if progress.step is not None:
-            steps.append(progress.step)
-        if progress.step == step and dist.get_rank() == rank:
-            pipe._interrupt = True
-
-    pipe.acceleration.progress = told
+    steps = _told_of_steps(pipe, rank, step, lambda: setattr(pipe, "_interrupt", True))
     latents = _latents(entry, pipe)
     pipe.acceleration.progress = None
     second = _difference(_latents(entry, pipe), stock)

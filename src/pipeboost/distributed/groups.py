@@ -115,12 +115,6 @@ class Group:
                 options.timeout = _FOR_EVER
             finish(self.backend.broadcast([tensor], options), self, "broadcast", whenever=whenever)
 
-    def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """What rank `source` of the group has, on all of them; anything that can be pickled. CPU groups only."""
-        if self.size == 1:
-            return value
-        return self.all_gather_objects(value if self.rank == source else None)[source]
-
     def all_gather_objects(self, value: Any) -> list[Any]:
         """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
         if self.size == 1:
