@@ -67,13 +67,13 @@ def of_list(
     with torch.no_grad():
         accelerate_pipeline(pipe, quality=quality, parallel=ParallelConfig(**layout))
         listed = []
-        outputs = pipe.acceleration.run_many(_requests(name, **settings))
+        outputs = pipe.acceleration.run_many(requests_of(name, **settings))
         for _ in range(take):
             listed.append(next(outputs)[0])
         time.sleep(late * dist.get_rank())
         outputs.close()
         stages = set(pipe.acceleration.report().stages)
-        alone = [pipe(**request)[0] for request in _requests(name, **settings)]
+        alone = [pipe(**request)[0] for request in requests_of(name, **settings)]
         pipe.acceleration.remove()
     return {"list": listed, "alone": alone, "stages": stages, "left": _threads()}
 
@@ -86,14 +86,15 @@ def of_list_after_a_move(name: str, layout: Layout) -> bool:
         here = pipe.acceleration.plan
         elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
         pipe.acceleration._applied.plan = replace(here, hardware=elsewhere)
-        listed = [output[0] for output in pipe.acceleration.run_many(_requests(name, 2))]
-        alone = [pipe(**request)[0] for request in _requests(name, 2)]
+        listed = [output[0] for output in pipe.acceleration.run_many(requests_of(name, 2))]
+        alone = [pipe(**request)[0] for request in requests_of(name, 2)]
         same = all(map(torch.equal, listed, alone)) and pipe.acceleration.plan == here
         pipe.acceleration.remove()
     return same and len(listed) == 2
 
 
-def _requests(name: str, count: int = 4, **settings: Any) -> list[dict[str, Any]]:
+def requests_of(name: str, count: int = 4, **settings: Any) -> list[dict[str, Any]]:
+    """Arguments of `count` calls, each with a seed, a prompt and a number of steps of its own."""
     prompts = ("a cat", "two dogs on a long walk by the sea", "a bird", "a boat")
     entry = TINY[name]
     return [
@@ -123,7 +124,7 @@ def overlapping(name: str, layout: Layout, tag: str) -> int:
     request i - 1's decoding only once request i's loop has begun.
     """
     pipe, store, last, steps = TINY[name].build(), world().store, 3, 2
-    requests = [{**request, "num_inference_steps": steps} for request in _requests(name, last + 1)]
+    requests = [{**request, "num_inference_steps": steps} for request in requests_of(name, last + 1)]
     counts = {"loop": 0, "encoding": 0, "decoding": 0}
 
     def begins(what: str, runs: int, *others: tuple[str, int], at: int = 0) -> Any:
@@ -161,7 +162,7 @@ def failing(name: str, layout: Layout, kind: str, rank: int, stage: str, *, list
 
     def call() -> float:
         if listed:
-            return sum(output[0].mean().item() for output in pipe.acceleration.run_many(_requests(name)))
+            return sum(output[0].mean().item() for output in pipe.acceleration.run_many(requests_of(name)))
         return entry.call(pipe).mean().item()
 
     before = time.monotonic()
@@ -176,7 +177,7 @@ def bad_request(name: str, layout: Layout) -> dict[str, Any]:
     entry = TINY[name]
     pipe = entry.build()
     accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout), reuse=None)
-    requests = _requests(name)
+    requests = requests_of(name)
     requests[2]["prompt"] = 3
     taken = []
 
@@ -187,9 +188,9 @@ def bad_request(name: str, layout: Layout) -> dict[str, Any]:
     refused = outcome(take)
     other = {"prompt": f"rank {dist.get_rank()}"}
     disagreement = outcome(lambda: entry.call(pipe, **other).mean().item())
-    lengths = outcome(lambda: list(pipe.acceleration.run_many(_requests(name, 3 + dist.get_rank() // 2))))
+    lengths = outcome(lambda: list(pipe.acceleration.run_many(requests_of(name, 3 + dist.get_rank() // 2))))
     with contextlib.suppress(StopIteration):
-        outputs = pipe.acceleration.run_many(_requests(name))
+        outputs = pipe.acceleration.run_many(requests_of(name))
         next(outputs)
         inside = outcome(lambda: entry.call(pipe).mean().item())
         outputs.close()

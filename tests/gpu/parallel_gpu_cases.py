@@ -1,6 +1,9 @@
 """What the ranks run in `test_parallel_gpu`, each on a GPU of its own."""
 
-from collections.abc import Mapping
+import copy
+import gc
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +11,8 @@ import torch
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device
 from tests.distributed import failing_pipeline_cases
-from tests.pipelines.tiny import OTHER_PROMPT, TINY
+from tests.distributed.beside_cases import requests_of
+from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 
 
 def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, Any]]:
@@ -66,6 +70,91 @@ def compiled(name: str, degrees: Mapping[str, int]) -> dict[str, float]:
                 output = entry.call(pipe, output_type="latent")
             found[f"graphs={graphs}"] = _difference(output, stock)
             pipe.acceleration.remove()
+    return found
+
+
+def beside(name: str) -> dict[str, Any]:
+    """One rank denoises, the other one encodes and decodes: largest differences to one GPU.
+
+    Returns:
+        `"alone"`: of each call by itself; `"list"`: of the same requests as a list; `"removed"`: of stock to stock.
+    """
+    device = _exact_device()
+    pipe = TINY[name].build().to(device)
+
+    def largest(outputs: Iterable[torch.Tensor]) -> float:
+        return max(map(_difference, outputs, stock, strict=True))
+
+    with torch.no_grad():
+        stock = [pipe(**request)[0] for request in requests_of(name)]
+        accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(beside=1), compile=None, reuse=None)
+        alone = [pipe(**request)[0] for request in requests_of(name)]
+        listed = [output[0] for output in pipe.acceleration.run_many(requests_of(name))]
+        pipe.acceleration.remove()
+        removed = [pipe(**request)[0] for request in requests_of(name)]
+    return {"alone": largest(alone), "list": largest(listed), "removed": largest(removed)}
+
+
+def adapters(degrees: Mapping[str, int]) -> dict[str, Any]:
+    """A LoRA whose weight changes between calls that replay graphs with transfers.
+
+    Returns:
+        `"differences"`: to one GPU, after each change; `"apart"`: of one change's latents to those before it;
+        `"dropped"`, `"replayed"`: graphs.
+    """
+    device = _exact_device()
+    entry = TINY["flux_dev"]
+    pipe = entry.build().to(device)
+    load_tiny_lora(pipe)
+    twin = copy.deepcopy(pipe)
+    graphs = CompileConfig(scope=None, graphs=True)
+    accelerate_pipeline(pipe, parallel=ParallelConfig(**degrees), compile=graphs, reuse=None)
+    changes: list[Callable[[Any], Any]] = [
+        lambda pipe: pipe.set_adapters(["tiny"], [1.0]),
+        lambda pipe: pipe.set_adapters(["tiny"], [0.25]),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: pipe.enable_lora(),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.unload_lora_weights(),
+    ]
+    latents, differences = [], []
+    with torch.no_grad():
+        for change in changes:
+            change(pipe)
+            change(twin)
+            for _ in range(2):
+                latents.append(entry.call(pipe, steps=4, output_type="latent"))
+            differences.append(_difference(latents[-1], entry.call(twin, steps=4, output_type="latent")))
+    counts = pipe.acceleration.report().graphs["transformer"]
+    pipe.acceleration.remove()
+    apart = [_difference(one, other) for one, other in itertools.pairwise(latents[1::2])]
+    return {"differences": differences, "apart": apart, **{key: counts[key] for key in ("dropped", "replayed")}}
+
+
+def memory_that_stays(name: str, degrees: Mapping[str, int]) -> dict[str, list[int]]:
+    """Accelerated, called and made stock again, three times over.
+
+    Returns:
+        After each time, bytes: `"allocated"` of torch, beyond those before the first; `"used"` of the whole GPU.
+    """
+    device = _exact_device()
+    pipe = TINY[name].build().to(device)
+    found: dict[str, list[int]] = {"allocated": [], "used": []}
+    with torch.no_grad():
+        TINY[name].call(pipe)
+        before = torch.cuda.memory_allocated(device)
+        for _ in range(3):
+            graphs = CompileConfig(scope=None, graphs=True)
+            accelerate_pipeline(pipe, parallel=ParallelConfig(**degrees), compile=graphs, reuse=None)
+            for _ in range(3):
+                TINY[name].call(pipe)
+            pipe.acceleration.remove()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)
+            found["allocated"].append(torch.cuda.memory_allocated(device) - before)
+            free, total = torch.cuda.mem_get_info(device)
+            found["used"].append(total - free)
     return found
 
 

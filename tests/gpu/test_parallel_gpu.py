@@ -42,6 +42,34 @@ def test_compiled_blocks_share_tokens(name):
         assert max(outcome.answer.values()) < 1e-4, outcome.answer
 
 
+def test_a_rank_beside_encodes_and_decodes_over_nccl():
+    for outcome in on_mortal_ranks(2, cases.beside, "qwen_image", limit=120.0):
+        assert outcome.answer is not None, outcome.printed
+        assert outcome.answer == {"alone": 0.0, "list": 0.0, "removed": 0.0}
+
+
+def test_adapters_never_meet_a_stale_graph_with_transfers_in_it():
+    for outcome in on_mortal_ranks(2, cases.adapters, {"ulysses": 2}, limit=120.0):
+        assert outcome.answer is not None, outcome.printed
+        found = outcome.answer
+        print(found)
+        assert max(found["differences"]) < 1e-4
+        # A graph of before would give the latents of before; the third change disables what the fourth enables.
+        assert min(found["apart"][:3]) > 1e-3
+        assert found["dropped"] >= len(found["differences"]) - 1
+        assert found["replayed"] > 2 * len(found["differences"])
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"tensor": 2}, {"cfg": 2}], ids=lambda layout: next(iter(layout)))
+def test_remove_gives_the_memory_back(layout):
+    for outcome in on_mortal_ranks(2, cases.memory_that_stays, "qwen_image", layout, limit=120.0):
+        assert outcome.answer is not None, outcome.printed
+        print(layout, outcome.answer)
+        # Workspaces of libraries come with the first round and stay; what a round leaves would come again.
+        assert outcome.answer["allocated"][2] <= outcome.answer["allocated"][0]
+        assert outcome.answer["used"][2] <= outcome.answer["used"][1]
+
+
 @pytest.mark.parametrize("kind", ["raise", "kill later", "sleep"])
 def test_a_rank_that_fails_at_any_stage_is_named_and_no_rank_hangs(kind):
     with ThreadPoolExecutor(len(STAGES)) as threads:
