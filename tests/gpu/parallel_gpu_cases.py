@@ -83,7 +83,7 @@ def beside(name: str) -> dict[str, Any]:
     pipe = TINY[name].build().to(device)
 
     def largest(outputs: Iterable[torch.Tensor]) -> float:
-        return max(map(_difference, outputs, stock, strict=True))
+        return max(_difference(output, expected) for output, expected in zip(outputs, stock, strict=True))
 
     with torch.no_grad():
         stock = [pipe(**request)[0] for request in requests_of(name)]

@@ -86,6 +86,8 @@ def test_exact_with_graphs_is_bit_identical_and_comes_off(name: str) -> None:
         assert torch.equal(entry.call(pipe, steps=6, seed=seed), stock[seed])
     found = pipe.acceleration.report().graphs["transformer"]
     assert found["replayed"] > 0, found
+    # Wan's timesteps are views into the schedule, of which every other one begins in the middle of a memory word.
+    assert not any("memory word" in reason for reason in found["eager"]), found
     assert "CUDA graphs: transformer" in str(pipe.acceleration.report())
     pipe.acceleration.remove()
     assert torch.equal(entry.call(pipe, steps=6), stock[0])

@@ -65,8 +65,10 @@ def test_remove_gives_the_memory_back(layout):
     for outcome in on_mortal_ranks(2, cases.memory_that_stays, "qwen_image", layout, limit=120.0):
         assert outcome.answer is not None, outcome.printed
         print(layout, outcome.answer)
-        # Workspaces of libraries come with the first round and stay; what a round leaves would come again.
-        assert outcome.answer["allocated"][2] <= outcome.answer["allocated"][0]
+        # Workspaces of libraries come with the first round and stay; what a round leaves would come again. Torch keeps
+        # two lists of addresses of every memory that GPUs have shared (CUDAPeerAllocInfo), the least block for each.
+        tables = 2 * 2 * 512 if "ulysses" in layout else 0
+        assert outcome.answer["allocated"][2] <= outcome.answer["allocated"][0] + tables
         assert outcome.answer["used"][2] <= outcome.answer["used"][1]
 
 

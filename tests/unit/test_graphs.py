@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeboost.call import alone, open_call
 from pipeboost.compile import Graphs, capture_graphs, graphs
-from pipeboost.compile.capture import Inputs
+from pipeboost.compile.capture import Inputs, aligned
 from pipeboost.compile.frozen import Frozen
 from pipeboost.compile.signature import Unfit, copied, read, surroundings
 from pipeboost.ledger import Ledger
@@ -459,3 +459,12 @@ def test_positions_that_a_function_may_have_dropped_are_not_read_again() -> None
     assert "_compute_video_freqs" in str(frozen.change())
     assert Frozen(model, CPU).change() is None
     assert stock_class(pipe) is type(pipe)
+
+
+def test_one_number_may_lie_anywhere_and_several_only_where_a_memory_word_begins():
+    schedule = torch.arange(8)
+    assert schedule.data_ptr() % 16 == 0
+    assert aligned([schedule, schedule[3], schedule[3:4], schedule[3].expand(2), schedule[3].expand(2, 1, 4)])
+    assert aligned([schedule[2:4]])
+    assert not aligned([schedule, schedule[3:5]])
+    assert not aligned([schedule[3::2]])

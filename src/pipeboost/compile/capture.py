@@ -125,8 +125,15 @@ class CapturedForward:
 
 
 def aligned(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the tensors lie as those of a graph do: kernels are chosen by it."""
-    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors)
+    """Whether the tensors lie as those of a graph do: kernels are chosen by it.
+
+    A tensor that is one number, such as Wan's timestep out of the schedule's, is read alike wherever it lies.
+    """
+    return all(tensor.data_ptr() % _ALIGNMENT == 0 or _is_one_number(tensor) for tensor in tensors)
+
+
+def _is_one_number(tensor: torch.Tensor) -> bool:
+    return all(size == 1 or step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def new_pool() -> Any:
