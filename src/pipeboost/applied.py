@@ -15,12 +15,13 @@ from pipeboost.attention import rebind_attention
 from pipeboost.call import Call
 from pipeboost.config import AccelerationConfig
 from pipeboost.errors import PipeboostError
+from pipeboost.facts import facts_of
 from pipeboost.families import family_of
 from pipeboost.hardware import detect_hardware, device_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, placed_components, stock_offload
 from pipeboost.parts import Part, accelerate_part
-from pipeboost.plan import Plan, facts_of, make_plan
+from pipeboost.plan import Plan, make_plan
 from pipeboost.reuse import PromptReuse
 from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watched_components
 from pipeboost.team import Team

@@ -5,13 +5,13 @@ Making a plan changes nothing and loads nothing; whatever cannot be done is refu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from pipeboost.attention import explain_choice, swappable_processors
+from pipeboost.attention import explain_choice
 from pipeboost.config import (
     FEATURES,
     OFFLOAD_KINDS,
@@ -24,35 +24,26 @@ from pipeboost.config import (
     ReuseConfig,
     tier_allows,
 )
-from pipeboost.distributed import world_size
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family
-from pipeboost.hardware import Hardware, free_memory
+from pipeboost.facts import ModelFacts, activations_of_one_rank, of_one_rank, split_kinds
+from pipeboost.families import Activations, Family
+from pipeboost.hardware import Hardware
 from pipeboost.kernels import available_kernels
 from pipeboost.offload import (
-    Component,
     Placement,
-    bytes_on,
     choose_policies,
     in_gib,
     memory_in_words,
-    placed_components,
     predict,
-    stock_offload,
-    unmovable_weights,
-    weigh,
 )
 from pipeboost.parallel import (
     Ranks,
     beside_in_words,
-    bytes_on_other_ranks,
     check_layout,
     choose_layout,
     layout_in_words,
     shares_text_encoders,
-    tensor_degrees,
 )
-from pipeboost.seams import stock_class
 
 
 @dataclass(frozen=True)
@@ -80,49 +71,6 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What a plan needs to know of the pipeline's models, without their weights.
-
-    Attributes:
-        pipeline: class name of the pipeline.
-        dtype: the transformer's.
-        weights: bytes of the weights.
-        weighed: whose weights those are.
-        offloaded: whether Diffusers' own CPU offload is on.
-        components: what each component weighs; empty where that is not known.
-        device: where the pipeline is to run; None for the hardware's first device.
-        free: bytes that the pipeline could take there, its weights included; None for all of the device's memory.
-        unmovable: component → reason, for each whose weights offload cannot move.
-        controlnet: whether a ControlNet adds residuals between the transformer's blocks.
-        encodes: whether it has an `encode_prompt`.
-        processors: how many attention processors can be swapped, None where the model is not loaded.
-        stock_processors: class name and reason, for each kind of processor that cannot.
-        model: class name of the transformer.
-        heads: its attention heads, None where it does not say.
-        ranks: how many processes there are to run the pipeline.
-        splits: degrees of tensor parallelism that the transformers allow; None where that was not asked.
-    """
-
-    pipeline: str
-    dtype: torch.dtype
-    weights: int
-    weighed: str = "all components"
-    offloaded: bool = False
-    components: tuple[Component, ...] = ()
-    device: torch.device | None = None
-    free: int | None = None
-    unmovable: Mapping[str, str] = field(default_factory=dict)
-    controlnet: bool = False
-    encodes: bool = True
-    processors: int | None = None
-    stock_processors: tuple[tuple[str, str], ...] = ()
-    model: str = "the transformer"
-    heads: int | None = None
-    ranks: int = 1
-    splits: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
     """What `accelerate_pipeline` does to one pipeline on this machine.
 
@@ -130,6 +78,7 @@ class Plan:
         default: whether every choice is the one that was measured: the tier's own, with the kernels it prefers, and
             all weights on the device.
         policies: kind of component → where it lives: `"resident"`, `"stage"` or `"layerwise"`.
+        activations: what the stages take besides weights, on this rank; None where no family tells.
     """
 
     quality: str
@@ -139,6 +88,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     default: bool
     policies: Mapping[str, str] = field(default_factory=dict)
+    activations: Activations | None = None
 
     def __getitem__(self, feature: str) -> Decision:
         return next(decision for decision in self.decisions if decision.feature == feature)
@@ -158,7 +108,7 @@ class Plan:
         """Predicted peak bytes on the device in each stage, weights included; empty where the weights are not known."""
         if not self.facts.components or self.facts.offloaded:
             return {}
-        return predict(self.facts.components, self.policies, self.family.activations)
+        return predict(self.facts.components, self.policies, self.activations)
 
     @property
     def _weights(self) -> str:
@@ -166,7 +116,7 @@ class Plan:
         if not self.peaks:
             return f"weights of {facts.weighed} {in_gib(facts.weights)}"
         # They were measured on a GPU; on a CPU, in float32, they are others.
-        activations = self.family.activations if self.hardware.device == "cuda" else None
+        activations = self.activations if self.hardware.device == "cuda" else None
         return memory_in_words(facts.components, self.policies, activations, weighed=facts.weighed)
 
     def __str__(self) -> str:
@@ -193,13 +143,15 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
     """
     attention = _attention(config, hardware, facts)
     parallel = _parallel(config, family, facts, attention=attention.on)
-    facts = _of_this_rank(facts, parallel.settings)
-    offload = _offload(config, hardware, family, facts)
+    facts = of_one_rank(facts, parallel.settings)
+    activations = activations_of_one_rank(family.activations, parallel.settings, config.quality)
+    offload = _offload(config, hardware, facts, activations)
     _refuse_moving_shares(offload, parallel.settings)
     cache = _cache(config, family, facts)
     policies = {kind: getattr(offload.settings, kind, "resident") for kind in OFFLOAD_KINDS}
     return Plan(
         policies=policies,
+        activations=activations,
         quality=config.quality,
         family=family,
         hardware=hardware,
@@ -257,7 +209,7 @@ def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, 
         family=family,
         model=facts.model,
         heads=facts.heads,
-        splits=facts.splits,
+        splits=facts.degrees(family.denoisers),
         tier=config.quality,
         attention=attention,
         weights=sum(component.nbytes for component in facts.components if component.path in family.denoisers),
@@ -283,35 +235,8 @@ def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, 
     return Decision("parallel", layout_in_words(layout), why, considered, layout)
 
 
-def _shared_kinds(layout: ParallelConfig | None) -> tuple[str, ...]:
-    """The kinds of components of which a rank has a share of the weights."""
-    if layout is None or layout.tensor == 1:
-        return ()
-    return ("transformers", "text_encoders") if shares_text_encoders(layout) else ("transformers",)
-
-
-def _of_this_rank(facts: ModelFacts, layout: ParallelConfig | None) -> ModelFacts:
-    """The facts of one rank, which has its share of some components' weights; small layers that stay whole included."""
-    kinds = _shared_kinds(layout)
-    if layout is None or not kinds:
-        return facts
-    components = tuple(
-        replace(
-            component,
-            nbytes=component.nbytes // layout.tensor,
-            block_bytes=component.block_bytes // layout.tensor,
-            largest_block=component.largest_block // layout.tensor,
-        )
-        if component.kind in kinds
-        else component
-        for component in facts.components
-    )
-    weights = sum(component.nbytes for component in components) if components else facts.weights
-    return replace(facts, components=components, weights=weights, weighed=f"{facts.weighed}, this rank's share,")
-
-
 def _refuse_moving_shares(offload: Decision, layout: ParallelConfig | None) -> None:
-    for kind in _shared_kinds(layout):
+    for kind in split_kinds(layout):
         if offload.on and getattr(offload.settings, kind) != "resident":
             assert layout is not None
             raise UnsupportedError(
@@ -417,7 +342,9 @@ def _graphs(
     return Decision("graphs", "auto" if wanted == "auto" else "on", f"{why}; the report counts them", settings=wanted)
 
 
-def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Decision:
+def _offload(
+    config: AccelerationConfig, hardware: Hardware, facts: ModelFacts, activations: Activations | None
+) -> Decision:
     asked = config.offload
     if isinstance(asked, OffloadConfig) and asked.all_resident:
         return Decision("offload", "off", "components stay where they are")
@@ -436,7 +363,7 @@ def _offload(config: AccelerationConfig, hardware: Hardware, family: Family, fac
     settings = OffloadConfig() if asked == "auto" else asked
     streams = not (isinstance(config.compile, CompileConfig) and config.compile.scope == "full")
     budget = hardware.memory if facts.free is None else facts.free
-    policies, why = choose_policies(settings, facts.components, family.activations, budget, streams=streams)
+    policies, why = choose_policies(settings, facts.components, activations, budget, streams=streams)
     if all(policy == "resident" for policy in policies.values()):
         return Decision("offload", "off", f"components stay where they are: {why}")
     if not streams and policies["transformers"] == "layerwise":
@@ -481,56 +408,3 @@ def _reuse(config: AccelerationConfig, facts: ModelFacts, layout: ParallelConfig
 
 def _needs_tier(feature: str, choice: object, tier: str, given: str) -> ConfigurationError:
     return ConfigurationError(f"{feature}={choice!r} is not allowed in quality={given!r}; it needs quality={tier!r}")
-
-
-def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
-    """Read the facts off a loaded pipeline that is to run on `device`."""
-    denoisers = family.models(pipe)
-    modules = placed_components(pipe)
-    reasons = {path: unmovable_weights(module) for path, module in modules.items()}
-    swappable = [swappable_processors(model) for model in denoisers.values()]
-    components = tuple(_whole(component, modules[component.path]) for component in weigh(modules, family))
-    model = next(iter(denoisers.values()))
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    return ModelFacts(
-        pipeline=type(pipe).__name__,
-        dtype=model.dtype,
-        weights=sum(component.nbytes for component in components),
-        offloaded=stock_offload(pipe),
-        components=components,
-        device=device,
-        free=free_memory(device) + bytes_on(device, modules.values()) if device.type == "cuda" else None,
-        unmovable={path: reason for path, reason in reasons.items() if reason is not None},
-        controlnet=pipe.components.get("controlnet") is not None,
-        encodes=callable(getattr(pipe, "encode_prompt", None)),
-        processors=sum(report.swapped for report in swappable),
-        stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
-        model=stock_class(model).__name__,
-        heads=heads if isinstance(heads, int) else None,
-        ranks=world_size(),
-        splits=splits_of(denoisers.values(), family) if world_size() > 1 else None,
-    )
-
-
-def _whole(component: Component, module: torch.nn.Module) -> Component:
-    """A component as it is once an acceleration that has split its weights among ranks is undone."""
-    nbytes = component.nbytes + bytes_on_other_ranks(module)
-    if nbytes == component.nbytes:
-        return component
-    return replace(
-        component,
-        nbytes=nbytes,
-        block_bytes=component.block_bytes * nbytes // component.nbytes,
-        largest_block=component.largest_block * nbytes // component.nbytes,
-    )
-
-
-def splits_of(models: Iterable[Any], family: Family) -> tuple[int, ...]:
-    """The degrees of tensor parallelism that all of the transformers allow."""
-    if family.tensor is None:
-        return ()
-    try:
-        degrees = [set(tensor_degrees(model, family.tensor)) for model in models]
-    except UnsupportedError:  # `shard_weights` says why, should a degree be asked for
-        return ()
-    return tuple(sorted(set.intersection(*degrees)))

@@ -19,6 +19,7 @@ from pipeboost.distributed.all_or_none import AllOrNone
 from pipeboost.distributed.beside import Beside
 from pipeboost.distributed.watch import watched
 from pipeboost.errors import UnsupportedError
+from pipeboost.facts import Split, splits_of
 from pipeboost.families import Family, TensorSharding, family_of, text_encoder_sharding
 from pipeboost.hardware import device_of
 from pipeboost.ledger import Ledger
@@ -38,7 +39,6 @@ from pipeboost.parallel import (
     share_branches,
     shares_text_encoders,
     shares_vae,
-    tensor_degrees,
 )
 from pipeboost.plan import Decision, Plan
 from pipeboost.seams import stock_class
@@ -64,7 +64,7 @@ class Team:
 
     def __init__(self, pipe: Any, plan: Plan) -> None:
         layout: ParallelConfig = plan["parallel"].settings
-        self.text_encoders = _shared_encoders(pipe, layout)
+        self.text_encoders = _shared_encoders(pipe, layout, plan.facts.splits or {})
         self._layout = layout
         self._family: Family = plan.family
         self._shares_vae = shares_vae(layout, plan.quality)
@@ -293,9 +293,11 @@ def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
     """
     if not isinstance(layout, ParallelConfig) or layout.tensor == 1:
         return ()
-    family = family_of(pipe)
-    denoisers = tuple(name for name in family.denoisers if name in _modules(pipe))
-    return denoisers + _shared_encoders(pipe, layout) if family.tensor is not None else ()
+    family, modules = family_of(pipe), _modules(pipe)
+    if family.tensor is None:
+        return ()
+    denoisers = tuple(name for name in family.denoisers if name in modules)
+    return denoisers + _shared_encoders(pipe, layout, splits_of(modules, family))
 
 
 def _take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger) -> None:
@@ -325,7 +327,7 @@ def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
 
 
-def _shared_encoders(pipe: Any, layout: ParallelConfig) -> tuple[str, ...]:
+def _shared_encoders(pipe: Any, layout: ParallelConfig, splits: Mapping[str, Split]) -> tuple[str, ...]:
     """The text encoders whose weights the ranks share; left to us, those that can be split so.
 
     Raises:
@@ -337,8 +339,7 @@ def _shared_encoders(pipe: Any, layout: ParallelConfig) -> tuple[str, ...]:
     for name, component in _modules(pipe).items():
         if not name.startswith("text_encoder"):
             continue
-        sharding = text_encoder_sharding(component)
-        if sharding is not None and layout.tensor in tensor_degrees(component, sharding):
+        if name in splits and layout.tensor in splits[name].degrees:
             shared.append(name)
         elif layout.text_encoder is True:
             raise UnsupportedError(

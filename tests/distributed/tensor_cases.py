@@ -20,7 +20,7 @@ from pipeboost.distributed.watch_ending import break_off
 from pipeboost.errors import PipeboostError, UnsupportedError
 from pipeboost.families import TensorSharding, family_of, text_encoder_sharding
 from pipeboost.ledger import Ledger
-from pipeboost.parallel.tensor import ShardReport, bytes_per_rank, shard_weights
+from pipeboost.parallel.tensor import ShardReport, shard_weights, split_bytes
 from pipeboost.parallel.tensor_guards import guard_pipeline
 from pipeboost.seams import stock_class
 from tests.pipelines import tiny_parts
@@ -272,7 +272,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     expected, whole = _outputs(model, inputs), _bytes(model)
-    predicted = bytes_per_rank(model, sharding, group.size)
+    split = split_bytes(model, sharding)
     ledger = Ledger()
     report: ShardReport = shard_weights(model, sharding, group, ledger)
     own = _bytes(model)
@@ -286,7 +286,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "same_on_ranks": all(torch.equal(group.all_reduce(each), each * group.size) for each in actual),
         "whole": whole,
         "own": own,
-        "predicted": predicted,
+        "predicted": whole - split + split // group.size,
         "report": report,
         "left_in_place": all(after[path] is parameter for path, (parameter, _) in before.items()),
         "restored": all(torch.equal(parameter.data, value) for parameter, value in before.values()),
@@ -337,7 +337,7 @@ def accelerated_again(name: str) -> dict[str, Any]:
         with; `"components"`: of this rank's, by the plans that split them.
     """
     from pipeboost import ParallelConfig, accelerate_pipeline
-    from pipeboost.plan import facts_of
+    from pipeboost.facts import facts_of
 
     entry = TINY[name]
     pipe = entry.build()

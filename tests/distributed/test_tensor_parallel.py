@@ -8,7 +8,7 @@ import torch
 
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import TensorSharding, families, family_of, text_encoder_sharding
-from pipeboost.parallel.tensor import bytes_per_rank, tensor_degrees
+from pipeboost.parallel.tensor import split_bytes, tensor_degrees
 from pipeboost.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
@@ -168,11 +168,11 @@ def test_a_degree_that_does_not_divide_names_those_that_do():
     with pytest.raises(
         ConfigurationError, match="tensor=3 does not divide the 4 heads of FluxTransformer2DModel; use 2, 4"
     ):
-        bytes_per_rank(pipe.transformer, family_of(pipe).tensor, 3)
+        layout_of(pipe.transformer, family_of(pipe).tensor).check(3)
     assert tensor_degrees(pipe.transformer, family_of(pipe).tensor) == (2, 4)
     llama = tiny_parts.llama()
     with pytest.raises(ConfigurationError, match=r"tensor=4 does not divide the 2 heads of layers\.0.*k_proj.*; use 2"):
-        bytes_per_rank(llama, text_encoder_sharding(llama), 4)
+        layout_of(llama, text_encoder_sharding(llama)).check(4)
 
 
 def test_fused_quantised_offloaded_and_unknown_layers_are_refused():
@@ -219,4 +219,4 @@ def test_published_sizes_keep_a_few_hundredths_whole():
                 model = getattr(diffusers, size.transformer)(**size.config)
             whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             assert family.tensor is not None
-            assert bytes_per_rank(model, family.tensor, 4) < 0.29 * whole, size.name
+            assert split_bytes(model, family.tensor) > 0.95 * whole, size.name

@@ -27,7 +27,7 @@ FLOORS = (
     ("families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),
-    ("plan", "team", "parts", "applied", "calls", "run_many", "acceleration"),
+    ("facts", "plan", "team", "parts", "applied", "calls", "run_many", "acceleration"),
     ("generate",),
     ("serving", "cli"),
 )

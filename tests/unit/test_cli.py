@@ -128,7 +128,7 @@ def test_plan_weighs_a_ranks_own_share(tmp_path):
     config.write_text("parallel: {tensor: 4}\noffload: off\n")
     whole = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"))
     shared = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"), config=config, ranks=4)
-    assert shared.facts.weights == whole.facts.weights // 4
+    assert whole.facts.weights / 4 < shared.facts.weights < 0.26 * whole.facts.weights  # biases of rows stay whole
     assert "this rank's share" in str(shared)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeboost.config import AccelerationConfig, CompileConfig, OffloadConfig
 from pipeboost.errors import ConfigurationError, PipeboostError
+from pipeboost.facts import ModelFacts
 from pipeboost.families import Activations, Linear, family_named, generic_family
 from pipeboost.hardware import Hardware
 from pipeboost.ledger import Ledger
@@ -17,7 +18,7 @@ from pipeboost.offload import Component, Placement, choose_policies, place, pred
 from pipeboost.offload.budget import UNMEASURED, weigh_stored
 from pipeboost.offload.host import HostStore
 from pipeboost.offload.place import DOORS
-from pipeboost.plan import ModelFacts, make_plan
+from pipeboost.plan import make_plan
 
 GIB = 2**30
 CPU = torch.device("cpu")

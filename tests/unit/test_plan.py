@@ -5,9 +5,10 @@ import torch
 
 from pipeboost.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.facts import ModelFacts
 from pipeboost.families import family_named, generic_family
 from pipeboost.hardware import Hardware, detect_hardware
-from pipeboost.plan import ModelFacts, make_plan
+from pipeboost.plan import make_plan
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 CPU = Hardware("cpu", "CPU with 2 cores", None, 24 * 2**30, 1, False, True)

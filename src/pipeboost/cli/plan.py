@@ -16,10 +16,11 @@ import torch
 from pipeboost.cli.flags import device_hardware
 from pipeboost.config import resolve_config
 from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.facts import ModelFacts, splits_of
 from pipeboost.families import Family, families, family_named, generic_family
 from pipeboost.hardware import Hardware
 from pipeboost.offload import weigh, weigh_stored
-from pipeboost.plan import ModelFacts, Plan, make_plan, splits_of
+from pipeboost.plan import Plan, make_plan
 from pipeboost.quality.full_size import meta_transformer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -72,7 +73,7 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
                     components=components,
                     model=size.transformer,
                     heads=transformer.config.num_attention_heads,
-                    splits=splits_of([transformer], family),
+                    splits=splits_of({family.denoisers[0]: transformer}, family),
                 )
                 return family, facts
     return None

@@ -14,7 +14,7 @@ from pipeboost.parallel.layout import (
     shares_vae,
 )
 from pipeboost.parallel.stops import agree_on_interrupts, agree_on_stops
-from pipeboost.parallel.tensor import bytes_on_other_ranks, shard_weights, tensor_degrees
+from pipeboost.parallel.tensor import bytes_on_other_ranks, shard_weights, split_bytes, tensor_degrees
 from pipeboost.parallel.tensor_guards import guard_pipeline
 from pipeboost.parallel.tokens import shard_tokens
 from pipeboost.parallel.vae import parallelize_vae
@@ -41,5 +41,6 @@ __all__ = [
     "share_branches",
     "shares_text_encoders",
     "shares_vae",
+    "split_bytes",
     "tensor_degrees",
 ]

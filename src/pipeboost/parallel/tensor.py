@@ -131,16 +131,14 @@ def bytes_on_other_ranks(model: nn.Module) -> int:
     return 0 if report is None else report.whole_bytes - report.own_bytes
 
 
-def bytes_per_rank(model: nn.Module, sharding: TensorSharding, degree: int) -> int:
-    """What the parameters of a whole model will take on each rank.
+def split_bytes(model: nn.Module, sharding: TensorSharding) -> int:
+    """How much of the weights of a model, split or whole, tensor parallelism splits; the rest is whole on every rank.
 
     Raises:
-        ConfigurationError, UnsupportedError: as `shard_weights`.
+        UnsupportedError: its weights cannot be split at all.
     """
-    layout = layout_of(model, sharding)
-    layout.check(degree)
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return whole - layout.bytes + layout.bytes // degree
+    report = _reports.get(model)
+    return layout_of(model, sharding).bytes if report is None else report.whole_bytes
 
 
 @dataclass(frozen=True, eq=False)

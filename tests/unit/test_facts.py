@@ -1,0 +1,91 @@
+"""What one of several ranks has of a pipeline's weights, and what its stages take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeboost.config import ParallelConfig
+from pipeboost.facts import ModelFacts, Split, activations_of_one_rank, of_one_rank, splits_of
+from pipeboost.families import family_named
+from pipeboost.offload import Component
+from tests.pipelines.tiny import TINY
+
+FLUX = family_named("FluxPipeline")
+COMPONENTS = (
+    Component("vae", "vae", None, 100, 0, 0),
+    Component("text_encoder", "text_encoders", None, 1000, 800, 80),
+    Component("transformer", "transformers", "transformer", 10_000, 8000, 800),
+)
+FACTS = ModelFacts("FluxPipeline", torch.bfloat16, 11_100, components=COMPONENTS)
+
+
+def weights(facts):
+    return [component.nbytes for component in facts.components]
+
+
+def test_a_rank_has_its_part_of_what_is_split_and_all_of_the_rest():
+    splits = {"text_encoder": Split(900, (2,)), "transformer": Split(9600, (2, 4))}
+    facts = replace(FACTS, splits=splits)
+    two = of_one_rank(facts, ParallelConfig(tensor=2))
+    assert weights(two) == [100, 550, 5200]
+    assert two.weights == 5850
+    assert two.components[2].largest_block == 800 * 5200 // 10_000
+    # The encoder cannot be split into four.
+    assert weights(of_one_rank(facts, ParallelConfig(tensor=4))) == [100, 1000, 2800]
+    assert weights(of_one_rank(facts, ParallelConfig(tensor=2, text_encoder=False))) == [100, 1000, 5200]
+    assert weights(of_one_rank(replace(facts, splits={}), ParallelConfig(tensor=2))) == weights(facts)
+
+
+def test_of_a_model_nobody_has_looked_at_a_rank_counts_an_even_part():
+    assert weights(of_one_rank(FACTS, ParallelConfig(tensor=2))) == [100, 500, 5000]
+
+
+@pytest.mark.parametrize("layout", [None, ParallelConfig(), ParallelConfig(cfg=2, ulysses=2)])
+def test_weights_that_nobody_splits_are_whole_on_every_rank(layout):
+    assert of_one_rank(FACTS, layout) is FACTS
+
+
+def test_degrees_are_those_that_all_transformers_allow():
+    splits = {"transformer": Split(1, (2, 4)), "transformer_2": Split(1, (2, 8))}
+    facts = replace(FACTS, splits=splits)
+    assert facts.degrees(["transformer", "transformer_2"]) == (2,)
+    assert facts.degrees(["transformer", "another"]) == ()
+    assert FACTS.degrees(["transformer"]) is None
+
+
+def test_what_can_be_split_is_read_off_transformers_and_text_encoders():
+    pipe = TINY["flux_dev"].build()
+    modules = {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+    found = splits_of(modules, FLUX)
+    assert set(found) == {"transformer", "text_encoder", "text_encoder_2"}
+    for path, split in found.items():
+        whole = sum(each.numel() * each.element_size() for each in modules[path].parameters())
+        assert whole / 2 < split.nbytes <= whole
+        assert 2 in split.degrees
+    pipe.transformer.fuse_qkv_projections()  # which tensor parallelism cannot split
+    assert set(splits_of(modules, FLUX)) == {"text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tier", "denoising", "decoding"),
+    [
+        (None, "lossless", 1.0, 1.0),
+        (ParallelConfig(ulysses=2), "lossless", 0.6, 0.6),
+        (ParallelConfig(ring=2, cfg=2), "lossless", 0.6, 0.3),
+        (ParallelConfig(tensor=4), "lossless", 1.0, 0.3),
+        (ParallelConfig(cfg=2), "exact", 1.0, 1.0),  # in which the VAE is not shared
+        (ParallelConfig(ulysses=2, beside=1), "lossless", 0.6, 1.0),
+        (ParallelConfig(ulysses=2, vae=False), "lossless", 0.6, 1.0),
+    ],
+)
+def test_activations_shrink_with_the_ranks_that_share_a_stage(layout, tier, denoising, decoding):
+    whole = FLUX.activations
+    found = activations_of_one_rank(whole, layout, tier)
+    for part, of, share in (
+        (found.denoising, whole.denoising, denoising),
+        (found.decoding, whole.decoding, decoding),
+    ):
+        assert part.at(1024, 1024, 1) == pytest.approx(share * of.at(1024, 1024, 1), rel=1e-6)
+    assert found.text_encoding == whole.text_encoding
+    assert activations_of_one_rank(None, layout, tier) is None
