@@ -85,7 +85,7 @@ def _run(pipe: Any, model: str, call: dict[str, Any], variant: str, results: Res
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     report = pipe.acceleration.report() if hasattr(pipe, "acceleration") else None
     results.add(
-        model=model,
+        part=model,
         call={name: value for name, value in call.items() if isinstance(value, (int, float))},
         variant=variant,
         seconds=seconds,
