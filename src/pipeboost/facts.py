@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,12 +93,13 @@ class ModelFacts:
     ranks: int = 1
     splits: Mapping[str, Split] | None = None
 
-    def degrees(self, components: Iterable[str]) -> tuple[int, ...] | None:
-        """The degrees of tensor parallelism that all of these components allow; None where that was not asked."""
+    def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
+        """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""
         if self.splits is None:
             return None
-        allowed = [set(self.splits[path].degrees) if path in self.splits else set() for path in components]
-        return tuple(sorted(set.intersection(*allowed)))
+        present = [component.path for component in self.components if component.path in denoisers]
+        allowed = [set(self.splits[path].degrees) if path in self.splits else set() for path in present]
+        return tuple(sorted(set.intersection(*allowed))) if allowed else ()
 
 
 def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:

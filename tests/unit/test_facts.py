@@ -46,12 +46,15 @@ def test_weights_that_nobody_splits_are_whole_on_every_rank(layout):
     assert of_one_rank(FACTS, layout) is FACTS
 
 
-def test_degrees_are_those_that_all_transformers_allow():
+def test_degrees_are_those_that_all_transformers_allow_which_are_there():
+    experts = ("transformer", "transformer_2")
+    second = replace(COMPONENTS[2], path="transformer_2")
     splits = {"transformer": Split(1, (2, 4)), "transformer_2": Split(1, (2, 8))}
-    facts = replace(FACTS, splits=splits)
-    assert facts.degrees(["transformer", "transformer_2"]) == (2,)
-    assert facts.degrees(["transformer", "another"]) == ()
-    assert FACTS.degrees(["transformer"]) is None
+    both = replace(FACTS, components=(*COMPONENTS, second), splits=splits)
+    assert both.degrees(experts) == (2,)
+    assert replace(FACTS, splits=splits).degrees(experts) == (2, 4)  # Wan 2.1 has one of Wan's two
+    assert replace(both, splits={"transformer": splits["transformer"]}).degrees(experts) == ()
+    assert replace(both, splits=None).degrees(experts) is None
 
 
 def test_what_can_be_split_is_read_off_transformers_and_text_encoders():
