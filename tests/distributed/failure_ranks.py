@@ -89,7 +89,8 @@ def _outcomes(
         with open(os.path.join(folder, f"stderr-{rank}"), encoding="utf-8", errors="replace") as file:
             printed.append(file.read())
     return [
-        Outcome(answers[rank], process.exitcode, ends[rank], printed[rank]) for rank, process in enumerate(processes)
+        Outcome(answers.get(rank), process.exitcode, ends[rank], printed[rank])
+        for rank, process in enumerate(processes)
     ]
 
 

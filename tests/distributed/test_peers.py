@@ -1,7 +1,12 @@
 """Exchanges of heads for tokens that ranks write into each other's memory, on CPUs by Triton's interpreter."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from pipeboost.distributed import Group, groups
+from pipeboost.distributed.peers import MOST_BYTES, rounded
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 
@@ -26,3 +31,29 @@ def test_where_memory_cannot_be_shared_all_ranks_are_told_why(tmp_path):
             "a GPU does not reach another's memory: no access",
             "what one GPU wrote into another's memory did not arrive",
         ], outcome.printed
+
+
+def test_memory_grows_in_strides_up_to_a_limit_and_keeps_what_it_knows_of_tokens(monkeypatch):
+    made = []
+
+    def connect(_, heads_bytes, tokens_bytes, *__):
+        made.append(SimpleNamespace(heads_bytes=rounded(heads_bytes), tokens_bytes=rounded(tokens_bytes), starts={}))
+        return made[-1]
+
+    monkeypatch.setattr(groups, "connect", connect)
+    group = object.__new__(Group)  # of two GPUs
+    group.size, group.device, group.unreachable, group.backend = 2, "cuda", None, None
+    group._peers, group.name = [], "two GPUs"
+    device = torch.device("cpu")
+    first = group.peers(2**24, 2**22, device)
+    assert (first.heads_bytes, first.tokens_bytes) == (2**24, 2**22)
+    first.starts[3, 3] = "where each begins"
+    assert group.peers(2**20, 2**22, device) is first
+    sizes = [group.peers(2**24 + 3072 * tokens, 2**22 + 768 * tokens, device).heads_bytes for tokens in range(1, 600)]
+    assert len(made) == 2  # not 600
+    assert sizes == [made[1].heads_bytes] * 599
+    assert made[1].heads_bytes >= 9 * 2**21
+    assert made[1].starts is first.starts
+    assert group.peers(MOST_BYTES - 2**24, 2**20, device) is None
+    assert group.unreachable is None  # what is smaller goes on as before
+    assert group.peers(2**24, 2**22, device) is made[1]

@@ -4,12 +4,13 @@ import copy
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import local_device
+from pipeboost.distributed import local_device, peers, world
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.beside_cases import requests_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
@@ -156,6 +157,28 @@ def memory_that_stays(name: str, degrees: Mapping[str, int]) -> dict[str, list[i
             free, total = torch.cuda.mem_get_info(device)
             found["used"].append(total - free)
     return found
+
+
+def after_unequal_pasts(name: str) -> dict[str, Any]:
+    """Heads are shared after the first rank, and no other, has mapped memory in a group of its own.
+
+    Returns:
+        `"shared"`: largest difference of the latents to one GPU; `"carrier"`: as the report tells it.
+    """
+    device = _exact_device()
+    entry = TINY[name]
+    pipe = entry.build().to(device)
+    if world().rank == 0:
+        alone: Any = SimpleNamespace(name="a group of the first rank alone", rank=0, size=1)
+        with peers._registered(alone, "peers 0") as registered:
+            peers._addresses(peers._room(2**20, device, registered))
+    with torch.no_grad():
+        stock = entry.call(pipe, output_type="latent")
+        layout = ParallelConfig(ulysses=world().size)
+        accelerate_pipeline(pipe, compile=None, parallel=layout, reuse=None)
+        shared, carrier = entry.call(pipe, output_type="latent"), pipe.acceleration.report().ulysses
+        pipe.acceleration.remove()
+    return {"shared": _difference(shared, stock), "carrier": carrier}
 
 
 def failing_calls(name: str, kind: str, rank: int, stage: str) -> dict[str, Any]:

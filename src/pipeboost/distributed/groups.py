@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from pipeboost.distributed.peers import MOST_BYTES, Peers, connect
+from pipeboost.distributed.peers import MOST_BYTES, Peers, connect, rounded
 from pipeboost.distributed.start import world
 from pipeboost.distributed.waiting import Transfer, finish
 
@@ -124,29 +124,41 @@ class Group:
         return gather(self, value)
 
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
-        """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them."""
-        if self.device != "cuda" or self.size == 1 or self.unreachable or heads_bytes + tokens_bytes > MOST_BYTES:
+        """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them.
+
+        CUDA graphs may hold on to what was made before, so that all of it stays. One that replaces another is an eighth
+        larger than it must be, so that prompts which grow by a token at a time do not make one each.
+        """
+        if self.device != "cuda" or self.size == 1 or self.unreachable:
             return None
         latest = self._peers[-1] if self._peers else None
+        if latest is not None and latest.heads_bytes >= heads_bytes and latest.tokens_bytes >= tokens_bytes:
+            return latest
         if latest is not None:
-            if latest.heads_bytes >= heads_bytes and latest.tokens_bytes >= tokens_bytes:
-                return latest
-            heads_bytes, tokens_bytes = max(latest.heads_bytes, heads_bytes), max(latest.tokens_bytes, tokens_bytes)
+            heads_bytes = max(latest.heads_bytes, heads_bytes * 9 // 8)
+            tokens_bytes = max(latest.tokens_bytes, tokens_bytes * 9 // 8)
+        if self._room + rounded(heads_bytes) + rounded(tokens_bytes) > MOST_BYTES:
+            return None
         made = connect(self, heads_bytes, tokens_bytes, device, f"peers {len(self._peers)}")
         if isinstance(made, str):
             self.unreachable = made
             return None
-        self._peers.append(made)  # CUDA graphs may hold on to the former ones
+        if latest is not None:
+            made.starts = latest.starts
+        self._peers.append(made)
         return made
 
     @property
     def carrier(self) -> str:
         """What carries heads and tokens between its ranks, in words."""
         if self._peers:
-            room = sum(peers.heads_bytes + peers.tokens_bytes for peers in self._peers)
-            return f"writing into the other GPUs' memory, for which each has {room / 2**20:.0f} MiB"
+            return f"writing into the other GPUs' memory, for which each has {self._room / 2**20:.0f} MiB"
         backend = "NCCL" if self.device == "cuda" else "gloo"
         return backend if self.unreachable is None else f"{backend}, since {self.unreachable}"
+
+    @property
+    def _room(self) -> int:
+        return sum(peers.heads_bytes + peers.tokens_bytes for peers in self._peers)
 
     def halt(self) -> None:
         """Let this rank's GPU wait for nobody in the others' memory any more."""

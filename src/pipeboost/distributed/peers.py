@@ -7,6 +7,7 @@ each row where it belongs, on whichever GPU that is. Needs torch's symmetric mem
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.distributed.neighbours import this_process
+from pipeboost.distributed.renumbered import Renumbered
 from pipeboost.distributed.start import world
 from pipeboost.distributed.waiting import expecting, follow
 
@@ -26,11 +28,13 @@ Made = TypeVar("Made")
 
 MOST_RANKS = 8
 MOST_BYTES = 4 * 2**30
-"""Of one rank's memory for others; more is left to NCCL, which needs it for the time of a transfer only."""
+"""Of a rank's memory for the others of a group, all `Peers` together; more is left to NCCL, which needs it for the time
+of a transfer only."""
 _BOARD = 256
 """Bytes in front, where ranks write how often they came."""
 _LEAST = 2**20
 """Bytes of an inbox: enough to try it."""
+_MEETING = "meeting of the GPUs' memory"
 _PATIENCE = 10.0
 """Seconds for the first exchange, in which kernels are compiled."""
 
@@ -50,6 +54,7 @@ class Peers:
 
     Attributes:
         heads_bytes, tokens_bytes: the most that `heads_for_tokens` and `tokens_for_heads` may bring here.
+        starts: tokens of each rank → where they begin, on the GPU.
     """
 
     def __init__(self, group: Group, sizes: tuple[int, int], memory: torch.Tensor, addresses: Sequence[int]) -> None:
@@ -61,7 +66,8 @@ class Peers:
         self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
         self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
-        self._starts: dict[tuple[int, ...], torch.Tensor] = {}
+        # By tokens alone; so one that replaces another takes them over, and copies nothing to the GPU in a forward.
+        self.starts: dict[tuple[int, ...], torch.Tensor] = {}
 
     def heads_for_tokens(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int]
@@ -131,10 +137,10 @@ class Peers:
         meet[(1,)](self._boards, self._group.rank, self._round, self._halt, RANKS=self._group.size, num_warps=1)
 
     def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        if tokens not in self._starts:
+        if tokens not in self.starts:
             starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
-            self._starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._boards.device)
-        return self._starts[tokens]
+            self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._boards.device)
+        return self.starts[tokens]
 
 
 def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.device, name: str) -> Peers | str:
@@ -152,7 +158,7 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
         return "a rank has no Triton"
     if len(set(machines)) > 1:
         return "the ranks are on several machines"
-    sizes = (_rounded(heads_bytes), _rounded(tokens_bytes))
+    sizes = (rounded(heads_bytes), rounded(tokens_bytes))
     with _registered(group, name) as registered:
         memory, trouble = _managed(lambda: _room(_BOARD + sum(sizes), device, registered))
         # All have their own before any looks for the others', which would wait for it.
@@ -171,7 +177,8 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     return peers
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """The size of an inbox for so many bytes."""
     return max(-(-nbytes // _BOARD) * _BOARD, _LEAST)
 
 
@@ -194,19 +201,21 @@ def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
     q, k, v = mine.unbind(0)
     received = torch.stack(peers.heads_for_tokens(q, k, v, tokens))
     back = peers.tokens_for_heads(received[0], tokens)
-    if device.type == "cuda" and not _done_within(_PATIENCE, device):
+    if device.type == "cuda" and not _done_within(_PATIENCE, device, group):
         peers.halt()
         return False
     return torch.equal(received, whole[:, :, :, group.rank, None]) and torch.equal(back, mine[0])
 
 
-def _done_within(seconds: float, device: torch.device) -> bool:
+def _done_within(seconds: float, device: torch.device, group: Group) -> bool:
     """Whether the GPU has done what it was given, after so many seconds at most."""
     done, until = torch.cuda.current_stream(device).record_event(), time.monotonic() + seconds
-    while not done.query():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.001)
+    with expecting(group, "first exchange in the GPUs' memory") as check:
+        while not done.query():
+            if time.monotonic() > until:
+                return False
+            check()
+            time.sleep(0.001)
     return True
 
 
@@ -216,7 +225,8 @@ def _registered(group: Group, name: str) -> Iterator[str]:
     from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
 
     registered: Any = f"{group.name} {name}"
-    store = dist.PrefixStore(f"{registered} memory", world().store)
+    waiting = functools.partial(expecting, group, _MEETING)
+    store = Renumbered(dist.PrefixStore(f"{registered} memory", world().store), waiting)
     ranks = dist.ProcessGroup(store, group.rank, group.size)  # the registry's reference keeps nothing
     _register_process_group(registered, ranks)
     try:
@@ -247,7 +257,7 @@ def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
     """What each rank of the group says; outside its collectives, since one of them may have failed."""
     store.set(f"{about} {group.rank}", f"={word}")
     keys = [f"{about} {rank}" for rank in range(group.size)]
-    with expecting(group, "meeting of the GPUs' memory") as check:
+    with expecting(group, _MEETING) as check:
         while not store.check(keys):
             check()
             time.sleep(0.001)
