@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results --parts flux --stock-parallel
 
 Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
-uses guidance, an eighth of what a loop of twelve steps with both branches takes longer than one of four. What runs on
-one GPU runs on every rank at the same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows are
-added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs
+uses guidance, what a step with both branches adds to a loop: an eighth of what twelve take longer than four. What runs
+on one GPU runs on every rank at the same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows
+are added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs
 tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
 """
 
@@ -40,9 +40,8 @@ MODELS = {
     "wan14": "wan2.1-14b",
     "hunyuan": "hunyuan-video",
 }
-STEPS = 4, 12
-"""Of two loops with guidance, whose difference is that of the steps."""
-GUIDED = ("qwen", "wan", "wan14")
+STEPS = {"qwen": (4, 12), "wan": (4, 12), "wan14": (2, 4)}
+"""Of two loops with guidance, whose difference is that of the steps; a step of Wan 14B takes long."""
 
 
 def main() -> None:
@@ -152,14 +151,15 @@ def denoiser(
     size: FullSize = full_size_named(MODELS[part])
     pipe = build_pipeline(size, device=device, dtype=torch.bfloat16)
     inputs = forward_inputs(size, device=device, dtype=torch.bfloat16)
-    branches = 2 if part in GUIDED else 1
+    branches = 2 if part in STEPS else 1
     count = results.ranks
     if layouts is None and branches == 2:
         layouts = [{"cfg": 2} if count == 2 else {"cfg": 2, "ulysses": count // 2}]
     elif layouts is None:
         layouts = [{"ulysses": count}, {"ring": count}]
 
-    loops = {steps: call_arguments(pipe, inputs, steps=steps) for steps in STEPS} if branches == 2 else {}
+    counts = STEPS.get(part, ())
+    loops = {steps: call_arguments(pipe, inputs, steps=steps) for steps in counts}
 
     def forward() -> Any:
         return pipe.transformer(**inputs)[0]
@@ -173,12 +173,12 @@ def denoiser(
         for arguments in loops.values():
             timing, output = time_runs(lambda given=arguments: pipe(**given)[0], device, repeats=3, warm_ups=1)
             totals.append(max(everywhere(timing.median)))
-        step = (totals[1] - totals[0]) / (STEPS[1] - STEPS[0])
-        return step, totals[0] - STEPS[0] * step, output
+        step = (totals[1] - totals[0]) / (counts[1] - counts[0])
+        return step, totals[0] - counts[0] * step, output
 
     def add(variant: str, reference: torch.Tensor | None = None) -> torch.Tensor:
         began = time.perf_counter()
-        forward() if branches == 1 else pipe(**loops[STEPS[0]])
+        forward() if branches == 1 else pipe(**loops[counts[0]])
         cold = time.perf_counter() - began
         step, beside, output = timed()
         error = None if reference is None else float((output - reference).norm() / reference.norm())

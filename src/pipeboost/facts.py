@@ -32,9 +32,9 @@ from pipeboost.parallel import (
 )
 from pipeboost.seams import stock_class
 
-_WITH_BORDERS = 1.2
-"""A rank's part of shared activations, in even parts, at most: of two ranks each took 0.43 to 0.60 of the whole
-(benchmarks/results/parallel_2xh200_2026-11-22.md)."""
+_UNSHARED = 0.2
+"""The part of shared activations that every rank has whole, borders and workspaces, at most: of two ranks each took
+0.43 to 0.60 of the whole (benchmarks/results/parallel_2xh200_2026-11-22.md)."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +203,5 @@ def _of_size(component: Component, nbytes: int) -> Component:
 
 
 def _part(whole: Linear, ranks: int) -> Linear:
-    share = min(1.0, _WITH_BORDERS / ranks)
+    share = _UNSHARED + (1 - _UNSHARED) / ranks
     return Linear(whole.fixed * share, whole.per_pixel * share)

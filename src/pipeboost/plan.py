@@ -213,6 +213,7 @@ def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, 
         tier=config.quality,
         attention=attention,
         weights=sum(component.nbytes for component in facts.components if component.path in family.denoisers),
+        resident={degree: of_one_rank(facts, ParallelConfig(tensor=degree)).weights for degree in range(2, count + 1)},
         free=facts.free,
     )
     considered: tuple[str, ...] = ()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from pipeboost.config import ParallelConfig, tier_allows
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.families import Family
 
+_FOR_WEIGHTS = 0.8
+"""Share of a device's memory that weights may take."""
 DEGREES = ("replicas", "cfg", "ulysses", "ring", "tensor")
 
 
@@ -28,6 +30,8 @@ class Ranks:
         attention: whether its attention processors call our dispatcher.
         splits: degrees of tensor parallelism that its widths allow; None where that is not known.
         weights: bytes of the transformers' weights.
+        resident: degree of tensor parallelism above 1 → bytes of all weights that a rank then has, none of which can
+            wait elsewhere.
         free: bytes a rank's device could hold; None where that is not known.
     """
 
@@ -39,23 +43,29 @@ class Ranks:
     attention: bool
     splits: tuple[int, ...] | None = None
     weights: int = 0
+    resident: Mapping[int, int] = field(default_factory=dict)
     free: int | None = None
+
+    def fit(self, tensor: int) -> bool:
+        """Whether the weights fit on a rank, with room for activations, where so many share them."""
+        if self.free is None:
+            return True
+        return (self.weights if tensor == 1 else self.resident.get(tensor, 0)) <= _FOR_WEIGHTS * self.free
 
 
 def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     """The layout that `parallel="auto"` takes, why, and what was considered.
 
     Guidance branches come first, which exchange least; then heads, then tokens around a ring; weights are shared where
-    they do not fit.
+    they do not fit, by as few ranks as will do, and where even all are too few they are left whole, which can wait on
+    the host.
 
     Raises:
         UnsupportedError: this pipeline cannot use that many ranks.
     """
     cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
+    cfg, tensor = _sharing_weights(ranks, cfg)
     rest = ranks.count // cfg
-    tensor = 1
-    if rest > 1 and ranks.free is not None and ranks.weights > 0.8 * ranks.free:
-        tensor = _largest(ranks, "tensor", rest)
     ulysses = _largest(ranks, "ulysses", rest // tensor, tensor=tensor)
     layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
     refusal = _refusal(layout, ranks)
@@ -79,6 +89,15 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
         if other != layout and _refusal(other, ranks) is None
     ]
     return layout, "; ".join(reasons), tuple(considered)
+
+
+def _sharing_weights(ranks: Ranks, cfg: int) -> tuple[int, int]:
+    """How many ranks share branches and weights, so that these fit; nobody shares weights where that is in vain."""
+    for branches in dict.fromkeys((cfg, 1)):
+        for tensor in _divisors(ranks.count // branches):
+            if ranks.fit(tensor) and (tensor == 1 or _against(ranks, "tensor", tensor) is None):
+                return branches, tensor
+    return cfg, 1
 
 
 def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
@@ -156,7 +175,7 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
 def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
     """What `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
     if tier_allows(ranks.tier, "lossless"):
-        return refusal
+        return type(refusal)(f"parallel='auto' finds no layout for {ranks.count} ranks; of the last one, {refusal}")
     way_out = _way_out(ranks)
     with contextlib.suppress(ConfigurationError, UnsupportedError):
         choose_layout(replace(ranks, tier="lossless", attention=True))
@@ -199,7 +218,7 @@ def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | 
 
 
 def _largest(ranks: Ranks, axis: str, limit: int, *, tensor: int = 1) -> int:
-    degrees = [degree for degree in range(limit, 1, -1) if limit % degree == 0]
+    degrees = _divisors(limit)[:0:-1]
     return next((degree for degree in degrees if _against(ranks, axis, degree, tensor=tensor) is None), 1)
 
 
@@ -223,11 +242,18 @@ def _fits(layout: ParallelConfig, ranks: Ranks) -> bool:
 
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
-    """All layouts of `count` ranks on one sample, those of one axis first."""
-    divisors = [degree for degree in range(1, count + 1) if count % degree == 0]
-    every = [
-        degrees for degrees in itertools.product(divisors, repeat=4) if math.prod(degrees) == count and degrees[0] <= 2
-    ]
-    for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
-        cfg, ulysses, ring, tensor = degrees
-        yield ParallelConfig(cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
+    """All layouts of `count` ranks, those of one axis first; last those that share several samples."""
+    for replicas in _divisors(count)[:-1]:
+        share = count // replicas
+        every = [
+            degrees
+            for degrees in itertools.product(_divisors(share), repeat=4)
+            if math.prod(degrees) == share and degrees[0] <= 2
+        ]
+        for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
+            cfg, ulysses, ring, tensor = degrees
+            yield ParallelConfig(replicas=replicas, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
+
+
+def _divisors(count: int) -> list[int]:
+    return [degree for degree in range(1, count + 1) if count % degree == 0]

@@ -1,0 +1,54 @@
+"""The layout that `parallel="auto"` chooses where memory is short, and what it names where it finds none."""
+
+import pytest
+
+from pipeboost.config import ParallelConfig
+from pipeboost.errors import UnsupportedError
+from pipeboost.families import family_named
+from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words
+
+GIB = 2**30
+# Qwen-Image: 38 GiB of transformer, of which a rank then has 19.5 or 10.25, and 15 GiB of text encoder.
+RESIDENT = {2: 28 * GIB, 4: 16 * GIB}
+
+
+def ranks(pipeline, count, free=None, **more):
+    family = family_named(pipeline)
+    given = {"heads": 24, "tier": "lossless", "attention": True, "splits": (2, 4), "weights": 38 * GIB}
+    return Ranks(count, family, "the transformer", free=free, **{**given, "resident": RESIDENT, **more})
+
+
+@pytest.mark.parametrize(
+    ("count", "gib", "chosen"),
+    [
+        (4, 80, "cfg=2, ulysses=2"),
+        (4, 40, "cfg=2, tensor=2"),
+        (4, 32, "tensor=4"),  # with cfg=2 they would not fit
+        (4, 16, "cfg=2, ulysses=2"),  # they fit in no layout, and whole weights can wait on the host
+        (2, 80, "cfg=2"),
+        (2, 40, "tensor=2"),
+        (2, 24, "cfg=2"),
+    ],
+)
+def test_as_few_ranks_share_the_weights_as_will_do(count, gib, chosen):
+    assert layout_in_words(choose_layout(ranks("QwenImagePipeline", count, gib * GIB))[0]) == chosen
+
+
+def test_degrees_that_the_model_does_not_allow_are_passed_over():
+    assert layout_in_words(choose_layout(ranks("QwenImagePipeline", 4, 40 * GIB, splits=(4,)))[0]) == "tensor=4"
+    assert layout_in_words(choose_layout(ranks("QwenImagePipeline", 4, 40 * GIB, splits=()))[0]) == "cfg=2, ulysses=2"
+
+
+def test_flux_shares_tokens_and_where_it_must_weights():
+    resident = {2: 16 * GIB, 4: 8 * GIB}
+    flux = {"weights": 22 * GIB, "resident": resident}
+    assert layout_in_words(choose_layout(ranks("FluxPipeline", 4, 80 * GIB, **flux))[0]) == "ulysses=4"
+    assert layout_in_words(choose_layout(ranks("FluxPipeline", 4, 24 * GIB, **flux))[0]) == "ulysses=2, tensor=2"
+
+
+@pytest.mark.parametrize("pipeline", ["HunyuanVideo15Pipeline", "ZImagePipeline", "LTX2Pipeline"])
+def test_where_four_ranks_cannot_share_a_sample_two_samples_are_named(pipeline):
+    four = ranks(pipeline, 4)
+    with pytest.raises(UnsupportedError, match=r"parallel='auto' finds no layout for 4 ranks.*use replicas=2, cfg=2$"):
+        choose_layout(four)
+    check_layout(ParallelConfig(replicas=2, cfg=2), four)
