@@ -6,8 +6,8 @@
 Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
 uses guidance, what a step with both branches adds to a loop: an eighth of what twelve take longer than four. What runs
 on one GPU runs on every rank at the same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows
-are added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke` runs
-tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
+are added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke`
+runs tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
 """
 
 import argparse
