@@ -142,7 +142,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         MissingPackageError: a setting needs a package that is not installed.
     """
     attention = _attention(config, hardware, facts)
-    parallel = _parallel(config, family, facts, attention=attention.on)
+    parallel = _parallel(config, hardware, family, facts, attention=attention.on)
     facts = of_one_rank(facts, parallel.settings)
     activations = activations_of_one_rank(family.activations, parallel.settings, config.quality)
     offload = _offload(config, hardware, facts, activations)
@@ -195,7 +195,9 @@ def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts
     return Decision("attention", choice, why, (*considered, *left), settings)
 
 
-def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, attention: bool) -> Decision:
+def _parallel(
+    config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts, *, attention: bool
+) -> Decision:
     asked = config.parallel
     given = asked if isinstance(asked, ParallelConfig) else None
     count = facts.ranks if given is None or given.group is None else given.group.size()
@@ -214,7 +216,7 @@ def _parallel(config: AccelerationConfig, family: Family, facts: ModelFacts, *, 
         attention=attention,
         weights=sum(component.nbytes for component in facts.components if component.path in family.denoisers),
         resident={degree: of_one_rank(facts, ParallelConfig(tensor=degree)).weights for degree in range(2, count + 1)},
-        free=facts.free,
+        free=hardware.memory if facts.free is None and hardware.device == "cuda" else facts.free,
     )
     considered: tuple[str, ...] = ()
     if given is not None:

@@ -1,5 +1,7 @@
 """A plan says what is on, which choice and why, for any hardware, and refuses what cannot be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedErro
 from pipeboost.facts import ModelFacts
 from pipeboost.families import family_named, generic_family
 from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.offload import Component
 from pipeboost.plan import make_plan
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
@@ -79,6 +82,15 @@ def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
     assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why
     with pytest.raises(PipeboostError, match="ControlNet adds to the states"):
         make_plan(AccelerationConfig(quality="fast", cache=CacheConfig()), H100, FLUX, facts)
+
+
+def test_ranks_share_weights_that_one_device_cannot_hold_whether_or_not_it_is_here():
+    transformer = Component("transformer", "transformers", "transformer", 70 * 2**30, 0, 0)
+    facts = ModelFacts("FluxPipeline", torch.bfloat16, transformer.nbytes, components=(transformer,), heads=24, ranks=4)
+    assert make_plan(AccelerationConfig(), H100, FLUX, facts)["parallel"].choice == "ulysses=2, tensor=2"
+    roomy = replace(facts, free=100 * 2**30)
+    assert make_plan(AccelerationConfig(), H100, FLUX, roomy)["parallel"].choice == "ulysses=4"
+    assert make_plan(AccelerationConfig(quality="lossless"), CPU, FLUX, facts)["parallel"].choice == "ulysses=4"
 
 
 def test_on_a_cpu_compile_is_off_unless_asked_for():
