@@ -35,31 +35,43 @@ def exchange(store, number, rank, value):
     return store.get(other), store.multi_get([other])
 
 
-def test_ranks_that_count_otherwise_hear_each_other(ranks):
+def on_both(ranks, run):
+    """What `run(store, rank)` returns on each."""
     found = {}
-
-    def run(rank, first):
-        found[rank] = [exchange(ranks[rank], first + turn, rank, b"%d\x00\xff%d" % (rank, turn)) for turn in range(3)]
-
-    threads = [threading.Thread(target=run, args=each, daemon=True) for each in ((0, 7), (1, 0))]
+    threads = [
+        threading.Thread(target=lambda rank=rank: found.update({rank: run(ranks[rank], rank)}), daemon=True)
+        for rank in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
-        assert not thread.is_alive()
-    for rank, answers in found.items():
+    return found
+
+
+def test_ranks_that_count_otherwise_hear_each_other(ranks):
+    def run(store, rank):
+        return [exchange(store, (7, 0)[rank] + turn, rank, b"%d\x00\xff%d" % (rank, turn)) for turn in range(3)]
+
+    for rank, answers in on_both(ranks, run).items():
         assert answers == [(value, [value]) for value in (b"%d\x00\xff%d" % (1 - rank, turn) for turn in range(3))]
 
 
-def test_keys_without_a_number_stay_and_barriers_open_for_all(ranks):
+def test_they_meet_at_barriers_too_which_count_along(ranks):
+    def run(store, rank):
+        first = (7, 0)[rank]
+        heard = exchange(store, first, rank, b"before")
+        store.barrier(f"CUDASymmetricMemory/{first + 1}", 2, timedelta(seconds=9))
+        return heard, exchange(store, first + 2, rank, b"after")
+
+    expected = ((b"before", [b"before"]), (b"after", [b"after"]))
+    assert on_both(ranks, run) == {0: expected, 1: expected}
+
+
+def test_keys_without_a_number_stay(ranks):
     ranks[0].set("name", b"x")
     assert ranks[1].get("name") == b"x"
     assert not ranks[1].check(["another"])
-    came = threading.Thread(target=lambda: ranks[0].barrier("end", 2, timedelta(seconds=9)), daemon=True)
-    came.start()
-    ranks[1].barrier("end", 2, timedelta(seconds=9))
-    came.join(10)
-    assert not came.is_alive()
 
 
 @pytest.mark.parametrize("caller", [lambda store: store, lambda store: dist.PrefixStore("group", store)])

@@ -127,7 +127,7 @@ class CapturedForward:
 def aligned(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the tensors lie as those of a graph do: kernels are chosen by it.
 
-    A tensor that is one number, such as Wan's timestep out of the schedule's, is read alike wherever it lies.
+    A tensor that is one number, such as a timestep out of the schedule's, is read alike wherever it lies.
     """
     return all(tensor.data_ptr() % _ALIGNMENT == 0 or _is_one_number(tensor) for tensor in tensors)
 

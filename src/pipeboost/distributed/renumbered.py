@@ -16,7 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-_NUMBERED = re.compile(r"(?P<what>.*)/(?P<number>\d+)/(?P<rank>\d+)")
+_NUMBERED = re.compile(r"(?P<what>.*?/)(?P<number>\d+)(?P<rest>.*)")
+"""Such as `CUDASymmetricMemory/7/0`, what rank 0 says in exchange 7, or `CUDASymmetricMemory/8` and more, a barrier."""
 
 
 class Renumbered(dist.Store):
@@ -66,9 +67,9 @@ class Renumbered(dist.Store):
 
     def barrier(self, key: str, world_size: int, timeout: Any = None) -> None:
         """Wait until as many have come to it."""
-        if self.add(f"{key} came", 1) == world_size:
-            self.set(f"{key} all came", b"")
-        self.wait([f"{key} all came"])
+        if self.add(f"{key}/came", 1) == world_size:
+            self.set(f"{key}/all", b"")
+        self.wait([f"{key}/all"])
 
     def _own(self, key: str) -> str:
         found = _NUMBERED.fullmatch(key)
@@ -76,4 +77,4 @@ class Renumbered(dist.Store):
             return key
         if self._first is None:
             self._first = int(found["number"])
-        return f"{found['what']}/{int(found['number']) - self._first}/{found['rank']}"
+        return f"{found['what']}{int(found['number']) - self._first}{found['rest']}"
