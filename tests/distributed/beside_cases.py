@@ -4,7 +4,6 @@ import contextlib
 import functools
 import threading
 import time
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,9 +16,9 @@ from pipeboost.distributed import groups as groups_module
 from pipeboost.distributed.parcel import Known, pack
 from pipeboost.distributed.wire import Kind, Wire
 from pipeboost.errors import RankFailedError, UnsupportedError
-from pipeboost.hardware import Hardware
 from pipeboost.stages import Stage, StageParallelism
 from tests.distributed.failure_cases import Trouble, outcome
+from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import TINY
 
 Layout = dict[str, Any]
@@ -83,9 +82,7 @@ def of_list_after_a_move(name: str, layout: Layout) -> bool:
     pipe = TINY[name].build()
     with torch.no_grad():
         accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(**layout))
-        here = pipe.acceleration.plan
-        elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
-        pipe.acceleration._applied.plan = replace(here, hardware=elsewhere)
+        here = plan_another_device(pipe)
         listed = [output[0] for output in pipe.acceleration.run_many(requests_of(name, 2))]
         alone = [pipe(**request)[0] for request in requests_of(name, 2)]
         same = all(map(torch.equal, listed, alone)) and pipe.acceleration.plan == here

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
-from pipeboost.hardware import Hardware
+from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,
@@ -386,9 +386,7 @@ def test_pipelines_that_share_a_transformer_must_agree():
 def test_a_pipeline_moved_to_another_device_is_planned_anew():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), quality="balanced")
-    here = pipe.acceleration.plan
-    elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
-    pipe.acceleration._applied.plan = dataclasses.replace(here, hardware=elsewhere)
+    here = plan_another_device(pipe)
     assert difference(entry.call(pipe), entry.call(entry.build())) < ROUNDING
     assert pipe.acceleration.plan == here
     pipe.acceleration.remove()
@@ -398,9 +396,7 @@ def test_a_pipeline_moved_to_another_device_is_planned_anew():
 def test_a_list_of_requests_after_a_move_to_another_device_is_planned_anew_too():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), quality="exact")
-    here = pipe.acceleration.plan
-    elsewhere = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
-    pipe.acceleration._applied.plan = dataclasses.replace(here, hardware=elsewhere)
+    here = plan_another_device(pipe)
     assert len(list(pipe.acceleration.run_many([entry.call_kwargs(steps=1, seed=seed) for seed in range(2)]))) == 2
     assert pipe.acceleration.plan == here
 

@@ -88,6 +88,9 @@ def test_ranks_share_weights_that_one_device_cannot_hold_whether_or_not_it_is_he
     transformer = Component("transformer", "transformers", "transformer", 70 * 2**30, 0, 0)
     facts = ModelFacts("FluxPipeline", torch.bfloat16, transformer.nbytes, components=(transformer,), heads=24, ranks=4)
     assert make_plan(AccelerationConfig(), H100, FLUX, facts)["parallel"].choice == "ulysses=2, tensor=2"
+    encoder = Component("text_encoder", "text_encoders", None, 60 * 2**30, 0, 0)
+    both = replace(facts, components=(transformer, encoder))
+    assert make_plan(AccelerationConfig(), H100, FLUX, both)["parallel"].choice == "tensor=4"
     roomy = replace(facts, free=100 * 2**30)
     assert make_plan(AccelerationConfig(), H100, FLUX, roomy)["parallel"].choice == "ulysses=4"
     assert make_plan(AccelerationConfig(quality="lossless"), CPU, FLUX, facts)["parallel"].choice == "ulysses=4"
