@@ -26,8 +26,9 @@ from pipeboost.attention import swap_attention
 from pipeboost.call import open_call
 from pipeboost.compile import capture_graphs, compile_model
 from pipeboost.config import CompileConfig
-from pipeboost.families import Family, families
+from pipeboost.families import Family
 from pipeboost.hardware import detect_hardware
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 from pipeboost.patches import flux, wan
 

@@ -216,7 +216,7 @@ def vae(device: torch.device, results: Results) -> None:
     """Wan's VAE: 81 frames of 480 times 832, decoded by one GPU and by all."""
     from pipeboost.call import open_call
     from pipeboost.distributed import Mesh
-    from pipeboost.families import families
+    from pipeboost.known_families import families
     from pipeboost.ledger import Ledger
     from pipeboost.parallel import parallelize_vae
 

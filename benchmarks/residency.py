@@ -25,8 +25,9 @@ import torch
 
 from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 from pipeboost import OffloadConfig, accelerate_pipeline
-from pipeboost.families import Activations, Linear, family_of
+from pipeboost.families import Activations, Linear
 from pipeboost.hardware import detect_hardware
+from pipeboost.known_families import family_of
 from pipeboost.offload import bytes_on, choose_policies, placed_components, predict, weigh
 from pipeboost.quality.surroundings import gpu_state, versions
 from pipeboost.seams import add_layer, remove_layer

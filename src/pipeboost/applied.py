@@ -16,8 +16,8 @@ from pipeboost.call import Call
 from pipeboost.config import AccelerationConfig
 from pipeboost.errors import PipeboostError
 from pipeboost.facts import facts_of
-from pipeboost.families import family_of
 from pipeboost.hardware import detect_hardware, device_of
+from pipeboost.known_families import family_of
 from pipeboost.ledger import Ledger
 from pipeboost.offload import execution_device, placed_components, stock_offload
 from pipeboost.parts import Part, accelerate_part

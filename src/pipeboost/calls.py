@@ -18,7 +18,7 @@ from pipeboost.call import Call, current_call, no_call, open_call
 from pipeboost.distributed import tell_stage
 from pipeboost.distributed.beside import Beside
 from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import GENERIC
+from pipeboost.known_families import GENERIC
 from pipeboost.offload import residing
 from pipeboost.seams import stock_class
 from pipeboost.stages import (

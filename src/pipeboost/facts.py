@@ -13,8 +13,9 @@ from pipeboost.attention import swappable_processors
 from pipeboost.config import ParallelConfig
 from pipeboost.distributed import world_size
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import Activations, Family, Linear, TensorSharding, text_encoder_sharding
+from pipeboost.families import Activations, Family, Linear, TensorSharding
 from pipeboost.hardware import free_memory
+from pipeboost.known_families import text_encoder_sharding
 from pipeboost.offload import (
     Component,
     bytes_on,

@@ -20,8 +20,9 @@ from pipeboost.distributed.beside import Beside
 from pipeboost.distributed.watch import watched
 from pipeboost.errors import UnsupportedError
 from pipeboost.facts import Split, splits_of
-from pipeboost.families import Family, TensorSharding, family_of, text_encoder_sharding
+from pipeboost.families import Family, TensorSharding
 from pipeboost.hardware import device_of
+from pipeboost.known_families import family_of, text_encoder_sharding
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import (
     AcrossRanks,

@@ -11,7 +11,7 @@ from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.call import Call, open_call
 from pipeboost.distributed import Mesh
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.ledger import Ledger
 from pipeboost.stages import COMPOSITION, Checks, Composition, Stage, StageParallelism, watch, watched_components
 from pipeboost.stages.doorway import run_user_stage

@@ -16,7 +16,7 @@ from pipeboost.config import ParallelConfig
 from pipeboost.distributed import DisagreementError, Mesh, checked_latents
 from pipeboost.distributed import groups as groups_module
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.ledger import Ledger
 from pipeboost.parallel import share_branches
 from tests.pipelines.tiny import TINY

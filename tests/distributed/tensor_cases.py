@@ -18,7 +18,8 @@ from pipeboost.config import CompileConfig
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.distributed.watch_ending import break_off
 from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import TensorSharding, family_of, text_encoder_sharding
+from pipeboost.families import TensorSharding
+from pipeboost.known_families import family_of, text_encoder_sharding
 from pipeboost.ledger import Ledger
 from pipeboost.parallel.tensor import ShardReport, shard_weights, split_bytes
 from pipeboost.parallel.tensor_guards import guard_pipeline

@@ -7,7 +7,7 @@ import torch
 
 from pipeboost import ParallelConfig
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.parallel import Ranks, check_layout, choose_layout
 from pipeboost.stages import Composition, Stage, StageParallelism
 from tests.distributed import beside_cases as cases

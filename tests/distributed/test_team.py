@@ -4,7 +4,7 @@ import pytest
 
 from pipeboost import ParallelConfig
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.parallel import Ranks, check_layout
 from tests.distributed.ranks import on_ranks
 from tests.distributed.team_cases import (

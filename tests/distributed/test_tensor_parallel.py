@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import TensorSharding, families, family_of, text_encoder_sharding
+from pipeboost.families import TensorSharding
+from pipeboost.known_families import families, family_of, text_encoder_sharding
 from pipeboost.parallel.tensor import split_bytes, tensor_degrees
 from pipeboost.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.families import Autoencoder, families
+from pipeboost.families import Autoencoder
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 from pipeboost.parallel.vae import parallelize_vae
 from tests.distributed import vae_cases

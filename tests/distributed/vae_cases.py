@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pipeboost.call import open_call
 from pipeboost.distributed import Mesh
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import families
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 from pipeboost.parallel.vae import parallelize_vae
 from tests.pipelines import tiny_parts as parts

@@ -12,7 +12,8 @@ from torch import nn
 from pipeboost.call import open_call
 from pipeboost.compile import compile_model
 from pipeboost.config import CompileConfig
-from pipeboost.families import Family, families
+from pipeboost.families import Family
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from pipeboost import CompileConfig, accelerate_pipeline
 from pipeboost.attention import trim_padded_text
 from pipeboost.call import open_call
 from pipeboost.compile import Graphs, capture_graphs, compile_model, graphs
-from pipeboost.families import families
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 from tests.pipelines.tiny import TINY, load_tiny_lora, lora_state_dict, tiny_names
 

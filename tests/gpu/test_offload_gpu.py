@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeboost import OffloadConfig, accelerate_pipeline
 from pipeboost.call import open_call
-from pipeboost.families import generic_family
+from pipeboost.known_families import generic_family
 from pipeboost.ledger import Ledger
 from pipeboost.offload import Placement, place
 from pipeboost.offload.place import _placed

@@ -9,7 +9,7 @@ import torch
 
 from pipeboost.attention import swap_attention, trim_padded_text
 from pipeboost.call import open_call
-from pipeboost.families import family_named
+from pipeboost.known_families import family_named
 from pipeboost.ledger import Ledger
 from tests.pipelines.tiny import TINY
 

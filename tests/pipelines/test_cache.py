@@ -23,7 +23,7 @@ from pipeboost.cache import CacheCount, attach_cache
 from pipeboost.call import Call, current_call, open_call
 from pipeboost.config import CacheConfig
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.ledger import Ledger
 from pipeboost.seams import stock_class
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY

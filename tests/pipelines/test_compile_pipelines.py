@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from pipeboost.call import open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import CompileConfig
-from pipeboost.families import family_of
+from pipeboost.known_families import family_of
 from pipeboost.ledger import Ledger
 from tests.pipelines.tiny import OTHER_PROMPT, TINY
 

@@ -15,7 +15,8 @@ import pipeboost
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.call import current_call
 from pipeboost.errors import PipeboostError
-from pipeboost.families import Family, families
+from pipeboost.families import Family
+from pipeboost.known_families import families
 from pipeboost.seams import stock_class
 from tests.pipelines.tiny import TINY
 
@@ -24,7 +25,7 @@ PATCHES = Path(__file__).parents[2] / "patches"
 FLOORS = (
     ("config", "config_sources", "errors"),
     ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
-    ("families", "patches"),
+    ("families", "known_families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),
     ("facts", "plan", "team", "parts", "applied", "calls", "run_many", "acceleration"),

@@ -18,7 +18,8 @@ import torch
 from pipeboost.call import open_call
 from pipeboost.cli.bench import measure_sizes, run_bench, run_benchmark
 from pipeboost.errors import ConfigurationError
-from pipeboost.families import FullSize, families
+from pipeboost.families import FullSize
+from pipeboost.known_families import families
 from pipeboost.patches import flux, hunyuan_video, qwen_image, wan
 from pipeboost.quality.benchmark import benchmark
 from pipeboost.quality.benchmark_result import STOCK, TUNED, BenchmarkResult

@@ -25,7 +25,8 @@ from pipeboost.call import open_call
 from pipeboost.compile import CompiledModel, compile_model
 from pipeboost.config import CompileConfig
 from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family, families
+from pipeboost.families import Family
+from pipeboost.known_families import families
 from pipeboost.ledger import Ledger
 from pipeboost.seams import stock_class
 

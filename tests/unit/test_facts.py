@@ -7,7 +7,7 @@ import torch
 
 from pipeboost.config import ParallelConfig
 from pipeboost.facts import ModelFacts, Split, activations_of_one_rank, of_one_rank, splits_of
-from pipeboost.families import family_named
+from pipeboost.known_families import family_named
 from pipeboost.offload import Component
 from tests.pipelines.tiny import TINY
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeboost.config import ParallelConfig
 from pipeboost.errors import UnsupportedError
-from pipeboost.families import family_named
+from pipeboost.known_families import family_named
 from pipeboost.parallel import Ranks, check_layout, choose_layout, layout_in_words
 
 GIB = 2**30

@@ -11,8 +11,9 @@ from torch import nn
 from pipeboost.config import AccelerationConfig, CompileConfig, OffloadConfig
 from pipeboost.errors import ConfigurationError, PipeboostError
 from pipeboost.facts import ModelFacts
-from pipeboost.families import Activations, Linear, family_named, generic_family
+from pipeboost.families import Activations, Linear
 from pipeboost.hardware import Hardware
+from pipeboost.known_families import family_named, generic_family
 from pipeboost.ledger import Ledger
 from pipeboost.offload import Component, Placement, choose_policies, place, predict, unmovable_weights, weigh
 from pipeboost.offload.budget import UNMEASURED, weigh_stored

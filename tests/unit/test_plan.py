@@ -8,8 +8,8 @@ import torch
 from pipeboost.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
 from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.facts import ModelFacts
-from pipeboost.families import family_named, generic_family
 from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.known_families import family_named, generic_family
 from pipeboost.offload import Component
 from pipeboost.plan import make_plan
 

@@ -17,8 +17,9 @@ from pipeboost.cli.flags import device_hardware
 from pipeboost.config import resolve_config
 from pipeboost.errors import ConfigurationError, UnsupportedError
 from pipeboost.facts import ModelFacts, splits_of
-from pipeboost.families import Family, families, family_named, generic_family
+from pipeboost.families import Family
 from pipeboost.hardware import Hardware
+from pipeboost.known_families import families, family_named, generic_family
 from pipeboost.offload import weigh, weigh_stored
 from pipeboost.plan import Plan, make_plan
 from pipeboost.quality.full_size import meta_transformer

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pipeboost.errors import UnsupportedError, not_one_of
-from pipeboost.families import FullSize, families
+from pipeboost.families import FullSize
+from pipeboost.known_families import families
 
 _SEED = 0
 _CALL_ARGUMENTS = {
