@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 -m benchmarks.parallel --output benchmarks/results --parts flux --stock-parallel
 
 Weights are random at the published sizes; speed does not depend on them. A step is one forward, or, where the family
-uses guidance, what a step with both branches adds to a loop: an eighth of what twelve take longer than four. What runs
+uses guidance, what a step with both branches adds to a loop: `STEPS` has the two lengths that are compared. What runs
 on one GPU runs on every rank at the same time. Diffusers' own parallelism has no inverse, so it runs by itself. Rows
-are added to those that the day's file has. Times are medians of seven (of three loops), of the slowest rank. `smoke`
-runs tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
+are added to those that the day's file has. Times are medians of seven (of three loops; of Wan 14B one), of the slowest
+rank. `smoke` runs tiny pipelines on the GPUs in every layout first, and compares their pictures with one GPU's.
 """
 
 import argparse
@@ -40,8 +40,8 @@ MODELS = {
     "wan14": "wan2.1-14b",
     "hunyuan": "hunyuan-video",
 }
-STEPS = {"qwen": (4, 12), "wan": (4, 12), "wan14": (2, 4)}
-"""Of two loops with guidance, whose difference is that of the steps; a step of Wan 14B takes long."""
+STEPS = {"qwen": (4, 12), "wan": (2, 6), "wan14": (1, 3)}
+"""Of two loops with guidance, whose difference is that of the steps; a step of Wan takes long."""
 
 
 def main() -> None:
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--stock-parallel", action="store_true", help="Diffusers' context parallelism, and nothing else"
     )
+    parser.add_argument("--without-graphs", action="store_true", help="ours without CUDA graphs, too")
     parser.add_argument(
         "--layouts", nargs="+", type=layout_of, help="such as cfg=2,ulysses=2 ring=4; default: by model"
     )
@@ -70,7 +71,8 @@ def main() -> None:
         elif part == "vae":
             vae(device, results)
         else:
-            denoiser(part, device, results, settings.layouts, stock_parallel=settings.stock_parallel)
+            graphs = (False, "auto") if settings.without_graphs else ("auto",)
+            denoiser(part, device, results, settings.layouts, graphs, stock_parallel=settings.stock_parallel)
         results.tell(f"{part} took {time.perf_counter() - began:.0f} s")
         gc.collect()
         torch.cuda.empty_cache()
@@ -144,6 +146,7 @@ def denoiser(
     device: torch.device,
     results: Results,
     layouts: Sequence[Mapping[str, int]] | None,
+    graphs: Sequence[bool | str],
     *,
     stock_parallel: bool,
 ) -> None:
@@ -171,7 +174,9 @@ def denoiser(
             return max(everywhere(timing.median)), 0.0, output
         totals = []
         for arguments in loops.values():
-            timing, output = time_runs(lambda given=arguments: pipe(**given)[0], device, repeats=3, warm_ups=1)
+            timing, output = time_runs(
+                lambda given=arguments: pipe(**given)[0], device, repeats=1 if part == "wan14" else 3, warm_ups=0
+            )
             totals.append(max(everywhere(timing.median)))
         step = (totals[1] - totals[0]) / (counts[1] - counts[0])
         return step, totals[0] - counts[0] * step, output
@@ -180,6 +185,8 @@ def denoiser(
         began = time.perf_counter()
         forward() if branches == 1 else pipe(**loops[counts[0]])
         cold = time.perf_counter() - began
+        if branches == 2:
+            pipe(**loops[counts[1]])
         step, beside, output = timed()
         error = None if reference is None else float((output - reference).norm() / reference.norm())
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -206,10 +213,10 @@ def denoiser(
         stock = add("stock, 1 GPU").clone()
         with _accelerated(pipe, None, opened=branches == 1):
             add("ours, 1 GPU", stock)
-        for layout, graphs in itertools.product(layouts, (False, "auto")):
+        for layout, wanted in itertools.product(layouts, graphs):
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
-            with _accelerated(pipe, layout, opened=branches == 1, graphs=graphs):
-                add(f"ours, {named}{' and CUDA graphs' if graphs else ''}", stock)
+            with _accelerated(pipe, layout, opened=branches == 1, graphs=wanted):
+                add(f"ours, {named}{' and CUDA graphs' if wanted else ''}", stock)
 
 
 def vae(device: torch.device, results: Results) -> None:
