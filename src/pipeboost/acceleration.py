@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pipeboost.applied import AppliedPlan, plan_for
+from pipeboost.applied import AppliedPlan, agreed_plan
 from pipeboost.call import Call
 from pipeboost.calls import Calls, weakly
 from pipeboost.config import AccelerationConfig, resolve_config
@@ -19,7 +19,6 @@ from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.run_many import run_list
 from pipeboost.seams import attach
 from pipeboost.stages import Progress, Report, Stage, unreported, weights_of
-from pipeboost.team import to_own_device
 
 P = TypeVar("P")
 
@@ -68,7 +67,7 @@ def accelerate_pipeline(
         `pipe`, with the handle at `pipe.acceleration`. A pipeline that was accelerated already is accelerated anew.
 
     Raises:
-        PipeboostError: something cannot be done as asked. The pipeline is then as it was before.
+        PipeboostError: something cannot be done as asked, here or on another rank. The pipeline is as it was before.
     """
     given = {
         name: value
@@ -85,9 +84,7 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
-    if settings.parallel is not None:
-        to_own_device(pipe)
-    plan = plan_for(pipe, settings)
+    plan = agreed_plan(pipe, settings)
     previous = vars(pipe).get("acceleration")
     if isinstance(previous, Acceleration):
         if not previous.accelerates(pipe):

@@ -13,7 +13,8 @@ import torch
 
 from pipeboost.attention import rebind_attention
 from pipeboost.call import Call
-from pipeboost.config import AccelerationConfig
+from pipeboost.config import AccelerationConfig, ParallelConfig
+from pipeboost.distributed import decline, meet, world_size
 from pipeboost.errors import PipeboostError
 from pipeboost.facts import facts_of
 from pipeboost.hardware import detect_hardware, device_of
@@ -24,7 +25,7 @@ from pipeboost.parts import Part, accelerate_part
 from pipeboost.plan import Plan, make_plan
 from pipeboost.reuse import PromptReuse
 from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watched_components
-from pipeboost.team import Team
+from pipeboost.team import Team, to_own_device
 
 
 def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
@@ -36,6 +37,33 @@ def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
+
+
+def agreed_plan(pipe: Any, config: AccelerationConfig) -> Plan:
+    """As `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
+
+    Each rank's pipeline is moved to its own device first; nothing else is changed.
+
+    Raises:
+        PipeboostError: as `make_plan`.
+        RankFailedError: another rank has no plan; its traceback says why.
+    """
+    count, layout = world_size(), config.parallel
+    if count == 1 or layout is None:
+        return plan_for(pipe, config)
+    group = layout.group if isinstance(layout, ParallelConfig) else None
+    ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
+    try:
+        to_own_device(pipe)
+        plan = plan_for(pipe, config)
+    except Exception as error:
+        # Ranks that would work apart come to no meeting.
+        if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:
+            decline(ranks, error)
+        raise
+    if plan["parallel"].on:
+        meet(ranks, "with a plan")
+    return plan
 
 
 class AppliedPlan:
@@ -127,7 +155,7 @@ class AppliedPlan:
             unmoved = device.type == self.plan.hardware.device
             if (unmoved and not taken_over) or self.running or pipe is not self.pipe:
                 return device
-            plan = plan_for(pipe, replace(self._config, offload=None) if taken_over else self._config)
+            plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config)
             self._undo_all_parts()
             self._leave_team()
             self._join_team(pipe, plan)

@@ -333,6 +333,11 @@ class Family:
     autoencoder: Autoencoder | None = None
     missing: tuple[str, ...] = ()
 
+    @property
+    def shares_samples(self) -> bool:
+        """Whether ranks know a way to share a call."""
+        return any(way is not None for way in (self.prediction, self.batched, self.token_sharding))
+
     def models(self, pipe: Any) -> dict[str, Any]:
         """The transformers this pipeline has, by attribute name, in the order the loop uses them."""
         found = {name: getattr(pipe, name, None) for name in self.denoisers}

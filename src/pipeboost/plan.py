@@ -222,7 +222,7 @@ def _parallel(
     if given is not None:
         check_layout(given, ranks)
         layout, why = given, "; ".join(filter(None, ("as asked for", beside_in_words(given))))
-    elif family.prediction is None and family.batched is None and family.token_sharding is None:
+    elif not family.shares_samples:
         why = f"no family tells how ranks could share {facts.pipeline}; the {count} ranks work apart"
         return Decision("parallel", "off", why)
     else:

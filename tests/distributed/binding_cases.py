@@ -46,6 +46,27 @@ def fails_while_accelerating_anew(name: str, rank: int, first: Mapping[str, Any]
     return raised, degrees, difference
 
 
+def refuses_to_plan(name: str, rank: int, before: Mapping[str, Any], /, **layout: Any) -> dict[str, Any]:
+    """One rank is asked for a kernel that it does not have, and its script goes on; what all raise, and can do next."""
+    entry = TINY[name]
+    pipe = entry.build()
+    stock = _latents(entry, pipe)
+    if before:
+        _accelerated(pipe, before)
+    known, attention = _latents(entry, pipe), "flash4" if dist.get_rank() == rank else "sdpa"
+
+    def accelerate() -> str:
+        accelerate_pipeline(pipe, attention=attention, parallel=ParallelConfig(**layout), compile=None, reuse=None)
+        return "accelerated"
+
+    first = outcome(accelerate)
+    left = _difference(_latents(entry, pipe), known)
+    _accelerated(pipe, layout)
+    ours = _difference(_latents(entry, pipe), stock)
+    pipe.acceleration.remove()
+    return {"first": first, "left": left, "next": ours}
+
+
 def fails_at_the_next_call(name: str, rank: int, path: str, /, **layout: Any) -> dict[str, Any]:
     """After a call all ranks replace the denoiser, which one rank then cannot bind; the calls after that can."""
     entry = TINY[name]

@@ -11,11 +11,12 @@ import torch
 from pipeboost.distributed import Mesh, Peers, peers
 
 
-def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str]]) -> list[bool]:
-    """For each case (batch, tokens of each rank, heads, head_dim, dtype) whether both exchanges bring what belongs.
+def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) -> list[bool]:
+    """For each case (batch, tokens of each rank, heads, head_dim, dtype, parts) whether what belongs arrives.
 
     The inboxes are poisoned before each; what each rank has is known to all, so that all can be compared.
     """
+    peers.HIDDEN_PROGRAMS, peers.EXPOSED_PROGRAMS = 2, 5
     with _on_cpus(folder, len(cases[0][1])) as mesh:
         return [_exchanged(_connected(mesh, str(number)), mesh, *case) for number, case in enumerate(cases)]
 
@@ -38,7 +39,7 @@ def refusals(folder: str) -> list[Any]:
 
 
 def _connected(mesh: Mesh, name: str) -> Any:
-    return peers.connect(mesh.group("ulysses"), 2**16, 2**16, torch.device("cpu"), name)
+    return peers.connect(mesh.group("ulysses"), 2**18, 2**18, torch.device("cpu"), name)
 
 
 def _raise(error: Exception, *_: Any) -> None:
@@ -76,7 +77,9 @@ def _on_cpus(folder: str, ranks: int) -> Iterator[Mesh]:
         mesh.close()
 
 
-def _exchanged(mine: Peers, mesh: Mesh, batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: str) -> bool:
+def _exchanged(
+    mine: Peers, mesh: Mesh, batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: str, parts: int
+) -> bool:
     group = mesh.group("ulysses")
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, batch, sum(tokens), heads, dim, generator=generator).to(getattr(torch, dtype)).unbind(0)
@@ -86,8 +89,16 @@ def _exchanged(mine: Peers, mesh: Mesh, batch: int, tokens: Sequence[int], heads
     own = [each[:, start : start + tokens[group.rank]] for each in whole]
     mine._memory[256:] = 255
     mesh.control.all_gather_objects(None)
-    received = mine.heads_for_tokens(*own, tokens)
-    here = slice(group.rank * share, (group.rank + 1) * share)
-    right = [torch.equal(ours, each[:, :, here]) for ours, each in zip(received, whole, strict=True)]
-    back = mine.tokens_for_heads(received[1], tokens)
-    return all(right) and torch.equal(back, own[1])
+    first = group.rank * share
+    right = []
+
+    def attend(*received: torch.Tensor) -> torch.Tensor:
+        nonlocal first
+        here = slice(first, first + received[0].shape[2])
+        first = here.stop
+        right.extend(torch.equal(ours, each[:, :, here]) for ours, each in zip(received, whole, strict=True))
+        return received[1]
+
+    back = mine.attended(*own, tokens, attend, parts=parts)
+    assert len(right) == 3 * parts
+    return all(right) and first == (group.rank + 1) * share and torch.equal(back, own[1])

@@ -33,6 +33,20 @@ def test_where_a_rank_cannot_have_the_new_acceleration_all_ranks_have_the_old_on
     assert [rest for _, *rest in answers] == [["cfg=2", 0.0]] * 2
 
 
+@pytest.mark.parametrize("before", [{}, {"tensor": 2}], ids=["stock", "weights"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_one_rank_has_no_plan_all_are_told_why_before_anything_has_changed(rank, before):
+    started = time.monotonic()
+    answers = on_ranks(2, binding_cases.refuses_to_plan, NAME, rank, before, cfg=2)
+    failed, other = answers[rank]["first"], answers[1 - rank]["first"]
+    assert failed["raised"] in ("MissingPackageError", "UnsupportedError")
+    assert (other["raised"], other["rank"], other["stage"]) == ("RankFailedError", rank, "accelerate_pipeline"), other
+    assert failed["text"] in other["text"]
+    assert [answer["left"] for answer in answers] == [0.0, 0.0]
+    assert [answer["next"] for answer in answers] == [0.0, 0.0]
+    assert time.monotonic() - started < 60
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("rank", "path"), [(0, "transformer"), (1, "scheduler")])
 def test_a_component_that_one_rank_cannot_bind_at_the_next_call_ends_it_on_all_and_the_groups_stay(layout, rank, path):

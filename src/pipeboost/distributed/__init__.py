@@ -2,6 +2,7 @@
 
 from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
 from pipeboost.distributed.groups import Group, Pending
+from pipeboost.distributed.meeting import decline, meet
 from pipeboost.distributed.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.peers import Peers
 from pipeboost.distributed.sharing import shared
@@ -22,8 +23,10 @@ __all__ = [
     "agreed_arguments",
     "busy",
     "checked_latents",
+    "decline",
     "follow",
     "local_device",
+    "meet",
     "raise_if_failed",
     "shared",
     "tell_stage",

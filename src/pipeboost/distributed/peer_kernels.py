@@ -5,61 +5,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROWS = 2
-"""Rows that a program copies."""
-WARPS = 4
+BLOCK = 8192
+"""Numbers that a program has under way at a time."""
+WARPS = 16
 
 
 # Triton evaluates annotations in the kernel's scope, so its pointers and numbers have none. Programs that follow each
 # other write to different ranks, this one among them last: so what goes over the links and what stays here overlap.
 @triton.jit
 def send_heads(  # type: ignore[no-untyped-def]
-    q, k, v, inboxes, own, first, total, q_batch, q_token, k_batch, k_token, v_batch, v_token, here,
-    RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    q, k, v, inboxes, offset, batch, own, first, total,
+    q_batch, q_token, k_batch, k_token, v_batch, v_token, apart, here,
+    RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Hand each rank its heads of this rank's tokens: `(3, batch, total, heads of a rank, head_dim)` there.
+    """Hand each rank some of its heads of this rank's tokens: `(3, batch, total, these heads, head_dim)` there.
 
-    A row is a token's heads of one rank, `ROW` numbers. Programs are (blocks of rows x ranks) x (q, k, v of a sample).
+    Args:
+        offset: of what arrives, from the beginning of an inbox, in numbers.
+        apart: from the first of one rank's heads to the next one's, in numbers.
+        ROW: numbers of a token's heads that go to one rank.
     """
-    rank = (here + 1 + tl.program_id(0)) % RANKS
-    which = tl.program_id(1) % 3
-    sample = tl.program_id(1) // 3
-    batch = tl.num_programs(1) // 3
-    tokens = tl.program_id(0) // RANKS * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (tokens < own)[:, None] & (columns < ROW)[None, :]
-    if which == 0:
-        source = q + sample.to(tl.int64) * q_batch + tokens.to(tl.int64)[:, None] * q_token
-    elif which == 1:
-        source = k + sample.to(tl.int64) * k_batch + tokens.to(tl.int64)[:, None] * k_token
-    else:
-        source = v + sample.to(tl.int64) * v_batch + tokens.to(tl.int64)[:, None] * v_token
-    rows = tl.load(source + rank * ROW + columns[None, :], mask=mask)
-    inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(q.dtype.element_ty))
-    place = ((which * batch + sample).to(tl.int64) * total + first + tokens) * ROW
-    tl.store(inbox + place[:, None] + columns[None, :], rows, mask=mask)
+    blocks = (own * ROW + BLOCK - 1) // BLOCK
+    for item in range(tl.program_id(0), 3 * batch * blocks * RANKS, tl.num_programs(0)):
+        rank = (here + 1 + item) % RANKS
+        block = item // RANKS % blocks
+        part = item // RANKS // blocks
+        sample = (part // 3).to(tl.int64)
+        which = part % 3
+        numbers = block * BLOCK + tl.arange(0, BLOCK)
+        token = (numbers // ROW).to(tl.int64)
+        column = rank * apart + numbers % ROW
+        mask = numbers < own * ROW
+        if which == 0:
+            source = q + sample * q_batch + token * q_token + column
+        elif which == 1:
+            source = k + sample * k_batch + token * k_token + column
+        else:
+            source = v + sample * v_batch + token * v_token + column
+        inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(q.dtype.element_ty))
+        place = offset + ((which * batch + sample) * total + first) * ROW
+        tl.store(inbox + place + numbers, tl.load(source, mask=mask), mask=mask)
 
 
 @triton.jit
 def send_tokens(  # type: ignore[no-untyped-def]
-    out, inboxes, starts, total, here,
-    RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    out, inboxes, starts, batch, longest, total, row, column, here,
+    RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Hand each rank its tokens of this rank's heads: `(batch, its tokens, heads, head_dim)` there.
+    """Hand each rank its tokens of some of this rank's heads: `(batch, its tokens, heads, head_dim)` there.
 
-    Programs are (blocks of rows x ranks) x samples; rank `r` has the tokens from `starts[r]` to `starts[r + 1]`.
+    Args:
+        starts: rank `r` has the tokens from `starts[r]` to `starts[r + 1]`.
+        longest: the most tokens that a rank has.
+        row: numbers of a token's heads, those of all ranks.
+        column: where these heads begin among them.
+        ROW: numbers of a token's heads that go there.
     """
-    rank = (here + 1 + tl.program_id(0)) % RANKS
-    sample = tl.program_id(1).to(tl.int64)
-    start = tl.load(starts + rank)
-    theirs = tl.load(starts + rank + 1) - start
-    tokens = tl.program_id(0) // RANKS * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (tokens < theirs)[:, None] & (columns < ROW)[None, :]
-    rows = tl.load(out + (sample * total + start + tokens)[:, None] * ROW + columns[None, :], mask=mask)
-    inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(out.dtype.element_ty))
-    place = ((sample * theirs + tokens) * RANKS + here) * ROW
-    tl.store(inbox + place[:, None] + columns[None, :], rows, mask=mask)
+    blocks = (longest * ROW + BLOCK - 1) // BLOCK
+    for item in range(tl.program_id(0), batch * blocks * RANKS, tl.num_programs(0)):
+        rank = (here + 1 + item) % RANKS
+        block = item // RANKS % blocks
+        sample = (item // RANKS // blocks).to(tl.int64)
+        start = tl.load(starts + rank)
+        theirs = tl.load(starts + rank + 1) - start
+        numbers = block * BLOCK + tl.arange(0, BLOCK)
+        mask = numbers < theirs * ROW
+        values = tl.load(out + (sample * total + start) * ROW + numbers, mask=mask)
+        inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(out.dtype.element_ty))
+        place = (sample * theirs + numbers // ROW) * row + column + numbers % ROW
+        tl.store(inbox + place, values, mask=mask)
 
 
 @triton.jit

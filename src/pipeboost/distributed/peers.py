@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeboost.distributed.lanes import Lane
 from pipeboost.distributed.neighbours import this_process
 from pipeboost.distributed.renumbered import Renumbered
 from pipeboost.distributed.start import world
@@ -34,9 +36,32 @@ _BOARD = 256
 """Bytes in front, where ranks write how often they came."""
 _LEAST = 2**20
 """Bytes of an inbox: enough to try it."""
+HIDDEN_PROGRAMS = 24
+EXPOSED_PROGRAMS = 528
+"""That send heads or tokens at a time."""
 _MEETING = "meeting of the GPUs' memory"
 _PATIENCE = 10.0
 """Seconds for the first exchange, in which kernels are compiled."""
+
+
+class _Part(NamedTuple):
+    """Some of a rank's heads.
+
+    Attributes:
+        first: the first of them.
+        heads: how many they are.
+        last: whether no others follow.
+    """
+
+    first: int
+    heads: int
+    last: bool
+
+
+def _parts(heads: int, count: int) -> list[_Part]:
+    """So many heads in so many parts, as equal as can be, the larger ones first."""
+    begins = [heads * part // count for part in range(count + 1)]
+    return [_Part(heads - end, end - begin, begin == 0) for begin, end in itertools.pairwise(begins)][::-1]
 
 
 class Peers:
@@ -53,7 +78,7 @@ class Peers:
         addresses: where the memory of each rank is, as this one's GPU sees it.
 
     Attributes:
-        heads_bytes, tokens_bytes: the most that `heads_for_tokens` and `tokens_for_heads` may bring here.
+        heads_bytes, tokens_bytes: the most that may arrive here of other ranks' tokens, and of this one's.
         starts: tokens of each rank → where they begin, on the GPU.
     """
 
@@ -64,71 +89,105 @@ class Peers:
         self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._heads_inboxes = self._boards + _BOARD
         self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
+        self._lanes = Lane.new(device, first=True), Lane.new(device)
         self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
         # By tokens alone; so one that replaces another takes them over, and copies nothing to the GPU in a forward.
         self.starts: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def heads_for_tokens(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int]
-    ) -> tuple[torch.Tensor, ...]:
-        """Give each rank its heads of this rank's tokens.
+    def attended(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tokens: Sequence[int],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        parts: int = 1,
+    ) -> torch.Tensor:
+        """Attention by heads: each rank has all tokens of its heads for as long as it attends to them.
+
+        In several parts one is attended to while the next is under way.
 
         Args:
-            q, k, v: `(batch, own tokens, heads, head_dim)`.
+            q, k, v: of this rank's tokens, `(batch, own tokens, heads, head_dim)`.
             tokens: how many each rank has.
-
-        Returns:
-            q, k and v as `(batch, all tokens, heads of a rank, head_dim)`; valid until `tokens_for_heads`.
-        """
-        import triton
-
-        from pipeboost.distributed.peer_kernels import ROWS, WARPS, send_heads
-
-        group, (batch, own, heads, head_dim) = self._group, q.shape
-        total, row = sum(tokens), heads // group.size * head_dim
-        q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
-        grid = (triton.cdiv(own, ROWS) * group.size, 3 * batch)
-        strides = [stride for each in (q, k, v) for stride in each.stride()[:2]]
-        send_heads[grid](
-            q, k, v, self._heads_inboxes, own, sum(tokens[: group.rank]), total, *strides, group.rank,
-            RANKS=group.size, ROW=row, BLOCK=triton.next_power_of_2(row), ROWS=ROWS, num_warps=WARPS,
-        )  # fmt: skip
-        self._meet()
-        follow(group, "exchange of heads for tokens")
-        received = self._memory[_BOARD : _BOARD + 3 * batch * total * row * q.element_size()].view(q.dtype)
-        return received.view(3, batch, total, heads // group.size, head_dim).unbind(0)
-
-    def tokens_for_heads(self, out: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-        """Give each rank its tokens of this rank's heads.
-
-        Args:
-            out: `(batch, all tokens, heads of a rank, head_dim)`.
-            tokens: how many each rank has.
+            attend: gets q, k and v as `(batch, all tokens, some of this rank's heads, head_dim)`, which are theirs only
+                until it returns, and gives the same of its output.
+            parts: in how many a rank's heads are dealt with; at most as many as there are heads.
 
         Returns:
             `(batch, own tokens, heads, head_dim)`.
         """
-        import triton
-
-        from pipeboost.distributed.peer_kernels import ROWS, WARPS, send_tokens
-
-        group, (batch, total, heads, head_dim) = self._group, out.shape
-        own, row = tokens[group.rank], heads * head_dim
-        grid = (triton.cdiv(max(tokens), ROWS) * group.size, batch)
-        send_tokens[grid](
-            out.contiguous(), self._tokens_inboxes, self._starts_of(tuple(tokens)), total, group.rank,
-            RANKS=group.size, ROW=row, BLOCK=triton.next_power_of_2(row), ROWS=ROWS, num_warps=WARPS,
-        )  # fmt: skip
-        self._meet()
-        follow(group, "exchange of tokens for heads")
+        group, (heads, head_dim) = self._group, q.shape[2:]
+        q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
+        here = Lane.current(q.device)
+        links, beside = self._lanes if parts > 1 else (here, here)
+        links.after(here.mark())
+        arrived = []
+        for part in _parts(heads // group.size, parts):
+            with links.on():
+                self._send_heads((q, k, v), tokens, part)
+                self._meet()
+                arrived.append((part, links.mark()))
+        for number, (part, mark) in enumerate(arrived):
+            # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
+            lane = beside if number % 2 else here
+            lane.after(mark)
+            with lane.on():
+                out = attend(*self._heads(q, sum(tokens), part)).contiguous()
+            links.after(lane.mark())
+            with links.on():
+                self._send_tokens(out, tokens, heads, part)
+        with links.on():
+            self._meet()
+        here.after(links.mark())
+        follow(group, "exchange of heads for tokens, and back")
         begin = _BOARD + self.heads_bytes
-        received = self._memory[begin : begin + batch * own * group.size * row * out.element_size()].view(out.dtype)
-        return received.view(batch, own, group.size * heads, head_dim).clone()
+        return self._memory[begin : begin + q.nbytes].view(q.dtype).view(q.shape).clone()
 
     def halt(self) -> None:
         """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
         self._halt[0] = 1
+
+    def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
+        from pipeboost.distributed.peer_kernels import BLOCK, WARPS, send_heads
+
+        group, (batch, own, heads, head_dim) = self._group, qkv[0].shape
+        total, row, apart = sum(tokens), part.heads * head_dim, heads // group.size * head_dim
+        begun = part.first * head_dim
+        strides = [stride for each in qkv for stride in each.stride()[:2]]
+        items = 3 * batch * -(-own * row // BLOCK) * group.size
+        send_heads[self._programs(items, hidden=part.first > 0),](
+            *(each[:, :, part.first :] for each in qkv), self._heads_inboxes, 3 * batch * total * begun,
+            batch, own, sum(tokens[: group.rank]), total, *strides, apart, group.rank,
+            RANKS=group.size, ROW=row, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+    def _heads(self, like: torch.Tensor, total: int, part: _Part) -> tuple[torch.Tensor, ...]:
+        """What has arrived of q, k and v."""
+        batch, _, _, head_dim = like.shape
+        begin, nbytes = (
+            3 * batch * total * heads * head_dim * like.element_size() for heads in (part.first, part.heads)
+        )
+        received = self._memory[_BOARD + begin : _BOARD + begin + nbytes].view(like.dtype)
+        return received.view(3, batch, total, part.heads, head_dim).unbind(0)
+
+    def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
+        from pipeboost.distributed.peer_kernels import BLOCK, WARPS, send_tokens
+
+        group, (batch, total, _, head_dim) = self._group, out.shape
+        column = (group.rank * (heads // group.size) + part.first) * head_dim
+        items = batch * -(-max(tokens) * part.heads * head_dim // BLOCK) * group.size
+        send_tokens[self._programs(items, hidden=not part.last),](
+            out, self._tokens_inboxes, self._starts_of(tuple(tokens)), batch, max(tokens), total,
+            heads * head_dim, column, group.rank,
+            RANKS=group.size, ROW=part.heads * head_dim, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+    def _programs(self, items: int, *, hidden: bool) -> int:
+        """How many programs send: few where attention runs beside them, which wants the multiprocessors."""
+        return min(items, HIDDEN_PROGRAMS if hidden else EXPOSED_PROGRAMS)
 
     def _meet(self) -> None:
         """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
@@ -192,19 +251,24 @@ def _managed(make: Callable[[], Made]) -> tuple[Made | None, str]:
 
 def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
     """Whether numbers arrive where they belong: a machine may forbid what its driver promises."""
-    ranks, own, head_dim = group.size, 16, 8
-    tokens = [own] * ranks
+    ranks, own, heads, head_dim = group.size, 16, 3, 8
+    tokens, here = [own] * ranks, slice(group.rank * heads, (group.rank + 1) * heads)
     # Every number says which tensor, token, head and place it is of.
-    numbers = torch.arange(3 * ranks * own * ranks * head_dim, device=device, dtype=torch.int32).float()
-    whole = numbers.view(3, 1, ranks * own, ranks, head_dim)
+    numbers = torch.arange(3 * ranks * own * ranks * heads * head_dim, device=device, dtype=torch.int32).float()
+    whole = numbers.view(3, 1, ranks * own, ranks * heads, head_dim)
     mine = whole[:, :, group.rank * own : (group.rank + 1) * own]
+    received: list[torch.Tensor] = []
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        received.append(torch.stack(qkv))
+        return qkv[0]
+
     q, k, v = mine.unbind(0)
-    received = torch.stack(peers.heads_for_tokens(q, k, v, tokens))
-    back = peers.tokens_for_heads(received[0], tokens)
+    back = peers.attended(q, k, v, tokens, attend, parts=2)
     if device.type == "cuda" and not _done_within(_PATIENCE, device, group):
         peers.halt()
         return False
-    return torch.equal(received, whole[:, :, :, group.rank, None]) and torch.equal(back, mine[0])
+    return torch.equal(torch.cat(received, 3), whole[:, :, :, here]) and torch.equal(back, mine[0])
 
 
 def _done_within(seconds: float, device: torch.device, group: Group) -> bool:

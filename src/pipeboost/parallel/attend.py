@@ -17,12 +17,16 @@ from typing import Any
 import torch
 
 from pipeboost.call import current_call
-from pipeboost.distributed import Group, Peers
+from pipeboost.distributed import Group
 from pipeboost.errors import UnsupportedError
 from pipeboost.kernels import merge_partial
 from pipeboost.parallel.shards import SHARDS, Shards
 
 Attend = Callable[..., Any]
+_QUERIES = 128
+"""Of a head, that one block of an attention kernel deals with."""
+_FILLED = 0.75
+"""Share of a GPU's multiprocessors that have a block."""
 _serials = itertools.count()
 _across: weakref.WeakValueDictionary[int, AcrossRanks] = weakref.WeakValueDictionary()
 
@@ -89,14 +93,29 @@ class AcrossRanks:
             raise UnsupportedError(f"ulysses={ulysses.size} does not divide the {heads} heads of this attention")
         if mask is not None:
             mask = _over_keys(mask, q, k)
-        if ulysses.size > 1:
-            q, k, v = _heads_for_tokens(q, k, v, here, ulysses)
-            mask = None if mask is None else ulysses.all_gather(mask, 1, here)
-        if ring.size > 1:
-            out = _around_the_ring(attend, q, k, v, mask, [sum(row) for row in rows], scale, ring)
-        else:
-            out = attend(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
-        return _tokens_for_heads(out, here, ulysses) if ulysses.size > 1 else out
+        if ulysses.size > 1 and mask is not None:
+            mask = ulysses.all_gather(mask, 1, here)
+
+        def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if ring.size > 1:
+                return _around_the_ring(attend, q, k, v, mask, [sum(row) for row in rows], scale, ring)
+            out: torch.Tensor = attend(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
+            return out
+
+        if ulysses.size == 1:
+            return attend_to_all(q, k, v)
+        token_bytes = q.shape[0] * heads * q.shape[3] * q.element_size()
+        peers = ulysses.peers(3 * sum(here) * token_bytes // ulysses.size, max(here) * token_bytes, q.device)
+        if peers is None:
+            return _tokens_for_heads(attend_to_all(*_heads_for_tokens(q, k, v, here, ulysses)), here, ulysses)
+        parts = 1 if ring.size > 1 else _parts(q.shape[0], sum(here), heads // ulysses.size, q.device)
+        return peers.attended(q, k, v, here, attend_to_all, parts=parts)
+
+
+def _parts(batch: int, tokens: int, heads: int, device: torch.device) -> int:
+    """In how many parts a rank's heads are exchanged: two, where half of them fill a GPU."""
+    blocks = batch * (heads // 2) * (tokens // _QUERIES)
+    return 2 if blocks >= _FILLED * torch.cuda.get_device_properties(device).multi_processor_count else 1
 
 
 def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -117,9 +136,6 @@ def _heads_for_tokens(
 ) -> tuple[torch.Tensor, ...]:
     """All tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
     batch, own, heads, head_dim = q.shape
-    peers = _peers(q, tokens, heads, group)
-    if peers is not None:
-        return peers.heads_for_tokens(q, k, v, tokens)
     split = (batch, own, group.size, heads // group.size, head_dim)
     packed = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
     # Rank by rank, and token by token within: then all that arrives is in the order of the tokens.
@@ -132,19 +148,10 @@ def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) ->
     """The inverse: this rank's own tokens with all heads."""
     batch, _, heads, head_dim = out.shape
     own = tokens[group.rank]
-    peers = _peers(out, tokens, group.size * heads, group)
-    if peers is not None:
-        return peers.tokens_for_heads(out, tokens)
     parcels = out.transpose(0, 1).reshape(sum(tokens), -1)
     received = group.all_to_all(parcels, tokens, [own] * group.size)
     received = received.view(group.size, own, batch, heads, head_dim)
     return received.permute(2, 1, 0, 3, 4).reshape(batch, own, group.size * heads, head_dim)
-
-
-def _peers(tensor: torch.Tensor, tokens: Sequence[int], heads: int, group: Group) -> Peers | None:
-    """The GPUs' memory for all that one attention exchanges; None where the group's backend carries it."""
-    token_bytes = tensor.shape[0] * heads * tensor.shape[3] * tensor.element_size()
-    return group.peers(3 * sum(tokens) * token_bytes // group.size, max(tokens) * token_bytes, tensor.device)
 
 
 def _around_the_ring(

@@ -1,0 +1,45 @@
+"""`Lane`: work for a GPU that is done in order, beside that of other lanes; on a CPU all of it is done at once."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+class Lane:
+    """A CUDA stream, or on a CPU nothing.
+
+    Args:
+        stream: None on a CPU.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+
+    @classmethod
+    def current(cls, device: torch.device) -> Lane:
+        """The one that this thread's work goes to."""
+        return cls(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
+    @classmethod
+    def new(cls, device: torch.device, *, first: bool = False) -> Lane:
+        """Another one.
+
+        Args:
+            first: its kernels get the multiprocessors that become free before those of other lanes.
+        """
+        return cls(torch.cuda.Stream(device, priority=-1 if first else 0) if device.type == "cuda" else None)
+
+    def on(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this thread's work goes to it."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What stands for all that it was given so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def after(self, mark: torch.cuda.Event | None) -> None:
+        """Let what comes next wait for what was marked."""
+        if self._stream is not None and mark is not None:
+            self._stream.wait_event(mark)
