@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["flux", "wan"], choices=tuple(BUILD))
     parser.add_argument("--layouts", nargs="+", type=layout_of, help="such as cfg=2,ulysses=2 tensor=4; default: auto")
     parser.add_argument("--steps", type=int, help="denoising steps; default: as the model's card says")
+    parser.add_argument("--steps-on-one", type=int, help="of ours on one GPU, where only the time of a step is wanted")
     parser.add_argument("--small", action="store_true", help="a few thousand parameters and pixels, to try it on a CPU")
     settings = parser.parse_args()
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,12 @@ def _measure(model: str, call: dict[str, Any], settings: argparse.Namespace, dev
         parallel = ParallelConfig(**layout) if isinstance(layout, dict) else layout
         accelerate_pipeline(pipe, parallel=parallel)
         results.tell(str(pipe.acceleration.plan))
-        named = "ours, 1 GPU" if layout is None else f"ours, {pipe.acceleration.plan['parallel'].choice}"
-        _run(pipe, model, call, named, results, device)
+        if layout is None:
+            steps = settings.steps_on_one or call["num_inference_steps"]
+            _run(pipe, model, {**call, "num_inference_steps": steps}, "ours, 1 GPU", results, device)
+        else:
+            choice = pipe.acceleration.plan["parallel"].choice
+            _run(pipe, model, call, f"ours, {choice}", results, device)
         pipe.acceleration.remove()
         gc.collect()
         if device.type == "cuda":

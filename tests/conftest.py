@@ -1,4 +1,4 @@
-"""Makes sums on a CPU the same wherever their numbers lie, and skips what needs a GPU, with a reason, where there is none.
+"""Lets sums on a CPU be the same wherever numbers lie, and skips what needs a GPU, with a reason, where there is none.
 
 On some processors MKL adds numbers up in another order where they begin at another place of a cache line. Then two runs
 of stock need not be equal to the bit, and no test could ask it of ours.

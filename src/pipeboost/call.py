@@ -40,6 +40,7 @@ class Call:
         state: what a feature keeps for the length of this call, by feature name.
         decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
             do not show; a forward that is replayed is one with the same decisions.
+        captures: whether the forward at hand is rehearsed or captured for a CUDA graph, in which launches cost nothing.
         resources: closed when the call ends, whether it returns or raises.
         of_several_ranks: whether other ranks work on the same sample, also where `mesh` is None for a while.
         rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
@@ -65,6 +66,7 @@ class Call:
         self.events: list[Any] = []
         self.state: dict[str, Any] = {}
         self.decided: set[Hashable] = set()
+        self.captures = False
         self.resources = contextlib.ExitStack()
         self.rebind: Callable[[], None] = _nothing
         self._scheduler = getattr(pipe, "scheduler", None)

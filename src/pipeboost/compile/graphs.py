@@ -132,7 +132,7 @@ class Graphs:
             # A capture runs the forward once more, and with it the ranks' collectives: all of them do so, or none.
             undisturbed = all(_of_ranks(ranks, undisturbed))
             if undisturbed and (self._wanted is True or seen.launch_bound):
-                return self._capture(call_next, signature, seen, arguments, device, args, kwargs, ranks)
+                return self._capture(call, call_next, signature, seen, arguments, device, args, kwargs)
             if undisturbed:
                 self.counts.eager["second run, timed"] += 1
                 return _timed(call_next, seen, device, args, kwargs, ranks)
@@ -178,6 +178,7 @@ class Graphs:
 
     def _capture(
         self,
+        call: Call,
         call_next: Callable[..., Any],
         signature: Hashable,
         seen: _Seen,
@@ -185,15 +186,19 @@ class Graphs:
         device: torch.device,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        ranks: Group | None,
     ) -> Any:
+        ranks = None if call.mesh is None else call.mesh.forward
         with self._lock:
             while len(self._graphs) >= MOST_GRAPHS:
                 self._close(self._graphs.popitem(last=False)[1])
             if not self._graphs:
                 # A pool is gone with its last graph.
                 self._pool = new_pool()
-            output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
+            call.captures = True
+            try:
+                output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
+            finally:
+                call.captures = False
             against = _of_ranks(ranks, str(graph) if isinstance(graph, Unfit) else None)
             if isinstance(graph, Unfit) or any(against):
                 seen.off = next(filter(None, against))

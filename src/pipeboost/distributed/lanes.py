@@ -1,4 +1,4 @@
-"""`Lane`: work for a GPU that is done in order, beside that of other lanes; on a CPU all of it is done at once."""
+"""`Lane`: work for a GPU that is done in order, beside that of other lanes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Lane:
-    """A CUDA stream, or on a CPU nothing.
+    """A CUDA stream.
 
     Args:
-        stream: None on a CPU.
+        stream: None for whatever this thread's work goes to, which is all that there is on a CPU.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:

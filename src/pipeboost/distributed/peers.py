@@ -121,8 +121,7 @@ class Peers:
         """
         group, (heads, head_dim) = self._group, q.shape[2:]
         q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
-        here = Lane.current(q.device)
-        links, beside = self._lanes if parts > 1 else (here, here)
+        here, links, beside = (Lane.current(q.device), *self._lanes) if parts > 1 else (Lane(None),) * 3
         links.after(here.mark())
         arrived = []
         for part in _parts(heads // group.size, parts):

@@ -27,6 +27,8 @@ _QUERIES = 128
 """Of a head, that one block of an attention kernel deals with."""
 _FILLED = 0.75
 """Share of a GPU's multiprocessors that have a block."""
+_LONG = 1e12
+"""Operations of an attention that take a GPU longer than the host takes to launch it in parts."""
 _serials = itertools.count()
 _across: weakref.WeakValueDictionary[int, AcrossRanks] = weakref.WeakValueDictionary()
 
@@ -108,14 +110,21 @@ class AcrossRanks:
         peers = ulysses.peers(3 * sum(here) * token_bytes // ulysses.size, max(here) * token_bytes, q.device)
         if peers is None:
             return _tokens_for_heads(attend_to_all(*_heads_for_tokens(q, k, v, here, ulysses)), here, ulysses)
-        parts = 1 if ring.size > 1 else _parts(q.shape[0], sum(here), heads // ulysses.size, q.device)
+        parts = 1
+        if ring.size == 1:
+            parts = _parts(q.shape[0], sum(here), heads // ulysses.size, q.shape[3], q.device, launched=call.captures)
         return peers.attended(q, k, v, here, attend_to_all, parts=parts)
 
 
-def _parts(batch: int, tokens: int, heads: int, device: torch.device) -> int:
-    """In how many parts a rank's heads are exchanged: two, where half of them fill a GPU."""
+def _parts(batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, *, launched: bool) -> int:
+    """In how many parts a rank's heads are exchanged: two, where half of them fill the GPU.
+
+    Args:
+        launched: whether it costs the host nothing to launch more kernels.
+    """
     blocks = batch * (heads // 2) * (tokens // _QUERIES)
-    return 2 if blocks >= _FILLED * torch.cuda.get_device_properties(device).multi_processor_count else 1
+    fills = blocks >= _FILLED * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if fills and (launched or 4 * batch * heads * tokens**2 * head_dim >= _LONG) else 1
 
 
 def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
