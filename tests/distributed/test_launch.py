@@ -34,7 +34,14 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
     assert "launch_cases.py" in raised.value.traceback
 
 
-@pytest.mark.parametrize(("alone", "told"), [(1, " (rank 1)"), (0, ""), (-1, "")], ids=["second", "first", "all"])
+@pytest.mark.parametrize(
+    ("alone", "told"),
+    [
+        pytest.param(1, " (rank 1)", id="second"),
+        pytest.param(0, "", id="first", marks=pytest.mark.exhaustive),
+        pytest.param(-1, "", id="all"),
+    ],
+)
 def test_what_a_rank_of_the_command_refuses_ends_all_in_one_sentence(alone, told):
     with pytest.raises(RankFailedError) as raised:
         pipeboost.launch(launch_cases.refusing, alone, num_gpus=2)
