@@ -5,7 +5,7 @@
 A rank of N has an N-th of tokens and heads, writes to N - 1 others and is written to by as many. Here all that goes to
 the one other GPU, and comes from it, so that kernels and links have as much to do. What arrives is not what belongs
 there, so that outputs are worth nothing; times leave out how N GPUs wait for the slowest, and NCCL's part in gathering
-the prediction. Beside it stand stock and ours on one GPU, and on both without pretending (`--ranks 2`), in the same run.
+the prediction. In the same run: stock and ours on one GPU, and with `--ranks 2` ours on both, without pretending.
 """
 
 import argparse

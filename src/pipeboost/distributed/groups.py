@@ -126,27 +126,27 @@ class Group:
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
         """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them.
 
-        CUDA graphs may hold on to what was made before, so that all of it stays. One that replaces another is an eighth
-        larger than it must be, so that prompts which grow by a token at a time do not make one each.
+        The first that is large enough serves, so that what one rank runs and another replays from a CUDA graph is by
+        the same. Each is an eighth larger than it must be but for the first, so that prompts which grow by a token at a
+        time do not make one each.
         """
         if self.device != "cuda" or self.size == 1 or self.unreachable:
             return None
-        latest = self._peers[-1] if self._peers else None
-        if latest is not None and latest.heads_bytes >= heads_bytes and latest.tokens_bytes >= tokens_bytes:
-            return latest
-        if latest is not None:
+        for made in self._peers:
+            if made.heads_bytes >= heads_bytes and made.tokens_bytes >= tokens_bytes:
+                return made
+        if self._peers:
+            latest = self._peers[-1]
             heads_bytes = max(latest.heads_bytes, heads_bytes * 9 // 8)
             tokens_bytes = max(latest.tokens_bytes, tokens_bytes * 9 // 8)
         if self._room + rounded(heads_bytes) + rounded(tokens_bytes) > MOST_BYTES:
             return None
-        made = connect(self, heads_bytes, tokens_bytes, device, f"peers {len(self._peers)}")
-        if isinstance(made, str):
-            self.unreachable = made
+        connected = connect(self, heads_bytes, tokens_bytes, device, f"peers {len(self._peers)}")
+        if isinstance(connected, str):
+            self.unreachable = connected
             return None
-        if latest is not None:
-            made.starts = latest.starts
-        self._peers.append(made)
-        return made
+        self._peers.append(connected)
+        return connected
 
     @property
     def carrier(self) -> str:

@@ -80,6 +80,7 @@ class Peers:
     Attributes:
         heads_bytes, tokens_bytes: the most that may arrive here of other ranks' tokens, and of this one's.
         starts: tokens of each rank → where they begin, on the GPU.
+        launched: sizes of attentions of which CUDA graphs were captured, on all ranks alike.
     """
 
     def __init__(self, group: Group, sizes: tuple[int, int], memory: torch.Tensor, addresses: Sequence[int]) -> None:
@@ -92,8 +93,8 @@ class Peers:
         self._lanes = Lane.new(device, first=True), Lane.new(device)
         self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
-        # By tokens alone; so one that replaces another takes them over, and copies nothing to the GPU in a forward.
         self.starts: dict[tuple[int, ...], torch.Tensor] = {}
+        self.launched: set[tuple[int, ...]] = set()
 
     def attended(
         self,

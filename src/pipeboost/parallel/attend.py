@@ -110,9 +110,11 @@ class AcrossRanks:
         peers = ulysses.peers(3 * sum(here) * token_bytes // ulysses.size, max(here) * token_bytes, q.device)
         if peers is None:
             return _tokens_for_heads(attend_to_all(*_heads_for_tokens(q, k, v, here, ulysses)), here, ulysses)
-        parts = 1
-        if ring.size == 1:
-            parts = _parts(q.shape[0], sum(here), heads // ulysses.size, q.shape[3], q.device, launched=call.captures)
+        sizes = (q.shape[0], sum(here), heads // ulysses.size, q.shape[3])
+        if call.captures:
+            # From here on, also where this rank runs what another one replays: they exchange in the same parts.
+            peers.launched.add(sizes)
+        parts = 1 if ring.size > 1 else _parts(*sizes, q.device, launched=sizes in peers.launched)
         return peers.attended(q, k, v, here, attend_to_all, parts=parts)
 
 
@@ -120,7 +122,7 @@ def _parts(batch: int, tokens: int, heads: int, head_dim: int, device: torch.dev
     """In how many parts a rank's heads are exchanged: two, where half of them fill the GPU.
 
     Args:
-        launched: whether it costs the host nothing to launch more kernels.
+        launched: whether it costs the host nothing to launch more kernels, since CUDA graphs do.
     """
     blocks = batch * (heads // 2) * (tokens // _QUERIES)
     fills = blocks >= _FILLED * torch.cuda.get_device_properties(device).multi_processor_count
