@@ -58,7 +58,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _accelerated(pipe: Any, ranks: int | None) -> Iterator[None]:
     parallel = None if ranks is None else ParallelConfig(ulysses=2)
-    accelerate_pipeline(pipe, parallel=parallel, compile=CompileConfig(graphs="auto" if ranks is None else True))
+    accelerate_pipeline(pipe, parallel=parallel, compile=CompileConfig(graphs=True))
     try:
         with pipe.acceleration.open() as call, contextlib.ExitStack() as stack:
             if ranks is not None and ranks > 2:
@@ -94,10 +94,11 @@ class _GroupOfMore:
             whole = self._group.peers(self.size * heads_bytes, self.size * tokens_bytes, device)
             assert whole is not None, self._group.unreachable
             self._peers = _PeersOfMore(whole, self, peers.rounded(heads_bytes), peers.rounded(tokens_bytes))
+        assert self.size * heads_bytes <= self._peers.heads_bytes, "one size at a time"
         return self._peers
 
     def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Any) -> torch.Tensor:
-        return torch.cat([tensor] * self.size, dim)
+        return torch.cat([tensor[:, : min(sizes)]] * self.size, dim)
 
 
 class _PeersOfMore(Peers):

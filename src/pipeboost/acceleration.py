@@ -84,14 +84,14 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
-    plan = agreed_plan(pipe, settings)
-    previous = vars(pipe).get("acceleration")
+    previous = getattr(pipe, "__dict__", {}).get("acceleration")
+
+    def check() -> None:
+        if isinstance(previous, Acceleration):
+            previous._refuse_to_give_way(pipe)
+
+    plan = agreed_plan(pipe, settings, check)
     if isinstance(previous, Acceleration):
-        if not previous.accelerates(pipe):
-            raise UnsupportedError(
-                "this pipeline is a shallow copy of an accelerated one and shares its acceleration; accelerate the "
-                "original, or a copy.deepcopy"
-            )
         previous.remove()
     try:
         Acceleration(pipe, plan, settings)
@@ -271,6 +271,19 @@ class Acceleration:
         """
         self._applied.begin_removal()
         self._ledger.undo()
+
+    def _refuse_to_give_way(self, pipe: Any) -> None:
+        """Raise where `pipe` cannot get another acceleration in the place of this one.
+
+        Raises:
+            PipeboostError: it is a shallow copy, or a call is running.
+        """
+        if not self.accelerates(pipe):
+            raise UnsupportedError(
+                "this pipeline is a shallow copy of an accelerated one and shares its acceleration; accelerate the "
+                "original, or a copy.deepcopy"
+            )
+        self._applied.refuse_while_running()
 
     def _alive_pipe(self) -> Any:
         if self._applied.removed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from pipeboost.reuse import PromptReuse
 from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watched_components
 from pipeboost.team import Team, to_own_device
 
+_PLANS = "plans"
+
 
 def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     """The plan for a pipeline where it is now.
@@ -39,30 +41,35 @@ def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
 
 
-def agreed_plan(pipe: Any, config: AccelerationConfig) -> Plan:
+def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:
     """As `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
 
     Each rank's pipeline is moved to its own device first; nothing else is changed.
 
+    Args:
+        check: raises what else speaks against applying a plan to this rank's pipeline.
+
     Raises:
-        PipeboostError: as `make_plan`.
+        PipeboostError: as `make_plan` and `check`.
         RankFailedError: another rank has no plan; its traceback says why.
     """
     count, layout = world_size(), config.parallel
     if count == 1 or layout is None:
+        check()
         return plan_for(pipe, config)
     group = layout.group if isinstance(layout, ParallelConfig) else None
     ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
     try:
+        check()
         to_own_device(pipe)
         plan = plan_for(pipe, config)
     except Exception as error:
         # Ranks that would work apart come to no meeting.
         if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:
-            decline(ranks, error)
+            decline(_PLANS, ranks, error)
         raise
     if plan["parallel"].on:
-        meet(ranks, "with a plan")
+        meet(_PLANS, ranks, "ready")
     return plan
 
 
@@ -136,10 +143,18 @@ class AppliedPlan:
             PipeboostError: a call is running.
         """
         with self._lock:
-            if self.running:
-                raise PipeboostError("a call of this pipeline is running; wait for it, or cancel() it, then remove()")
+            self.refuse_while_running()
             self.removed = True
         self.stages.offload()
+
+    def refuse_while_running(self) -> None:
+        """Raise where it cannot be taken off now.
+
+        Raises:
+            PipeboostError: a call is running.
+        """
+        if self.running:
+            raise PipeboostError("a call of this pipeline is running; wait for it, or cancel() it, then remove()")
 
     def follow_device(self, pipe: Any) -> torch.device:
         """Plan anew where the pipeline was moved to another kind of device since, as `pipe.to("cuda")` does.

@@ -46,7 +46,7 @@ def fails_while_accelerating_anew(name: str, rank: int, first: Mapping[str, Any]
     return raised, degrees, difference
 
 
-def refuses_to_plan(name: str, rank: int, before: Mapping[str, Any], /, **layout: Any) -> dict[str, Any]:
+def refuses_to_plan(name: str, rank: int, before: Mapping[str, Any], parallel: Any) -> dict[str, Any]:
     """One rank is asked for a kernel that it does not have, and its script goes on; what all raise, and can do next."""
     entry = TINY[name]
     pipe = entry.build()
@@ -55,16 +55,16 @@ def refuses_to_plan(name: str, rank: int, before: Mapping[str, Any], /, **layout
         _accelerated(pipe, before)
     known, attention = _latents(entry, pipe), "flash4" if dist.get_rank() == rank else "sdpa"
 
-    def accelerate() -> str:
-        accelerate_pipeline(pipe, attention=attention, parallel=ParallelConfig(**layout), compile=None, reuse=None)
-        return "accelerated"
+    def accelerate(attention: str) -> str:
+        accelerate_pipeline(pipe, attention=attention, parallel=parallel, compile=None, reuse=None)
+        return str(pipe.acceleration.plan["parallel"].choice)
 
-    first = outcome(accelerate)
+    first = outcome(lambda: accelerate(attention))
     left = _difference(_latents(entry, pipe), known)
-    _accelerated(pipe, layout)
+    layout = accelerate("sdpa")
     ours = _difference(_latents(entry, pipe), stock)
     pipe.acceleration.remove()
-    return {"first": first, "left": left, "next": ours}
+    return {"first": first, "left": left, "layout": layout, "next": ours}
 
 
 def fails_at_the_next_call(name: str, rank: int, path: str, /, **layout: Any) -> dict[str, Any]:

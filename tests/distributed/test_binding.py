@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from pipeboost import ParallelConfig
 from tests.distributed import binding_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 from tests.distributed.ranks import on_ranks
@@ -33,17 +34,22 @@ def test_where_a_rank_cannot_have_the_new_acceleration_all_ranks_have_the_old_on
     assert [rest for _, *rest in answers] == [["cfg=2", 0.0]] * 2
 
 
-@pytest.mark.parametrize("before", [{}, {"tensor": 2}], ids=["stock", "weights"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_rank_has_no_plan_all_are_told_why_before_anything_has_changed(rank, before):
+@pytest.mark.parametrize(
+    ("before", "parallel", "layout"),
+    [({}, ParallelConfig(cfg=2), "cfg=2"), ({"tensor": 2}, ParallelConfig(cfg=2), "cfg=2"), ({}, "auto", "ulysses=2")],
+    ids=["stock", "weights shared before", "auto"],
+)
+def test_where_one_rank_has_no_plan_all_are_told_why_before_anything_has_changed(rank, before, parallel, layout):
     started = time.monotonic()
-    answers = on_ranks(2, binding_cases.refuses_to_plan, NAME, rank, before, cfg=2)
+    answers = on_ranks(2, binding_cases.refuses_to_plan, NAME, rank, before, parallel)
     failed, other = answers[rank]["first"], answers[1 - rank]["first"]
     assert failed["raised"] in ("MissingPackageError", "UnsupportedError")
     assert (other["raised"], other["rank"], other["stage"]) == ("RankFailedError", rank, "accelerate_pipeline"), other
     assert failed["text"] in other["text"]
     assert [answer["left"] for answer in answers] == [0.0, 0.0]
-    assert [answer["next"] for answer in answers] == [0.0, 0.0]
+    assert [answer["layout"] for answer in answers] == [layout] * 2
+    assert max(answer["next"] for answer in answers) <= (0.0 if layout == "cfg=2" else LIMIT)
     assert time.monotonic() - started < 60
 
 

@@ -1,12 +1,15 @@
 """Exchanges of heads for tokens that ranks write into each other's memory, on CPUs by Triton's interpreter."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeboost.distributed import Group, groups
+from pipeboost.distributed import Group, Peers, groups, waiting
 from pipeboost.distributed.peers import MOST_BYTES, rounded
+from pipeboost.distributed.watch_progress import Progress
+from pipeboost.distributed.watch_records import Ended, in_step
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 
@@ -36,6 +39,27 @@ def test_where_memory_cannot_be_shared_all_ranks_are_told_why(tmp_path):
             "a GPU does not reach another's memory: no access",
             "what one GPU wrote into another's memory did not arrive",
         ], outcome.printed
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_come_to_it(parts, monkeypatch):
+    """It has met the others for its heads, which they have not: such groups are not used again."""
+
+    class OneRank(Peers):
+        _send_heads = _meet = lambda *_, **__: None
+
+        def _heads(self, q, *_):
+            return q, q, q
+
+    progress = [Progress(lambda: None, lambda _: None) for _ in range(2)]
+    monkeypatch.setitem(waiting._waiters, "two ranks", progress[0])
+    group = SimpleNamespace(name="two ranks", rank=0, size=2, ranks=(0, 1), device="cpu")
+    size = rounded(1)
+    mine = OneRank(group, (size, size), torch.zeros(256 + 2 * size, dtype=torch.uint8), [0, 0])
+    q = torch.zeros(1, 4, 4, 8)
+    with pytest.raises(torch.OutOfMemoryError):
+        mine.attended(q, q, q, [4, 4], functools.partial(peer_cases._raise, torch.OutOfMemoryError()), parts=parts)
+    assert not in_step({rank: Ended(call=1, counts=dict(progress[rank].counts)) for rank in range(2)})
 
 
 def test_memory_grows_in_strides_up_to_a_limit_and_each_size_stays_with_its_own(monkeypatch):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline, team
 from pipeboost.distributed import groups
-from tests.gpu.parallel_gpu_cases import _difference, _exact_device
+from tests.gpu.parallel_gpu_cases import _difference, _exact_device, in_two_parts
 from tests.pipelines.tiny import TINY
 
 
@@ -81,8 +81,8 @@ def _gloo(*where: Any) -> Any:
     return dist.ProcessGroupGloo(*where, groups.LIMIT)
 
 
-def layouts(name: str, degrees: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
-    """In each layout, largest differences of final latents.
+def layouts(name: str, degrees: Sequence[Mapping[str, int]], parts: bool = False) -> list[dict[str, Any]]:
+    """In each layout, largest differences of final latents; with `parts`, heads are exchanged in two.
 
     Returns:
         For each layout, `"shared"`: to one rank; `"removed"`: of stock to stock; `"carrier"`: of heads and tokens.
@@ -92,7 +92,7 @@ def layouts(name: str, degrees: Sequence[Mapping[str, int]]) -> list[dict[str, A
     entry = TINY[name]
     pipe = entry.build().to(device)
     found = []
-    with torch.no_grad(), _sharing_one_gpu():
+    with torch.no_grad(), _sharing_one_gpu(), in_two_parts(parts):
         stock = entry.call(pipe, output_type="latent")
         for layout in degrees:
             accelerate_pipeline(pipe, compile=None, parallel=ParallelConfig(**layout), reuse=None)

@@ -1,9 +1,10 @@
 """What the ranks run in `test_parallel_gpu`, each on a GPU of its own."""
 
+import contextlib
 import copy
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,26 @@ import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, peers, world
+from pipeboost.parallel import attend
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.beside_cases import requests_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 
 
-def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, Any]]:
-    """In each layout, largest differences of final latents.
+@contextlib.contextmanager
+def in_two_parts(wanted: bool) -> Iterator[None]:
+    """Inside, heads are exchanged in two parts where there are two, as in models that fill a GPU."""
+    given = attend._parts
+    if wanted:
+        attend._parts = lambda batch, tokens, heads, *_, launched: min(heads, 2)
+    try:
+        yield
+    finally:
+        attend._parts = given
+
+
+def layouts(name: str, degrees: list[Mapping[str, int]], parts: bool = False) -> list[dict[str, Any]]:
+    """In each layout, largest differences of final latents; with `parts`, heads are exchanged in two.
 
     Returns:
         For each layout, `"shared"`: to one GPU; `"graphs"`, `"graphs, other prompt"`: of replayed CUDA graphs to the
@@ -28,7 +42,7 @@ def layouts(name: str, degrees: list[Mapping[str, int]]) -> list[dict[str, Any]]
     entry = TINY[name]
     pipe = entry.build().to(device)
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), in_two_parts(parts):
         stock = entry.call(pipe, output_type="latent")
         for layout in degrees:
             common = {"parallel": ParallelConfig(**layout), "reuse": None}

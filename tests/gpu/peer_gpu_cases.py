@@ -1,11 +1,7 @@
 """What a process runs in `test_peers_gpu`: four ranks on one GPU, that reach each other's memory as GPUs do."""
 
-import os
-
-# Else streams share queues, and what a rank waits for may stand behind its waiting.
-os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
-
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +22,11 @@ def exchanges(cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) ->
 
     Returns:
         `"moved"`: whether queries that are handed back as an output are their ranks' own again, at once and from CUDA
-        graphs; `"error"`: of attention, relative to float64; `"replayed"`: whether graphs give the same to the bit.
+        graphs; `"error"`: of attention, relative to float64; `"replayed"`, `"alike"`: whether from graphs, and in one
+        part, it is the same to the bit.
     """
+    # Else streams share queues, and what a rank waits for may stand behind its waiting. Read when CUDA starts.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     return [_exchanged(*case) for case in cases]
 
 
@@ -47,7 +46,7 @@ def _exchanged(batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: s
             rank._memory[peers._BOARD :] = 255  # NaN, which would be seen
         torch.cuda.synchronize()
 
-    def run(attend: Attend) -> list[torch.Tensor]:
+    def run(attend: Attend, parts: int = parts) -> list[torch.Tensor]:
         outs = []
         for rank, numbers, stream in zip(team, given, streams, strict=True):
             with torch.cuda.stream(stream):
@@ -74,10 +73,10 @@ def _exchanged(batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: s
 
     # Kernels are compiled and memory is taken where nobody waits, since either may wait for the GPU.
     renew()
-    for each in (_queries, attend):
-        for rank in team:
-            rank.halt()
-        run(each)
+    for rank in team:
+        rank.halt()
+    for each, count in ((_queries, parts), (attend, parts), (attend, 1)):
+        run(each, count)
     for rank in team:
         rank._halt[0] = 0
     renew()
@@ -92,7 +91,12 @@ def _exchanged(batch: int, tokens: Sequence[int], heads: int, dim: int, dtype: s
     replayed = [out.clone() for out in outs]
     expected, _ = reference(*torch.cat(given, dim=2).unbind(0))
     error = float((torch.cat(replayed, dim=1) - expected).norm() / expected.norm())
-    return {"moved": moved, "error": error, "replayed": all(map(torch.equal, run(attend), replayed))}
+    return {
+        "moved": moved,
+        "error": error,
+        "replayed": all(map(torch.equal, run(attend), replayed)),
+        "alike": all(map(torch.equal, run(attend, 1), replayed)),
+    }
 
 
 def _queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

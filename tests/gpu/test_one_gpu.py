@@ -17,9 +17,18 @@ PIPELINES = {
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_four_ranks_give_what_one_gives(name):
-    for outcome in on_mortal_ranks(4, cases.layouts, name, PIPELINES[name], limit=150.0, start="spawn"):
+    check(4, name, PIPELINES[name])
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "hunyuan_video"])
+def test_heads_in_two_parts_give_what_one_rank_gives(name):
+    check(2, name, [{"ulysses": 2}], parts=True)
+
+
+def check(ranks, name, layouts, **how):
+    for outcome in on_mortal_ranks(ranks, cases.layouts, name, layouts, limit=150.0, start="spawn", **how):
         assert outcome.answer is not None, outcome.printed
-        for layout, found in zip(PIPELINES[name], outcome.answer, strict=True):
+        for layout, found in zip(layouts, outcome.answer, strict=True):
             print(name, layout, found)
             assert found["shared"] < 1e-4
             assert found["removed"] == 0.0

@@ -25,8 +25,16 @@ on_mortal_ranks = functools.partial(failure_ranks.on_mortal_ranks, start="spawn"
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_layouts_give_what_one_gpu_gives_from_graphs_too_and_come_off(name):
-    layouts = LAYOUTS[RANKS] + (GUIDED[RANKS] if PIPELINES[name] else [])
-    for outcome in on_mortal_ranks(RANKS, cases.layouts, name, layouts, limit=LIMIT):
+    check(RANKS, name, LAYOUTS[RANKS] + (GUIDED[RANKS] if PIPELINES[name] else []))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_heads_in_two_parts_give_what_one_gpu_gives_from_graphs_too(name):
+    check(2, name, [{"ulysses": 2}], parts=True)
+
+
+def check(ranks, name, layouts, **how):
+    for outcome in on_mortal_ranks(ranks, cases.layouts, name, layouts, limit=LIMIT, **how):
         assert outcome.answer is not None, outcome.printed
         for layout, found in zip(layouts, outcome.answer, strict=True):
             print(name, layout, found)

@@ -22,4 +22,5 @@ def test_attention_across_four_ranks_is_that_of_one_in_any_number_of_parts():
         print(case, found)
         assert found["moved"]
         assert found["replayed"]
+        assert found["alike"]
         assert found["error"] < (0.01 if "bfloat16" in case else 1e-5), case

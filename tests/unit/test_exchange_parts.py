@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeboost.parallel import attend
+from pipeboost.parallel.shards import SHARDS, Shards
 
 CASES = {
     "FLUX at 1024x1024 on four": ((1, 4608, 6, 128), 1, 2),
@@ -17,11 +18,39 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_parts_where_each_fills_the_gpu_and_the_host_has_the_time(case, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132), raising=True
-    )
+def test_two_parts_where_each_fills_the_gpu_and_the_host_has_the_time(case):
     sizes, eager, captured = CASES[case]
-    device = torch.device("cuda")
-    assert attend._parts(*sizes, device, launched=False) == eager
-    assert attend._parts(*sizes, device, launched=True) == captured
+    assert attend._parts(*sizes, 132, launched=False) == eager
+    assert attend._parts(*sizes, 132, launched=True) == captured
+
+
+def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eagerly_too(monkeypatch):
+    """Another rank may replay what this one runs."""
+    found = []
+
+    def attended(q, *_, parts):
+        found.append(parts)
+        return q
+
+    peers = SimpleNamespace(multiprocessors=132, launched=set(), attended=attended)
+    groups = {
+        "ulysses": SimpleNamespace(size=4, rank=0, peers=lambda *_: peers),
+        "ring": SimpleNamespace(size=1, rank=0),
+    }
+    call = SimpleNamespace(mesh=SimpleNamespace(group=groups.get), captures=False, state={})
+    monkeypatch.setattr(attend, "current_call", lambda: call)
+    served = SimpleNamespace(attend=None)
+    across = attend.AcrossRanks()
+    monkeypatch.setattr(across, "_attend", lambda: served)
+
+    def run(tokens, *, captures=False):
+        call.captures = captures
+        call.state[SHARDS] = Shards(4, 0, image=tokens, text=512)
+        q = torch.empty(1, (tokens + 512) // 4, 24, 128, device="meta")
+        across.run(q, q, q, None, None)
+
+    run(4096)
+    run(4096, captures=True)
+    run(4096)
+    run(5120)
+    assert found == [1, 2, 2, 1]

@@ -130,11 +130,13 @@ class Group:
         the same. Each is an eighth larger than it must be but for the first, so that prompts which grow by a token at a
         time do not make one each.
         """
-        if self.device != "cuda" or self.size == 1 or self.unreachable:
+        if self.device != "cuda" or self.size == 1:
             return None
         for made in self._peers:
             if made.heads_bytes >= heads_bytes and made.tokens_bytes >= tokens_bytes:
                 return made
+        if self.unreachable:
+            return None
         if self._peers:
             latest = self._peers[-1]
             heads_bytes = max(latest.heads_bytes, heads_bytes * 9 // 8)

@@ -62,7 +62,7 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        words = meet(self.ranks, f"{layout or self._in_words() or 'one rank a sample'} on {device.type}")
+        words = meet("a mesh", self.ranks, f"{layout or self._in_words() or 'one rank a sample'} on {device.type}")
         other = next((rank for rank, word in enumerate(words) if word != words[0]), None)
         if other is not None:
             raise UnsupportedError(

@@ -59,7 +59,7 @@ class _Part(NamedTuple):
 
 
 def _parts(heads: int, count: int) -> list[_Part]:
-    """So many heads in so many parts, as equal as can be, the larger ones first."""
+    """So many heads in so many parts, as equal as can be, the first of two the larger."""
     begins = [heads * part // count for part in range(count + 1)]
     return [_Part(heads - end, end - begin, begin == 0) for begin, end in itertools.pairwise(begins)][::-1]
 
@@ -76,15 +76,25 @@ class Peers:
         sizes: bytes of the two inboxes.
         memory: of this rank, zeros: a board and the two inboxes, one after another.
         addresses: where the memory of each rank is, as this one's GPU sees it.
+        multiprocessors: of the smallest of the GPUs.
 
     Attributes:
+        multiprocessors: as given.
         heads_bytes, tokens_bytes: the most that may arrive here of other ranks' tokens, and of this one's.
         starts: tokens of each rank → where they begin, on the GPU.
-        launched: sizes of attentions of which CUDA graphs were captured, on all ranks alike.
+        launched: sizes of attentions that were rehearsed for a CUDA graph, on all ranks alike.
     """
 
-    def __init__(self, group: Group, sizes: tuple[int, int], memory: torch.Tensor, addresses: Sequence[int]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        sizes: tuple[int, int],
+        memory: torch.Tensor,
+        addresses: Sequence[int],
+        multiprocessors: int = 1,
+    ) -> None:
         self.heads_bytes, self.tokens_bytes = sizes
+        self.multiprocessors = multiprocessors
         self._group = group
         self._memory, device = memory, memory.device
         self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
@@ -122,27 +132,35 @@ class Peers:
         """
         group, (heads, head_dim) = self._group, q.shape[2:]
         q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
+        self._starts_of(tuple(tokens))  # which waits for the GPU where they are new: not once it waits for others
         here, links, beside = (Lane.current(q.device), *self._lanes) if parts > 1 else (Lane(None),) * 3
-        links.after(here.mark())
-        arrived = []
-        for part in _parts(heads // group.size, parts):
+        lanes = [here, beside]
+        for lane in (links, beside):
+            lane.after(here.mark())
+        outs = []
+        try:
+            arrived = []
             with links.on():
-                self._send_heads((q, k, v), tokens, part)
+                for part in _parts(heads // group.size, parts):
+                    self._send_heads((q, k, v), tokens, part)
+                    self._meet()
+                    arrived.append((part, links.mark()))
+                follow(group, "exchange of heads for tokens")
+            for number, (part, mark) in enumerate(arrived):
+                # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
+                lane = lanes[number % 2]
+                lane.after(mark)
+                with lane.on():
+                    outs.append(attend(*self._heads(q, sum(tokens), part)).contiguous())
+                links.after(lane.mark())
+                with links.on():
+                    self._send_tokens(outs[-1], tokens, heads, part)
+            with links.on():
                 self._meet()
-                arrived.append((part, links.mark()))
-        for number, (part, mark) in enumerate(arrived):
-            # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
-            lane = beside if number % 2 else here
-            lane.after(mark)
-            with lane.on():
-                out = attend(*self._heads(q, sum(tokens), part)).contiguous()
-            links.after(lane.mark())
-            with links.on():
-                self._send_tokens(out, tokens, heads, part)
-        with links.on():
-            self._meet()
-        here.after(links.mark())
-        follow(group, "exchange of heads for tokens, and back")
+                follow(group, "exchange of tokens for heads")
+        finally:  # whoever goes on after an error goes on after all lanes, and a capture ends with all of them
+            for lane in (links, beside):
+                here.after(lane.mark())
         begin = _BOARD + self.heads_bytes
         return self._memory[begin : begin + q.nbytes].view(q.dtype).view(q.shape).clone()
 
@@ -229,11 +247,16 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
     assert found is not None
-    peers = Peers(group, sizes, memory, found)
+    multiprocessors = min(map(int, _all_say(said, "multiprocessors", str(_multiprocessors(device)), group)))
+    peers = Peers(group, sizes, memory, found, multiprocessors)
     right = _arrives(peers, group, device)
     if not all(_all_say(said, "right", "yes" if right else "", group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def rounded(nbytes: int) -> int:

@@ -114,18 +114,20 @@ class AcrossRanks:
         if call.captures:
             # From here on, also where this rank runs what another one replays: they exchange in the same parts.
             peers.launched.add(sizes)
-        parts = 1 if ring.size > 1 else _parts(*sizes, q.device, launched=sizes in peers.launched)
+        parts = 1
+        if ring.size == 1:
+            parts = _parts(*sizes, peers.multiprocessors, launched=sizes in peers.launched)
         return peers.attended(q, k, v, here, attend_to_all, parts=parts)
 
 
-def _parts(batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, *, launched: bool) -> int:
-    """In how many parts a rank's heads are exchanged: two, where half of them fill the GPU.
+def _parts(batch: int, tokens: int, heads: int, head_dim: int, multiprocessors: int, *, launched: bool) -> int:
+    """In how many parts a rank's heads are exchanged, the same on all ranks: two, where half of them fill a GPU.
 
     Args:
+        multiprocessors: of that GPU.
         launched: whether it costs the host nothing to launch more kernels, since CUDA graphs do.
     """
-    blocks = batch * (heads // 2) * (tokens // _QUERIES)
-    fills = blocks >= _FILLED * torch.cuda.get_device_properties(device).multi_processor_count
+    fills = batch * (heads // 2) * (tokens // _QUERIES) >= _FILLED * multiprocessors
     return 2 if fills and (launched or 4 * batch * heads * tokens**2 * head_dim >= _LONG) else 1
 
 
