@@ -24,3 +24,8 @@ def test_attention_across_four_ranks_is_that_of_one_in_any_number_of_parts():
         assert found["replayed"]
         assert found["alike"]
         assert found["error"] < (0.01 if "bfloat16" in case else 1e-5), case
+
+
+def test_after_attention_that_failed_on_all_ranks_the_next_exchange_is_right():
+    (outcome,) = on_mortal_ranks(1, cases.after_errors, limit=100.0, start="spawn")
+    assert outcome.answer == {"at once": [True] * 4, "captured": [True] * 4}, outcome.printed
