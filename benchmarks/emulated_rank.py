@@ -10,16 +10,15 @@ the prediction. In the same run: stock and ours on one GPU, and with `--ranks 2`
 
 import argparse
 import contextlib
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.parallel import MODELS, Results, everywhere
-from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import SEQUENCE, Group, Mesh, Peers, local_device, peers
+from benchmarks.parallel import MODELS, Results, accelerated, everywhere
+from pipeboost.call import current_call
+from pipeboost.distributed import SEQUENCE, Group, Peers, local_device, peers
 from pipeboost.quality.full_size import build_pipeline, forward_inputs, full_size_named
 from pipeboost.quality.timing import time_runs
 
@@ -47,34 +46,23 @@ def main() -> None:
 
         with torch.no_grad():
             add("stock, 1 GPU")
-            with _accelerated(pipe, None):
+            with accelerated(pipe, None, opened=True, graphs=True):
                 add("ours, 1 GPU")
             for ranks in settings.ranks:
-                with _accelerated(pipe, ranks):
+                with accelerated(pipe, {"ulysses": 2}, opened=True, graphs=True), _of_more(ranks):
                     add(f"ours, ulysses={ranks}{' (emulated)' if ranks > 2 else ''}")
         del pipe, inputs
 
 
 @contextlib.contextmanager
-def _accelerated(pipe: Any, ranks: int | None) -> Iterator[None]:
-    parallel = None if ranks is None else ParallelConfig(ulysses=2)
-    accelerate_pipeline(pipe, parallel=parallel, compile=CompileConfig(graphs=True))
-    try:
-        with pipe.acceleration.open() as call, contextlib.ExitStack() as stack:
-            if ranks is not None and ranks > 2:
-                stack.enter_context(_of_more(call.mesh, ranks))
-            yield
-    finally:
-        pipe.acceleration.remove()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _of_more(mesh: Mesh, ranks: int) -> Iterator[None]:
-    """Inside, a mesh of two is taken for one of more."""
-    given = dict(mesh._groups)
-    mesh._groups[("ulysses",)] = mesh._groups[SEQUENCE] = _GroupOfMore(mesh.group("ulysses"), ranks)  # type: ignore
+def _of_more(ranks: int) -> Iterator[None]:
+    """Inside, the mesh of the call is taken for one of so many, though it is of two."""
+    call = current_call()
+    assert call is not None
+    assert call.mesh is not None
+    mesh, given = call.mesh, dict(call.mesh._groups)
+    if ranks > 2:
+        mesh._groups[("ulysses",)] = mesh._groups[SEQUENCE] = _GroupOfMore(mesh.group("ulysses"), ranks)  # type: ignore
     try:
         yield
     finally:
@@ -107,8 +95,8 @@ class _PeersOfMore(Peers):
     def __init__(self, whole: Peers, group: _GroupOfMore, heads_bytes: int, tokens_bytes: int) -> None:
         vars(self).update(vars(whole))
         self._whole, self._group = whole, group  # type: ignore[assignment]
-        self._heads_inboxes = self._spread(peers._BOARD, heads_bytes)
-        self._tokens_inboxes = self._spread(peers._BOARD + whole.heads_bytes, tokens_bytes)
+        self._heads_inboxes = self._spread(peers.BOARD, heads_bytes)
+        self._tokens_inboxes = self._spread(peers.BOARD + whole.heads_bytes, tokens_bytes)
 
     def _spread(self, begin: int, stride: int) -> torch.Tensor:
         memories, here = self._whole._boards.tolist(), self._group.rank

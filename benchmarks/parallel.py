@@ -211,11 +211,11 @@ def denoiser(
                 add(f"stock, ulysses={count} and compile")
             return
         stock = add("stock, 1 GPU").clone()
-        with _accelerated(pipe, None, opened=branches == 1):
+        with accelerated(pipe, None, opened=branches == 1):
             add("ours, 1 GPU", stock)
         for layout, wanted in itertools.product(layouts, graphs):
             named = ", ".join(f"{axis}={degree}" for axis, degree in layout.items())
-            with _accelerated(pipe, layout, opened=branches == 1, graphs=wanted):
+            with accelerated(pipe, layout, opened=branches == 1, graphs=wanted):
                 add(f"ours, {named}{' and CUDA graphs' if wanted else ''}", stock)
 
 
@@ -270,9 +270,10 @@ def vae(device: torch.device, results: Results) -> None:
 
 
 @contextlib.contextmanager
-def _accelerated(
+def accelerated(
     pipe: Any, layout: Mapping[str, int] | None, *, opened: bool, graphs: bool | str = "auto"
 ) -> Iterator[None]:
+    """Inside, the pipeline is accelerated; `opened`, its transformer can be called by itself."""
     parallel = None if layout is None else ParallelConfig(**layout)
     accelerate_pipeline(pipe, parallel=parallel, compile=CompileConfig(graphs=graphs))
     try:

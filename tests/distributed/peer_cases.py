@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import Mesh, Peers, peers
+from pipeboost.distributed import Mesh, Peers, peers, peers_connect
 
 
 def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) -> list[bool]:
@@ -26,20 +26,20 @@ def refusals(folder: str) -> list[Any]:
     found = []
     with _on_cpus(folder, 2) as mesh:
         for name, trouble in (("_room", RuntimeError("out of memory")), ("_addresses", RuntimeError("no access"))):
-            given = getattr(peers, name)
+            given = getattr(peers_connect, name)
             if mesh.index("ulysses") == 1:
-                setattr(peers, name, functools.partial(_raise, trouble))
+                setattr(peers_connect, name, functools.partial(_raise, trouble))
             found.append(_connected(mesh, name))
-            setattr(peers, name, given)
-        given, peers._addresses = peers._addresses, lambda memory: [memory.data_ptr()] * 2
+            setattr(peers_connect, name, given)
+        given, peers_connect._addresses = peers_connect._addresses, lambda memory: [memory.data_ptr()] * 2
         meet, Peers._meet = Peers._meet, lambda _: None  # on such a machine it is the test's patience that ends it
         found.append(_connected(mesh, "own"))
-        peers._addresses, Peers._meet = given, meet
+        peers_connect._addresses, Peers._meet = given, meet
     return found
 
 
 def _connected(mesh: Mesh, name: str) -> Any:
-    return peers.connect(mesh.group("ulysses"), 2**18, 2**18, torch.device("cpu"), name)
+    return peers_connect.connect(mesh.group("ulysses"), 2**18, 2**18, torch.device("cpu"), name)
 
 
 def _raise(error: Exception, *_: Any) -> None:
@@ -68,12 +68,14 @@ def _on_cpus(folder: str, ranks: int) -> Iterator[Mesh]:
         others = [mapped(rank, memory.numel()).data_ptr() for rank in range(ranks)]
         return [memory.data_ptr() if rank == mesh.index("ulysses") else other for rank, other in enumerate(others)]
 
-    given = peers._registered, peers._room, peers._addresses
-    peers._registered, peers._room, peers._addresses = lambda _, name: contextlib.nullcontext(name), room, addresses
+    given = {name: getattr(peers_connect, name) for name in ("_registered", "_room", "_addresses")}
+    peers_connect._registered = lambda _, name: contextlib.nullcontext(name)
+    peers_connect._room, peers_connect._addresses = room, addresses
     try:
         yield mesh
     finally:
-        peers._registered, peers._room, peers._addresses = given
+        for function, value in given.items():
+            setattr(peers_connect, function, value)
         mesh.close()
 
 

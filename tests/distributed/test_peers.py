@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeboost.distributed import Group, Peers, groups, waiting
-from pipeboost.distributed.peers import MOST_BYTES, rounded
+from pipeboost.distributed.peers import rounded
+from pipeboost.distributed.peers_connect import MOST_BYTES
 from pipeboost.distributed.watch_progress import Progress
 from pipeboost.distributed.watch_records import Ended, in_step
 from tests.distributed import peer_cases

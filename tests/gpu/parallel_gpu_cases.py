@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import local_device, peers, world
+from pipeboost.distributed import local_device, peers_connect, world
 from pipeboost.parallel import attend
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.beside_cases import requests_of
@@ -184,8 +184,8 @@ def after_unequal_pasts(name: str) -> dict[str, Any]:
     pipe = entry.build().to(device)
     if world().rank == 0:
         alone: Any = SimpleNamespace(name="a group of the first rank alone", rank=0, size=1)
-        with peers._registered(alone, "peers 0") as registered:
-            peers._addresses(peers._room(2**20, device, registered))
+        with peers_connect._registered(alone, "peers 0") as registered:
+            peers_connect._addresses(peers_connect._room(2**20, device, registered))
     with torch.no_grad():
         stock = entry.call(pipe, output_type="latent")
         layout = ParallelConfig(ulysses=world().size)

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from pipeboost.distributed.peers import MOST_BYTES, Peers, connect, rounded
+from pipeboost.distributed.peers import Peers, rounded
+from pipeboost.distributed.peers_connect import MOST_BYTES, connect
 from pipeboost.distributed.start import world
 from pipeboost.distributed.waiting import Transfer, finish
 
