@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-BLOCK = 8192
-"""Numbers that a program has under way at a time."""
-WARPS = 16
+
+class Pace(NamedTuple):
+    """How a kernel sends.
+
+    Attributes:
+        block: numbers that a program has under way at a time.
+        warps: of a program.
+        programs: at a time; None for as many as there are blocks.
+    """
+
+    block: int
+    warps: int
+    programs: int | None
+
+
+EXPOSED = Pace(block=2048, warps=4, programs=None)
+"""For what the GPU waits for."""
+HIDDEN = Pace(block=16384, warps=16, programs=24)
+"""As fast as links are (420 GB/s within an H200), on few multiprocessors: attention beside it has the others."""
 
 
 # Triton evaluates annotations in the kernel's scope, so its pointers and numbers have none. Programs that follow each

@@ -22,9 +22,6 @@ BOARD = 256
 """Bytes in front, where ranks write how often they came."""
 _LEAST = 2**20
 """Bytes of an inbox: enough to try it."""
-HIDDEN_PROGRAMS = 24
-EXPOSED_PROGRAMS = 528
-"""That send heads or tokens at a time."""
 
 
 class _Part(NamedTuple):
@@ -152,17 +149,18 @@ class Peers:
         self._halt[0] = 1
 
     def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
-        from pipeboost.distributed.peer_kernels import BLOCK, WARPS, send_heads
+        from pipeboost.distributed.peer_kernels import EXPOSED, HIDDEN, send_heads
 
+        pace = HIDDEN if part.first else EXPOSED
         group, (batch, own, heads, head_dim) = self._group, qkv[0].shape
         total, row, apart = sum(tokens), part.heads * head_dim, heads // group.size * head_dim
         begun = part.first * head_dim
         strides = [stride for each in qkv for stride in each.stride()[:2]]
-        items = 3 * batch * -(-own * row // BLOCK) * group.size
-        send_heads[self._programs(items, hidden=part.first > 0),](
+        items = 3 * batch * -(-own * row // pace.block) * group.size
+        send_heads[min(items, pace.programs or items),](
             *(each[:, :, part.first :] for each in qkv), self._heads_inboxes, 3 * batch * total * begun,
             batch, own, sum(tokens[: group.rank]), total, *strides, apart, group.rank,
-            RANKS=group.size, ROW=row, BLOCK=BLOCK, num_warps=WARPS,
+            RANKS=group.size, ROW=row, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
 
     def _heads(self, like: torch.Tensor, total: int, part: _Part) -> tuple[torch.Tensor, ...]:
@@ -175,20 +173,17 @@ class Peers:
         return received.view(3, batch, total, part.heads, head_dim).unbind(0)
 
     def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
-        from pipeboost.distributed.peer_kernels import BLOCK, WARPS, send_tokens
+        from pipeboost.distributed.peer_kernels import EXPOSED, HIDDEN, send_tokens
 
+        pace = EXPOSED if part.last else HIDDEN
         group, (batch, total, _, head_dim) = self._group, out.shape
         column = (group.rank * (heads // group.size) + part.first) * head_dim
-        items = batch * -(-max(tokens) * part.heads * head_dim // BLOCK) * group.size
-        send_tokens[self._programs(items, hidden=not part.last),](
+        items = batch * -(-max(tokens) * part.heads * head_dim // pace.block) * group.size
+        send_tokens[min(items, pace.programs or items),](
             out, self._tokens_inboxes, self._starts_of(tuple(tokens)), batch, max(tokens), total,
             heads * head_dim, column, group.rank,
-            RANKS=group.size, ROW=part.heads * head_dim, BLOCK=BLOCK, num_warps=WARPS,
+            RANKS=group.size, ROW=part.heads * head_dim, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
-
-    def _programs(self, items: int, *, hidden: bool) -> int:
-        """How many programs send: few where attention runs beside them, which wants the multiprocessors."""
-        return min(items, HIDDEN_PROGRAMS if hidden else EXPOSED_PROGRAMS)
 
     def _meet(self) -> None:
         """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
