@@ -13,12 +13,15 @@ CASES = {
     "FLUX at 256x256 on four": ((1, 768, 6, 128), 1, 1),
     "FLUX on 24, which leaves a head to each": ((1, 4608, 1, 128), 1, 1),
     "Wan of 81 frames on two": ((1, 32760, 6, 128), 2, 2),
+    "FLUX at 1024x1024 on two": ((1, 4608, 12, 128), 1, 2),
+    "Qwen-Image at 1024x1024 on two, three rounds of a GPU, halves of two": ((1, 4224, 12, 128), 1, 1),
+    "HunyuanVideo of 33 frames on four": ((1, 18420, 6, 128), 2, 2),
     "several images": ((4, 1152, 6, 128), 1, 2),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_parts_where_each_fills_the_gpu_and_the_host_has_the_time(case):
+def test_two_parts_where_each_fills_the_gpu_and_that_costs_nothing(case):
     sizes, eager, captured = CASES[case]
     assert attend._parts(*sizes, 132, launched=False) == eager
     assert attend._parts(*sizes, 132, launched=True) == captured

@@ -121,14 +121,22 @@ class AcrossRanks:
 
 
 def _parts(batch: int, tokens: int, heads: int, head_dim: int, multiprocessors: int, *, launched: bool) -> int:
-    """In how many parts a rank's heads are exchanged, the same on all ranks: two, where half of them fill a GPU.
+    """In how many parts a rank's heads are exchanged, the same on all ranks.
+
+    Two, where half of them fill a GPU, and where that costs nothing: a long attention keeps the GPU full while one part
+    follows the other; a short one does so in a CUDA graph, if the parts take the GPU no more rounds than the whole.
 
     Args:
         multiprocessors: of that GPU.
         launched: whether it costs the host nothing to launch more kernels, since CUDA graphs do.
     """
-    fills = batch * (heads // 2) * (tokens // _QUERIES) >= _FILLED * multiprocessors
-    return 2 if fills and (launched or 4 * batch * heads * tokens**2 * head_dim >= _LONG) else 1
+    blocks = batch * -(-tokens // _QUERIES)
+    half = heads // 2
+    if half * blocks < _FILLED * multiprocessors:
+        return 1
+    whole, *parts = (-(-each * blocks // multiprocessors) for each in (heads, half, heads - half))
+    long = 4 * batch * heads * tokens**2 * head_dim >= _LONG
+    return 2 if long or (launched and sum(parts) <= whole) else 1
 
 
 def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
