@@ -39,7 +39,7 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
     [
         pytest.param(1, " (rank 1)", id="second"),
         pytest.param(0, "", id="first", marks=pytest.mark.exhaustive),
-        pytest.param(-1, "", id="all"),
+        pytest.param(-1, "", id="all", marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_a_rank_of_the_command_refuses_ends_all_in_one_sentence(alone, told):
