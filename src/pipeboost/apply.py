@@ -19,16 +19,17 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from pipeboost.attention import swap_attention, trim_padded_text
-from pipeboost.cache import attach_cache
-from pipeboost.compile import CompiledModel, Graphs, capture_graphs, compile_model
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import busy
-from pipeboost.ledger import Ledger
-from pipeboost.offload import place
+from pipeboost.features.attention import swap_attention, trim_padded_text
+from pipeboost.features.cache import attach_cache
+from pipeboost.features.compile import CompiledModel, compile_model
+from pipeboost.features.graphs import Graphs, capture_graphs
+from pipeboost.features.offload import place
+from pipeboost.features.parallel.rank_team import Team
+from pipeboost.features.reuse import PromptReuse, reuse_prompts
 from pipeboost.plan import Plan
-from pipeboost.reuse import PromptReuse, reuse_prompts
 from pipeboost.stages import watch
-from pipeboost.team import Team
 
 
 @dataclass(frozen=True)

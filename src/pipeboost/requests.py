@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeboost.calls import Calls, one_of_a_list, signature_of
 from pipeboost.distributed.beside import Beside
+from pipeboost.features.parallel.rank_team import Team
+from pipeboost.runner import Calls, one_of_a_list, signature_of
 from pipeboost.stages import Serving, asking, one_by_one, overlapped, with_what_finished, without_trajectory
-from pipeboost.team import Team
 
 
 def run_list(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]], *, overlap: bool) -> Iterator[Any]:

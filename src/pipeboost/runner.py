@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from pipeboost.applied import AppliedPlan
-from pipeboost.call import Call, current_call, no_call, open_call
+from pipeboost.contract.call import Call, current_call, no_call, open_call
+from pipeboost.contract.registry import GENERIC
+from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import tell_stage
 from pipeboost.distributed.beside import Beside
-from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.known_families import GENERIC
-from pipeboost.offload import residing
-from pipeboost.seams import stock_class
+from pipeboost.features.offload import residing
+from pipeboost.features.parallel.rank_team import Team
 from pipeboost.stages import (
     COMPOSITION,
     ERRANDS,
@@ -39,8 +40,7 @@ from pipeboost.stages import (
     with_trajectory,
     without_trajectory,
 )
-from pipeboost.stages.turns import Turns
-from pipeboost.team import Team
+from pipeboost.stages.admission import Turns
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)

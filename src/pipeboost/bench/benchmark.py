@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import ConfigurationError, PipeboostError
-from pipeboost.families import FullSize
-from pipeboost.hardware import detect_hardware
+from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
+from pipeboost.bench.environment import gpu_state, versions
+from pipeboost.bench.flops import count_work
+from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs, seeded
+from pipeboost.bench.roofline import measure_ceilings
+from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.families import FullSize
+from pipeboost.core.hardware import detect_hardware
 from pipeboost.quality import tuned_stock
-from pipeboost.quality.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
-from pipeboost.quality.ceilings import measure_ceilings
-from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs, seeded
 from pipeboost.quality.parity import relative_error
-from pipeboost.quality.surroundings import gpu_state, versions
 from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_runs
-from pipeboost.quality.work import count_work
 
 _MINIMUM_REPEATS = 5
 _CALLS = 3

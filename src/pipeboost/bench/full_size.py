@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import UnsupportedError, not_one_of
-from pipeboost.families import FullSize
-from pipeboost.known_families import families
+from pipeboost.contract.registry import families
+from pipeboost.core.errors import UnsupportedError, not_one_of
+from pipeboost.core.families import FullSize
 
 _SEED = 0
 _CALL_ARGUMENTS = {

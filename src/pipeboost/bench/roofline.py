@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeboost.bench.flops import AttentionShape, Work
 from pipeboost.quality.timing import time_runs
-from pipeboost.quality.work import AttentionShape, Work
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

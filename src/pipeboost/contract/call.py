@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from pipeboost.core.errors import Cancelled
 from pipeboost.distributed import Mesh
-from pipeboost.errors import Cancelled
 
 _current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
 _opening = threading.RLock()

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.attention import swappable_processors
-from pipeboost.config import ParallelConfig
+from pipeboost.contract.registry import text_encoder_sharding
+from pipeboost.core.config import ParallelConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Activations, Family, Linear, TensorSharding
+from pipeboost.core.hardware import free_memory
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import world_size
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Activations, Family, Linear, TensorSharding
-from pipeboost.hardware import free_memory
-from pipeboost.known_families import text_encoder_sharding
-from pipeboost.offload import (
+from pipeboost.features.attention import swappable_processors
+from pipeboost.features.offload import (
     Component,
     bytes_on,
     placed_components,
@@ -24,14 +25,13 @@ from pipeboost.offload import (
     unmovable_weights,
     weigh,
 )
-from pipeboost.parallel import (
+from pipeboost.features.parallel import (
     bytes_on_other_ranks,
     shares_text_encoders,
     shares_vae,
     split_bytes,
     tensor_degrees,
 )
-from pipeboost.seams import stock_class
 
 _UNSHARED = 0.2
 """The part of shared activations that every rank has whole, borders and workspaces, at most: of two ranks each took

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family, TensorSharding
-from pipeboost.seams import stock_class
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family, TensorSharding
+from pipeboost.core.seams import stock_class
 
 GENERIC = "generic"
 """Name of the family of pipelines that no family claims."""

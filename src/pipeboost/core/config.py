@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeboost.config_sources import environment_settings, file_settings, variable_of
-from pipeboost.errors import ConfigurationError, not_one_of
+from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
+from pipeboost.core.errors import ConfigurationError, not_one_of
 
 TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 
 _PREFIX = "PIPEBOOST_"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import UnsupportedError
-from pipeboost.seams import layers_of
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import layers_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from pipeboost.errors import UnsupportedError
-from pipeboost.seams import Layer, add_layer, has_layer, remove_layer
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import Layer, add_layer, has_layer, remove_layer
 
 _lock = threading.RLock()
 _shared_changes: weakref.WeakKeyDictionary[Any, dict[str, _SharedChange]] = weakref.WeakKeyDictionary()

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from pipeboost.errors import Cancelled
+from pipeboost.core.errors import Cancelled
 
 TURN = "turn"
 """Where a call's state keeps its `Turn`."""

@@ -8,8 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from pipeboost.cache import CacheCount
-from pipeboost.call import Call
+from pipeboost.contract.call import Call
+from pipeboost.features.cache import CacheCount
 from pipeboost.stages.report import Load, Report
 from pipeboost.stages.spans import Span
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeboost.call import Call, current_call
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family
-from pipeboost.ledger import Ledger
-from pipeboost.stages.doorway import door_layer, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.stages.admission import TURN
 from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
 from pipeboost.stages.stage import Values
+from pipeboost.stages.stage_middleware import door_layer, named_results, rebuilt, run_user_stage, user_stages
 from pipeboost.stages.trajectory import note_step
-from pipeboost.stages.turns import TURN
 
 OUTERMOST = -100.0
 COMPANIONS = ("controlnet",)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch.nn import Module
 
-from pipeboost.call import Call, current_call
-from pipeboost.errors import PipeboostError
-from pipeboost.families import StageDoor
-from pipeboost.parallel import apart
-from pipeboost.seams import Layer, stock_class
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import PipeboostError
+from pipeboost.core.families import StageDoor
+from pipeboost.core.seams import Layer, stock_class
+from pipeboost.features.parallel import apart
 from pipeboost.stages.composition import FRAMES, Composition, Slot
 from pipeboost.stages.errands import ERRANDS, INSIDE, Errands
 from pipeboost.stages.ranks import on_ranks

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeboost.distributed.digest import digest
-from pipeboost.distributed.mesh import Mesh
-from pipeboost.distributed.random_state import State, fingerprint, global_state, set_global_state
-from pipeboost.distributed.sharing import shared
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.agreement.broadcast import shared
+from pipeboost.distributed.agreement.digests import digest
+from pipeboost.distributed.agreement.random_state import State, fingerprint, global_state, set_global_state
+from pipeboost.distributed.collectives.mesh import Mesh
 
 STRETCHES = 16
 """Parts of the latents that are compared each by its sum."""

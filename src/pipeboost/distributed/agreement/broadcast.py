@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from pipeboost.distributed.groups import Group
-from pipeboost.distributed.mesh import SAMPLE, Mesh
-from pipeboost.distributed.parcel import Known, Parcel, memory_of, pack, tensors_in, unpack
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.agreement.serialization import Known, Parcel, memory_of, pack, tensors_in, unpack
+from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.collectives.mesh import SAMPLE, Mesh
 
 
 class _Outcome(IntEnum):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeboost.distributed.digest import digest
+from pipeboost.distributed.agreement.digests import digest
 
 State = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
 
 
 class TensorFacts(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from pipeboost.distributed.groups import Group
+    from pipeboost.distributed.collectives.groups import Group
 
 querying = threading.Lock()
 """Held while a thread asks the GPU whether something is done, which nobody may while a CUDA graph is captured."""

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from pipeboost.distributed.peers import Peers, rounded
-from pipeboost.distributed.peers_connect import MOST_BYTES, connect
+from pipeboost.distributed.collectives.collective_wait import Transfer, finish
+from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
+from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
 from pipeboost.distributed.start import world
-from pipeboost.distributed.waiting import Transfer, finish
 
 LIMIT = timedelta(minutes=30)
 """When torch's own backends give up; `waiting` gives up long before."""
@@ -120,7 +120,7 @@ class Group:
         """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
         if self.size == 1:
             return [value]
-        from pipeboost.distributed.objects import gather
+        from pipeboost.distributed.collectives.objects import gather
 
         return gather(self, value)
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeboost.distributed.groups import Group
-from pipeboost.distributed.meeting import meet
-from pipeboost.distributed.neighbours import Neighbour, this_process
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.failure.local_processes import Neighbour, this_process
+from pipeboost.distributed.failure.rendezvous import meet
 from pipeboost.distributed.start import world
-from pipeboost.errors import UnsupportedError
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor ranks, which talk most, are neighbours."""

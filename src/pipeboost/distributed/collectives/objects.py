@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed.groups import Group
+from pipeboost.distributed.collectives.groups import Group
 
 
 def gather(group: Group, value: Any) -> list[Any]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipeboost.distributed.lanes import Lane
-from pipeboost.distributed.waiting import follow
+from pipeboost.distributed.collectives.collective_wait import follow
+from pipeboost.distributed.collectives.streams import Lane
 
 if TYPE_CHECKING:
-    from pipeboost.distributed.groups import Group
+    from pipeboost.distributed.collectives.groups import Group
 
 BOARD = 256
 """Bytes in front, where ranks write how often they came."""
@@ -149,7 +149,7 @@ class Peers:
         self._halt[0] = 1
 
     def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
-        from pipeboost.distributed.peer_kernels import EXPOSED, HIDDEN, send_heads
+        from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_heads
 
         pace = HIDDEN if part.first else EXPOSED
         group, (batch, own, heads, head_dim) = self._group, qkv[0].shape
@@ -173,7 +173,7 @@ class Peers:
         return received.view(3, batch, total, part.heads, head_dim).unbind(0)
 
     def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
-        from pipeboost.distributed.peer_kernels import EXPOSED, HIDDEN, send_tokens
+        from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_tokens
 
         pace = EXPOSED if part.last else HIDDEN
         group, (batch, total, _, head_dim) = self._group, out.shape
@@ -187,7 +187,7 @@ class Peers:
 
     def _meet(self) -> None:
         """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
-        from pipeboost.distributed.peer_kernels import meet
+        from pipeboost.distributed.collectives.symmetric_kernels import meet
 
         meet[(1,)](self._boards, self._group.rank, self._round, self._halt, RANKS=self._group.size, num_warps=1)
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeboost.distributed.neighbours import this_process
-from pipeboost.distributed.peers import BOARD, Peers, rounded
-from pipeboost.distributed.renumbered import Renumbered
+from pipeboost.distributed.collectives.collective_wait import expecting
+from pipeboost.distributed.collectives.renumbered_store import Renumbered
+from pipeboost.distributed.collectives.symmetric_buffers import BOARD, Peers, rounded
+from pipeboost.distributed.failure.local_processes import this_process
 from pipeboost.distributed.start import world
-from pipeboost.distributed.waiting import expecting
 
 if TYPE_CHECKING:
-    from pipeboost.distributed.groups import Group
+    from pipeboost.distributed.collectives.groups import Group
 
 Made = TypeVar("Made")
 

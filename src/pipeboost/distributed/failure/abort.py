@@ -11,8 +11,8 @@ from datetime import timedelta
 
 import torch
 
-from pipeboost.distributed.groups import Group
-from pipeboost.distributed.watch_records import Failure
+from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.failure.records import Failure
 
 _NEVER_SENT = 0x7F000000
 """A tag that no message has."""

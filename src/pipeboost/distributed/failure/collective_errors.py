@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeboost.distributed.mesh import Mesh
-from pipeboost.distributed.watch_records import told_of
+from pipeboost.distributed.collectives.mesh import Mesh
+from pipeboost.distributed.failure.records import told_of
 
 
 class AllOrNone:

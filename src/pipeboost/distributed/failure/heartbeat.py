@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from pipeboost.distributed.watch_records import Record
+from pipeboost.distributed.failure.records import Record
 
 _ANSWER = timedelta(seconds=10)
 

@@ -10,13 +10,13 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from pipeboost.distributed.neighbours import Death
-from pipeboost.distributed.watch_ending import end_process
-from pipeboost.distributed.watch_mail import nothing_to_do
-from pipeboost.distributed.watch_records import Failure, Record, first_error, late_for, left_behind, ranks_in_words
+from pipeboost.distributed.failure.abort import end_process
+from pipeboost.distributed.failure.heartbeat import nothing_to_do
+from pipeboost.distributed.failure.local_processes import Death
+from pipeboost.distributed.failure.records import Failure, Record, first_error, late_for, left_behind, ranks_in_words
 
 if TYPE_CHECKING:
-    from pipeboost.distributed.watch_mesh import Watch
+    from pipeboost.distributed.failure.watchdog import Watch
 
 
 class Guard:

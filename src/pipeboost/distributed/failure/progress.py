@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.distributed.groups import Group
-from pipeboost.distributed.waiting import busy_with, querying
-from pipeboost.distributed.watch_records import Counts
+from pipeboost.distributed.collectives.collective_wait import busy_with, querying
+from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.failure.records import Counts
 
 
 class Waiting(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeboost.errors import RankFailedError
+from pipeboost.core.errors import RankFailedError
 
 Counts = dict[str, tuple[int, tuple[int, ...]]]
 """Of each kind of operation: how many this rank has begun, and the ranks that do it together."""

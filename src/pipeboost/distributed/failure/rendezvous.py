@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.failure.records import Failure, told_of
 from pipeboost.distributed.start import world
-from pipeboost.distributed.watch_records import Failure, told_of
-from pipeboost.errors import PipeboostError
 
 PATIENCE = timedelta(minutes=10)
 """For ranks that load their weights more slowly than others."""

@@ -13,8 +13,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
-from pipeboost.distributed.mesh import Mesh
-from pipeboost.distributed.watch_mesh import Watch
+from pipeboost.distributed.collectives.mesh import Mesh
+from pipeboost.distributed.failure.watchdog import Watch
 
 _watches: weakref.WeakKeyDictionary[Mesh, Watch] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeboost.distributed.mesh import Mesh
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.collectives.collective_wait import busy_with, waited_for_by
+from pipeboost.distributed.collectives.mesh import Mesh
+from pipeboost.distributed.failure.abort import break_off
+from pipeboost.distributed.failure.heartbeat import Mail, nothing_to_do
+from pipeboost.distributed.failure.monitor import Guard
+from pipeboost.distributed.failure.progress import Progress
+from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, told_of
 from pipeboost.distributed.start import world
-from pipeboost.distributed.waiting import busy_with, waited_for_by
-from pipeboost.distributed.watch_ending import break_off
-from pipeboost.distributed.watch_guard import Guard
-from pipeboost.distributed.watch_mail import Mail, nothing_to_do
-from pipeboost.distributed.watch_progress import Progress
-from pipeboost.distributed.watch_records import Ended, Failure, Record, first_error, in_step, told_of
-from pipeboost.errors import PipeboostError
 
 _PAUSES = (0.05, 0.5)
 """Seconds between two looks: the timeout by 60, but in these bounds."""

@@ -1,9 +1,9 @@
 """Attention on one device: which kernel runs, chosen per call, inside the blocks' own processors."""
 
-from pipeboost.attention.choice import KernelChoice, choose_kernel, explain_choice
-from pipeboost.attention.dispatcher import Dispatcher
-from pipeboost.attention.padding import TRIM_ORDER, trim_padded_text
-from pipeboost.attention.swap import (
+from pipeboost.features.attention.choice import KernelChoice, choose_kernel, explain_choice
+from pipeboost.features.attention.dispatcher import Dispatcher
+from pipeboost.features.attention.padding import TRIM_ORDER, trim_padded_text
+from pipeboost.features.attention.swap import (
     SwapReport,
     dispatcher_of,
     rebind_attention,

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from pipeboost.config import AttentionConfig, tier_allows
-from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
-from pipeboost.hardware import Hardware
+from pipeboost.core.config import AttentionConfig, tier_allows
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.core.hardware import Hardware
 from pipeboost.kernels import (
     KERNELS,
     Kernel,

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from pipeboost.attention.choice import choose_kernel, refusal
-from pipeboost.call import current_call, is_tracing_our_call
-from pipeboost.errors import UnsupportedError
-from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.contract.call import current_call, is_tracing_our_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.features.attention.choice import choose_kernel, refusal
 from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.call import Call, current_call
-from pipeboost.families import Family, PaddedText
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.families import Family, PaddedText
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 
 # Inside whatever merges or splits a batch on the same door, outside whatever runs the forward itself.
 TRIM_ORDER = 50.0

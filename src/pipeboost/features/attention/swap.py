@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from pipeboost.attention.choice import check_choice
-from pipeboost.attention.dispatcher import (
+from pipeboost.core.config import AttentionConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import disguised_subclass, stock_class
+from pipeboost.features.attention.choice import check_choice
+from pipeboost.features.attention.dispatcher import (
     ACROSS_RANKS,
     AttendAcross,
     Dispatcher,
     DispatcherSettings,
     dispatcher_for,
 )
-from pipeboost.config import AttentionConfig
-from pipeboost.errors import UnsupportedError
-from pipeboost.hardware import Hardware, detect_hardware
-from pipeboost.ledger import Ledger
-from pipeboost.seams import disguised_subclass, stock_class
 
 _GLOBAL = "dispatch_attention_fn"
 _OURS = "__pipeboost_attention__"

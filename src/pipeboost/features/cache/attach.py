@@ -12,13 +12,13 @@ import operator
 
 from torch import nn
 
-from pipeboost.cache.span import CachedSpan
-from pipeboost.cache.steps import settings_of
-from pipeboost.config import CacheConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Blocks, Family
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Blocks, Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.cache.span import CachedSpan
+from pipeboost.features.cache.steps import settings_of
 
 # Outside compile's layers: a skipped block must not reach its compiled code.
 CACHE_ORDER = -100.0

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.config import CacheConfig
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.families import BlockReturn
 from pipeboost.distributed import Group
-from pipeboost.families import BlockReturn
 
 _LEFT_BEHIND = "FFPA_CUDA_ALLOW_SMALL_D"
 

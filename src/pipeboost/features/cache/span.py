@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from pipeboost.cache.state import call_cache
-from pipeboost.call import current_call
-from pipeboost.config import CacheConfig
+from pipeboost.contract.call import current_call
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Blocks, Family
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import SEQUENCE
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Blocks, Family
-from pipeboost.seams import stock_class
+from pipeboost.features.cache.state import call_cache
 
 
 class CachedSpan:
@@ -39,7 +39,7 @@ class CachedSpan:
         position: int,
         owner: Any,
     ) -> None:
-        from pipeboost.cache.library import BlockRow
+        from pipeboost.features.cache.library import BlockRow
 
         self.name = "+".join(blocks.path for blocks in row)
         self._paths = tuple(blocks.path for blocks in row)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pipeboost.cache.steps import computed_steps, settings_of, steps_of_experts
-from pipeboost.call import Call
-from pipeboost.config import CacheConfig
+from pipeboost.contract.call import Call
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family
 from pipeboost.distributed import Group
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family
+from pipeboost.features.cache.steps import computed_steps, settings_of, steps_of_experts
 
 if TYPE_CHECKING:
-    from pipeboost.cache.library import BlockRow, BranchCache
+    from pipeboost.features.cache.library import BlockRow, BranchCache
 
 
 @dataclass(frozen=True)

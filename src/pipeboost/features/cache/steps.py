@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeboost.config import CacheConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Family
 
 # Below this, cache-dit's presets exist for the step counts of two distilled models only.
 _PRESET_STEPS = 8
@@ -47,7 +47,7 @@ def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None
             f"cache.step_mask={mask!r} needs the number of steps, which the pipeline does not say in num_timesteps; "
             "use step_mask=None"
         )
-    from pipeboost.cache.library import steps_mask
+    from pipeboost.features.cache.library import steps_mask
 
     if isinstance(mask, str):
         if steps < _PRESET_STEPS and steps not in _SHORT_PRESET_STEPS:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch._dynamo import maybe_mark_dynamic
 
-from pipeboost.seams import stock_class
+from pipeboost.core.seams import stock_class
 
 
 @dataclass(frozen=True)

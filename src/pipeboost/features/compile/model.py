@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.call import Call, current_call
-from pipeboost.compile.inputs import aliased, forward_parameters, text_arguments
-from pipeboost.compile.region import Counters, Region, region_of
-from pipeboost.config import CompileConfig
-from pipeboost.errors import UnsupportedError, not_one_of
-from pipeboost.families import Family
-from pipeboost.ledger import Ledger
-from pipeboost.seams import Layer, stock_class
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.errors import UnsupportedError, not_one_of
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import Layer, stock_class
+from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
+from pipeboost.features.compile.region import Counters, Region, region_of
 
 # Innermost: whatever else stands in the door of a block is outside of the compiled function.
 _ORDER = 100.0

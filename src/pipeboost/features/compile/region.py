@@ -22,11 +22,11 @@ from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch.fx.experimental import _config as _shape_config
 
-from pipeboost.call import tracing_our_call
-from pipeboost.config import CompileConfig
-from pipeboost.distributed.waiting import busy
-from pipeboost.errors import UnsupportedError
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import tracing_our_call
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import stock_class
+from pipeboost.distributed.collectives.collective_wait import busy
 
 # Graphs ever made for one code object, dropped ones included; a server that swaps adapters for weeks passes any number.
 _UNLIMITED = 2**31 - 1

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.compile.signature import Unfit, copied, exchanged
 from pipeboost.distributed import busy
+from pipeboost.features.graphs.signature import Unfit, copied, exchanged
 
 _ALIGNMENT = 16
 _SYNCHRONISES = "synchronizing CUDA operation"

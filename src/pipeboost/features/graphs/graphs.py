@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pipeboost.call import Call, alone, current_call
-from pipeboost.compile.capture import CapturedForward, aligned, capture, new_pool
-from pipeboost.compile.frozen import Frozen
-from pipeboost.compile.signature import Arguments, Unfit, read, surroundings
+from pipeboost.contract.call import Call, alone, current_call
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import SEQUENCE, Group, follow
-from pipeboost.ledger import Ledger
+from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
+from pipeboost.features.graphs.model_fingerprint import Frozen
+from pipeboost.features.graphs.signature import Arguments, Unfit, read, surroundings
 
 GRAPHS_ORDER = 60.0
 """Inside whatever decides about arguments on the host, such as the trimming of padded text (50), outside the blocks."""

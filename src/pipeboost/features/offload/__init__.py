@@ -1,8 +1,8 @@
 """Residency: which component waits on the host, and when its weights are on the device."""
 
-from pipeboost.offload.budget import Component, bytes_on, predict, weigh, weigh_stored
-from pipeboost.offload.choice import choose_policies, in_gib, memory_in_words
-from pipeboost.offload.place import (
+from pipeboost.features.offload.budget import Component, bytes_on, predict, weigh, weigh_stored
+from pipeboost.features.offload.choice import choose_policies, in_gib, memory_in_words
+from pipeboost.features.offload.place import (
     Placement,
     execution_device,
     place,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeboost.config import OFFLOAD_KINDS
-from pipeboost.families import Activations, Family
-from pipeboost.offload.stream import SLOTS, weights_of
+from pipeboost.core.config import OFFLOAD_KINDS
+from pipeboost.core.families import Activations, Family
+from pipeboost.features.offload.stream import SLOTS, weights_of
 
 STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
 """The stage in which each kind of component works."""

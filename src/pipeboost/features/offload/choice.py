@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from pipeboost.config import OFFLOAD_KINDS, OffloadConfig
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Activations
-from pipeboost.offload.budget import Component, cheapest, predict
+from pipeboost.core.config import OFFLOAD_KINDS, OffloadConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Activations
+from pipeboost.features.offload.budget import Component, cheapest, predict
 
 
 def choose_policies(

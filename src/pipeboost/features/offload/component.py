@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.call import current_call
-from pipeboost.offload.host import HostStore
-from pipeboost.offload.lane import Arrival, Lane
-from pipeboost.offload.stream import BlockStream, weights_of
+from pipeboost.contract.call import current_call
+from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.host import HostStore
+from pipeboost.features.offload.stream import BlockStream, weights_of
 
 LOADS = "loads"
 

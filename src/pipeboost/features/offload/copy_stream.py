@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import current_call
+from pipeboost.contract.call import current_call
 
 BYTES_MOVED = "bytes moved"
 

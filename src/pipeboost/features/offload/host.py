@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeboost.errors import UnsupportedError
+from pipeboost.core.errors import UnsupportedError
 
 CHUNK = 512 * 2**20
 """Bytes of one buffer: of one size, so that the device's allocator gives the next component the memory of the last."""

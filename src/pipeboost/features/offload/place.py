@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.config import OffloadConfig
-from pipeboost.families import Family
-from pipeboost.hardware import device_of_weights, has_cuda
-from pipeboost.ledger import Ledger
-from pipeboost.offload.budget import STAGES, kind_of, repeated_blocks
-from pipeboost.offload.component import Session, Stage, StagedComponent
-from pipeboost.offload.lane import Lane
-from pipeboost.offload.stream import weights_of
-from pipeboost.seams import stock_class
+from pipeboost.core.config import OffloadConfig
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import device_of_weights, has_cuda
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.offload.budget import STAGES, kind_of, repeated_blocks
+from pipeboost.features.offload.component import Session, Stage, StagedComponent
+from pipeboost.features.offload.copy_stream import Lane
+from pipeboost.features.offload.stream import weights_of
 
 DOORS = ("__call__", "encode", "decode", "_encode", "generate", "get_text_features", "get_image_features")
 """Methods by which pipelines enter their components."""

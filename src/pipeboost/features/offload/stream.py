@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pipeboost.offload.host import HostStore
-from pipeboost.offload.lane import Arrival, Lane
+from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.host import HostStore
 
 SLOTS = 2
 

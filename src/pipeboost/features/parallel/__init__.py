@@ -1,10 +1,10 @@
 """Parallel: several ranks share one call of a pipeline: guidance branches, tokens, weights, the VAE."""
 
-from pipeboost.parallel.attend import AcrossRanks
-from pipeboost.parallel.batch import share_batch
-from pipeboost.parallel.branches import apart, callback_apart, settle_branches, share_branches
-from pipeboost.parallel.first_step import check_first_step
-from pipeboost.parallel.layout import (
+from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_stops
+from pipeboost.features.parallel.cfg_batch import share_batch
+from pipeboost.features.parallel.cfg_parallel import apart, callback_apart, settle_branches, share_branches
+from pipeboost.features.parallel.latent_check import check_first_step
+from pipeboost.features.parallel.layout import (
     Ranks,
     beside_in_words,
     check_layout,
@@ -13,11 +13,11 @@ from pipeboost.parallel.layout import (
     shares_text_encoders,
     shares_vae,
 )
-from pipeboost.parallel.stops import agree_on_interrupts, agree_on_stops
-from pipeboost.parallel.tensor import bytes_on_other_ranks, shard_weights, split_bytes, tensor_degrees
-from pipeboost.parallel.tensor_guards import guard_pipeline
-from pipeboost.parallel.tokens import shard_tokens
-from pipeboost.parallel.vae import parallelize_vae
+from pipeboost.features.parallel.sequence_parallel import shard_tokens
+from pipeboost.features.parallel.tensor import bytes_on_other_ranks, shard_weights, split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.ulysses_ring import AcrossRanks
+from pipeboost.features.parallel.vae import parallelize_vae
 
 __all__ = [
     "AcrossRanks",

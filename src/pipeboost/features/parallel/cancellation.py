@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.call import Call, current_call
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending
-from pipeboost.ledger import Ledger
 
 # Outside what counts the steps and compares the ranks, for which the step is over then.
 _ORDER = -310.0

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-from pipeboost.call import current_call
+from pipeboost.contract.call import current_call
+from pipeboost.core.families import BatchedBranches, Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import Group
-from pipeboost.families import BatchedBranches, Family
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
 
 # Outside all that a forward does, which then knows a rank's samples only.
 _FORWARD_ORDER = 0.0

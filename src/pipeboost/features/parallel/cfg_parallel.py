@@ -20,11 +20,11 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from pipeboost.call import Call, current_call
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family
-from pipeboost.ledger import Ledger
-from pipeboost.seams import disguised_subclass, stock_class
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import disguised_subclass, stock_class
 
 # Outside all that a forward does, so that a call left to another rank does none of it.
 _FORWARD_ORDER = 0.0

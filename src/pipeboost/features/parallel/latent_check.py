@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import current_call
-from pipeboost.distributed.agreement import checked_latents
-from pipeboost.distributed.watch import raise_if_failed
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import current_call
+from pipeboost.core.ledger import Ledger
+from pipeboost.distributed.agreement.arguments import checked_latents
+from pipeboost.distributed.failure.watch import raise_if_failed
 
 # Outside what counts the steps, which has then counted this one.
 _ORDER = -300.0

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeboost.config import ParallelConfig, tier_allows
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family
+from pipeboost.core.config import ParallelConfig, tier_allows
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Family
 
 _FOR_WEIGHTS = 0.8
 """Share of a device's memory that weights may take."""

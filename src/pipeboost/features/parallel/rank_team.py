@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from pipeboost.attention import refuse_stock_processors
-from pipeboost.config import ParallelConfig
+from pipeboost.contract.model_info import Split, splits_of
+from pipeboost.contract.registry import family_of, text_encoder_sharding
+from pipeboost.core.config import ParallelConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family, TensorSharding
+from pipeboost.core.hardware import device_of
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import AXES, SEQUENCE, DisagreementError, Mesh, local_device, world_size
-from pipeboost.distributed.agreement import agreed_arguments
-from pipeboost.distributed.all_or_none import AllOrNone
+from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.beside import Beside
-from pipeboost.distributed.watch import watched
-from pipeboost.errors import UnsupportedError
-from pipeboost.facts import Split, splits_of
-from pipeboost.families import Family, TensorSharding
-from pipeboost.hardware import device_of
-from pipeboost.known_families import family_of, text_encoder_sharding
-from pipeboost.ledger import Ledger
-from pipeboost.parallel import (
+from pipeboost.distributed.failure.collective_errors import AllOrNone
+from pipeboost.distributed.failure.watch import watched
+from pipeboost.features.attention import refuse_stock_processors
+from pipeboost.features.parallel import (
     AcrossRanks,
     agree_on_interrupts,
     agree_on_stops,
@@ -42,7 +43,6 @@ from pipeboost.parallel import (
     shares_vae,
 )
 from pipeboost.plan import Decision, Plan
-from pipeboost.seams import stock_class
 
 
 class Team:

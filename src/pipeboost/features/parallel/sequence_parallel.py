@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call, current_call
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family, TokenArgument, TokenSharding
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import SEQUENCE
-from pipeboost.errors import UnsupportedError
-from pipeboost.families import Family, TokenArgument, TokenSharding
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.shards import SHARDS, Shards, sizes
-from pipeboost.seams import stock_class
+from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 
 # Inside what trims padded text (50), which reads whole masks.
 _FORWARD_ORDER = 55.0

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.families import TensorSharding
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import Group
-from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import TensorSharding
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.tensor_guards import guard_model
-from pipeboost.parallel.tensor_layers import become_share, become_whole
-from pipeboost.parallel.tensor_layout import Layout, layout_of
-from pipeboost.seams import stock_class
+from pipeboost.features.parallel.tensor_guards import guard_model
+from pipeboost.features.parallel.tensor_layers import become_share, become_whole
+from pipeboost.features.parallel.tensor_layout import Layout, layout_of
 
 _SAMPLES = 16
 

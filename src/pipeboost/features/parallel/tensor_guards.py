@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from pipeboost.call import current_call
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import Layer, stock_class
 from pipeboost.distributed import Group
-from pipeboost.errors import UnsupportedError
-from pipeboost.ledger import Ledger
-from pipeboost.seams import Layer, stock_class
 
 _OUTERMOST = -500.0
 _LOAD_FIRST = "load and fuse it before accelerate_pipeline(), or call pipe.acceleration.remove() first"

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import disguised_subclass, stock_class
 from pipeboost.distributed import Group
-from pipeboost.errors import UnsupportedError
-from pipeboost.parallel.tensor_layout import Role
-from pipeboost.seams import disguised_subclass, stock_class
+from pipeboost.features.parallel.tensor_layout import Role
 
 _classes: weakref.WeakValueDictionary[tuple[type, Role, str], type] = weakref.WeakValueDictionary()
 _lock = threading.Lock()

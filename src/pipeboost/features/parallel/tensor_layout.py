@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import SplitLayers, TensorSharding
-from pipeboost.seams import stock_class
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import SplitLayers, TensorSharding
+from pipeboost.core.seams import stock_class
 
 Role = Literal["column", "row", "gathered", "norm", "head_bias"]
 _KINDS: dict[Role, tuple[type[nn.Module], ...]] = {

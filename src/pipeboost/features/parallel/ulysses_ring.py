@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import current_call
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Group
-from pipeboost.errors import UnsupportedError
+from pipeboost.features.parallel.shards import SHARDS, Shards
 from pipeboost.kernels import merge_partial
-from pipeboost.parallel.shards import SHARDS, Shards
 
 Attend = Callable[..., Any]
 _QUERIES = 128

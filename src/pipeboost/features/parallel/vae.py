@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.call import Call, current_call
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.families import Autoencoder
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import SAMPLE, Group
-from pipeboost.families import Autoencoder
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.vae_layers import share_attention, share_convolution, share_group_norm
-from pipeboost.parallel.vae_strip import Strip, current_strip, working_on
-from pipeboost.parallel.vae_structure import why_not_parallel
-from pipeboost.seams import stock_class
+from pipeboost.features.parallel.vae_layers import share_attention, share_convolution, share_group_norm
+from pipeboost.features.parallel.vae_strip import Strip, current_strip, working_on
+from pipeboost.features.parallel.vae_structure import why_not_parallel
 
 PARTS = ("encoder", "decoder")
 STATE = "vae"

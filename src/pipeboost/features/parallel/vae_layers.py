@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeboost.errors import UnsupportedError
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.vae_strip import Strip, current_strip
-from pipeboost.seams import stock_class
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.parallel.vae_strip import Strip, current_strip
 
 Convolution = nn.Conv2d | nn.Conv3d
 _PIECES = 8

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from pipeboost.distributed import Group
-from pipeboost.parallel.shards import sizes
+from pipeboost.features.parallel.shards import sizes
 
 _current: ContextVar[Strip | None] = ContextVar("pipeboost_vae_strip", default=None)
 

@@ -6,9 +6,9 @@ import math
 
 from torch import nn
 
-from pipeboost.families import Autoencoder
-from pipeboost.parallel.vae_layers import why_not_shared
-from pipeboost.seams import stock_class
+from pipeboost.core.families import Autoencoder
+from pipeboost.core.seams import stock_class
+from pipeboost.features.parallel.vae_layers import why_not_shared
 
 _PER_PIXEL = (
     nn.Sequential,

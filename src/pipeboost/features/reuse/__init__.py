@@ -3,6 +3,6 @@
 `reuse_prompts` is the verb; a `PromptReuse` is the cache of one acceleration, and the layer on its pipeline's door.
 """
 
-from pipeboost.reuse.attach import PromptReuse, reuse_prompts
+from pipeboost.features.reuse.attach import PromptReuse, reuse_prompts
 
 __all__ = ["PromptReuse", "reuse_prompts"]

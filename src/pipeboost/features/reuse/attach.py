@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call, current_call
-from pipeboost.config import ReuseConfig
-from pipeboost.ledger import Ledger
-from pipeboost.reuse.content import NotKeyable
-from pipeboost.reuse.key import DOOR, Key, Keys
-from pipeboost.reuse.names import names_in
-from pipeboost.reuse.store import Entry, Store
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.config import ReuseConfig
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.reuse.content import NotKeyable
+from pipeboost.features.reuse.key import DOOR, Key, Keys
+from pipeboost.features.reuse.names import names_in
+from pipeboost.features.reuse.store import Entry, Store
 
 # Inside the layer that takes the time of the stage, which is shown for a hit too.
 REUSE_ORDER = -50.0

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.call import Call
-from pipeboost.reuse.content import PLAIN, NotKeyable, content
-from pipeboost.reuse.names import names_in
-from pipeboost.reuse.snapshots import Snapshots
-from pipeboost.reuse.state import StateDigest
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import Call
+from pipeboost.core.seams import stock_class
+from pipeboost.features.reuse.content import PLAIN, NotKeyable, content
+from pipeboost.features.reuse.names import names_in
+from pipeboost.features.reuse.snapshots import Snapshots
+from pipeboost.features.reuse.state import StateDigest
 
 DOOR = "encode_prompt"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.reuse.content import PLAIN, NotKeyable, Serials
-from pipeboost.seams import stock_class
+from pipeboost.core.seams import stock_class
+from pipeboost.features.reuse.content import PLAIN, NotKeyable, Serials
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FORWARDS = ("forward", "_old_forward")

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pipeboost.reuse.content import PLAIN, NotKeyable
-from pipeboost.reuse.sample import Samples
-from pipeboost.reuse.snapshots import HOOKS, Snapshots, attributes_of, has_settings
+from pipeboost.features.reuse.content import PLAIN, NotKeyable
+from pipeboost.features.reuse.sample import Samples
+from pipeboost.features.reuse.snapshots import HOOKS, Snapshots, attributes_of, has_settings
 
 _MANY_ITEMS = 1000
 _ORDINARY = (nn.Parameter, torch.Tensor)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pipeboost.reuse.content import PLAIN, NotKeyable
+from pipeboost.features.reuse.content import PLAIN, NotKeyable
 
 
 @dataclass(frozen=True)

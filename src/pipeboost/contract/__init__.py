@@ -1,0 +1,1 @@
+"""What the features share: the call, the model as they see it, the family it belongs to."""

@@ -1,0 +1,1 @@
+"""What everything stands on: seams, the ledger, settings, errors, hardware, and what a model family is."""

@@ -1,0 +1,43 @@
+"""What a model family is: the dataclasses that files in `patches/`, and patches of other packages, declare."""
+
+from pipeboost.core.families import (
+    Activations,
+    Autoencoder,
+    BatchedBranches,
+    BlockReturn,
+    Blocks,
+    Family,
+    FullSize,
+    Linear,
+    Measured,
+    PaddedText,
+    SplitLayers,
+    StageDoor,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
+    prediction_of_latents,
+    prediction_of_tokens,
+    stage_doors,
+)
+
+__all__ = [
+    "Activations",
+    "Autoencoder",
+    "BatchedBranches",
+    "BlockReturn",
+    "Blocks",
+    "Family",
+    "FullSize",
+    "Linear",
+    "Measured",
+    "PaddedText",
+    "SplitLayers",
+    "StageDoor",
+    "TensorSharding",
+    "TokenArgument",
+    "TokenSharding",
+    "prediction_of_latents",
+    "prediction_of_tokens",
+    "stage_doors",
+]
