@@ -123,7 +123,7 @@ class Acceleration:
 
     def __repr__(self) -> str:
         state = "removed" if self._applied.removed else "active"
-        return f"<Acceleration of {self.plan.facts.pipeline}, quality={self.plan.quality!r}, {state}>"
+        return f"<Acceleration of {self.plan.model.pipeline}, quality={self.plan.quality!r}, {state}>"
 
     @property
     def plan(self) -> Plan:
@@ -157,7 +157,7 @@ class Acceleration:
         if finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
         return finished.report(
-            pipeline=self.plan.facts.pipeline,
+            pipeline=self.plan.model.pipeline,
             components={} if pipe is None else weights_of(pipe.components),
             compiled={part.path: asdict(part.compiled.counters) for part in parts if part.compiled is not None},
             graphs={part.path: part.graphs.summary() for part in parts if part.graphs is not None},

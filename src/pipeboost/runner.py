@@ -173,9 +173,10 @@ class Calls:
         """Inside, a call is open on this rank."""
         applied, outer = self.applied, current_call()
         mesh = None if applied.team is None else applied.team.mesh
-        features = frozenset(decision.feature for decision in applied.plan.decisions if decision.on)
         with (
-            open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh) as call,
+            open_call(
+                pipe, owner=applied, arguments=arguments, features=applied.plan.features, device=device, mesh=mesh
+            ) as call,
             applied.used_by(call),
         ):
             call.watched = None if applied.team is None else applied.team.everyone

@@ -94,7 +94,7 @@ def test_broken_weights_are_refused_by_plan(refused, tmp_path):
 
 def test_plan_reads_a_stored_pipeline_from_its_headers(tmp_path):
     made = plan_of(str(stored_pipeline(tmp_path, torch.bfloat16)), quality=None, hardware=detect_hardware("cpu"))
-    assert made.facts.dtype == torch.bfloat16
+    assert made.model.dtype == torch.bfloat16
     assert made.family.name == "flux"
 
 
@@ -128,7 +128,7 @@ def test_plan_weighs_a_ranks_own_share(tmp_path):
     config.write_text("parallel: {tensor: 4}\noffload: off\n")
     whole = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"))
     shared = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"), config=config, ranks=4)
-    assert whole.facts.weights / 4 < shared.facts.weights < 0.26 * whole.facts.weights  # biases of rows stay whole
+    assert whole.model.weights / 4 < shared.model.weights < 0.26 * whole.model.weights  # biases of rows stay whole
     assert "this rank's share" in str(shared)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.contract.model_info import ModelFacts
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.contract.registry import family_named, generic_family
 from pipeboost.core.config import AccelerationConfig, CompileConfig, OffloadConfig
 from pipeboost.core.errors import ConfigurationError, PipeboostError
@@ -96,7 +96,7 @@ def test_activations_nobody_measured_are_set_aside_but_refuse_nothing():
 
 
 def facts(components=FLUX_DEV, **more):
-    return ModelFacts("FluxPipeline", torch.bfloat16, sum(c.nbytes for c in components), components=components, **more)
+    return ModelInfo("FluxPipeline", torch.bfloat16, sum(c.nbytes for c in components), components=components, **more)
 
 
 def planned(fact=None, hardware=H100, **settings):

@@ -15,7 +15,7 @@ import torch
 
 from pipeboost.bench.full_size import meta_transformer
 from pipeboost.cli.flags import device_hardware
-from pipeboost.contract.model_info import ModelFacts, splits_of
+from pipeboost.contract.model_info import ModelInfo, splits_of
 from pipeboost.contract.registry import families, family_named, generic_family
 from pipeboost.core.config import resolve_config
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
@@ -60,13 +60,13 @@ def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path
     return make_plan(settings, hardware, family, replace(facts, ranks=ranks))
 
 
-def _published(model: str) -> tuple[Family, ModelFacts] | None:
+def _published(model: str) -> tuple[Family, ModelInfo] | None:
     for family in families():
         for size in family.full_sizes:
             if size.name == model:
                 transformer: Any = meta_transformer(size, torch.bfloat16)
                 components = weigh({family.denoisers[0]: transformer}, family)
-                facts = ModelFacts(
+                facts = ModelInfo(
                     size.pipeline,
                     torch.bfloat16,
                     sum(component.nbytes for component in components),
@@ -80,7 +80,7 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
     return None
 
 
-def _stored(model: str) -> tuple[Family, ModelFacts]:
+def _stored(model: str) -> tuple[Family, ModelInfo]:
     folder = Path(model)
     index = _local_index(folder) if folder.is_dir() else _hub_index(model)
     pipeline = index.get("_class_name")
@@ -93,11 +93,11 @@ def _stored(model: str) -> tuple[Family, ModelFacts]:
     }
     family = family_named(pipeline) or generic_family(pipeline, components)
     if not folder.is_dir():
-        return family, ModelFacts(pipeline, torch.bfloat16, 0)
+        return family, ModelInfo(pipeline, torch.bfloat16, 0)
     sizes, dtype = _stored_weights(folder, [name for name, present in components.items() if present], family)
     weighed = weigh_stored(sizes, family)
     transformer = _transformer_config(folder / family.denoisers[0])
-    facts = ModelFacts(
+    facts = ModelInfo(
         pipeline,
         dtype,
         sum(each.nbytes for each in weighed),

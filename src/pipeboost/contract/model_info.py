@@ -1,4 +1,4 @@
-"""`ModelFacts`: what a plan needs to know of a pipeline, and what one of the ranks that share it has of it."""
+"""`ModelInfo`: what a plan needs to know of a pipeline, and what one of the ranks that share it has of it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from pipeboost.features.offload import (
 )
 from pipeboost.features.parallel import (
     bytes_on_other_ranks,
-    shares_text_encoders,
-    shares_vae,
     split_bytes,
     tensor_degrees,
 )
@@ -52,7 +50,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """What a plan needs to know of the pipeline's models, without their weights.
 
     Attributes:
@@ -74,6 +72,7 @@ class ModelFacts:
         ranks: how many processes there are to run the pipeline.
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
             was not asked.
+        activations: what the stages take besides weights, on one rank; None where no family tells.
     """
 
     pipeline: str
@@ -93,6 +92,7 @@ class ModelFacts:
     heads: int | None = None
     ranks: int = 1
     splits: Mapping[str, Split] | None = None
+    activations: Activations | None = None
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
         """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""
@@ -103,8 +103,8 @@ class ModelFacts:
         return tuple(sorted(set.intersection(*allowed))) if allowed else ()
 
 
-def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
-    """Read the facts off a loaded pipeline that is to run on `device`."""
+def read_model_info(pipe: Any, family: Family, device: torch.device) -> ModelInfo:
+    """Read the model off a loaded pipeline that is to run on `device`."""
     denoisers = family.models(pipe)
     modules = placed_components(pipe)
     reasons = {path: unmovable_weights(module) for path, module in modules.items()}
@@ -112,7 +112,7 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     components = tuple(_whole(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    return ModelFacts(
+    return ModelInfo(
         pipeline=type(pipe).__name__,
         dtype=model.dtype,
         weights=sum(component.nbytes for component in components),
@@ -154,20 +154,20 @@ def split_kinds(layout: ParallelConfig | None) -> tuple[str, ...]:
     """The kinds of components of which a rank has a share of the weights."""
     if layout is None or layout.tensor == 1:
         return ()
-    return ("transformers", "text_encoders") if shares_text_encoders(layout) else ("transformers",)
+    return ("transformers", "text_encoders") if layout.shares_text_encoders else ("transformers",)
 
 
-def of_one_rank(facts: ModelFacts, layout: ParallelConfig | None) -> ModelFacts:
-    """The facts of one of the ranks that share the pipeline's weights."""
+def of_one_rank(model: ModelInfo, layout: ParallelConfig | None) -> ModelInfo:
+    """The model of one of the ranks that share the pipeline's weights."""
     kinds = split_kinds(layout)
     if layout is None or not kinds:
-        return facts
+        return model
     components = tuple(
-        _share(component, layout.tensor, facts.splits) if component.kind in kinds else component
-        for component in facts.components
+        _share(component, layout.tensor, model.splits) if component.kind in kinds else component
+        for component in model.components
     )
-    weights = sum(component.nbytes for component in components) if components else facts.weights
-    return replace(facts, components=components, weights=weights, weighed=f"{facts.weighed}, this rank's share,")
+    weights = sum(component.nbytes for component in components) if components else model.weights
+    return replace(model, components=components, weights=weights, weighed=f"{model.weighed}, this rank's share,")
 
 
 def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig | None, tier: str) -> Activations | None:
@@ -175,7 +175,7 @@ def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig | 
     if whole is None or layout is None:
         return whole
     tokens = layout.ulysses * layout.ring
-    strips = tokens * layout.cfg * layout.tensor if shares_vae(layout, tier) else 1
+    strips = tokens * layout.cfg * layout.tensor if layout.shares_vae(tier) else 1
     return replace(whole, denoising=_part(whole.denoising, tokens), decoding=_part(whole.decoding, strips))
 
 

@@ -103,6 +103,15 @@ class ParallelConfig:
         """How many ranks this layout takes."""
         return self.replicas * self.cfg * self.ulysses * self.ring * self.tensor + self.beside
 
+    @property
+    def shares_text_encoders(self) -> bool:
+        """Whether the tensor ranks share the text encoders' weights; else the first rank encodes."""
+        return bool(self.text_encoder) and self.tensor > 1 and not self.beside
+
+    def shares_vae(self, tier: str) -> bool:
+        """Return whether the ranks share the VAE's work, which changes rounding."""
+        return bool(self.vae) and not self.beside and tier_allows(tier, "lossless")
+
 
 @dataclass(frozen=True)
 class CacheConfig:

@@ -10,8 +10,6 @@ from pipeboost.features.parallel.layout import (
     check_layout,
     choose_layout,
     layout_in_words,
-    shares_text_encoders,
-    shares_vae,
 )
 from pipeboost.features.parallel.sequence_parallel import shard_tokens
 from pipeboost.features.parallel.tensor import bytes_on_other_ranks, shard_weights, split_bytes, tensor_degrees
@@ -39,8 +37,6 @@ __all__ = [
     "shard_weights",
     "share_batch",
     "share_branches",
-    "shares_text_encoders",
-    "shares_vae",
     "split_bytes",
     "tensor_degrees",
 ]

@@ -112,16 +112,6 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
         raise refusal
 
 
-def shares_vae(layout: ParallelConfig, tier: str) -> bool:
-    """Whether the ranks share the VAE's work, which changes rounding; one beside them does it alone."""
-    return bool(layout.vae) and not layout.beside and tier_allows(tier, "lossless")
-
-
-def shares_text_encoders(layout: ParallelConfig) -> bool:
-    """Whether the tensor ranks share the text encoders' weights; else the first rank, or one beside, encodes."""
-    return bool(layout.text_encoder) and layout.tensor > 1 and not layout.beside
-
-
 def layout_in_words(layout: ParallelConfig) -> str:
     """Such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
@@ -157,7 +147,7 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
                 f"parallel.{name}=True shares among the ranks what parallel.beside={layout.beside} gives to one beside "
                 "them; use one of the two"
             )
-    if layout.vae is True and not shares_vae(layout, ranks.tier):
+    if layout.vae is True and not layout.shares_vae(ranks.tier):
         return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
     if layout.text_encoder is True and layout.tensor == 1:
         return ConfigurationError(

@@ -39,8 +39,6 @@ from pipeboost.features.parallel import (
     shard_weights,
     share_batch,
     share_branches,
-    shares_text_encoders,
-    shares_vae,
 )
 from pipeboost.plan import Decision, Plan
 
@@ -65,10 +63,10 @@ class Team:
 
     def __init__(self, pipe: Any, plan: Plan) -> None:
         layout: ParallelConfig = plan["parallel"].settings
-        self.text_encoders = _shared_encoders(pipe, layout, plan.facts.splits or {})
+        self.text_encoders = _shared_encoders(pipe, layout, plan.model.splits or {})
         self._layout = layout
         self._family: Family = plan.family
-        self._shares_vae = shares_vae(layout, plan.quality)
+        self._shares_vae = layout.shares_vae(plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         degrees, device = {axis: getattr(layout, axis) for axis in AXES}, device_of(pipe)
         self.mesh: Mesh | None = None
@@ -222,7 +220,7 @@ class Team:
             refuse_stock_processors(model, [blocks.path for blocks in self._family.blocks])
 
     def _refuse_different_plans(self, plan: Plan) -> None:
-        summary = (f"quality: {plan.quality}", *map(_in_words, plan.decisions))
+        summary = (f"quality: {plan.quality}", *map(_in_words, plan.decisions.values()))
         plans = self.everyone.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
@@ -334,7 +332,7 @@ def _shared_encoders(pipe: Any, layout: ParallelConfig, splits: Mapping[str, Spl
     Raises:
         UnsupportedError: they were asked to, and one cannot be split.
     """
-    if not shares_text_encoders(layout):
+    if not layout.shares_text_encoders:
         return ()
     shared = []
     for name, component in _modules(pipe).items():

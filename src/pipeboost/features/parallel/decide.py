@@ -1,0 +1,64 @@
+"""How the ranks share a call, and what one of them then has of the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeboost.contract.decision import Decision, Decisions
+from pipeboost.contract.model_info import ModelInfo, activations_of_one_rank, of_one_rank
+from pipeboost.core.config import AccelerationConfig, CompileConfig, ParallelConfig
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import Hardware
+from pipeboost.features.parallel.layout import Ranks, beside_in_words, check_layout, choose_layout, layout_in_words
+
+
+def decide(
+    config: AccelerationConfig, model: ModelInfo, hardware: Hardware, family: Family, earlier: Decisions
+) -> Decision:
+    """Choose the layout of the ranks.
+
+    Raises:
+        ConfigurationError: it contradicts the tier or another setting.
+        UnsupportedError: what was asked for needs what this machine or model does not have.
+    """
+    asked = config.parallel
+    given = asked if isinstance(asked, ParallelConfig) else None
+    count = model.ranks if given is None or given.group is None else given.group.size()
+    if asked is None:
+        apart = f"turned off; the {count} ranks work apart" if count > 1 else "turned off"
+        return Decision("parallel", "off", apart)
+    if count == 1 and (given is None or given.size == 1):
+        return Decision("parallel", "off", "one process")
+    ranks = Ranks(
+        count=count,
+        family=family,
+        model=model.model,
+        heads=model.heads,
+        splits=model.degrees(family.denoisers),
+        tier=config.quality,
+        attention=earlier["attention"].on,
+        weights=sum(component.nbytes for component in model.components if component.path in family.denoisers),
+        resident={degree: of_one_rank(model, ParallelConfig(tensor=degree)).weights for degree in range(2, count + 1)},
+        free=hardware.memory if model.free is None and hardware.device == "cuda" else model.free,
+    )
+    considered: tuple[str, ...] = ()
+    if given is not None:
+        check_layout(given, ranks)
+        layout, why = given, "; ".join(filter(None, ("as asked for", beside_in_words(given))))
+    elif not family.shares_samples:
+        why = f"no family tells how ranks could share {model.pipeline}; the {count} ranks work apart"
+        return Decision("parallel", "off", why)
+    else:
+        layout, why, considered = choose_layout(ranks)
+    if (
+        layout.ulysses * layout.ring > 1
+        and isinstance(config.compile, CompileConfig)
+        and config.compile.scope == "full"
+    ):
+        raise ConfigurationError(
+            "ranks share tokens outside the blocks, which compile='full' does not have; use 'regional'"
+        )
+    activations = activations_of_one_rank(model.activations, layout, config.quality)
+    leaves = replace(of_one_rank(model, layout), activations=activations)
+    return Decision("parallel", layout_in_words(layout), why, considered, layout, leaves)

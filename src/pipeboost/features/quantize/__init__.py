@@ -1,0 +1,1 @@
+"""Linears in 8 bits; refused in this version."""
