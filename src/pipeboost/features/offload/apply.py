@@ -1,0 +1,19 @@
+"""Puts each component where it waits."""
+
+from __future__ import annotations
+
+from pipeboost.contract.context import ApplyContext, Component
+from pipeboost.contract.decision import Decision
+from pipeboost.core.ledger import Ledger
+from pipeboost.distributed import busy
+from pipeboost.features.offload.place import place
+
+
+def apply(component: Component, decision: Decision, context: ApplyContext, ledger: Ledger) -> None:
+    """Put a component's weights where they wait between its stages.
+
+    Raises:
+        UnsupportedError: as `place`.
+    """
+    with busy("placing weights"):
+        place(component.path, component.object, decision.settings, context.family, ledger)
