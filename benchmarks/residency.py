@@ -238,7 +238,7 @@ class Run:
 
         doors = [(pipe.transformer, "__call__", begins("denoising")), (pipe.vae, "decode", begins("decoding"))]
         for owner, door, layer in doors:
-            add_layer(owner, door, layer)
+            add_layer(owner, door, layer, place="component.stages")
         _free()
         _reset_peak(self._device)
         try:

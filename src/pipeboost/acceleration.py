@@ -22,8 +22,6 @@ from pipeboost.stages import Progress, Report, Stage, unreported, weights_of
 
 P = TypeVar("P")
 
-_CALL_DOOR_ORDER = -1000.0
-
 
 class _Default:
     """Stands for an argument the user did not give, so that a config object or file can win over it."""
@@ -117,7 +115,7 @@ class Acceleration:
             self._applied = AppliedPlan(pipe, plan, config, self._ledger)
             self._calls = Calls(self._applied)
             self.stages = self._applied.stages
-            self._ledger.add_layer(pipe, "__call__", weakly(self._calls.run), order=_CALL_DOOR_ORDER)
+            self._ledger.add_layer(pipe, "__call__", weakly(self._calls.run), place="pipe.call")
             attach(pipe, "acceleration", self)
             self._ledger.record("pipe.acceleration", weakly(self._detach))
 

@@ -204,7 +204,7 @@ def run_twice_inside(layout: Mapping[str, Any]) -> float:
     with torch.no_grad():
         stock = entry.call(pipe, output_type="latent")
         accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
-        add_layer(pipe.transformer, "__call__", twice, order=60.0)
+        add_layer(pipe.transformer, "__call__", twice, place="component.graphs")
         return _difference(entry.call(pipe, output_type="latent"), stock)
 
 
@@ -234,7 +234,7 @@ def drifting() -> str:
     entry = TINY["qwen_image"]
     pipe = entry.build()
     accelerate_pipeline(pipe, parallel=ParallelConfig(cfg=2), reuse=None)
-    add_layer(pipe.scheduler, "step", drift)
+    add_layer(pipe.scheduler, "step", drift, place="component.stages")
     try:
         with torch.no_grad():
             entry.call(pipe, output_type="latent")

@@ -64,7 +64,7 @@ def attended(monkeypatch):
             count.append(owner)
             return call_next(*args, **kwargs)
 
-        add_layer(dispatcher, "attend", layer)
+        add_layer(dispatcher, "attend", layer, place="component.stages")
         undo.append((dispatcher, layer))
         return count
 
@@ -195,7 +195,7 @@ def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
 
     with a_call(), tracing_our_call():
         plain = forward(model, inputs)
-        add_layer(dispatcher_of(model), "attend", doubled)
+        add_layer(dispatcher_of(model), "attend", doubled, place="component.stages")
         try:
             layered = forward(model, inputs)
         finally:

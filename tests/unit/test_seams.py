@@ -38,7 +38,7 @@ def star(call_next, owner, *args, **kwargs):
 
 def test_only_the_seamed_instance_changes():
     seamed, other = Greeter(), Greeter()
-    add_layer(seamed, "__call__", shout)
+    add_layer(seamed, "__call__", shout, place="component.stages")
     assert seamed() == "HELLO WORLD!"
     assert other() == "hello world!"
     assert type(other) is Greeter
@@ -46,8 +46,8 @@ def test_only_the_seamed_instance_changes():
 
 def test_layers_run_in_order_and_come_off_one_by_one():
     seamed = Greeter()
-    add_layer(seamed, "__call__", star, order=1)
-    add_layer(seamed, "__call__", shout, order=0)
+    add_layer(seamed, "__call__", star, place="component.compile")
+    add_layer(seamed, "__call__", shout, place="component.stages")
     assert layers_of(seamed, "__call__") == (shout, star)
     assert seamed("hi", mark="?") == "*HI WORLD?*"
     remove_layer(seamed, "__call__", shout)
@@ -60,7 +60,7 @@ def test_layers_run_in_order_and_come_off_one_by_one():
 
 def test_a_seamed_object_passes_for_its_stock_class():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout)
+    add_layer(seamed, "__call__", shout, place="component.stages")
     assert isinstance(seamed, Greeter)
     assert stock_class(seamed) is Greeter
     assert (type(seamed).__name__, type(seamed).__qualname__, type(seamed).__module__) == (
@@ -79,7 +79,7 @@ def test_a_shallow_copy_calls_the_layers_with_itself_as_owner():
         return call_next(*args, **kwargs)
 
     seamed = Greeter()
-    add_layer(seamed, "__call__", remember)
+    add_layer(seamed, "__call__", remember, place="component.stages")
     view = copy.copy(seamed)
     view.name = "view"
     assert view() == "hello view!"
@@ -94,7 +94,7 @@ def test_a_deep_copy_is_a_stock_object():
         steps.append(owner)
         return call_next(*args, **kwargs)
 
-    add_layer(scheduler, "step", count)
+    add_layer(scheduler, "step", count, place="component.stages")
     attach(scheduler, "note", "ours")
     twin = copy.deepcopy(scheduler)
     assert type(twin) is FlowMatchEulerDiscreteScheduler
@@ -111,14 +111,14 @@ def test_a_deep_copy_is_a_stock_object():
 
 def test_constructing_through_a_seamed_class_gives_a_stock_object():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout)
+    add_layer(seamed, "__call__", shout, place="component.stages")
     assert type(seamed) in (int, Greeter)
     assert type(type(seamed)("you")) is Greeter
 
 
 def test_pickling_gives_the_stock_class_without_layers():
     seamed = Greeter("you")
-    add_layer(seamed, "__call__", shout)
+    add_layer(seamed, "__call__", shout, place="component.stages")
     loaded = pickle.loads(pickle.dumps(seamed))
     assert type(loaded) is Greeter
     assert loaded() == "hello you!"
@@ -142,7 +142,7 @@ def test_a_module_seam_stands_outside_module_compile():
         calls.append(owner)
         return call_next(*args, **kwargs)
 
-    add_layer(module, "__call__", note)
+    add_layer(module, "__call__", note, place="component.stages")
     assert torch.equal(module(sample), reference)
     assert calls == [module]
     assert len(graphs) == 1
@@ -154,7 +154,7 @@ def test_a_module_seam_stands_outside_accelerate_hooks_and_survives_their_rewrap
     module = torch.nn.Linear(3, 3)
     sample = torch.randn(2, 3)
     reference = module(sample)
-    add_layer(module, "__call__", lambda call_next, owner, *args: call_next(*args) + 1)
+    add_layer(module, "__call__", lambda call_next, owner, *args: call_next(*args) + 1, place="component.stages")
     for _ in range(2):
         add_hook_to_module(module, ModelHook())
         assert torch.equal(module(sample), reference + 1)
@@ -164,7 +164,7 @@ def test_a_module_seam_stands_outside_accelerate_hooks_and_survives_their_rewrap
 
 def test_a_module_with_a_seam_saves_and_loads_its_state_as_stock():
     module = torch.nn.Linear(3, 3)
-    add_layer(module, "__call__", shout)
+    add_layer(module, "__call__", shout, place="component.stages")
     assert set(module.state_dict()) == {"weight", "bias"}
     loaded = pickle.loads(pickle.dumps(module))
     assert type(loaded) is torch.nn.Linear
@@ -173,7 +173,7 @@ def test_a_module_with_a_seam_saves_and_loads_its_state_as_stock():
 
 def test_removing_from_the_original_leaves_a_view_stock():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout)
+    add_layer(seamed, "__call__", shout, place="component.stages")
     view = copy.copy(seamed)
     remove_layer(seamed, "__call__", shout)
     assert view() == "hello world!"
@@ -183,7 +183,7 @@ def test_removing_from_the_original_leaves_a_view_stock():
 def test_an_unknown_door_is_refused_and_changes_nothing():
     seamed = Greeter()
     with pytest.raises(AttributeError, match="Greeter has no method 'nothing'"):
-        add_layer(seamed, "nothing", shout)
+        add_layer(seamed, "nothing", shout, place="component.stages")
     assert type(seamed) is Greeter
     assert vars(seamed) == {"name": "world"}
 
@@ -205,7 +205,7 @@ class Placed:
 def test_a_property_is_a_door_whose_layers_see_the_owner_and_the_stock_answer():
     placed, other = Placed(), Placed()
     layer = lambda call_next, owner: f"{call_next()} of {owner.where}, ours"  # noqa: E731
-    add_layer(placed, "device", layer)
+    add_layer(placed, "device", layer, place="component.stages")
     placed.device = "gpu"
     view = copy.copy(placed)
     view.where = "view"
@@ -225,7 +225,7 @@ def test_one_layer_costs_less_than_five_microseconds_a_call():
             return None
 
     stock, seamed = Silent(), Silent()
-    add_layer(seamed, "__call__", lambda call_next, owner: call_next())
+    add_layer(seamed, "__call__", lambda call_next, owner: call_next(), place="component.stages")
     rounds = 2000
     best = min(timeit.repeat(seamed, number=rounds, repeat=20)) / rounds
     baseline = min(timeit.repeat(stock, number=rounds, repeat=20)) / rounds

@@ -44,11 +44,11 @@ class Ledger:
         """Note a change that has just been made."""
         self._changes.append(Change(what, undo))
 
-    def add_layer(self, obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
+    def add_layer(self, obj: Any, door: str, layer: Layer, *, place: str) -> None:
         """Hang a layer on a door, once: a layer that is already there stays where it is."""
         if has_layer(obj, door, layer):
             return
-        add_layer(obj, door, layer, order=order)
+        add_layer(obj, door, layer, place=place)
         what = f"layer on {type(obj).__name__}.{door}"
 
         def undo() -> None:

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from pipeboost.core.nesting import order_of
+
 Layer = Callable[..., Any]
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ _seamed_classes: dict[tuple[type, frozenset[str]], type] = {}
 _lock = threading.RLock()
 
 
-class _Chains(dict[str, tuple[tuple[float, Layer], ...]]):
+class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
     """The layers of one object: door name → ((order, layer), …), outermost first.
 
     Attributes:
@@ -70,14 +72,16 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: t
     return (metaclass or type(base))(base.__name__, (base,), members)
 
 
-def add_layer(obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
+def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
     """Hang `layer` on the method or property `door` of this one object.
 
-    Lower `order` is further out; among equals the first added is outermost. Adding a layer twice is an error of ours.
+    `place` is where it nests (`nesting.py`); among equals the first added is outermost. Adding a layer twice is an
+    error of ours.
 
     Raises:
         AttributeError: the object has no such method or property.
     """
+    order = order_of(place)
     stock = getattr(stock_class(obj), door, None)
     if not callable(stock) and not isinstance(stock, property):
         raise AttributeError(f"{stock_class(obj).__name__} has no method {door!r} to stand in")
@@ -181,7 +185,7 @@ def _property_door(stock: property, name: str) -> property:
 
 
 def _descend(
-    chain: tuple[tuple[float, Layer], ...],
+    chain: tuple[tuple[int, Layer], ...],
     depth: int,
     owner: Any,
     stock_method: Callable[..., Any],

@@ -172,7 +172,7 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
 
     layers = {name: keep(name) for name in denoisers}
     for name, layer in layers.items():
-        add_layer(denoisers[name], "__call__", layer)
+        add_layer(denoisers[name], "__call__", layer, place="component.verify")
     try:
         yield
     finally:

@@ -18,7 +18,6 @@ from pipeboost.stages.stage import Values
 from pipeboost.stages.stage_middleware import door_layer, named_results, rebuilt, run_user_stage, user_stages
 from pipeboost.stages.trajectory import note_step
 
-OUTERMOST = -100.0
 COMPANIONS = ("controlnet",)
 """Components that a denoising step calls before the transformer, so that the step begins with them."""
 
@@ -41,10 +40,12 @@ def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
     if path == "scheduler":
         layers.append(("step", _advance))
 
+    kind = "scheduler" if path == "scheduler" else "component" if path else "pipe"
+
     def apply(inner: Ledger) -> None:
         for method, layer in layers:
             if callable(getattr(obj, method, None)):
-                inner.add_layer(obj, method, layer, order=OUTERMOST)
+                inner.add_layer(obj, method, layer, place=f"{kind}.stages")
 
     ledger.share(obj, "watch", (path, doors), apply)
 

@@ -2,7 +2,7 @@
 
 from pipeboost.features.attention.choice import KernelChoice, choose_kernel, explain_choice
 from pipeboost.features.attention.dispatcher import Dispatcher
-from pipeboost.features.attention.padding import TRIM_ORDER, trim_padded_text
+from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.attention.swap import (
     SwapReport,
     dispatcher_of,
@@ -13,7 +13,6 @@ from pipeboost.features.attention.swap import (
 )
 
 __all__ = [
-    "TRIM_ORDER",
     "Dispatcher",
     "KernelChoice",
     "SwapReport",

@@ -20,7 +20,6 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 
 # Inside whatever merges or splits a batch on the same door, outside whatever runs the forward itself.
-TRIM_ORDER = 50.0
 _STATE = "padded text"
 _UNMASKED = "padded text without a mask"
 _REMEMBERED = 8
@@ -53,10 +52,10 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger, *, 
 
     def apply(inner: Ledger) -> None:
         unmasked = _unmask_blocks(padded.block_mask, id(model))
-        inner.add_layer(model, "__call__", _trim_text(padded, id(model), at_least), order=TRIM_ORDER)
+        inner.add_layer(model, "__call__", _trim_text(padded, id(model), at_least), place="component.padding")
         for path in layers:
             for block in getattr(model, path):
-                inner.add_layer(block, "__call__", unmasked)
+                inner.add_layer(block, "__call__", unmasked, place="block.padding")
 
     ledger.share(model, "padded text", (padded, at_least), apply)
 

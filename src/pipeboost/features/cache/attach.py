@@ -21,7 +21,6 @@ from pipeboost.features.cache.span import CachedSpan
 from pipeboost.features.cache.steps import settings_of
 
 # Outside compile's layers: a skipped block must not reach its compiled code.
-CACHE_ORDER = -100.0
 
 
 def attach_cache(
@@ -61,7 +60,7 @@ def attach_cache(
         _check(model, span, own)
     for span in spans:
         for block in span.blocks:
-            ledger.add_layer(block, "__call__", span, order=CACHE_ORDER)
+            ledger.add_layer(block, "__call__", span, place="block.cache")
 
 
 def _rows(model: nn.Module, family: Family) -> list[tuple[Blocks, ...]]:

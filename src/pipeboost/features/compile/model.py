@@ -26,7 +26,6 @@ from pipeboost.features.compile.inputs import aliased, forward_parameters, text_
 from pipeboost.features.compile.region import Counters, Region, region_of
 
 # Innermost: whatever else stands in the door of a block is outside of the compiled function.
-_ORDER = 100.0
 # A list of modules with less of the model's weights than this is not where its time goes.
 _WORTHWHILE_SHARE = 0.1
 
@@ -80,6 +79,8 @@ def compile_model(
     else:
         groups = ((_text_dims_of_model(model, family), [model]),)
 
+    place = "component.compile" if settings.scope == "full" else "block.compile"
+
     def apply(inner: Ledger) -> None:
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
@@ -90,7 +91,7 @@ def compile_model(
             if key not in layers:
                 region = region_of(module, settings, learn_sizes=not family.blocks)
                 layers[key] = _layer(region, module, text_dims, compiled)
-            inner.add_layer(module, "__call__", layers[key], order=_ORDER)
+            inner.add_layer(module, "__call__", layers[key], place=place)
         _compiled_models[model] = compiled
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
 

@@ -25,9 +25,6 @@ from pipeboost.features.graphs.capture import CapturedForward, aligned, capture,
 from pipeboost.features.graphs.model_fingerprint import Frozen
 from pipeboost.features.graphs.signature import Arguments, Unfit, read, surroundings
 
-GRAPHS_ORDER = 60.0
-"""Inside whatever decides about arguments on the host, such as the trimming of padded text (50), outside the blocks."""
-
 MOST_GRAPHS = 8
 """Graphs of one model; the least recently used goes first."""
 
@@ -233,7 +230,7 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
 
     A graph keeps the memory of one forward's activations for itself; the graphs of a model share it.
 
-    A replay runs no Python, so layers inside the model (their `order` above `GRAPHS_ORDER`, or on its submodules) keep
+    A replay runs no Python, so layers further in (`core/nesting.py`, and those on its submodules) keep
     no tensor of one forward for the next, and obey nothing but the call's features, mesh and `decided`.
 
     Args:
@@ -243,7 +240,7 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
     """
     graphs = Graphs(owner, wanted)
     ledger.record("CUDA graphs", graphs.close)
-    ledger.add_layer(model, "__call__", graphs, order=GRAPHS_ORDER)
+    ledger.add_layer(model, "__call__", graphs, place="component.graphs")
     return graphs
 
 

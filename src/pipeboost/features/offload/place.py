@@ -29,9 +29,7 @@ EXECUTION_DEVICE = "_execution_device"
 """The pipeline's property that says where its inputs and latents belong."""
 
 # Within the doors of stages, which time the loading too, and outside of what computes.
-_DOOR_ORDER = -50.0
 # Within a cache's layer, which may skip the block, and outside of its compiled code.
-_BLOCK_ORDER = 50.0
 
 _placed: weakref.WeakKeyDictionary[nn.Module, StagedComponent] = weakref.WeakKeyDictionary()
 
@@ -115,7 +113,7 @@ def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Led
         UnsupportedError: the host cannot pin the memory, or another pipeline placed this component otherwise.
     """
     if not path:
-        ledger.add_layer(obj, EXECUTION_DEVICE, _device_layer(placement.device))
+        ledger.add_layer(obj, EXECUTION_DEVICE, _device_layer(placement.device), place="pipe.offload")
         return
     if not isinstance(obj, nn.Module):
         return
@@ -194,9 +192,9 @@ def _stage(
         torch.cuda.empty_cache()  # where single weights were, no large buffer fits
     for door in DOORS:
         if callable(getattr(stock_class(module), door, None)):
-            ledger.add_layer(module, door, component.door, order=_DOOR_ORDER)
+            ledger.add_layer(module, door, component.door, place="component.offload")
     for index, block in enumerate(blocks):
-        ledger.add_layer(block, "__call__", _block_layer(component, index), order=_BLOCK_ORDER)
+        ledger.add_layer(block, "__call__", _block_layer(component, index), place="block.offload")
 
 
 def _block_layer(component: StagedComponent, index: int) -> Callable[..., Any]:

@@ -18,7 +18,6 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending
 
 # Outside what counts the steps and compares the ranks, for which the step is over then.
-_ORDER = -310.0
 _STATE = "stops"
 _INTERRUPTED = "interrupted"
 
@@ -31,7 +30,7 @@ def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
     """
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, order=_ORDER)
+        inner.add_layer(scheduler, "step", _step, place="scheduler.cancellation")
 
     ledger.share(scheduler, "stops", None, apply)
 
@@ -39,7 +38,7 @@ def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
 def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:
     """Make the `interrupt` that a script reads before each step the same on all ranks of a call."""
     if isinstance(getattr(type(pipe), "interrupt", None), property):
-        ledger.add_layer(pipe, "interrupt", _interrupt)
+        ledger.add_layer(pipe, "interrupt", _interrupt, place="pipe.parallel")
 
 
 class _Told(NamedTuple):

@@ -22,7 +22,6 @@ from pipeboost.core.seams import stock_class
 from pipeboost.distributed import Group
 
 # Outside all that a forward does, which then knows a rank's samples only.
-_FORWARD_ORDER = 0.0
 
 
 def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -37,7 +36,7 @@ def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     assert batched is not None
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, batched), order=_FORWARD_ORDER)
+        inner.add_layer(model, "__call__", functools.partial(_forward, batched), place="component.cfg")
 
     ledger.share(model, "guidance branches", batched, apply)
 

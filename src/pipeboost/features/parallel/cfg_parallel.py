@@ -27,9 +27,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import disguised_subclass, stock_class
 
 # Outside all that a forward does, so that a call left to another rank does none of it.
-_FORWARD_ORDER = 0.0
 # Outside the layers that look at a step's input and output.
-_STEP_ORDER = -200.0
 _STATE = "branches"
 _APART = "forwards that are no branch"
 Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -49,7 +47,7 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     prediction = family.prediction
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, prediction), order=_FORWARD_ORDER)
+        inner.add_layer(model, "__call__", functools.partial(_forward, prediction), place="component.cfg")
 
     ledger.share(model, "guidance branches", prediction, apply)
 
@@ -58,7 +56,7 @@ def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
     """Fill what is still to be filled before this method of a scheduler or guider reads it."""
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(reader, door, _settle, order=_STEP_ORDER)
+        inner.add_layer(reader, door, _settle, place="scheduler.cfg")
 
     ledger.share(reader, "guidance branches", door, apply)
 

@@ -13,7 +13,6 @@ from pipeboost.distributed.agreement.arguments import checked_latents
 from pipeboost.distributed.failure.watch import raise_if_failed
 
 # Outside what counts the steps, which has then counted this one.
-_ORDER = -300.0
 
 
 def check_first_step(scheduler: Any, ledger: Ledger) -> None:
@@ -25,7 +24,7 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
     """
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, order=_ORDER)
+        inner.add_layer(scheduler, "step", _step, place="scheduler.latents")
 
     ledger.share(scheduler, "first step", None, apply)
 

@@ -22,9 +22,7 @@ from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 
 # Inside what trims padded text (50), which reads whole masks.
-_FORWARD_ORDER = 55.0
 # Outside caches (-100) and compiled code (100), which then know a rank's own tokens only.
-_BLOCK_ORDER = -200.0
 
 
 def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -40,16 +38,21 @@ def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None
     name = stock_class(model).__name__
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, sharding), order=_FORWARD_ORDER)
+        inner.add_layer(model, "__call__", functools.partial(_forward, sharding), place="component.sequence")
         first = True
         for blocks in family.blocks:
             for block in operator.attrgetter(blocks.path)(model):
                 layer = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_layer(block, "__call__", layer, order=_BLOCK_ORDER)
+                inner.add_layer(block, "__call__", layer, place="block.sequence")
                 first = False
         for path, outputs in sharding.outputs.items():
-            inner.add_layer(operator.attrgetter(path)(model), "__call__", functools.partial(_output, outputs))
-        inner.add_layer(operator.attrgetter(sharding.gathered)(model), "__call__", _gather)
+            inner.add_layer(
+                operator.attrgetter(path)(model),
+                "__call__",
+                functools.partial(_output, outputs),
+                place="submodule.sequence",
+            )
+        inner.add_layer(operator.attrgetter(sharding.gathered)(model), "__call__", _gather, place="submodule.sequence")
 
     ledger.share(model, "token sharding", family.name, apply)
 

@@ -14,7 +14,6 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import Layer, stock_class
 from pipeboost.distributed import Group
 
-_OUTERMOST = -500.0
 _LOAD_FIRST = "load and fuse it before accelerate_pipeline(), or call pipe.acceleration.remove() first"
 _REMOVE_FIRST = "call pipe.acceleration.remove() first"
 _OF_MODELS = {
@@ -31,17 +30,19 @@ _OF_PIPELINES = {
 
 def guard_model(model: nn.Module, group: Group, ledger: Ledger) -> None:
     """Make a model whose weights are split raise where it is called outside a call of ours, saved, loaded or fused."""
-    ledger.add_layer(model, "__call__", functools.partial(_only_in_a_call, group.size), order=_OUTERMOST)
+    ledger.add_layer(model, "__call__", functools.partial(_only_in_a_call, group.size), place="component.guard")
     for door, way_out in _present(model, _OF_MODELS):
-        ledger.add_layer(model, door, _refusing(door, group.size, way_out))
+        ledger.add_layer(model, door, _refusing(door, group.size, way_out), place="component.guard")
     if hasattr(stock_class(model), "set_attn_processor"):
-        ledger.add_layer(model, "set_attn_processor", functools.partial(_only_without_weights, group.size))
+        ledger.add_layer(
+            model, "set_attn_processor", functools.partial(_only_without_weights, group.size), place="component.guard"
+        )
 
 
 def guard_pipeline(pipe: Any, group: Group, ledger: Ledger) -> None:
     """Make what would load, fuse or save split weights raise at the pipeline, before it has changed anything."""
     for door, way_out in _present(pipe, _OF_PIPELINES):
-        ledger.add_layer(pipe, door, _refusing(door, group.size, way_out))
+        ledger.add_layer(pipe, door, _refusing(door, group.size, way_out), place="pipe.parallel")
 
 
 def _present(owner: Any, doors: dict[str, str]) -> Iterable[tuple[str, str]]:

@@ -68,7 +68,12 @@ def parallelize_vae(
 
         ledger.share(vae, "VAE parallelism", autoencoder, apply)
         for part in shared:
-            ledger.add_layer(getattr(vae, part), "__call__", _Divide.around(getattr(vae, part), part, owner))
+            ledger.add_layer(
+                getattr(vae, part),
+                "__call__",
+                _Divide.around(getattr(vae, part), part, owner),
+                place="component.strips",
+            )
     return VaeReport(shared, tuple(left.items()))
 
 

@@ -23,7 +23,6 @@ from pipeboost.features.reuse.names import names_in
 from pipeboost.features.reuse.store import Entry, Store
 
 # Inside the layer that takes the time of the stage, which is shown for a hit too.
-REUSE_ORDER = -50.0
 
 
 class PromptReuse:
@@ -111,7 +110,7 @@ def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
     Raises:
         AttributeError: the pipeline has no `encode_prompt`.
     """
-    ledger.add_layer(pipe, DOOR, prompts, order=REUSE_ORDER)
+    ledger.add_layer(pipe, DOOR, prompts, place="pipe.reuse")
 
 
 def _random_state(device: torch.device) -> tuple[bytes, ...]:
