@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.parallel import MODELS, Results, accelerated, everywhere
-from pipeboost.call import current_call
+from pipeboost.bench.full_size import build_pipeline, forward_inputs, full_size_named
+from pipeboost.contract.call import current_call
 from pipeboost.distributed import SEQUENCE, Group, Peers, local_device, peers
-from pipeboost.quality.full_size import build_pipeline, forward_inputs, full_size_named
 from pipeboost.quality.timing import time_runs
 
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 from pipeboost import accelerate_pipeline
-from pipeboost.hardware import detect_hardware
+from pipeboost.core.hardware import detect_hardware
 
 PARTS = ("watching", "stages", "overlap")
 FLUX_CALL = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5}

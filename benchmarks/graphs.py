@@ -22,14 +22,14 @@ import diffusers
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 
-from pipeboost.attention import swap_attention
-from pipeboost.call import open_call
-from pipeboost.compile import capture_graphs, compile_model
-from pipeboost.config import CompileConfig
-from pipeboost.families import Family
-from pipeboost.hardware import detect_hardware
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import detect_hardware
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.attention import swap_attention
+from pipeboost.features.compile import capture_graphs, compile_model
 from pipeboost.patches import flux, wan
 
 BF16 = torch.bfloat16

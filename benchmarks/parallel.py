@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
+from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs, full_size_named
+from pipeboost.core.families import FullSize
+from pipeboost.core.hardware import detect_hardware
 from pipeboost.distributed import local_device, world
-from pipeboost.families import FullSize
-from pipeboost.hardware import detect_hardware
-from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs, full_size_named
 from pipeboost.quality.timing import time_runs
 
 MODELS = {
@@ -221,11 +221,11 @@ def denoiser(
 
 def vae(device: torch.device, results: Results) -> None:
     """Wan's VAE: 81 frames of 480 times 832, decoded by one GPU and by all."""
-    from pipeboost.call import open_call
+    from pipeboost.contract.call import open_call
+    from pipeboost.contract.registry import families
+    from pipeboost.core.ledger import Ledger
     from pipeboost.distributed import Mesh
-    from pipeboost.known_families import families
-    from pipeboost.ledger import Ledger
-    from pipeboost.parallel import parallelize_vae
+    from pipeboost.features.parallel import parallelize_vae
 
     family = next(family for family in families() if family.name == "wan")
     with torch.device(device):

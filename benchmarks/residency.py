@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 from pipeboost import OffloadConfig, accelerate_pipeline
-from pipeboost.families import Activations, Linear
-from pipeboost.hardware import detect_hardware
-from pipeboost.known_families import family_of
-from pipeboost.offload import bytes_on, choose_policies, placed_components, predict, weigh
-from pipeboost.quality.surroundings import gpu_state, versions
-from pipeboost.seams import add_layer, remove_layer
+from pipeboost.bench.environment import gpu_state, versions
+from pipeboost.contract.registry import family_of
+from pipeboost.core.families import Activations, Linear
+from pipeboost.core.hardware import detect_hardware
+from pipeboost.core.seams import add_layer, remove_layer
+from pipeboost.features.offload import bytes_on, choose_policies, placed_components, predict, weigh
 
 PARTS = ("activations", "peaks", "resident", "capped", "wan")
 GIB = 2**30

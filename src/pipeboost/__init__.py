@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeboost.acceleration import Acceleration, accelerate_pipeline
-    from pipeboost.config import (
+    from pipeboost.core.config import (
         AccelerationConfig,
         AttentionConfig,
         CacheConfig,
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         QuantizeConfig,
         ReuseConfig,
     )
+    from pipeboost.core.errors import Cancelled, ConfigurationError, PipeboostError, RankFailedError
     from pipeboost.distributed.launch import launch
-    from pipeboost.errors import Cancelled, ConfigurationError, PipeboostError, RankFailedError
     from pipeboost.generate import (
         GeneratedImage,
         GeneratedVideo,

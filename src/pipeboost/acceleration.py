@@ -8,16 +8,16 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from pipeboost.applied import AppliedPlan, agreed_plan
-from pipeboost.call import Call
-from pipeboost.calls import Calls, weakly
-from pipeboost.config import AccelerationConfig, resolve_config
-from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.ledger import Ledger
-from pipeboost.parallel import apart
+from pipeboost.contract.call import Call
+from pipeboost.core.config import AccelerationConfig, resolve_config
+from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import attach
+from pipeboost.features.parallel import apart
 from pipeboost.plan import Plan
 from pipeboost.quality import Verification, verify_acceleration
-from pipeboost.run_many import run_list
-from pipeboost.seams import attach
+from pipeboost.requests import run_list
+from pipeboost.runner import Calls, weakly
 from pipeboost.stages import Progress, Report, Stage, unreported, weights_of
 
 P = TypeVar("P")

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from pipeboost.attention import rebind_attention
-from pipeboost.call import Call
-from pipeboost.config import AccelerationConfig, ParallelConfig
+from pipeboost.apply import Part, accelerate_part
+from pipeboost.contract.call import Call
+from pipeboost.contract.model_info import facts_of
+from pipeboost.contract.registry import family_of
+from pipeboost.core.config import AccelerationConfig, ParallelConfig
+from pipeboost.core.errors import PipeboostError
+from pipeboost.core.hardware import detect_hardware, device_of
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import decline, meet, world_size
-from pipeboost.errors import PipeboostError
-from pipeboost.facts import facts_of
-from pipeboost.hardware import detect_hardware, device_of
-from pipeboost.known_families import family_of
-from pipeboost.ledger import Ledger
-from pipeboost.offload import execution_device, placed_components, stock_offload
-from pipeboost.parts import Part, accelerate_part
+from pipeboost.features.attention import rebind_attention
+from pipeboost.features.offload import execution_device, placed_components, stock_offload
+from pipeboost.features.parallel.rank_team import Team, to_own_device
+from pipeboost.features.reuse import PromptReuse
 from pipeboost.plan import Plan, make_plan
-from pipeboost.reuse import PromptReuse
 from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watched_components
-from pipeboost.team import Team, to_own_device
 
 _PLANS = "plans"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.attention import explain_choice
-from pipeboost.config import (
+from pipeboost.contract.model_info import ModelFacts, activations_of_one_rank, of_one_rank, split_kinds
+from pipeboost.core.config import (
     FEATURES,
     OFFLOAD_KINDS,
     AccelerationConfig,
@@ -24,19 +24,18 @@ from pipeboost.config import (
     ReuseConfig,
     tier_allows,
 )
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.facts import ModelFacts, activations_of_one_rank, of_one_rank, split_kinds
-from pipeboost.families import Activations, Family
-from pipeboost.hardware import Hardware
-from pipeboost.kernels import available_kernels
-from pipeboost.offload import (
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Activations, Family
+from pipeboost.core.hardware import Hardware
+from pipeboost.features.attention import explain_choice
+from pipeboost.features.offload import (
     Placement,
     choose_policies,
     in_gib,
     memory_in_words,
     predict,
 )
-from pipeboost.parallel import (
+from pipeboost.features.parallel import (
     Ranks,
     beside_in_words,
     check_layout,
@@ -44,6 +43,7 @@ from pipeboost.parallel import (
     layout_in_words,
     shares_text_encoders,
 )
+from pipeboost.kernels import available_kernels
 
 
 @dataclass(frozen=True)

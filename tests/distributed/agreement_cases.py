@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import Mesh
-from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
+from pipeboost.distributed.agreement.arguments import DisagreementError, agreed_arguments, checked_latents
 from tests.pipelines.tiny import TINY
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.core.errors import RankFailedError, UnsupportedError
 from pipeboost.distributed import Group, world
 from pipeboost.distributed import groups as groups_module
-from pipeboost.distributed.parcel import Known, pack
+from pipeboost.distributed.agreement.serialization import Known, pack
 from pipeboost.distributed.wire import Kind, Wire
-from pipeboost.errors import RankFailedError, UnsupportedError
 from pipeboost.stages import Stage, StageParallelism
 from tests.distributed.failure_cases import Trouble, outcome
 from tests.pipelines.moves import plan_another_device

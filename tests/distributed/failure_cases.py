@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed import Mesh, busy, neighbours, tell_stage, watched, world
-from pipeboost.errors import PipeboostError
 
 TIMEOUT = 1.5
 """Seconds that ranks wait for each other."""

@@ -51,8 +51,8 @@ def coming_alone() -> str:
     """A mesh that the other rank does not come to, and one that it does."""
     from datetime import timedelta
 
+    from pipeboost.core.errors import PipeboostError
     from pipeboost.distributed import meeting, world
-    from pipeboost.errors import PipeboostError
 
     before, meeting.PATIENCE = meeting.PATIENCE, timedelta(seconds=1)
     told = ""

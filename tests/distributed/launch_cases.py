@@ -10,8 +10,8 @@ import torch
 
 import pipeboost
 from pipeboost.cli import generate
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.distributed import Mesh, watched, world
-from pipeboost.errors import ConfigurationError
 from tests.distributed.failure_cases import Trouble, script
 
 

@@ -193,7 +193,7 @@ def replicas() -> float:
 
 def run_twice_inside(layout: Mapping[str, Any]) -> float:
     """Each forward run twice by a layer inside the sharding of tokens, as the capture of a graph does."""
-    from pipeboost.seams import add_layer
+    from pipeboost.core.seams import add_layer
 
     def twice(call_next: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
         call_next(*args, **kwargs)
@@ -223,9 +223,9 @@ def told(layout: Mapping[str, Any]) -> dict[str, Any]:
 
 def drifting() -> str:
     """What a call says whose second rank has come to other latents in the first step."""
+    from pipeboost.core.seams import add_layer
     from pipeboost.distributed import world
-    from pipeboost.distributed.agreement import DisagreementError
-    from pipeboost.seams import add_layer
+    from pipeboost.distributed.agreement.arguments import DisagreementError
 
     def drift(call_next: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
         latents, *rest = call_next(*args, **kwargs)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
-from pipeboost.call import Call, open_call
+from pipeboost.contract.call import Call, open_call
+from pipeboost.contract.registry import family_of
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
-from pipeboost.errors import UnsupportedError
-from pipeboost.known_families import family_of
-from pipeboost.ledger import Ledger
 from pipeboost.stages import COMPOSITION, Checks, Composition, Stage, StageParallelism, watch, watched_components
-from pipeboost.stages.doorway import run_user_stage
+from pipeboost.stages.stage_middleware import run_user_stage
 from tests.pipelines.tiny import TINY
 
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from pipeboost import Stage, accelerate_pipeline
-from pipeboost.call import open_call
-from pipeboost.config import ParallelConfig
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import family_of
+from pipeboost.core.config import ParallelConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import DisagreementError, Mesh, checked_latents
 from pipeboost.distributed import groups as groups_module
-from pipeboost.errors import UnsupportedError
-from pipeboost.known_families import family_of
-from pipeboost.ledger import Ledger
-from pipeboost.parallel import share_branches
+from pipeboost.features.parallel import share_branches
 from tests.pipelines.tiny import TINY
 
 

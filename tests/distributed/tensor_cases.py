@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from pipeboost.call import open_call
-from pipeboost.compile import compile_model
-from pipeboost.config import CompileConfig
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import family_of, text_encoder_sharding
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.families import TensorSharding
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed import Group, Mesh, world
-from pipeboost.distributed.watch_ending import break_off
-from pipeboost.errors import PipeboostError, UnsupportedError
-from pipeboost.families import TensorSharding
-from pipeboost.known_families import family_of, text_encoder_sharding
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.tensor import ShardReport, shard_weights, split_bytes
-from pipeboost.parallel.tensor_guards import guard_pipeline
-from pipeboost.seams import stock_class
+from pipeboost.distributed.failure.abort import break_off
+from pipeboost.features.compile import compile_model
+from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_bytes
+from pipeboost.features.parallel.tensor_guards import guard_pipeline
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
@@ -338,7 +338,7 @@ def accelerated_again(name: str) -> dict[str, Any]:
         with; `"components"`: of this rank's, by the plans that split them.
     """
     from pipeboost import ParallelConfig, accelerate_pipeline
-    from pipeboost.facts import facts_of
+    from pipeboost.contract.model_info import facts_of
 
     entry = TINY[name]
     pipe = entry.build()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pipeboost import ParallelConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.known_families import family_of
-from pipeboost.parallel import Ranks, check_layout, choose_layout
+from pipeboost.contract.registry import family_of
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.features.parallel import Ranks, check_layout, choose_layout
 from pipeboost.stages import Composition, Stage, StageParallelism
 from tests.distributed import beside_cases as cases
 from tests.distributed.failure_ranks import on_mortal_ranks

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeboost.distributed.watch_records import Ended, Failure, Record, first_error, in_step, late_for, left_behind
+from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_for, left_behind
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipeboost.distributed import Group, Peers, groups, waiting
-from pipeboost.distributed.peers import rounded
-from pipeboost.distributed.peers_connect import MOST_BYTES
-from pipeboost.distributed.watch_progress import Progress
-from pipeboost.distributed.watch_records import Ended, in_step
+from pipeboost.distributed.collectives.symmetric_buffers import rounded
+from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES
+from pipeboost.distributed.failure.progress import Progress
+from pipeboost.distributed.failure.records import Ended, in_step
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from pipeboost.distributed.renumbered import Renumbered
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.collectives.renumbered_store import Renumbered
 
 
 @contextlib.contextmanager

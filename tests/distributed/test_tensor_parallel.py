@@ -6,11 +6,11 @@ import diffusers
 import pytest
 import torch
 
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import TensorSharding
-from pipeboost.known_families import families, family_of, text_encoder_sharding
-from pipeboost.parallel.tensor import split_bytes, tensor_degrees
-from pipeboost.parallel.tensor_layout import layout_of
+from pipeboost.contract.registry import families, family_of, text_encoder_sharding
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import TensorSharding
+from pipeboost.features.parallel.tensor import split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
 from tests.pipelines import tiny_parts

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.families import Autoencoder
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.vae import parallelize_vae
+from pipeboost.contract.registry import families
+from pipeboost.core.families import Autoencoder
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.parallel.vae import parallelize_vae
 from tests.distributed import vae_cases
 from tests.distributed.ranks import on_ranks
 from tests.distributed.vae_cases import VAES, Map, Results

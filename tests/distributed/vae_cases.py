@@ -12,12 +12,12 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeboost.call import open_call
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
-from pipeboost.errors import UnsupportedError
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
-from pipeboost.parallel.vae import parallelize_vae
+from pipeboost.features.parallel.vae import parallelize_vae
 from tests.pipelines import tiny_parts as parts
 
 

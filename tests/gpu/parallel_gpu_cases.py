@@ -12,7 +12,7 @@ import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, peers_connect, world
-from pipeboost.parallel import attend
+from pipeboost.features.parallel import attend
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.beside_cases import requests_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pipeboost.hardware import detect_hardware, has_cuda
+from pipeboost.core.hardware import detect_hardware, has_cuda
 from pipeboost.kernels import KERNELS, accepted_dtypes, available_kernels, compact_keys, unavailable_reason
 
 pytestmark = pytest.mark.gpu
@@ -200,9 +200,9 @@ def test_replays_from_a_cuda_graph(name, masked):
 def test_auto_and_stock_agree_on_a_transformer_in_bfloat16():
     from diffusers import FluxTransformer2DModel
 
-    from pipeboost.attention import swap_attention
-    from pipeboost.call import open_call
-    from pipeboost.ledger import Ledger
+    from pipeboost.contract.call import open_call
+    from pipeboost.core.ledger import Ledger
+    from pipeboost.features.attention import swap_attention
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(

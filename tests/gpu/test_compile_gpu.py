@@ -9,12 +9,12 @@ import torch
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, QwenImageTransformer2DModel
 from torch import nn
 
-from pipeboost.call import open_call
-from pipeboost.compile import compile_model
-from pipeboost.config import CompileConfig
-from pipeboost.families import Family
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.compile import compile_model
 
 pytestmark = pytest.mark.gpu
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from pipeboost import CompileConfig, accelerate_pipeline
-from pipeboost.attention import trim_padded_text
-from pipeboost.call import open_call
-from pipeboost.compile import Graphs, capture_graphs, compile_model, graphs
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.attention import trim_padded_text
+from pipeboost.features.compile import Graphs, capture_graphs, compile_model, graphs
 from tests.pipelines.tiny import TINY, load_tiny_lora, lora_state_dict, tiny_names
 
 pytestmark = pytest.mark.gpu

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pipeboost import OffloadConfig, accelerate_pipeline
-from pipeboost.call import open_call
-from pipeboost.known_families import generic_family
-from pipeboost.ledger import Ledger
-from pipeboost.offload import Placement, place
-from pipeboost.offload.place import _placed
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import generic_family
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.offload import Placement, place
+from pipeboost.features.offload.place import _placed
 from tests.pipelines.tiny import TINY, load_tiny_lora
 
 pytestmark = pytest.mark.gpu

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pipeboost.hardware import Hardware
+from pipeboost.core.hardware import Hardware
 from pipeboost.plan import Plan
 
 

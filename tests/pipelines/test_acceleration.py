@@ -14,7 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
-from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
     OTHER_PROMPT,

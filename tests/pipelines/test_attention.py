@@ -13,11 +13,11 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch._dynamo.utils import counters
 
-from pipeboost.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
-from pipeboost.call import open_call, tracing_our_call
-from pipeboost.errors import UnsupportedError
-from pipeboost.ledger import Ledger
-from pipeboost.seams import add_layer, remove_layer, stock_class
+from pipeboost.contract.call import open_call, tracing_our_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import add_layer, remove_layer, stock_class
+from pipeboost.features.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
 from tests.pipelines.tiny import TINY, ip_adapter_inputs, load_tiny_ip_adapter
 
 FAMILIES = ("flux_dev", "qwen_image", "wan21_t2v", "wan21_i2v", "hunyuan_video", "hunyuan_video_i2v")

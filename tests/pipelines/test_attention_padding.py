@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from pipeboost.attention import swap_attention, trim_padded_text
-from pipeboost.call import open_call
-from pipeboost.known_families import family_named
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import family_named
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.attention import swap_attention, trim_padded_text
 from tests.pipelines.tiny import TINY
 
 # FlexAttention says so on a CPU outside torch.compile; it is meant here.

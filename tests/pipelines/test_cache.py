@@ -19,13 +19,13 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from pipeboost import accelerate_pipeline
-from pipeboost.cache import CacheCount, attach_cache
-from pipeboost.call import Call, current_call, open_call
-from pipeboost.config import CacheConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.known_families import family_of
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import Call, current_call, open_call
+from pipeboost.contract.registry import family_of
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.cache import CacheCount, attach_cache
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY
 
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from pipeboost.call import open_call
-from pipeboost.compile import CompiledModel, compile_model
-from pipeboost.config import CompileConfig
-from pipeboost.known_families import family_of
-from pipeboost.ledger import Ledger
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import family_of
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.compile import CompiledModel, compile_model
 from tests.pipelines.tiny import OTHER_PROMPT, TINY
 
 # How many graphs a request costs at first: one a block class, and one more for each set of arguments that differs in

@@ -13,11 +13,11 @@ import torch
 
 import pipeboost
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
-from pipeboost.call import current_call
-from pipeboost.errors import PipeboostError
-from pipeboost.families import Family
-from pipeboost.known_families import families
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import current_call
+from pipeboost.contract.registry import families
+from pipeboost.core.errors import PipeboostError
+from pipeboost.core.families import Family
+from pipeboost.core.seams import stock_class
 from tests.pipelines.tiny import TINY
 
 SOURCE = Path(pipeboost.__file__).parent
@@ -193,7 +193,7 @@ def test_4_never_a_silent_fallback():
     spy = dataclasses.replace(
         kernel, function=lambda *args, **kwargs: ran.append(1) or kernel.function(*args, **kwargs)
     )
-    table = pipeboost.attention.dispatcher.KERNELS
+    table = pipeboost.features.attention.dispatcher.KERNELS
     table["flex"], before = spy, table["flex"]
     try:
         ENTRY.call(pipe, steps=1)

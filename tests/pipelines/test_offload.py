@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipeboost import CacheConfig, CompileConfig, OffloadConfig, accelerate_pipeline
-from pipeboost.call import current_call
-from pipeboost.errors import PipeboostError
-from pipeboost.offload.place import _placed
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import PipeboostError
+from pipeboost.features.offload.place import _placed
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,

@@ -6,7 +6,7 @@ import torch
 from benchmarks.full_pipelines import flux_pipeline, wan_pipeline
 from benchmarks.residency import FLUX_SIZES, Run
 from pipeboost import accelerate_pipeline
-from pipeboost.known_families import family_of
+from pipeboost.contract.registry import family_of
 
 
 @pytest.mark.parametrize(("build", "family"), [(flux_pipeline, "flux"), (wan_pipeline, "wan")])

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from pipeboost import ReuseConfig, accelerate_pipeline
-from pipeboost.errors import UnsupportedError
-from pipeboost.seams import layers_of
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import layers_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora, picture
 from tests.pipelines.tiny_flux import parts
 

@@ -22,11 +22,11 @@ from pipeboost import (
     StageParallelism,
     accelerate_pipeline,
 )
-from pipeboost.call import current_call
-from pipeboost.calls import _alone_with
-from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.runner import _alone_with
 from pipeboost.stages import StageVerificationError
-from pipeboost.stages.turns import Turns
+from pipeboost.stages.admission import Turns
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from pipeboost.attention import choose_kernel, explain_choice
-from pipeboost.attention.choice import check_choice
-from pipeboost.config import AttentionConfig
-from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError
-from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.core.config import AttentionConfig
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.features.attention import choose_kernel, explain_choice
+from pipeboost.features.attention.choice import check_choice
 from pipeboost.kernels import KERNELS, table
 
 CPU = detect_hardware("cpu")

@@ -15,17 +15,17 @@ import diffusers
 import pytest
 import torch
 
-from pipeboost.call import open_call
+from pipeboost.bench.benchmark import benchmark
+from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult
+from pipeboost.bench.flops import AttentionShape, count_work
+from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs
 from pipeboost.cli.bench import measure_sizes, run_bench, run_benchmark
-from pipeboost.errors import ConfigurationError
-from pipeboost.families import FullSize
-from pipeboost.known_families import families
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.families import FullSize
 from pipeboost.patches import flux, hunyuan_video, qwen_image, wan
-from pipeboost.quality.benchmark import benchmark
-from pipeboost.quality.benchmark_result import STOCK, TUNED, BenchmarkResult
-from pipeboost.quality.full_size import build_pipeline, call_arguments, forward_inputs
 from pipeboost.quality.tuned_stock import require_native_default
-from pipeboost.quality.work import AttentionShape, count_work
 
 CPU = torch.device("cpu")
 IMAGE = {"height": 64, "width": 64, "channels": 8, "text_tokens": 6, "text_width": 24}

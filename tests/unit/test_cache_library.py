@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.cache.library import BlockRow
-from pipeboost.config import CacheConfig
+from pipeboost.core.config import CacheConfig
+from pipeboost.features.cache.library import BlockRow
 
 _LATE_AND_QUIET = """
 import logging, sys, warnings
 import diffusers, pipeboost, transformers
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry as registry
-import pipeboost.cache
+import pipeboost.features.cache
 assert "cache_dit" not in sys.modules
 
 def state():
@@ -26,7 +26,7 @@ def state():
 
 transformers.utils.logging.get_logger("x")
 before = state()
-from pipeboost.cache.library import BlockRow
+from pipeboost.features.cache.library import BlockRow
 BlockRow("blocks", "image")
 assert "cache_dit" in sys.modules
 for was, is_now in zip(before, state()):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.cache.steps import computed_steps, settings_of, steps_of_experts
-from pipeboost.config import STEP_MASKS, CacheConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.config import STEP_MASKS, CacheConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.features.cache.steps import computed_steps, settings_of, steps_of_experts
 from pipeboost.patches import flux, wan
 
 

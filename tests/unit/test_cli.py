@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from pipeboost.cli import bench, demo, doctor, main
 from pipeboost.cli.picture import picture_grid
 from pipeboost.cli.plan import plan_of, wrapped
-from pipeboost.config import ATTENTION_BACKENDS
+from pipeboost.core.config import ATTENTION_BACKENDS
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.demo_model import prompts
-from pipeboost.errors import UnsupportedError
-from pipeboost.hardware import Hardware, detect_hardware
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "demo_model" / "weights"
 INDEX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}

@@ -21,14 +21,14 @@ from diffusers import (
 from peft import LoraConfig
 from torch import nn
 
-from pipeboost.call import open_call
-from pipeboost.compile import CompiledModel, compile_model
-from pipeboost.config import CompileConfig
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.families import Family
-from pipeboost.known_families import families
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import families
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.compile import CompiledModel, compile_model
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LENGTHS = (7, 9, 3, 64)

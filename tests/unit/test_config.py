@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipeboost.config import (
+from pipeboost.core.config import (
     AccelerationConfig,
     AttentionConfig,
     CacheConfig,
@@ -13,7 +13,7 @@ from pipeboost.config import (
     ParallelConfig,
     resolve_config,
 )
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 
 
 def test_keyword_arguments_win_over_config_which_wins_over_the_environment(tmp_path):

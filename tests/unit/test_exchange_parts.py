@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.parallel import attend
-from pipeboost.parallel.shards import SHARDS, Shards
+from pipeboost.features.parallel import attend
+from pipeboost.features.parallel.shards import SHARDS, Shards
 
 CASES = {
     "FLUX at 1024x1024 on four": ((1, 4608, 6, 128), 1, 2),

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.config import ParallelConfig
-from pipeboost.facts import ModelFacts, Split, activations_of_one_rank, of_one_rank, splits_of
-from pipeboost.known_families import family_named
-from pipeboost.offload import Component
+from pipeboost.contract.model_info import ModelFacts, Split, activations_of_one_rank, of_one_rank, splits_of
+from pipeboost.contract.registry import family_named
+from pipeboost.core.config import ParallelConfig
+from pipeboost.features.offload import Component
 from tests.pipelines.tiny import TINY
 
 FLUX = family_named("FluxPipeline")

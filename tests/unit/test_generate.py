@@ -16,7 +16,10 @@ from PIL import Image
 
 import pipeboost
 from pipeboost import ParallelConfig
-from pipeboost.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
+from pipeboost.core.hardware import device_of
+from pipeboost.features.offload import execution_device
+from pipeboost.features.parallel.rank_team import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
@@ -25,9 +28,6 @@ from pipeboost.generate.lora import Lora
 from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import make_requests
 from pipeboost.generate.writing import write_whole
-from pipeboost.hardware import device_of
-from pipeboost.offload import execution_device
-from pipeboost.team import to_be_split
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
 

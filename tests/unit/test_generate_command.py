@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from pipeboost import Acceleration, OffloadConfig
-from pipeboost.calls import Calls
 from pipeboost.cli import generate as command
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
 from pipeboost.generate import writing
+from pipeboost.runner import Calls
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
 

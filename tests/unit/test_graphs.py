@@ -16,13 +16,13 @@ from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
-from pipeboost.call import alone, open_call
-from pipeboost.compile import Graphs, capture_graphs, graphs
-from pipeboost.compile.capture import Inputs, aligned
-from pipeboost.compile.frozen import Frozen
-from pipeboost.compile.signature import Unfit, copied, read, surroundings
-from pipeboost.ledger import Ledger
-from pipeboost.seams import stock_class
+from pipeboost.contract.call import alone, open_call
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.compile import Graphs, capture_graphs, graphs
+from pipeboost.features.graphs.capture import Inputs, aligned
+from pipeboost.features.graphs.model_fingerprint import Frozen
+from pipeboost.features.graphs.signature import Unfit, copied, read, surroundings
 from tests.pipelines.tiny import TINY, load_tiny_ip_adapter, load_tiny_lora
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
 
-from pipeboost.config import ATTENTION_BACKENDS
-from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.core.config import ATTENTION_BACKENDS
+from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.kernels import (
     KERNELS,
     accepted_dtypes,

@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-from pipeboost.errors import UnsupportedError
-from pipeboost.ledger import Ledger
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.ledger import Ledger
 
 
 class Thing:

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.config import AccelerationConfig, CompileConfig, OffloadConfig
-from pipeboost.errors import ConfigurationError, PipeboostError
-from pipeboost.facts import ModelFacts
-from pipeboost.families import Activations, Linear
-from pipeboost.hardware import Hardware
-from pipeboost.known_families import family_named, generic_family
-from pipeboost.ledger import Ledger
-from pipeboost.offload import Component, Placement, choose_policies, place, predict, unmovable_weights, weigh
-from pipeboost.offload.budget import UNMEASURED, weigh_stored
-from pipeboost.offload.host import HostStore
-from pipeboost.offload.place import DOORS
+from pipeboost.contract.model_info import ModelFacts
+from pipeboost.contract.registry import family_named, generic_family
+from pipeboost.core.config import AccelerationConfig, CompileConfig, OffloadConfig
+from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.families import Activations, Linear
+from pipeboost.core.hardware import Hardware
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.offload import Component, Placement, choose_policies, place, predict, unmovable_weights, weigh
+from pipeboost.features.offload.budget import UNMEASURED, weigh_stored
+from pipeboost.features.offload.host import HostStore
+from pipeboost.features.offload.place import DOORS
 from pipeboost.plan import make_plan
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["flux", "hunyuan_video", "hunyuan_video_15", "ltx2", "qwen_image", "wan", "z_image"]
 LIST_FAMILIES = (
-    "import pipeboost.patches, pipeboost.known_families as f; "
+    "import pipeboost.patches, pipeboost.contract.registry as f; "
     "print(pipeboost.patches.__file__, sorted(family.name for family in f.families()))"
 )
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
-from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
-from pipeboost.facts import ModelFacts
-from pipeboost.hardware import Hardware, detect_hardware
-from pipeboost.known_families import family_named, generic_family
-from pipeboost.offload import Component
+from pipeboost.contract.model_info import ModelFacts
+from pipeboost.contract.registry import family_named, generic_family
+from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.features.offload import Component
 from pipeboost.plan import make_plan
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)

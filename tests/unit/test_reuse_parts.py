@@ -11,13 +11,13 @@ from PIL import Image
 from torch import nn
 
 from pipeboost import ReuseConfig, accelerate_pipeline
-from pipeboost.errors import ConfigurationError
-from pipeboost.reuse.content import NotKeyable, Serials, content
-from pipeboost.reuse.names import names_in
-from pipeboost.reuse.sample import MOST_SAMPLES, sample_of
-from pipeboost.reuse.snapshots import Snapshots
-from pipeboost.reuse.state import StateDigest
-from pipeboost.reuse.store import Entry, Store
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.features.reuse.content import NotKeyable, Serials, content
+from pipeboost.features.reuse.names import names_in
+from pipeboost.features.reuse.sample import MOST_SAMPLES, sample_of
+from pipeboost.features.reuse.snapshots import Snapshots
+from pipeboost.features.reuse.state import StateDigest
+from pipeboost.features.reuse.store import Entry, Store
 
 
 def entry(elements: int = 10) -> Entry:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from pipeboost.seams import add_layer, attach, has_layer, layers_of, remove_layer, stock_class
+from pipeboost.core.seams import add_layer, attach, has_layer, layers_of, remove_layer, stock_class
 
 
 class Greeter:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
 
 STOPPED = 130
 """The exit code of what Ctrl-C has ended."""

@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeboost.bench.benchmark import benchmark, check_counts
+from pipeboost.bench.benchmark_result import BenchmarkResult
+from pipeboost.bench.full_size import full_size_named, full_sizes, parameter_count
 from pipeboost.cli.flags import device_hardware, make_output_folder
-from pipeboost.config import TIERS
-from pipeboost.errors import ConfigurationError, not_one_of
-from pipeboost.families import FullSize
-from pipeboost.hardware import Hardware
-from pipeboost.quality.benchmark import benchmark, check_counts
-from pipeboost.quality.benchmark_result import BenchmarkResult
-from pipeboost.quality.full_size import full_size_named, full_sizes, parameter_count
+from pipeboost.core.config import TIERS
+from pipeboost.core.errors import ConfigurationError, not_one_of
+from pipeboost.core.families import FullSize
+from pipeboost.core.hardware import Hardware
 from pipeboost.quality.tuned_stock import forget_compiled
 
 
@@ -83,7 +83,7 @@ def run_benchmark(
     device: str,
     report: Callable[[str], None],
 ) -> BenchmarkResult:
-    """Measure one size with `accelerate_pipeline`; see `pipeboost.quality.benchmark.benchmark`."""
+    """Measure one size with `accelerate_pipeline`; see `pipeboost.bench.benchmark.benchmark`."""
     from pipeboost.acceleration import accelerate_pipeline
 
     words = ["pipeboost", "bench", size.name, *(word for tier in tiers for word in ("--tier", tier))]

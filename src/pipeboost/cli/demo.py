@@ -20,9 +20,9 @@ from rich.table import Table
 from pipeboost import accelerate_pipeline
 from pipeboost.cli.flags import device_hardware, make_output_folder
 from pipeboost.cli.picture import picture_grid
-from pipeboost.config import TIERS, CompileConfig
-from pipeboost.errors import ConfigurationError, MissingPackageError
-from pipeboost.hardware import Hardware
+from pipeboost.core.config import TIERS, CompileConfig
+from pipeboost.core.errors import ConfigurationError, MissingPackageError
+from pipeboost.core.hardware import Hardware
 from pipeboost.quality import psnr
 
 PIXELS = 128

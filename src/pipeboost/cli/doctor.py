@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeboost.config import ATTENTION_BACKENDS
-from pipeboost.hardware import Hardware, detect_hardware
+from pipeboost.core.config import ATTENTION_BACKENDS
+from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Kernel, unavailable_reason, wrong_hardware
 
 _EXTRAS = (

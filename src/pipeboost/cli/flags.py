@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeboost.errors import ConfigurationError
-from pipeboost.hardware import Hardware, detect_hardware, has_cuda
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.hardware import Hardware, detect_hardware, has_cuda
 
 
 def device_hardware(device: str) -> Hardware:

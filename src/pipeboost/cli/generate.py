@@ -15,9 +15,9 @@ import typer
 
 from pipeboost.cli.generate_progress import BatchProgress
 from pipeboost.cli.quiet import quiet_libraries
-from pipeboost.config import ParallelConfig
+from pipeboost.core.config import ParallelConfig
+from pipeboost.core.errors import ConfigurationError, PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.distributed import world, world_size
-from pipeboost.errors import ConfigurationError, PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.generate import Generated, LoadedModel
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FOLDER, DEFAULT_FPS, check_fps

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pipeboost.config_sources import file_settings
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.config_sources import file_settings
+from pipeboost.core.errors import ConfigurationError
 
 _MODEL = "Model"
 _REQUEST = "What to make"

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
+from pipeboost.bench.full_size import meta_transformer
 from pipeboost.cli.flags import device_hardware
-from pipeboost.config import resolve_config
-from pipeboost.errors import ConfigurationError, UnsupportedError
-from pipeboost.facts import ModelFacts, splits_of
-from pipeboost.families import Family
-from pipeboost.hardware import Hardware
-from pipeboost.known_families import families, family_named, generic_family
-from pipeboost.offload import weigh, weigh_stored
+from pipeboost.contract.model_info import ModelFacts, splits_of
+from pipeboost.contract.registry import families, family_named, generic_family
+from pipeboost.core.config import resolve_config
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import Hardware
+from pipeboost.features.offload import weigh, weigh_stored
 from pipeboost.plan import Plan, make_plan
-from pipeboost.quality.full_size import meta_transformer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

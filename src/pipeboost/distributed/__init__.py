@@ -1,14 +1,14 @@
 """Ranks: joining them, the mesh that orders them, and what they say to each other."""
 
-from pipeboost.distributed.agreement import DisagreementError, agreed_arguments, checked_latents
-from pipeboost.distributed.groups import Group, Pending
-from pipeboost.distributed.meeting import decline, meet
-from pipeboost.distributed.mesh import AXES, SAMPLE, SEQUENCE, Mesh
-from pipeboost.distributed.peers import Peers
-from pipeboost.distributed.sharing import shared
+from pipeboost.distributed.agreement.arguments import DisagreementError, agreed_arguments, checked_latents
+from pipeboost.distributed.agreement.broadcast import shared
+from pipeboost.distributed.collectives.collective_wait import busy, follow
+from pipeboost.distributed.collectives.groups import Group, Pending
+from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
+from pipeboost.distributed.collectives.symmetric_buffers import Peers
+from pipeboost.distributed.failure.rendezvous import decline, meet
+from pipeboost.distributed.failure.watch import raise_if_failed, tell_stage, watched
 from pipeboost.distributed.start import World, local_device, world, world_size
-from pipeboost.distributed.waiting import busy, follow
-from pipeboost.distributed.watch import raise_if_failed, tell_stage, watched
 
 __all__ = [
     "AXES",

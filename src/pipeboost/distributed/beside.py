@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from pipeboost.distributed.collectives.mesh import Mesh
 from pipeboost.distributed.inbox import Inbox
-from pipeboost.distributed.mesh import Mesh
 from pipeboost.distributed.start import world
 from pipeboost.distributed.wire import Wire
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeboost.distributed.waiting import expecting
+from pipeboost.distributed.collectives.collective_wait import expecting
 from pipeboost.distributed.wire import Kind, Message, Wire
 
 _PAUSE = 0.1

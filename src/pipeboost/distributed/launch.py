@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
+from pipeboost.core.errors import ConfigurationError, RankFailedError
 from pipeboost.distributed.start import world_size
-from pipeboost.errors import ConfigurationError, RankFailedError
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 
 
 class World(NamedTuple):

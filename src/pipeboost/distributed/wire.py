@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.distributed.groups import Group
-from pipeboost.distributed.parcel import Known, Parcel, memory_of, tensors_in, unpack
-from pipeboost.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError
+from pipeboost.distributed.agreement.serialization import Known, Parcel, memory_of, tensors_in, unpack
+from pipeboost.distributed.collectives.groups import Group
 
 
 class Kind(IntEnum):

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.seams import stock_class
 from pipeboost.generate.requests import Request
-from pipeboost.seams import stock_class
 
 Kind = Literal["image", "video"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 
 LARGEST_DOWNLOAD = 64 * 2**20
 SECONDS_TO_WAIT = 30.0

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeboost.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
+from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.core.hardware import has_cuda
 from pipeboost.distributed import local_device, world_size
-from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.generate.locations import is_hub_id, one_line, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
-from pipeboost.hardware import has_cuda
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 
@@ -134,7 +134,7 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
     """
     import torch
 
-    from pipeboost.team import to_be_split
+    from pipeboost.features.parallel.rank_team import to_be_split
 
     if settings.device == "cuda" and world_size() > 1:
         waiting = to_be_split(pipe, settings.acceleration.parallel)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeboost.errors import ConfigurationError, MissingPackageError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
 from pipeboost.generate.locations import is_hub_id, one_line
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")

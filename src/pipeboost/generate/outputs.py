@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.generate.writing import IMAGE_FORMATS, VIDEO_FORMATS, output_file, write_image, write_video
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.generate.requests import FIELDS
 
 

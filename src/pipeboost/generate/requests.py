@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeboost.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.generate.inputs import load_image
 
 FIELDS = (

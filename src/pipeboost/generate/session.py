@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.core.seams import stock_class
+from pipeboost.features.offload import in_gib
 from pipeboost.generate.call_arguments import CallSignature, Kind
 from pipeboost.generate.loading import ModelSettings, load_pipeline
 from pipeboost.generate.locations import one_line
 from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps
 from pipeboost.generate.requests import Request, make_requests
-from pipeboost.offload import in_gib
-from pipeboost.seams import stock_class
 from pipeboost.stages.report import weights_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from pipeboost.errors import ConfigurationError, MissingPackageError, PipeboostError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 VIDEO_FORMATS = {".mp4": "mp4"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeboost.config import ATTENTION_BACKENDS
-from pipeboost.hardware import Hardware
+from pipeboost.core.config import ATTENTION_BACKENDS
+from pipeboost.core.hardware import Hardware
 from pipeboost.kernels.flash import flash2, flash3, flash3_fp8, flash4
 from pipeboost.kernels.flex import flex
 from pipeboost.kernels.key_padding import MaskKind

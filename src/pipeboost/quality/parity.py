@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeboost.core.seams import add_layer, remove_layer
 from pipeboost.quality.tuned_stock import stock_compile
-from pipeboost.seams import add_layer, remove_layer
 
 FLOOR_MARGIN = 1.2
 """`lossless`: one forward's error may be this many times the error of stock's own compile."""

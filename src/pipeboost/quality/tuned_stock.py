@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.quality.timing import time_runs
 
 NATIVE = "native"

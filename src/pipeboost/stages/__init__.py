@@ -1,17 +1,17 @@
 """The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
 
+from pipeboost.stages.admission import TURN
+from pipeboost.stages.call_record import FinishedCall, latest_after, unreported, with_what_finished
 from pipeboost.stages.composition import TEXT_ENCODING, Composition
-from pipeboost.stages.doorway import COMPOSITION
 from pipeboost.stages.errands import ERRANDS, Errands, asking
-from pipeboost.stages.finished import FinishedCall, latest_after, unreported, with_what_finished
+from pipeboost.stages.instrument import watch, watched_components
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
 from pipeboost.stages.report import Report, weights_of
 from pipeboost.stages.serving import Serving
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
+from pipeboost.stages.stage_middleware import COMPOSITION
 from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_trajectory, without_trajectory
-from pipeboost.stages.turns import TURN
-from pipeboost.stages.watch import watch, watched_components
 
 __all__ = [
     "COMPOSITION",

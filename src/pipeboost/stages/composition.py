@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeboost.call import current_call
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
+from pipeboost.core.families import Family, StageDoor
 from pipeboost.distributed import Mesh
-from pipeboost.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
-from pipeboost.families import Family, StageDoor
 from pipeboost.stages.ranks import require_ranks
 from pipeboost.stages.spans import DENOISING, WHOLE_CALL
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values, verified

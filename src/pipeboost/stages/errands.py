@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from pipeboost.core.errors import PipeboostError
+from pipeboost.core.families import StageDoor
+from pipeboost.distributed.agreement.broadcast import packed_failure, raise_failure
+from pipeboost.distributed.agreement.random_state import State, generators_in, global_state
+from pipeboost.distributed.agreement.serialization import Known, Parcel, pack
 from pipeboost.distributed.beside import Beside
-from pipeboost.distributed.parcel import Known, Parcel, pack
-from pipeboost.distributed.random_state import State, generators_in, global_state
-from pipeboost.distributed.sharing import packed_failure, raise_failure
 from pipeboost.distributed.wire import Kind
-from pipeboost.errors import PipeboostError
-from pipeboost.families import StageDoor
 from pipeboost.stages.composition import ENCODING
 from pipeboost.stages.ranks import Effects
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
-from pipeboost.stages.turns import Turn, Turns
+from pipeboost.stages.admission import Turn, Turns
 
 Result = TypeVar("Result")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call
+from pipeboost.contract.call import Call
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Mesh, shared
-from pipeboost.distributed.random_state import fingerprint, generators_in, global_state, set_global_state
-from pipeboost.errors import UnsupportedError
+from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
 
 _RUNS = "stage runs"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.errors import MissingPackageError
+from pipeboost.core.errors import MissingPackageError
 from pipeboost.stages.spans import WHOLE_CALL, Span
 
 

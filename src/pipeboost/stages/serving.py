@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call
+from pipeboost.contract.call import Call
+from pipeboost.core.errors import PipeboostError, RankFailedError
+from pipeboost.distributed.agreement.broadcast import packed_failure, raise_failure
+from pipeboost.distributed.agreement.random_state import generators_in, set_global_state
+from pipeboost.distributed.agreement.serialization import Known, Parcel, pack
 from pipeboost.distributed.beside import Beside
-from pipeboost.distributed.parcel import Known, Parcel, pack
-from pipeboost.distributed.random_state import generators_in, set_global_state
-from pipeboost.distributed.sharing import packed_failure, raise_failure
 from pipeboost.distributed.wire import Kind, Message
-from pipeboost.errors import PipeboostError, RankFailedError
 from pipeboost.stages.errands import INSIDE, Errand, own_objects
 from pipeboost.stages.ranks import Effects
 

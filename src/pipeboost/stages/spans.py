@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call
+from pipeboost.contract.call import Call
 from pipeboost.distributed import tell_stage
 
 DENOISING = "denoising"

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import current_call
-from pipeboost.errors import PipeboostError
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import PipeboostError
 
 Values = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.call import Call
-from pipeboost.stages.doorway import named_results
+from pipeboost.contract.call import Call
+from pipeboost.stages.stage_middleware import named_results
 
 _ARGUMENT = "return_trajectory"
 _KEY = "trajectory"

@@ -1,0 +1,330 @@
+"""Measure one forward of a full-size transformer: stock, ours in each tier, and tuned stock, in one run.
+
+Ours is measured before tuned stock, and every compiled variant starts with empty compile caches, in this process and on
+disk, so that none profits from what another compiled; the first one also pays for starting the compiler itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
+from pipeboost.bench.environment import gpu_state, versions
+from pipeboost.bench.flops import count_work
+from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs, seeded
+from pipeboost.bench.roofline import measure_ceilings
+from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.families import FullSize
+from pipeboost.core.hardware import detect_hardware
+from pipeboost.quality import tuned_stock
+from pipeboost.quality.parity import relative_error
+from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_runs
+
+_MINIMUM_REPEATS = 5
+_CALLS = 3
+_CALL_SECONDS = 20.0
+
+
+def benchmark(
+    size: FullSize,
+    *,
+    accelerate: Callable[..., Any],
+    tiers: Sequence[str],
+    repeats: int,
+    steps: int,
+    device: str | torch.device,
+    report: Callable[[str], None],
+    command: str = "",
+) -> BenchmarkResult:
+    """Measure a published size on one device, in bf16 on a GPU and in fp32 on a CPU.
+
+    A variant that fails is reported as failed and does not keep the others from being measured.
+
+    Args:
+        size: what to build, with random weights.
+        accelerate: `accelerate_pipeline`, or what stands for it: `(pipe, quality=tier)` leaves `pipe.acceleration`.
+        tiers: quality tiers of ours.
+        repeats: timed forwards of each variant, at least 5.
+        steps: also time a call of the pipeline with this many denoising steps; 0 for none.
+        device: where to run.
+        report: gets a line about each thing that is done.
+        command: what was typed, for the record.
+
+    Raises:
+        ConfigurationError: too few repeats, negative steps, or Diffusers' attention default is not its own.
+        PipeboostError: stock's output is constant or not finite, so that no error to it can be given.
+    """
+    check_counts(repeats=repeats, steps=steps)
+    tuned_stock.require_native_default()
+    place = _with_index(torch.device(device))
+    current = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), seeded(place), current:
+        return _Session(size, place, accelerate, repeats, steps, report).run(tiers, command)
+
+
+def check_counts(*, repeats: int, steps: int) -> None:
+    """Refuse counts that give no figure.
+
+    Raises:
+        ConfigurationError: fewer repeats than make a median, or negative steps.
+    """
+    if repeats < _MINIMUM_REPEATS:
+        raise ConfigurationError(f"repeats={repeats} is too few for a median; use at least {_MINIMUM_REPEATS}")
+    if steps < 0:
+        raise ConfigurationError(f"steps={steps} must be 0 (no pipeline call) or more")
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@dataclass
+class _Applied:
+    """A variant in place: how it runs, in words, and the context its forwards need."""
+
+    what: str = ""
+    opened: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+class _Session:
+    def __init__(
+        self,
+        size: FullSize,
+        device: torch.device,
+        accelerate: Callable[..., Any],
+        repeats: int,
+        steps: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self.size = size
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.accelerate = accelerate
+        self.repeats = repeats
+        self.steps = steps
+        self.report = lambda text: report(f"{size.name}: {text}")
+        self.reference: torch.Tensor | None = None
+        self.repeatable = False
+        self._build()
+
+    def run(self, tiers: Sequence[str], command: str) -> BenchmarkResult:
+        size, device = self.size, self.device
+        stock = self._stock()
+        gpu = gpu_state(device)
+        self.report("counting operations and measuring the ceilings")
+        work = count_work(self._forward)
+        ceilings = measure_ceilings(work, device=device, dtype=self.dtype)
+        ours = [self._tried(f"pipeboost {tier}", functools.partial(self._ours, tier)) for tier in tiers]
+        tuned, floor, backends = self._tuned()
+
+        bound_ms = ceilings.bound_ms(work)
+        variants = []
+        for variant in (stock, tuned, *ours):
+            if variant.median_ms is not None and stock.median_ms is not None:
+                variant = replace(
+                    variant,
+                    speedup=stock.median_ms / variant.median_ms,
+                    speedup_over_tuned=None if tuned.median_ms is None else tuned.median_ms / variant.median_ms,
+                    tflops=work.flops / variant.median_ms / 1e9,
+                    share_of_bound=bound_ms / variant.median_ms,
+                )
+            variants.append(variant)
+        main = work.main_attention
+        shape = () if main is None else (main.batch, main.heads, main.queries, main.keys, main.head_dim)
+        return BenchmarkResult(
+            model=size.name,
+            workload=size.workload,
+            config=dict(size.config),
+            parameters=sum(parameter.numel() for parameter in self.pipe.transformer.parameters()),
+            dtype=str(self.dtype).removeprefix("torch."),
+            hardware=str(replace(detect_hardware(device), count=1)),
+            gpu=gpu,
+            versions=versions(),
+            date=datetime.date.today().isoformat(),
+            command=command,
+            repeats=self.repeats,
+            warm_ups=WARM_UPS,
+            steps=self.steps,
+            gemm_flops=work.gemm_flops,
+            attention_flops=work.attention_flops,
+            attention_shape=shape,
+            gemm_ceiling=ceilings.gemm,
+            gemm_ceiling_size=ceilings.gemm_size,
+            attention_ceiling=ceilings.attention,
+            attention_ceiling_kernel=ceilings.attention_kernel,
+            bound_ms=bound_ms,
+            noise_floor=floor.relative_error,
+            noise_floor_max=floor.max_error,
+            stock_backends=backends,
+            variants=tuple(variants),
+        )
+
+    def _build(self) -> None:
+        self.report(f"building {self.size.transformer} with random weights")
+        self.pipe = build_pipeline(self.size, device=self.device, dtype=self.dtype)
+        self.inputs = forward_inputs(self.size, device=self.device, dtype=self.dtype)
+
+    def _forward(self) -> torch.Tensor:
+        return self.pipe.transformer(**self.inputs)[0]
+
+    def _stock(self) -> Variant:
+        stock = self._measured(STOCK, lambda: contextlib.nullcontext(_Applied(f"attention: {tuned_stock.NATIVE}")))
+        sample = self.reference
+        assert sample is not None
+        if not bool(torch.isfinite(sample).all()) or float(sample.std()) == 0:
+            raise PipeboostError(
+                f"{self.size.transformer} gives a constant or non-finite output with random weights, so no error to "
+                "it can be measured; use another configuration"
+            )
+        self.repeatable = torch.equal(sample, self._sample(self._forward()))
+        return replace(stock, relative_error=0.0, max_error=0.0)
+
+    def _ours(self, tier: str) -> Variant:
+        @contextlib.contextmanager
+        def applied() -> Iterator[_Applied]:
+            self.accelerate(self.pipe, quality=tier)
+            handle = self.pipe.acceleration
+            try:
+                yield _Applied(str(handle.plan), handle.open)
+            finally:
+                handle.remove()
+
+        with tuned_stock.cold_compile_caches():
+            return self._measured(f"pipeboost {tier}", applied)
+
+    def _tuned(self) -> tuple[Variant, Variant, dict[str, float | str]]:
+        """Tuned stock, the noise floor's variant, and the backends that were tried."""
+        self.report("trying the attention backends of Diffusers")
+        names, seen = tuned_stock.rank_backends(self.pipe.transformer, self._forward, self.device)
+        failures = []
+        for name, fullgraph in [*((name, True) for name in names), *((name, False) for name in names[:1])]:
+            tuned = self._tried(TUNED, functools.partial(self._compiled_stock, name, fullgraph))
+            if tuned.error is None:
+                native = name == tuned_stock.NATIVE
+                return tuned, tuned if native else self._tried("noise floor", self._noise_floor), seen
+            failures.append(f"{name}: {tuned.error}")
+        failed = Variant(TUNED, error="; ".join(failures) or "no attention backend runs")
+        return failed, failed, seen
+
+    def _noise_floor(self) -> Variant:
+        """One forward of stock compiled by itself, with its default attention."""
+        model = self.pipe.transformer
+        assert self.reference is not None
+        with tuned_stock.cold_compile_caches(), tuned_stock.stock_compile(model, fullgraph=True):
+            sample = self._sample(self._forward())
+        largest = float((sample - self.reference).abs().max())
+        return Variant("noise floor", relative_error=relative_error(sample, self.reference), max_error=largest)
+
+    def _compiled_stock(self, backend: str, fullgraph: bool) -> Variant:
+        model = self.pipe.transformer
+
+        @contextlib.contextmanager
+        def applied() -> Iterator[_Applied]:
+            with tuned_stock.stock_attention(model, backend), tuned_stock.stock_compile(model, fullgraph=fullgraph):
+                yield _Applied(f"attention: {backend}; compile_repeated_blocks(fullgraph={fullgraph})")
+
+        with tuned_stock.cold_compile_caches():
+            return self._measured(TUNED, applied)
+
+    def _tried(self, name: str, measure: Callable[[], Variant]) -> Variant:
+        """A variant, or what kept it from being measured; afterwards the pipeline is stock, if need be a new one."""
+        try:
+            variant = measure()
+        except Exception as error:
+            self.report(f"{name} failed\n{traceback.format_exc()}")
+            text = f"{type(error).__name__}: {error}".strip()
+            variant = Variant(name, error=text.splitlines()[0][:300])
+        restored = self._is_stock()
+        if variant.error is not None or restored is False:
+            del self.pipe
+            tuned_stock.forget_compiled()
+            self._build()
+        return replace(variant, restored=restored)
+
+    def _is_stock(self) -> bool | None:
+        """Whether a forward gives stock's output to the bit; None where stock itself does not repeat it."""
+        if not self.repeatable or self.reference is None:
+            return None
+        try:
+            return torch.equal(self.reference, self._sample(self._forward()))
+        except Exception:
+            self.report(f"stock does not run any more\n{traceback.format_exc()}")
+            return False
+
+    def _measured(self, name: str, applied: Callable[[], AbstractContextManager[_Applied]]) -> Variant:
+        """Put a variant on, time its first forward, warm it up, time it, and take it off again."""
+        self.report(f"{name}: first forward")
+        synchronize(self.device)
+        start = time.perf_counter()
+        with applied() as how:
+            apply_seconds = time.perf_counter() - start
+            with how.opened() as call:
+                forward = functools.partial(self._step, call)
+                forward()
+                synchronize(self.device)
+                cold_start = time.perf_counter() - start
+                self.report(f"{name}: {WARM_UPS} warm-ups and {self.repeats} timed forwards")
+                timing, output = time_runs(forward, self.device, repeats=self.repeats)
+                peak = peak_memory(self.device)
+                sample = self._sample(output)
+                del output
+            call_seconds = self._call_seconds(name)
+        if self.reference is None:
+            self.reference = sample
+        self.report(f"{name}: {timing.median:.1f} ms")
+        return Variant(
+            name=name,
+            what=how.what,
+            milliseconds=timing.milliseconds,
+            median_ms=timing.median,
+            peak_bytes=peak,
+            apply_seconds=apply_seconds,
+            cold_start_seconds=cold_start,
+            relative_error=self._finite(name, relative_error(sample, self.reference)),
+            max_error=float((sample - self.reference).abs().max()),
+            call_seconds=call_seconds,
+        )
+
+    def _step(self, call: Any) -> torch.Tensor:
+        """One forward; inside an open call it is the first of a new denoising step."""
+        if call is not None:
+            call.step += 1
+            call.branch = -1
+        return self._forward()
+
+    def _call_seconds(self, name: str) -> tuple[float, ...]:
+        if not self.steps:
+            return ()
+        self.report(f"{name}: calls of {self.steps} steps")
+        self.pipe(**call_arguments(self.pipe, self.inputs, steps=min(2, self.steps)))
+        seconds: list[float] = []
+        while len(seconds) < _CALLS and sum(seconds) < _CALL_SECONDS:
+            arguments = call_arguments(self.pipe, self.inputs, steps=self.steps)
+            synchronize(self.device)
+            start = time.perf_counter()
+            self.pipe(**arguments)
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return tuple(seconds)
+
+    @staticmethod
+    def _sample(output: torch.Tensor) -> torch.Tensor:
+        return output.detach().double().cpu()
+
+    @staticmethod
+    def _finite(name: str, error: float) -> float:
+        if error == float("inf"):
+            raise PipeboostError(f"{name} gives an output that is not finite")
+        return error

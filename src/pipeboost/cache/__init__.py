@@ -1,9 +1,0 @@
-"""Step caching: cache-dit decides, step by step, whether the middle blocks of a transformer run or are extrapolated.
-
-`attach_cache` is the verb. cache-dit is imported when a cache is attached, not before.
-"""
-
-from pipeboost.cache.attach import attach_cache
-from pipeboost.cache.state import CacheCount, CallCache
-
-__all__ = ["CacheCount", "CallCache", "attach_cache"]

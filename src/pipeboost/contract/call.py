@@ -1,0 +1,179 @@
+"""The state of one pipeline call, carried by a context variable so that threads and views never see each other's.
+
+Layers, processors and caches ask `current_call()`; outside a call it is None and they act as stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from pipeboost.core.errors import Cancelled
+from pipeboost.distributed import Mesh
+
+_current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
+_opening = threading.RLock()
+_open_in: Counter[int] = Counter()
+
+
+class Call:
+    """One run of a pipeline's `__call__`.
+
+    Attributes:
+        pipe: the pipeline, or the view of it, that was called.
+        device: where its script runs.
+        mesh: the ranks that run it together; None where it runs on one.
+        watched: all ranks that are watched with this one while it runs; None where there are no others.
+        owner: whose call it is: a plan as it is applied; layers of another acceleration stay quiet in it.
+        arguments: the arguments of the call by parameter name, defaults included.
+        features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
+            pipeline whose plan differs.
+        step: how many times `scheduler.step` has returned.
+        branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
+        events: named time spans, in order, as a report reads them.
+        state: what a feature keeps for the length of this call, by feature name.
+        decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
+            do not show; a forward that is replayed is one with the same decisions.
+        captures: whether the forward at hand is rehearsed or captured for a CUDA graph, in which launches cost nothing.
+        resources: closed when the call ends, whether it returns or raises.
+        of_several_ranks: whether other ranks work on the same sample, also where `mesh` is None for a while.
+        rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        owner: Any,
+        arguments: dict[str, Any],
+        features: frozenset[str] | None = None,
+        device: torch.device | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.mesh = self.watched = mesh
+        self.device = torch.device("cpu") if device is None else device
+        self.owner = owner
+        self.arguments = arguments
+        self.features = features
+        self.step = 0
+        self.branch = -1
+        self.events: list[Any] = []
+        self.state: dict[str, Any] = {}
+        self.decided: set[Hashable] = set()
+        self.captures = False
+        self.resources = contextlib.ExitStack()
+        self.rebind: Callable[[], None] = _nothing
+        self._scheduler = getattr(pipe, "scheduler", None)
+        self.of_several_ranks = mesh is not None and mesh.control.size > 1
+        self._cancelled = threading.Event()
+
+    def has(self, feature: str) -> bool:
+        """Whether a feature acts in this call."""
+        return self.features is None or feature in self.features
+
+    def follow_scheduler(self) -> None:
+        """Bind a scheduler that the user put on the pipeline during the call, so that steps go on counting."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is not self._scheduler:
+            self._scheduler = scheduler
+            self.rebind()
+
+    def cancel(self) -> None:
+        """Make the call raise `Cancelled` at its next step; may be called from any thread.
+
+        Where several ranks run it, one of them is enough: all raise at the same step, a step or two later.
+        """
+        self._cancelled.set()
+
+    @property
+    def is_to_be_cancelled(self) -> bool:
+        """Whether someone asked for it, on this rank."""
+        return self._cancelled.is_set()
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `Cancelled` if someone asked for it; of several ranks none does so alone."""
+        if self.is_to_be_cancelled and not self.of_several_ranks:
+            raise self.cancelled()
+
+    def cancelled(self) -> Cancelled:
+        """What a cancelled call raises."""
+        return Cancelled(f"the call was cancelled after step {self.step}")
+
+
+def _nothing() -> None:
+    return None
+
+
+def current_call() -> Call | None:
+    """The call that this thread is in, or None."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def open_call(
+    pipe: Any,
+    *,
+    owner: Any,
+    arguments: dict[str, Any] | None = None,
+    features: frozenset[str] | None = None,
+    device: torch.device | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[Call]:
+    """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
+    call = Call(pipe, owner, arguments or {}, features, device, mesh)
+    token = _current.set(call)
+    thread = threading.get_ident()
+    with _opening:
+        _open_in[thread] += 1
+    try:
+        with call.resources:
+            yield call
+    finally:
+        with _opening:
+            _open_in[thread] -= 1
+            if not _open_in[thread]:
+                del _open_in[thread]
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[bool]:
+    """Whether no other thread has a call open. Inside, none opens or ends one."""
+    with _opening:
+        yield all(thread == threading.get_ident() for thread in _open_in)
+
+
+@contextlib.contextmanager
+def no_call() -> Iterator[None]:
+    """Everything inside runs as if no call were open, that is, as stock."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+_tracing = threading.local()
+
+
+@contextlib.contextmanager
+def tracing_our_call() -> Iterator[None]:
+    """Inside, torch.compile traces code that will run in our calls only. A context variable could not be traced."""
+    before = getattr(_tracing, "ours", False)
+    _tracing.ours = True
+    try:
+        yield
+    finally:
+        _tracing.ours = before
+
+
+@torch.compiler.assume_constant_result
+def is_tracing_our_call() -> bool:
+    """Whether `tracing_our_call` is open in this thread; while tracing, the answer is a constant without a guard."""
+    return getattr(_tracing, "ours", False)

@@ -1,0 +1,388 @@
+"""What a user can ask for: quality tiers and one frozen dataclass per feature, checked in this one place.
+
+Every argument takes `"auto"`, `None`/`False` (off), a short name, or the dataclass. Keyword arguments win over a
+config object or file, which wins over `PIPEBOOST_*` environment variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
+from pipeboost.core.errors import ConfigurationError, not_one_of
+
+TIERS = ("exact", "lossless", "balanced", "fast")
+FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
+ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "flash4", "sage", "flex")
+STEP_MASKS = ("slow", "medium", "fast", "ultra")
+COMPILE_SCOPES = ("regional", "full")
+QUANTIZE_SCHEMES = ("fp8",)
+OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
+OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
+
+Tier = Literal["exact", "lossless", "balanced", "fast"]
+
+
+def tier_allows(tier: str, needed: str) -> bool:
+    """Whether a tier permits what the tier `needed` introduces."""
+    return TIERS.index(tier) >= TIERS.index(needed)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which attention kernel runs.
+
+    Attributes:
+        backend: a name of `ATTENTION_BACKENDS`, or `"auto"` to choose by hardware, token count and mask.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *ATTENTION_BACKENDS):
+            raise not_one_of("attention", self.backend, ("auto", *ATTENTION_BACKENDS))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work. The product of the five degrees, and `beside`, make up the group (default: the world).
+
+    Attributes:
+        replicas: groups of ranks that work on samples of their own.
+        cfg: ranks that share the guidance branches of a step.
+        ulysses: ranks that share a sequence by exchanging heads for tokens; divides the number of heads.
+        ring: ranks that share a sequence by passing keys and values around.
+        tensor: ranks that share the weights.
+        beside: further ranks that do not denoise: one that encodes and decodes for the others, or one that encodes
+            texts and images and one that has the VAE.
+        vae: whether the ranks share decoding and encoding.
+        text_encoder: whether the ranks share the text encoders' weights.
+        group: the ranks; None for the whole world.
+        timeout: seconds after which a rank that makes no progress ends the call on all of them.
+    """
+
+    replicas: int = 1
+    cfg: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    tensor: int = 1
+    beside: int = 0
+    vae: str | bool = "auto"
+    text_encoder: str | bool = "auto"
+    group: Any = None
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
+            _require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
+        _require_integer("parallel.beside", self.beside, minimum=0, maximum=2)
+        if self.beside and self.replicas > 1:
+            raise ConfigurationError(
+                f"parallel.beside={self.beside} serves one sample at a time, and parallel.replicas={self.replicas} "
+                "makes several; use one of the two"
+            )
+        for name in ("vae", "text_encoder"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+                raise not_one_of(f"parallel.{name}", value, ("auto", True, False))
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if not number or not 0 < self.timeout < float("inf"):
+            raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds above 0")
+        if self.group is not None and not _is_process_group(self.group):
+            raise ConfigurationError(
+                f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"
+            )
+
+    @property
+    def size(self) -> int:
+        """How many ranks this layout takes."""
+        return self.replicas * self.cfg * self.ulysses * self.ring * self.tensor + self.beside
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Step caching by cache-dit: skip the middle blocks when the first ones say that little has changed.
+
+    Attributes:
+        fn: blocks at the front that always run; their residual decides.
+        bn: blocks at the end that always run.
+        warmup: denoising steps at the start that are never skipped.
+        threshold: relative change of the residual below which a step is skipped.
+        max_continuous: skipped steps in a row, at most.
+        taylorseer_order: extrapolate skipped steps by a Taylor series of this order; None reuses the last residual.
+        step_mask: fixed steps instead of the residual's decision: a preset of cache-dit, or
+            `([compute bins], [cache bins])`, run alternately; `threshold`, `warmup`, `max_continuous` then do nothing.
+        secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
+    """
+
+    fn: int = 1
+    bn: int = 0
+    warmup: int = 4
+    threshold: float = 0.24
+    max_continuous: int = 3
+    taylorseer_order: int | None = None
+    step_mask: str | tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    secondary: CacheConfig | None = None
+
+    def __post_init__(self) -> None:
+        _require_integer("cache.fn", self.fn, minimum=1)
+        _require_integer("cache.bn", self.bn, minimum=0)
+        _require_integer("cache.warmup", self.warmup, minimum=0)
+        _require_integer("cache.max_continuous", self.max_continuous, minimum=1)
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0 < self.threshold <= 1:
+            raise ConfigurationError(f"cache.threshold={self.threshold!r} must be a number in (0, 1]")
+        if self.taylorseer_order is not None:
+            _require_integer("cache.taylorseer_order", self.taylorseer_order, minimum=1, maximum=4)
+        if isinstance(self.step_mask, str):
+            if self.step_mask not in STEP_MASKS:
+                raise not_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
+        elif self.step_mask is not None:
+            object.__setattr__(self, "step_mask", _checked_bins(self.step_mask))
+        if isinstance(self.secondary, Mapping):
+            object.__setattr__(self, "secondary", _from_mapping(CacheConfig, "cache.secondary", self.secondary))
+        elif not isinstance(self.secondary, CacheConfig | None):
+            raise ConfigurationError(f"cache.secondary={self.secondary!r} must be CacheConfig(...) or None")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """torch.compile of the transformer, and CUDA graphs of its forward.
+
+    Attributes:
+        scope: `"regional"` compiles one block and reuses it for all that are alike; `"full"` the whole transformer;
+            None compiles nothing, for graphs alone, which tier `"exact"` allows.
+        backend: a torch.compile backend: its name, or a function as torch.compile takes it.
+        dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
+        recompile_limit: graphs one block may have, within our calls only.
+        graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
+            come twice, `"auto"` those that the host launches too slowly for the device, False none.
+    """
+
+    scope: str | None = "regional"
+    backend: str | Callable[..., Any] = "inductor"
+    dynamic: bool = False
+    recompile_limit: int = 64
+    graphs: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.scope is not None and self.scope not in COMPILE_SCOPES:
+            raise not_one_of("compile", self.scope, COMPILE_SCOPES)
+        if not isinstance(self.graphs, bool) and self.graphs != "auto":
+            raise not_one_of("compile.graphs", self.graphs, ("auto", True, False))
+        if self.scope is None and self.graphs is not True:
+            raise ConfigurationError(
+                "compile.scope=None compiles nothing and is for CUDA graphs alone; add graphs=True, or use compile=None"
+            )
+        if not isinstance(self.backend, str) and not callable(self.backend):
+            raise ConfigurationError(
+                f"compile.backend={self.backend!r} must be a torch.compile backend: a name such as 'inductor', or a "
+                "function"
+            )
+        if not isinstance(self.dynamic, bool):
+            raise not_one_of("compile.dynamic", self.dynamic, (True, False))
+        _require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Weights and activations in fewer bits."""
+
+    scheme: str = "fp8"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in QUANTIZE_SCHEMES:
+            raise not_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where components wait between their stages, and when their weights come to the device.
+
+    Attributes:
+        policy: of all components: `"resident"` on the device, `"stage"` on the host except for the component's stage,
+            `"layerwise"` block by block while it computes, or `"auto"`: the cheapest that fits.
+        text_encoders: policy of text and image encoders; None for the general one.
+        transformers: policy of denoisers, and of ControlNets and the like, which are called beside them.
+        vae: policy of the autoencoders.
+        memory: GiB that the pipeline may take on the device; None for what is free there.
+    """
+
+    policy: str = "auto"
+    text_encoders: str | None = None
+    transformers: str | None = None
+    vae: str | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("auto", *OFFLOAD_POLICIES):
+            raise not_one_of("offload", self.policy, ("auto", *OFFLOAD_POLICIES))
+        for kind in OFFLOAD_KINDS:
+            if getattr(self, kind) not in (None, *OFFLOAD_POLICIES):
+                raise not_one_of(f"offload.{kind}", getattr(self, kind), (None, *OFFLOAD_POLICIES))
+        number = isinstance(self.memory, (int, float)) and not isinstance(self.memory, bool)
+        if self.memory is not None and (not number or not 0 < self.memory < float("inf")):
+            raise ConfigurationError(f"offload.memory={self.memory!r} must be a number of GiB above 0, or None")
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether this leaves every component where it is."""
+        chosen = [getattr(self, kind) or self.policy for kind in OFFLOAD_KINDS]
+        return all(policy == "resident" for policy in chosen)
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """Prompt embeddings are kept, so that a prompt is encoded once.
+
+    Attributes:
+        max_bytes: memory they may take, on the device the pipeline runs on; the least recently used go first.
+    """
+
+    max_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        _require_integer("reuse.max_bytes", self.max_bytes, minimum=1)
+
+
+@dataclass(frozen=True)
+class AccelerationConfig:
+    """All settings of one acceleration. `"auto"` leaves a choice to the plan, None turns a feature off."""
+
+    quality: str = "lossless"
+    attention: AttentionConfig | Literal["auto"] | None = "auto"
+    parallel: ParallelConfig | Literal["auto"] | None = "auto"
+    cache: CacheConfig | Literal["auto"] | None = "auto"
+    compile: CompileConfig | Literal["auto"] | None = "auto"
+    quantize: QuantizeConfig | Literal["auto"] | None = "auto"
+    offload: OffloadConfig | Literal["auto"] | None = "auto"
+    reuse: ReuseConfig | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        if self.quality not in TIERS:
+            raise not_one_of("quality", self.quality, TIERS)
+        for feature in FEATURES:
+            object.__setattr__(self, feature, _feature_setting(feature, getattr(self, feature)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AccelerationConfig:
+        """Read a YAML or JSON file whose keys are the fields of this class.
+
+        Raises:
+            ConfigurationError: the file is missing, unreadable, or has a key or value that is not allowed.
+        """
+        return cls(**file_settings(Path(path), _SETTINGS))
+
+
+_CLASSES: dict[str, type] = {
+    "attention": AttentionConfig,
+    "parallel": ParallelConfig,
+    "cache": CacheConfig,
+    "compile": CompileConfig,
+    "quantize": QuantizeConfig,
+    "offload": OffloadConfig,
+    "reuse": ReuseConfig,
+}
+_SHORT_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "attention": ("backend", ATTENTION_BACKENDS),
+    "cache": ("step_mask", STEP_MASKS),
+    "compile": ("scope", COMPILE_SCOPES),
+    "quantize": ("scheme", QUANTIZE_SCHEMES),
+    "offload": ("policy", OFFLOAD_POLICIES),
+}
+_SETTINGS = ("quality", *FEATURES)
+_OFF_WORDS = ("none", "off", "false", "0")
+
+
+def resolve_config(
+    config: AccelerationConfig | str | os.PathLike[str] | None,
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> AccelerationConfig:
+    """Merge environment variables, a config object or file, and keyword arguments; the later win.
+
+    Args:
+        config: an `AccelerationConfig`, the path of a YAML/JSON file, or None.
+        arguments: the keyword arguments that the user gave, only those.
+        environment: where `PIPEBOOST_QUALITY`, `PIPEBOOST_ATTENTION`, … are looked up (default: the process's).
+
+    Raises:
+        ConfigurationError: a value that is not allowed, or a `PIPEBOOST_*` variable that stands for no setting.
+    """
+    environment = os.environ if environment is None else environment
+    settings: dict[str, Any] = {}
+    for name, text in environment_settings(environment, _SETTINGS).items():
+        value: Any = None if name in FEATURES and text.lower() in _OFF_WORDS else text
+        try:
+            settings[name] = getattr(AccelerationConfig(**{name: value}), name)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"environment variable {variable_of(name)}: {error}") from error
+    if isinstance(config, AccelerationConfig):
+        settings.update({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    elif isinstance(config, (str, os.PathLike)):
+        settings.update(file_settings(Path(config), _SETTINGS))
+    elif config is not None:
+        raise ConfigurationError(
+            f"config must be an AccelerationConfig or the path of a YAML or JSON file, not {type(config).__name__}"
+        )
+    settings.update(arguments)
+    return AccelerationConfig(**settings)
+
+
+def _feature_setting(feature: str, value: Any) -> Any:
+    cls = _CLASSES[feature]
+    field, names = _SHORT_NAMES.get(feature, ("", ()))
+    if value is None or value is False:
+        return None
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, Mapping):
+        return _from_mapping(cls, feature, value)
+    if isinstance(value, str):
+        if value == "off":
+            return None
+        if value == "auto":
+            return "auto"
+        if value in names:
+            return cls(**{field: value})
+    allowed = ", ".join(map(repr, ("auto", *names, None, False)))
+    raise ConfigurationError(f"{feature}={value!r} is not allowed; use one of {allowed} or {cls.__name__}(...)")
+
+
+def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ConfigurationError(f"{argument} has no setting {key!r}; it has {', '.join(known)}")
+    return cls(**values)
+
+
+def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    try:
+        compute, cache = (tuple(bins) for bins in mask)
+    except (TypeError, ValueError):
+        compute = cache = ()
+    every = (*compute, *cache)
+    if not compute or not cache or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in every):
+        raise ConfigurationError(
+            f"cache.step_mask={mask!r} must be one of {', '.join(map(repr, STEP_MASKS))} or "
+            "([compute bins], [cache bins]) with positive integers in both"
+        )
+    return compute, cache
+
+
+def _require_integer(argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > (maximum or value):
+        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ConfigurationError(f"{argument}={value!r} must be an integer {allowed}")
+
+
+def _is_process_group(group: Any) -> bool:
+    import torch.distributed
+
+    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)

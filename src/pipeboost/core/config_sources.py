@@ -1,0 +1,86 @@
+"""Where settings come from besides arguments: a YAML or JSON file, and `PIPEBOOST_*` environment variables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeboost.core.errors import ConfigurationError
+
+_PREFIX = "PIPEBOOST_"
+
+
+def environment_settings(environment: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
+    """The text of each `PIPEBOOST_*` variable that is set, by the setting's name.
+
+    Raises:
+        ConfigurationError: a `PIPEBOOST_*` variable that stands for none of the `known` settings.
+    """
+    variables = {variable_of(name): name for name in known}
+    for variable in environment:
+        if variable.startswith(_PREFIX) and variable not in variables:
+            raise ConfigurationError(
+                f"the environment variable {variable} is not one of pipeboost's; it knows {', '.join(variables)}"
+            )
+    return {name: environment[variable] for variable, name in variables.items() if variable in environment}
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"{_PREFIX}{name.upper()}"
+
+
+def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        ConfigurationError: the file is missing or unreadable, or has a key that is not one of the `known` settings.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"config file {path} is not text in UTF-8; it must be YAML or JSON") from error
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"config file {path} is not valid JSON: {error}") from error
+    else:
+        import yaml
+
+        try:
+            settings = yaml.load(text, Loader=_loader(path))
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"config file {path} must hold a mapping of settings")
+    for key in settings:
+        if key not in known:
+            raise ConfigurationError(f"config file {path} has no setting {key!r}; it may have {', '.join(known)}")
+    return settings
+
+
+def _loader(path: Path) -> Any:
+    """PyYAML's safe loader, which by itself lets the last of several equal keys win."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _without_repeats([(key.value, None) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"], path)
+            return dict(super().construct_mapping(node, deep=deep))
+
+    return Loader
+
+
+def _without_repeats(pairs: Sequence[tuple[Any, Any]], path: Path) -> dict[Any, Any]:
+    settings: dict[Any, Any] = {}
+    for key, value in pairs:
+        if isinstance(key, str) and key in settings:
+            raise ConfigurationError(f"config file {path} has {key!r} twice; leave one out")
+        if isinstance(key, str):
+            settings[key] = value
+    return settings

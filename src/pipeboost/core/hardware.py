@@ -1,0 +1,124 @@
+"""What this machine is: device, capability, memory and links. Works on CPU and on CUDA."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import layers_of
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device and what surrounds it.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        name: what the device calls itself.
+        capability: CUDA compute capability, such as `(9, 0)`; None on CPU.
+        memory: bytes of the device's memory (of the machine's on CPU).
+        count: devices of this kind in the machine.
+        peer_links: whether every pair of these devices can reach each other's memory directly.
+        compiler: whether torch.compile's default backend can build here (on CPU it needs a C++ compiler).
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int] | None
+    memory: int
+    count: int
+    peer_links: bool
+    compiler: bool
+
+    def __str__(self) -> str:
+        capability = f", capability {self.capability[0]}.{self.capability[1]}" if self.capability else ""
+        several = f"{self.count} x " if self.count > 1 else ""
+        return f"{several}{self.name} ({self.memory / 2**30:.0f} GiB{capability})"
+
+
+def detect_hardware(device: str | torch.device | None = None) -> Hardware:
+    """Describe a device: the given one, else the current CUDA device where there is one, else the CPU.
+
+    Raises:
+        UnsupportedError: a device that is neither a CPU nor one of CUDA.
+    """
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if has_cuda() else "cpu")
+    if chosen.type == "cuda":
+        index = chosen.index if chosen.index is not None else torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
+        count = torch.cuda.device_count()
+        pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+        return Hardware(
+            device="cuda",
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            memory=properties.total_memory,
+            count=count,
+            peer_links=bool(pairs) and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
+            compiler=_importable("triton"),
+        )
+    if chosen.type != "cpu":
+        raise UnsupportedError(f"pipeboost runs on cpu and cuda devices, not on {chosen.type!r}; use pipe.to('cuda')")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return Hardware("cpu", f"CPU with {os.cpu_count()} cores", None, memory, 1, False, compiler)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch in this process could still allocate on a device; on a CPU, the memory of the machine.
+
+    It counts what torch's allocator keeps cached, and obeys `torch.cuda.set_per_process_memory_fraction`.
+    """
+    if device.type != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + torch.cuda.memory_reserved(device), allowed) - allocated)
+
+
+def has_cuda() -> bool:
+    """Whether this torch can use a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def _importable(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline's script runs: what its `_execution_device` says.
+
+    Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
+    Where some are on a GPU, the others wait on the host for their turn.
+    """
+    if layers_of(pipe, "_execution_device"):
+        return pipe._execution_device
+    devices = set()
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            if any("_hf_hook" in vars(part) or "_diffusers_hook" in vars(part) for part in component.modules()):
+                return pipe._execution_device
+            first = next(component.parameters(), None)
+            if first is not None:
+                devices.add(first.device)
+    return _where_they_run(devices) or pipe._execution_device
+
+
+def device_of_weights(pipe: Any) -> torch.device | None:
+    """The one device that components' weights are on, beside the host where some may wait; None if there is none."""
+    components = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
+    parameters = (next(component.parameters(), None) for component in components)
+    return _where_they_run({parameter.device for parameter in parameters if parameter is not None})
+
+
+def _where_they_run(devices: set[torch.device]) -> torch.device | None:
+    candidates = devices if len(devices) == 1 else {device for device in devices if device.type != "cpu"}
+    return next(iter(candidates)) if len(candidates) == 1 else None

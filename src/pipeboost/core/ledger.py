@@ -1,0 +1,157 @@
+"""The ledger: every change goes in together with its inverse, and is undone in reverse order."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import Layer, add_layer, has_layer, remove_layer
+
+_lock = threading.RLock()
+_shared_changes: weakref.WeakKeyDictionary[Any, dict[str, _SharedChange]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change that was made: what it is, in words, and how to take it back."""
+
+    what: str
+    undo: Callable[[], None]
+
+
+class Ledger:
+    """Records changes with their inverses. Used as a context manager, an exception inside rolls everything back.
+
+    The ledger keeps nothing alive, so a pipeline that is dropped without `undo` frees its memory at once.
+    """
+
+    def __init__(self) -> None:
+        self._changes: list[Change] = []
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What was changed, oldest first."""
+        return tuple(change.what for change in self._changes)
+
+    def record(self, what: str, undo: Callable[[], None]) -> None:
+        """Note a change that has just been made."""
+        self._changes.append(Change(what, undo))
+
+    def add_layer(self, obj: Any, door: str, layer: Layer, *, order: float = 0.0) -> None:
+        """Hang a layer on a door, once: a layer that is already there stays where it is."""
+        if has_layer(obj, door, layer):
+            return
+        add_layer(obj, door, layer, order=order)
+        what = f"layer on {type(obj).__name__}.{door}"
+
+        def undo() -> None:
+            target = reference()
+            if target is not None:
+                remove_layer(target, door, layer)
+
+        change = Change(what, undo)
+        # A user may replace a scheduler on every call: what is gone needs no undoing, nor may the ledger keep it alive.
+        reference = weakref.ref(obj, lambda _: self._forget(change))
+        self._changes.append(change)
+
+    def _forget(self, change: Change) -> None:
+        if change in self._changes:
+            self._changes.remove(change)
+
+    def share(
+        self,
+        obj: Any,
+        kind: str,
+        settings: Hashable,
+        apply: Callable[[Ledger], None],
+        *,
+        explain: Callable[[Any], str | None] | None = None,
+    ) -> bool:
+        """Make a change to an object that several accelerations may hold, such as a transformer of two pipelines.
+
+        The first holder applies it through `apply(ledger)`, the last one to leave undoes it.
+
+        Args:
+            explain: given another holder's settings, says how they differ and what to do, as the end of a sentence that
+                begins with the object; None where their own words will do.
+
+        Returns:
+            Whether this ledger became a new holder (False where it holds it already).
+
+        Raises:
+            UnsupportedError: another holder applied it with different settings.
+        """
+        with _lock:
+            shared = _shared_changes.setdefault(obj, {})
+            if kind in shared and shared[kind].settings != settings:
+                gc.collect()  # holders that were dropped without `undo` may wait in a cycle
+            if kind in shared and not shared[kind].holders:
+                shared.pop(kind).ledger.undo()
+            if kind not in shared:
+                inner = Ledger()
+                with inner:
+                    apply(inner)
+                shared[kind] = _SharedChange(settings, inner, weakref.WeakSet())
+            change = shared[kind]
+            if change.settings != settings:
+                why = None if explain is None else explain(change.settings)
+                why = why or f"whose {kind} is {change.settings!r}, not {settings!r}; use the same settings"
+                raise UnsupportedError(
+                    f"this {type(obj).__name__} is shared with another accelerated pipeline {why} or call "
+                    "acceleration.remove() there"
+                )
+            if self in change.holders:
+                return False
+            change.holders.add(self)
+        self.record(f"{kind} of {type(obj).__name__}", functools.partial(self._leave, weakref.ref(obj), kind))
+        return True
+
+    def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
+        with _lock:
+            obj = reference()
+            shared = _shared_changes.get(obj, {}) if obj is not None else {}
+            if kind not in shared or self not in shared[kind].holders:
+                return
+            change = shared[kind]
+            change.holders.discard(self)
+            if not change.holders:
+                del shared[kind]
+                change.ledger.undo()
+
+    def undo(self) -> None:
+        """Take everything back, newest first. Harmless when called again.
+
+        An inverse that fails does not keep the others from running; the first failure is raised at the end.
+        """
+        failure: Exception | None = None
+        while self._changes:
+            change = self._changes.pop()
+            try:
+                change.undo()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.undo()
+
+
+@dataclass
+class _SharedChange:
+    settings: Hashable
+    ledger: Ledger
+    holders: weakref.WeakSet[Ledger]

@@ -1,0 +1,167 @@
+"""`Parcel`: any value on its way to other ranks, its tensors apart from the rest."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeboost.core.errors import PipeboostError
+
+
+class TensorFacts(NamedTuple):
+    """What a rank must know of a tensor to receive it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def bytes(self) -> int:
+        """How many there are."""
+        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """A tensor of this kind; on `device`, if it comes from a device of that type, else on the CPU."""
+        where = device if self.device == device.type else torch.device("cpu")
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
+
+
+class Parcel(NamedTuple):
+    """A packed value.
+
+    Attributes:
+        content: `(TensorFacts of each tensor, the pickle of everything else)`, pickled.
+        tensors: each of them once; without gaps in memory.
+    """
+
+    content: bytes
+    tensors: list[torch.Tensor]
+
+
+class Known:
+    """Objects that every rank has, each rank its own, in one order: they stay where they are.
+
+    A tensor among them that was written to since is brought to what it has become, in place.
+    """
+
+    def __init__(self, objects: Sequence[Any]) -> None:
+        self.objects = list(objects)
+        self._places = {id(each): place for place, each in enumerate(self.objects)}
+        self._versions = [_version(each) for each in self.objects]
+
+    def place(self, obj: Any) -> int | None:
+        """Where an object stands among these; None if it is none of them."""
+        return self._places.get(id(obj))
+
+    def changed(self, place: int) -> bool:
+        """Whether it is a tensor that may have been written to."""
+        version = _version(self.objects[place])
+        return isinstance(self.objects[place], torch.Tensor) and (version is None or version != self._versions[place])
+
+
+def pack(value: Any, known: Known, what: str) -> Parcel:
+    """Make a parcel of a value, which is called `what` in an error.
+
+    Raises:
+        PipeboostError: something in it cannot be pickled.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file, known)
+    try:
+        packer.dump(value)
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
+        raise PipeboostError(f"{what} cannot be sent to other ranks ({error}); let every rank make its own") from error
+    facts = [TensorFacts(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in packer.tensors]
+    return Parcel(pickle.dumps((facts, file.getvalue())), packer.tensors)
+
+
+def tensors_in(content: bytes) -> list[TensorFacts]:
+    """What tensors go with a parcel's content."""
+    facts: list[TensorFacts] = pickle.loads(content)[0]
+    return facts
+
+
+def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
+    """The value that was packed, made of the tensors that have arrived and of this rank's own objects.
+
+    A generator arrives as a new one in the same state; it, and a `torch.device` itself, are of this rank's `device`
+    where they came from a device of its type.
+    """
+    return _Unpacker(io.BytesIO(pickle.loads(content)[1]), tensors, known, device).load()
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor without gaps, as they lie in memory: a view, whatever the order of its dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, known: Known) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+        self._known = known
+        self._places: dict[int, int] = {}
+        self._kept: list[torch.Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        place = self._known.place(obj)
+        if place is not None:
+            return ("known", place, self._place(obj) if self._known.changed(place) else None)
+        if isinstance(obj, torch.Tensor):
+            return ("tensor", self._place(obj))
+        if isinstance(obj, torch.Generator):
+            return ("generator", id(obj), obj.device.type, obj.get_state().numpy().tobytes())
+        return ("device", obj.type) if isinstance(obj, torch.device) else None
+
+    def _place(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self._places:
+            self._places[id(tensor)] = len(self.tensors)
+            self._kept.append(tensor)
+            self.tensors.append(_without_gaps(tensor))
+        return self._places[id(tensor)]
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._known = known
+        self._device = device
+        self._generators: dict[int, torch.Generator] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        how, place, *rest = pid
+        if how == "tensor":
+            return self._tensors[place]
+        if how == "device":
+            return self._here(place)
+        if how == "generator":
+            if place not in self._generators:
+                self._generators[place] = torch.Generator(self._here(rest[0]))
+                self._generators[place].set_state(torch.frombuffer(bytearray(rest[1]), dtype=torch.uint8))
+            return self._generators[place]
+        own = self._known.objects[place]
+        if rest[0] is not None:
+            with torch.no_grad():
+                own.copy_(self._tensors[rest[0]])
+        return own
+
+    def _here(self, kind: str) -> torch.device:
+        return self._device if kind == self._device.type else torch.device(kind)
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a tensor of layout {tensor.layout}")
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    dense: Callable[[torch.Tensor], int] = torch._debug_has_internal_overlap  # 0: neither gaps nor overlaps
+    return plain if dense(plain) == 0 else plain.contiguous()
+
+
+def _version(obj: Any) -> int | None:
+    return obj._version if isinstance(obj, torch.Tensor) and not obj.is_inference() else None

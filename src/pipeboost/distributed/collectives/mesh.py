@@ -1,0 +1,141 @@
+"""`Mesh`: the ranks of one pipeline in a grid, and this process's place in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.failure.local_processes import Neighbour, this_process
+from pipeboost.distributed.failure.rendezvous import meet
+from pipeboost.distributed.start import world
+
+AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
+"""Outermost first: tensor ranks, which talk most, are neighbours."""
+SEQUENCE = ("ring", "ulysses")
+"""The axes that split the tokens; the shards are in the order of their product."""
+FORWARD = ("ring", "ulysses", "tensor")
+"""The axes whose ranks compute one forward of the denoiser together."""
+SAMPLE = ("cfg", "ring", "ulysses", "tensor")
+"""The axes whose ranks work on one sample together."""
+
+
+class Mesh:
+    """The ranks of one pipeline in a grid with the axes `AXES`. Several meshes may share ranks.
+
+    Every rank of `ranks` makes it at the same point of its program.
+
+    Args:
+        degrees: how many ranks along each axis; 1 where not named.
+        ranks: of the world; their number is the product of the degrees. None for the whole world.
+        device: where the tensors are.
+        layout: what all of them want, in words; None for the degrees.
+
+    Attributes:
+        further: groups with other ranks that the same calls use.
+        within: the wider mesh whose ranks are watched together with these; None where these are all.
+        compared: sizes of latents that the ranks have compared after a first step.
+
+    Raises:
+        PipeboostError: some ranks did not come, or want other degrees or another device.
+    """
+
+    def __init__(
+        self,
+        degrees: Mapping[str, int],
+        *,
+        ranks: Sequence[int] | None = None,
+        device: torch.device,
+        layout: str | None = None,
+    ) -> None:
+        self.shape = tuple(degrees.get(axis, 1) for axis in AXES)
+        everyone = world()
+        self.ranks = tuple(range(everyone.size)) if ranks is None else tuple(ranks)
+        self.device = device
+        self.further: list[Group] = []
+        self.within: Mesh | None = None
+        self.compared: set[torch.Size] = set()
+        assert math.prod(self.shape) == len(self.ranks), "the product of the degrees is the number of ranks"
+        self._grid = torch.tensor(self.ranks).reshape(self.shape)
+        here = (self._grid == everyone.rank).nonzero()[0].tolist()
+        self._here = dict(zip(AXES, here, strict=True))
+        words = meet("a mesh", self.ranks, f"{layout or self._in_words() or 'one rank a sample'} on {device.type}")
+        other = next((rank for rank, word in enumerate(words) if word != words[0]), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"ranks planned differently: rank {self.ranks[0]} {words[0]}, rank {self.ranks[other]} {words[other]}; "
+                "name the layout instead of 'auto', the same on every rank, and move every pipeline to the same kind "
+                "of device"
+            )
+        made: list[Group] = []
+        try:
+            self._make_groups(made)
+        except BaseException:
+            for group in made:
+                group.close()
+            raise
+
+    def _make_groups(self, made: list[Group]) -> None:
+        by_members: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[tuple[str, ...], Group] = {}
+        for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
+            members = self._members(axes)
+            if members not in by_members:
+                by_members[members] = Group(members, self.device.type)
+                made.append(by_members[members])
+            self._groups[axes] = by_members[members]
+        # For objects and small facts, which must not wait for the GPU.
+        self.control = Group(self._members(SAMPLE), "cpu")
+        made.append(self.control)
+        self.forward = Group(self._members(FORWARD), "cpu")
+        made.append(self.forward)
+        processes = zip(self.control.ranks, self.control.all_gather_objects(this_process()), strict=True)
+        self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
+
+    def __repr__(self) -> str:
+        return f"<Mesh {self._in_words() or 'of one rank'}, here {self._here}>"
+
+    def _in_words(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
+        return self._groups[axes]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Every group of this rank, each once."""
+        own = (*self._groups.values(), self.control, self.forward)
+        return list({id(group): group for group in (*own, *self.further)}.values())
+
+    def degree(self, axis: str) -> int:
+        """How many ranks there are along an axis."""
+        return self.shape[AXES.index(axis)]
+
+    def index(self, axis: str) -> int:
+        """This process's place along an axis."""
+        return self._here[axis]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are in all."""
+        return len(self.ranks)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the first of the ranks that work on its sample."""
+        return self.control.rank == 0
+
+    def close(self) -> None:
+        """Give up all groups. Every rank of the mesh does so."""
+        for group in self.groups:
+            group.close()
+        for neighbour in self.neighbours.values():
+            neighbour.close()
+
+    def _members(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        index = tuple(slice(None) if axis in axes else self._here[axis] for axis in AXES)
+        return tuple(self._grid[index].flatten().tolist())

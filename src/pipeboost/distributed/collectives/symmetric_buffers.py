@@ -1,0 +1,203 @@
+"""`Peers`: memory that the GPUs of a group on one machine write into directly, over NVLink or PCIe.
+
+NCCL's exchange of heads for tokens takes a copy that packs, the transfer, and one that unpacks; here a kernel writes
+each row where it belongs, on whichever GPU that is. Needs torch's symmetric memory, and Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from pipeboost.distributed.collectives.collective_wait import follow
+from pipeboost.distributed.collectives.streams import Lane
+
+if TYPE_CHECKING:
+    from pipeboost.distributed.collectives.groups import Group
+
+BOARD = 256
+"""Bytes in front, where ranks write how often they came."""
+_LEAST = 2**20
+"""Bytes of an inbox: enough to try it."""
+
+
+class _Part(NamedTuple):
+    """Some of a rank's heads.
+
+    Attributes:
+        first: the first of them.
+        heads: how many they are.
+        last: whether no others follow.
+    """
+
+    first: int
+    heads: int
+    last: bool
+
+
+def _parts(heads: int, count: int) -> list[_Part]:
+    """So many heads in so many parts, as equal as can be, the first of two the larger."""
+    begins = [heads * part // count for part in range(count + 1)]
+    return [_Part(heads - end, end - begin, begin == 0) for begin, end in itertools.pairwise(begins)][::-1]
+
+
+class Peers:
+    """What the ranks of a group have for each other: a board, and two inboxes.
+
+    All ranks make it at the same point of their programs, and then the same calls in the same order, each after what
+    came before it on its GPU. Two inboxes, so that a rank's output never arrives where another still reads what came
+    before it.
+
+    Args:
+        group: of GPUs of one machine.
+        sizes: bytes of the two inboxes.
+        memory: of this rank, zeros: a board and the two inboxes, one after another.
+        addresses: where the memory of each rank is, as this one's GPU sees it.
+        multiprocessors: of the smallest of the GPUs.
+
+    Attributes:
+        multiprocessors: as given.
+        heads_bytes, tokens_bytes: the most that may arrive here of other ranks' tokens, and of this one's.
+        starts: tokens of each rank → where they begin, on the GPU.
+        launched: sizes of attentions that were rehearsed for a CUDA graph, on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        sizes: tuple[int, int],
+        memory: torch.Tensor,
+        addresses: Sequence[int],
+        multiprocessors: int = 1,
+    ) -> None:
+        self.heads_bytes, self.tokens_bytes = sizes
+        self.multiprocessors = multiprocessors
+        self._group = group
+        self._memory, device = memory, memory.device
+        self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._heads_inboxes = self._boards + BOARD
+        self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
+        self._lanes = Lane.new(device, first=True), Lane.new(device)
+        self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._round = torch.zeros(1, dtype=torch.int32, device=device)
+        self.starts: dict[tuple[int, ...], torch.Tensor] = {}
+        self.launched: set[tuple[int, ...]] = set()
+
+    def attended(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tokens: Sequence[int],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        parts: int = 1,
+    ) -> torch.Tensor:
+        """Attention by heads: each rank has all tokens of its heads for as long as it attends to them.
+
+        In several parts one is attended to while the next is under way.
+
+        Args:
+            q, k, v: of this rank's tokens, `(batch, own tokens, heads, head_dim)`.
+            tokens: how many each rank has.
+            attend: gets q, k and v as `(batch, all tokens, some of this rank's heads, head_dim)`, which are theirs only
+                until it returns, and gives the same of its output.
+            parts: in how many a rank's heads are dealt with; at most as many as there are heads.
+
+        Returns:
+            `(batch, own tokens, heads, head_dim)`.
+        """
+        group, (heads, head_dim) = self._group, q.shape[2:]
+        q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
+        self._starts_of(tuple(tokens))  # which waits for the GPU where they are new: not once it waits for others
+        here, links, beside = (Lane.current(q.device), *self._lanes) if parts > 1 else (Lane(None),) * 3
+        lanes = [here, beside]
+        for lane in (links, beside):
+            lane.after(here.mark())
+        outs = []
+        try:
+            arrived = []
+            with links.on():
+                for part in _parts(heads // group.size, parts):
+                    self._send_heads((q, k, v), tokens, part)
+                    self._meet()
+                    arrived.append((part, links.mark()))
+                follow(group, "exchange of heads for tokens")
+            for number, (part, mark) in enumerate(arrived):
+                # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
+                lane = lanes[number % 2]
+                lane.after(mark)
+                with lane.on():
+                    outs.append(attend(*self._heads(q, sum(tokens), part)).contiguous())
+                links.after(lane.mark())
+                with links.on():
+                    self._send_tokens(outs[-1], tokens, heads, part)
+            with links.on():
+                self._meet()
+                follow(group, "exchange of tokens for heads")
+        finally:  # whoever goes on after an error goes on after all lanes, and a capture ends with all of them
+            for lane in (links, beside):
+                here.after(lane.mark())
+        begin = BOARD + self.heads_bytes
+        return self._memory[begin : begin + q.nbytes].view(q.dtype).view(q.shape).clone()
+
+    def halt(self) -> None:
+        """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
+        self._halt[0] = 1
+
+    def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
+        from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_heads
+
+        pace = HIDDEN if part.first else EXPOSED
+        group, (batch, own, heads, head_dim) = self._group, qkv[0].shape
+        total, row, apart = sum(tokens), part.heads * head_dim, heads // group.size * head_dim
+        begun = part.first * head_dim
+        strides = [stride for each in qkv for stride in each.stride()[:2]]
+        items = 3 * batch * -(-own * row // pace.block) * group.size
+        send_heads[min(items, pace.programs or items),](
+            *(each[:, :, part.first :] for each in qkv), self._heads_inboxes, 3 * batch * total * begun,
+            batch, own, sum(tokens[: group.rank]), total, *strides, apart, group.rank,
+            RANKS=group.size, ROW=row, BLOCK=pace.block, num_warps=pace.warps,
+        )  # fmt: skip
+
+    def _heads(self, like: torch.Tensor, total: int, part: _Part) -> tuple[torch.Tensor, ...]:
+        """What has arrived of q, k and v."""
+        batch, _, _, head_dim = like.shape
+        begin, nbytes = (
+            3 * batch * total * heads * head_dim * like.element_size() for heads in (part.first, part.heads)
+        )
+        received = self._memory[BOARD + begin : BOARD + begin + nbytes].view(like.dtype)
+        return received.view(3, batch, total, part.heads, head_dim).unbind(0)
+
+    def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
+        from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_tokens
+
+        pace = EXPOSED if part.last else HIDDEN
+        group, (batch, total, _, head_dim) = self._group, out.shape
+        column = (group.rank * (heads // group.size) + part.first) * head_dim
+        items = batch * -(-max(tokens) * part.heads * head_dim // pace.block) * group.size
+        send_tokens[min(items, pace.programs or items),](
+            out, self._tokens_inboxes, self._starts_of(tuple(tokens)), batch, max(tokens), total,
+            heads * head_dim, column, group.rank,
+            RANKS=group.size, ROW=part.heads * head_dim, BLOCK=pace.block, num_warps=pace.warps,
+        )  # fmt: skip
+
+    def _meet(self) -> None:
+        """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
+        from pipeboost.distributed.collectives.symmetric_kernels import meet
+
+        meet[(1,)](self._boards, self._group.rank, self._round, self._halt, RANKS=self._group.size, num_warps=1)
+
+    def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        if tokens not in self.starts:
+            starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
+            self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._boards.device)
+        return self.starts[tokens]
+
+
+def rounded(nbytes: int) -> int:
+    """The size of an inbox for so many bytes."""
+    return max(-(-nbytes // BOARD) * BOARD, _LEAST)

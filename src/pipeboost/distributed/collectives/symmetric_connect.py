@@ -1,0 +1,158 @@
+"""`connect`: how the GPUs of a group come to `Peers`, by torch's symmetric memory; tried before it is relied on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeboost.distributed.collectives.collective_wait import expecting
+from pipeboost.distributed.collectives.renumbered_store import Renumbered
+from pipeboost.distributed.collectives.symmetric_buffers import BOARD, Peers, rounded
+from pipeboost.distributed.failure.local_processes import this_process
+from pipeboost.distributed.start import world
+
+if TYPE_CHECKING:
+    from pipeboost.distributed.collectives.groups import Group
+
+Made = TypeVar("Made")
+
+MOST_RANKS = 8
+MOST_BYTES = 4 * 2**30
+"""Of a rank's memory for the others of a group, all `Peers` together; more is left to NCCL, which needs it for the time
+of a transfer only."""
+_MEETING = "meeting of the GPUs' memory"
+_PATIENCE = 10.0
+"""Seconds for the first exchange, in which kernels are compiled."""
+
+
+def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.device, name: str) -> Peers | str:
+    """Make the memory of all ranks of a group and try it; on every rank the reason where it does not serve one of them.
+
+    Every rank of the group calls it, with the same sizes.
+    """
+    if group.size > MOST_RANKS:
+        return f"the group has more than {MOST_RANKS} ranks"
+    said = dist.PrefixStore(f"{group.name} {name}", world().store)
+    host = this_process().host
+    machine = host if host and find_spec("triton") is not None else "no Triton"
+    machines = _all_say(said, "machine", machine, group)
+    if "no Triton" in machines:
+        return "a rank has no Triton"
+    if len(set(machines)) > 1:
+        return "the ranks are on several machines"
+    sizes = (rounded(heads_bytes), rounded(tokens_bytes))
+    with _registered(group, name) as registered:
+        memory, trouble = _managed(lambda: _room(BOARD + sum(sizes), device, registered))
+        # All have their own before any looks for the others', which would wait for it.
+        if any(_all_say(said, "room", trouble, group)):
+            return "a GPU has no room"
+        assert memory is not None
+        found, trouble = _managed(lambda: _addresses(memory))
+    troubles = [word for word in _all_say(said, "trouble", trouble, group) if word]
+    if troubles:
+        return f"a GPU does not reach another's memory: {troubles[0]}"
+    assert found is not None
+    multiprocessors = min(map(int, _all_say(said, "multiprocessors", str(_multiprocessors(device)), group)))
+    peers = Peers(group, sizes, memory, found, multiprocessors)
+    right = _arrives(peers, group, device)
+    if not all(_all_say(said, "right", "yes" if right else "", group)):
+        return "what one GPU wrote into another's memory did not arrive"
+    return peers
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _managed(make: Callable[[], Made]) -> tuple[Made | None, str]:
+    """What was made, or why it could not be."""
+    try:
+        return make(), ""
+    except RuntimeError as error:
+        return None, str(error).splitlines()[0] or type(error).__name__
+
+
+def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
+    """Whether numbers arrive where they belong: a machine may forbid what its driver promises."""
+    ranks, own, heads, head_dim = group.size, 16, 3, 8
+    tokens, here = [own] * ranks, slice(group.rank * heads, (group.rank + 1) * heads)
+    # Every number says which tensor, token, head and place it is of.
+    numbers = torch.arange(3 * ranks * own * ranks * heads * head_dim, device=device, dtype=torch.int32).float()
+    whole = numbers.view(3, 1, ranks * own, ranks * heads, head_dim)
+    mine = whole[:, :, group.rank * own : (group.rank + 1) * own]
+    received: list[torch.Tensor] = []
+
+    def attend(*qkv: torch.Tensor) -> torch.Tensor:
+        received.append(torch.stack(qkv))
+        return qkv[0]
+
+    q, k, v = mine.unbind(0)
+    back = peers.attended(q, k, v, tokens, attend, parts=2)
+    if device.type == "cuda" and not _done_within(_PATIENCE, device, group):
+        peers.halt()
+        return False
+    return torch.equal(torch.cat(received, 3), whole[:, :, :, here]) and torch.equal(back, mine[0])
+
+
+def _done_within(seconds: float, device: torch.device, group: Group) -> bool:
+    """Whether the GPU has done what it was given, after so many seconds at most."""
+    done, until = torch.cuda.current_stream(device).record_event(), time.monotonic() + seconds
+    with expecting(group, "first exchange in the GPUs' memory") as check:
+        while not done.query():
+            if time.monotonic() > until:
+                return False
+            check()
+            time.sleep(0.001)
+    return True
+
+
+@contextlib.contextmanager
+def _registered(group: Group, name: str) -> Iterator[str]:
+    """Inside, torch's registry has the ranks under the name that this yields: it looks their store up there."""
+    from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
+
+    registered: Any = f"{group.name} {name}"
+    waiting = functools.partial(expecting, group, _MEETING)
+    store = Renumbered(dist.PrefixStore(f"{registered} memory", world().store), waiting)
+    ranks = dist.ProcessGroup(store, group.rank, group.size)  # the registry's reference keeps nothing
+    _register_process_group(registered, ranks)
+    try:
+        _SymmetricMemory.set_group_info(registered, group.rank, group.size, store)
+        yield registered
+    finally:
+        _unregister_process_group(registered)
+
+
+def _room(nbytes: int, device: torch.device, registered: str) -> torch.Tensor:
+    """Memory of this rank that other ranks may map, zeros."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device, registered)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    return memory
+
+
+def _addresses(memory: torch.Tensor) -> list[int]:
+    """Where the memory of each rank is, once all have come here."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
+
+
+def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
+    """What each rank of the group says; outside its collectives, since one of them may have failed."""
+    store.set(f"{about} {group.rank}", f"={word}")
+    keys = [f"{about} {rank}" for rank in range(group.size)]
+    with expecting(group, _MEETING) as check:
+        while not store.check(keys):
+            check()
+            time.sleep(0.001)
+    return [store.get(key).decode().removeprefix("=") for key in keys]

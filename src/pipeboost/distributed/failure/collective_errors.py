@@ -1,0 +1,73 @@
+"""`AllOrNone`: what ranks do each for itself, and go on from only if all of them have managed it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pipeboost.distributed.collectives.mesh import Mesh
+from pipeboost.distributed.failure.records import told_of
+
+
+class AllOrNone:
+    """The ranks of a sample do something together; an error on one is an error on all.
+
+    They hear of it over `mesh.control` and stay in step, so that they can take back together what they have done.
+
+    Args:
+        mesh: whose ranks they are; nothing is said where it has one rank a sample.
+        stage: what they do, for the error.
+    """
+
+    def __init__(self, mesh: Mesh, stage: str) -> None:
+        self._control = mesh.control
+        self._stage = stage
+        self._over = True
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, ranks may fail alone; all leave this together. Outside, nothing is told.
+
+        Raises:
+            Exception: what this rank has raised.
+            RankFailedError: another rank has raised something.
+        """
+        self._over = False
+        try:
+            with self.telling():
+                yield
+                self.require_all()
+        finally:
+            self._over = True
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the others of an error at once, before anything is taken back; each error once."""
+        try:
+            yield
+        except BaseException as error:
+            self._exchange(error)
+            raise
+
+    def require_all(self) -> None:
+        """Wait until all ranks have come here, as before they talk of something else.
+
+        Raises:
+            RankFailedError: another rank has told of an error instead.
+        """
+        self._exchange(None)
+
+    def _exchange(self, error: BaseException | None) -> None:
+        if self._over or self._control.size == 1:
+            return
+        self._over = True  # should this raise
+        failed = self._control.all_gather(torch.tensor([error is not None]), 0, [1] * self._control.size)
+        if not bool(failed.any()):
+            self._over = False
+            return
+        rank = self._control.ranks[self._control.rank]
+        failures = self._control.all_gather_objects(None if error is None else told_of(rank, self._stage, error))
+        if error is None:
+            raise next(failure for failure in failures if failure is not None).error()

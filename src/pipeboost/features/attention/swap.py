@@ -1,0 +1,252 @@
+"""Swap the attention processors of one model for ones that call our dispatcher, in place and per instance.
+
+A processor's class gets a disguised subclass whose `__call__` is the stock function with one global exchanged:
+`dispatch_attention_fn`. The processor object stays the same, with its state; only its `__class__` changes. There is one
+subclass per stock class and dispatcher, because torch.compile guards on the class.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import types
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from pipeboost.core.config import AttentionConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import disguised_subclass, stock_class
+from pipeboost.features.attention.choice import check_choice
+from pipeboost.features.attention.dispatcher import (
+    ACROSS_RANKS,
+    AttendAcross,
+    Dispatcher,
+    DispatcherSettings,
+    dispatcher_for,
+)
+
+_GLOBAL = "dispatch_attention_fn"
+_OURS = "__pipeboost_attention__"
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What became of a model's attention processors.
+
+    Attributes:
+        swapped: how many call our dispatcher.
+        left: stock class name and reason, for each kind that was left alone.
+    """
+
+    swapped: int
+    left: tuple[tuple[str, str], ...]
+
+
+class _Swap:
+    """The processors of one model. Holds its attention modules, not the model."""
+
+    def __init__(self, model: torch.nn.Module, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.modules = [module for module in model.modules() if hasattr(module, "processor")]
+        self.changed: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.left: dict[type, str] = {}
+        self.accelerated = frozenset(dispatcher.subclasses.values())
+
+    def bind(self) -> None:
+        """Accelerate every processor that is not yet ours."""
+        accelerated, left = self.accelerated, self.left
+        for module in self.modules:
+            processor = module.processor
+            cls = type(processor)
+            if cls not in accelerated and cls not in left:
+                self._bind(processor)
+
+    def _bind(self, processor: Any) -> None:
+        stock = stock_class(processor)
+        reason = _why_not(stock)
+        if reason is not None:
+            self.left[type(processor)] = reason
+            return
+        with _lock:
+            subclass = self.dispatcher.subclasses.get(stock)
+            if subclass is None:
+                members = {"__call__": _rebuilt_call(stock, self.dispatcher), _OURS: self.dispatcher}
+                if self.dispatcher.settings.across is not None:
+                    members["_parallel_config"] = ACROSS_RANKS
+                subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
+            processor.__class__ = subclass
+            self.changed.add(processor)
+            self.accelerated = frozenset(self.dispatcher.subclasses.values())
+
+    def report(self) -> SwapReport:
+        present = [type(module.processor) for module in self.modules]
+        left = {cls.__name__: reason for cls, reason in self.left.items() if cls in present}
+        return SwapReport(sum(cls in self.accelerated for cls in present), tuple(sorted(left.items())))
+
+
+_swaps: weakref.WeakKeyDictionary[torch.nn.Module, _Swap] = weakref.WeakKeyDictionary()
+
+
+def swap_attention(
+    model: torch.nn.Module,
+    choice: AttentionConfig | str,
+    ledger: Ledger,
+    *,
+    tier: str = "lossless",
+    hardware: Hardware | None = None,
+    right_padded: bool = False,
+    across: AttendAcross | None = None,
+) -> SwapReport:
+    """Make the attention processors of one model call our dispatcher while a pipeline call of ours runs.
+
+    Args:
+        model: a Diffusers transformer; pipelines that share it share the change.
+        choice: a backend name, `"auto"`, or the settings.
+        ledger: takes the inverse: every processor of ours that the model then has becomes stock again, and so does
+            every one that was swapped here and has been taken off the model since.
+        tier: the quality tier, which bounds the choice.
+        hardware: where the model will run (default: this machine's accelerator, else its CPU).
+        right_padded: the model's key-padding masks always have their padding last.
+        across: serves attention whose keys are shared among ranks.
+
+    Raises:
+        ConfigurationError: the tier does not allow the backend.
+        MissingPackageError: the backend's package is not installed.
+        UnsupportedError: the backend is not for this hardware, dtype or head dimension; the user has set a Diffusers
+            backend on the model as well; the model is shared with a pipeline that uses another backend.
+    """
+    backend = choice if isinstance(choice, str) else choice.backend
+    hardware = detect_hardware() if hardware is None else hardware
+    head_dim = getattr(getattr(model, "config", None), "attention_head_dim", None)
+    check_choice(
+        backend,
+        tier=tier,
+        hardware=hardware,
+        dtype=getattr(model, "dtype", None),
+        head_dim=head_dim if isinstance(head_dim, int) else None,
+    )
+    _refuse_second_choice(model, backend)
+    settings = DispatcherSettings(backend, tier, hardware, right_padded, across)
+
+    # The ledger of a shared change must not keep its model alive.
+    reference = weakref.ref(model)
+
+    def apply(inner: Ledger) -> None:
+        swap = _Swap(model, dispatcher_for(settings))
+        inner.record(f"attention processors of {type(model).__name__}", lambda: _restore(reference(), swap))
+        _swaps[model] = swap
+        swap.bind()
+
+    def explain(other: DispatcherSettings) -> str | None:
+        if (other.across is None) == (across is None):
+            return None
+        first, second = ("share", "do not") if across is None else ("do not share", "do")
+        return (
+            f"whose ranks {first} its tokens, and those of this one {second}; give both of them ulysses or ring ranks, "
+            "or neither,"
+        )
+
+    ledger.share(model, "attention", settings, apply, explain=explain)
+    return _swaps[model].report()
+
+
+def rebind_attention(model: torch.nn.Module) -> None:
+    """Accelerate the processors that the user has put on a swapped model since; called at the start of every call."""
+    _swaps[model].bind()
+
+
+def refuse_stock_processors(model: torch.nn.Module, paths: Sequence[str]) -> None:
+    """Refuse processors in these lists of blocks that do not call our dispatcher, for ranks that share a sequence.
+
+    Raises:
+        UnsupportedError: there is one; it would see a rank's own tokens only.
+    """
+    for path in paths:
+        for block in operator.attrgetter(path)(model):
+            for module in block.modules():
+                processor = getattr(module, "processor", None)
+                if processor is not None and _OURS not in type(processor).__dict__:
+                    raise UnsupportedError(
+                        f"{type(processor).__name__} calls its attention kernel itself, so ranks cannot share a "
+                        "sequence; use ParallelConfig(ulysses=1, ring=1)"
+                    )
+
+
+def dispatcher_of(model: torch.nn.Module) -> Dispatcher:
+    """The dispatcher of a swapped model: the object whose door `attend` layers hang on."""
+    return _swaps[model].dispatcher
+
+
+def swappable_processors(model: torch.nn.Module) -> SwapReport:
+    """What `swap_attention` would do to a model, without doing it."""
+    stock = [stock_class(module.processor) for module in model.modules() if hasattr(module, "processor")]
+    reasons = {cls: _why_not(cls) for cls in stock}
+    left = {cls.__name__: reason for cls, reason in reasons.items() if reason is not None}
+    return SwapReport(sum(reasons[cls] is None for cls in stock), tuple(sorted(left.items())))
+
+
+def _restore(model: torch.nn.Module | None, swap: _Swap) -> None:
+    if model is None:
+        return
+    _swaps.pop(model, None)
+    current = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    for processor in (*current, *swap.changed):
+        if _OURS in type(processor).__dict__:
+            processor.__class__ = stock_class(processor)
+
+
+def _refuse_second_choice(model: torch.nn.Module, backend: str) -> None:
+    if backend == "auto":
+        return
+    for module in model.modules():
+        chosen = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        if chosen is not None:
+            raise UnsupportedError(
+                f"attention={backend!r} contradicts the backend {str(getattr(chosen, 'value', chosen))!r} that "
+                f"{type(model).__name__}.set_attention_backend() has set; call its reset_attention_backend() first"
+            )
+
+
+def _why_not(stock: type) -> str | None:
+    function = stock.__call__
+    if not isinstance(function, types.FunctionType):
+        return "its __call__ is not a plain function"
+    if function.__globals__.get(_GLOBAL) is not dispatch_attention_fn or not _uses_global(function.__code__):
+        return "it calls its attention kernel itself"
+    return None
+
+
+def _uses_global(code: types.CodeType) -> bool:
+    return _GLOBAL in code.co_names or any(
+        _uses_global(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)
+    )
+
+
+def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
+    function = stock.__call__
+    assert isinstance(function, types.FunctionType)
+    scope = {**function.__globals__, _GLOBAL: dispatcher.dispatch}
+    # With a module's name in it dynamo would take the scope for that module's and guard on the stock global. Relative
+    # imports inside the function go by `__package__`.
+    del scope["__name__"]
+    twin = types.FunctionType(
+        function.__code__,
+        scope,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = function.__annotations__
+    twin.__qualname__ = function.__qualname__
+    twin.__module__ = function.__module__
+    twin.__doc__ = function.__doc__
+    return twin

@@ -1,0 +1,110 @@
+"""`attach_cache`: checks everything, then hangs one layer on each repeated block of one transformer.
+
+cache-dit's own `enable_cache` is not used: it replaces the transformer's `forward` and block lists, marks a class of
+its own, and may choose another attention backend. Its parts are: the blocks wrapper (`CachedBlocks`, which decides and
+extrapolates), its forward patterns, contexts, calibrators and step masks. They are put together per call, so the model
+itself is never changed and calls in several threads have nothing in common.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import nn
+
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Blocks, Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.cache.span import CachedSpan
+from pipeboost.features.cache.steps import settings_of
+
+# Outside compile's layers: a skipped block must not reach its compiled code.
+CACHE_ORDER = -100.0
+
+
+def attach_cache(
+    model: nn.Module, settings: CacheConfig, family: Family, ledger: Ledger, *, owner: object, position: int = 0
+) -> None:
+    """Cache one transformer in the calls of `owner`; in all others, and outside calls, it stays stock.
+
+    The state of a cache lives in the call: one context per guidance branch and expert, made at the call's first
+    forward and dropped with the call. What was computed and skipped can be read from `call.state["cache"]`, a
+    `CallCache`. The call's `step` and `branch` must be kept up by layers on the scheduler and the transformer.
+
+    A `step_mask` fixes the computed steps, so `threshold`, `warmup` and `max_continuous` have no say then.
+
+    Args:
+        model: the transformer; its block lists stay the attributes they are, so `compile_model` may come later.
+        settings: for the first expert; `settings.secondary`, if given, for the others.
+        owner: the acceleration, which is the `owner` of its calls. Several may cache one model, each its own way.
+        position: which of `family.denoisers` this model is.
+
+    Raises:
+        UnsupportedError: the family does not say which blocks there are, the blocks are not of the form it
+            declares, or another cache is on the model. Nothing was changed.
+        ConfigurationError: `fn + bn` is more than the blocks there are. Nothing was changed.
+    """
+    if not family.blocks:
+        raise UnsupportedError(
+            f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "
+            "use cache=None or add a family (entry-point group 'pipeboost.patches')"
+        )
+    _refuse_other_caches(model)
+    own = settings_of(settings, position)
+    spans = [
+        CachedSpan(model, row, settings=settings, family=family, position=position, owner=owner)
+        for row in _rows(model, family)
+    ]
+    for span in spans:
+        _check(model, span, own)
+    for span in spans:
+        for block in span.blocks:
+            ledger.add_layer(block, "__call__", span, order=CACHE_ORDER)
+
+
+def _rows(model: nn.Module, family: Family) -> list[tuple[Blocks, ...]]:
+    rows: list[tuple[Blocks, ...]] = []
+    for blocks in family.blocks:
+        try:
+            empty = len(operator.attrgetter(blocks.path)(model)) == 0
+        except AttributeError as error:
+            raise UnsupportedError(
+                f"{stock_class(model).__name__} has no blocks where family {family.name!r} expects them ({error}); "
+                "use cache=None"
+            ) from error
+        if empty:
+            continue
+        if blocks.cached_with_previous and rows:
+            rows[-1] = (*rows[-1], blocks)
+        else:
+            rows.append((blocks,))
+    return rows
+
+
+def _check(model: nn.Module, span: CachedSpan, own: CacheConfig) -> None:
+    name, count = stock_class(model).__name__, len(span.blocks)
+    if own.fn + own.bn > count:
+        raise ConfigurationError(
+            f"cache.fn={own.fn} and cache.bn={own.bn} are more than the {count} blocks in {name}.{span.name}; "
+            f"use fn + bn of at most {count}"
+        )
+    if not span.fits:
+        raise UnsupportedError(
+            f"cache is not possible for {name}: the blocks in {span.name} do not take and return their states as the "
+            "family declares; use cache=None"
+        )
+
+
+def _refuse_other_caches(model: nn.Module) -> None:
+    if getattr(model, "is_cache_enabled", False):
+        raise UnsupportedError(
+            f"a cache of Diffusers is on this {stock_class(model).__name__}; call its disable_cache() first, "
+            "or use cache=None"
+        )
+    if "_is_cached" in vars(model):
+        raise UnsupportedError(
+            f"cache-dit is on this {stock_class(model).__name__} already; call cache_dit.disable_cache(transformer) "
+            "first, or use cache=None"
+        )

@@ -1,0 +1,179 @@
+"""Compiles a transformer for the length of our calls: a layer on the `__call__` of each block, or of the whole model.
+
+The modules themselves stay as they are. Inside a call the layer runs the region's compiled function, which does
+all that stock would do behind the seam, hooks and adapters included; outside one it runs stock.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.config import CompileConfig
+from pipeboost.core.errors import UnsupportedError, not_one_of
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import Layer, stock_class
+from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
+from pipeboost.features.compile.region import Counters, Region, region_of
+
+# Innermost: whatever else stands in the door of a block is outside of the compiled function.
+_ORDER = 100.0
+# A list of modules with less of the model's weights than this is not where its time goes.
+_WORTHWHILE_SHARE = 0.1
+
+_compiled_models: weakref.WeakKeyDictionary[nn.Module, CompiledModel] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class CompiledModel:
+    """What was compiled of a model, and what it cost so far in this process.
+
+    Attributes:
+        scope: `"regional"` or `"full"`.
+        modules: how many modules run compiled.
+        classes: their class names; each costs one graph per image size.
+        counters: graphs and seconds, of this model alone.
+    """
+
+    scope: str
+    modules: int
+    classes: tuple[str, ...]
+    counters: Counters = field(default_factory=Counters)
+    _owners: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False)
+    _every_call: bool = field(default=False, repr=False)
+
+    def runs_in(self, call: Call | None) -> bool:
+        """Whether a call runs compiled: one that was opened by an acceleration that asked for it."""
+        return call is not None and (self._every_call or call.owner in self._owners)
+
+
+def compile_model(
+    model: nn.Module, settings: CompileConfig, family: Family, ledger: Ledger, *, owner: Any = None
+) -> CompiledModel:
+    """Run a transformer's blocks (or all of it) through torch.compile inside our calls; undone by the ledger.
+
+    Compiling happens at the first call of each class of blocks, with `fullgraph=True`: once per image size, and again
+    for an adapter of another rank. The prompt and its length, the seed and the number of steps change nothing. For a
+    model without a family Dynamo learns by itself which sizes vary, at the price of one more graph.
+
+    Args:
+        owner: the acceleration in whose calls the model runs compiled; None for every call.
+
+    Raises:
+        ConfigurationError: `settings.backend` is not a backend of torch.compile.
+        UnsupportedError: the model has no repeated blocks, or another pipeline compiled it with other settings.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if isinstance(settings.backend, str) and settings.backend not in known:
+        raise not_one_of("compile.backend", settings.backend, known)
+    if settings.scope == "regional":
+        groups = _block_lists(model, family)
+    else:
+        groups = ((_text_dims_of_model(model, family), [model]),)
+
+    def apply(inner: Ledger) -> None:
+        targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
+        names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
+        compiled = CompiledModel(str(settings.scope), len(targets), tuple(names))
+        layers: dict[Any, Layer] = {}
+        for module, text_dims in targets:
+            key = (stock_class(module), tuple(text_dims.items()))
+            if key not in layers:
+                region = region_of(module, settings, learn_sizes=not family.blocks)
+                layers[key] = _layer(region, module, text_dims, compiled)
+            inner.add_layer(module, "__call__", layers[key], order=_ORDER)
+        _compiled_models[model] = compiled
+        inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
+
+    ledger.share(model, "compile", settings, apply)
+    compiled = _compiled_models[model]
+    if owner is None:
+        compiled._every_call = True
+    else:
+        compiled._owners.add(owner)
+        ledger.record("compiled calls", functools.partial(compiled._owners.discard, owner))
+    return compiled
+
+
+def _forget(reference: weakref.ref[nn.Module]) -> None:
+    model = reference()
+    if model is not None:
+        _compiled_models.pop(model, None)
+
+
+def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Layer:
+    text = text_arguments(module, text_dims)
+
+    def run_compiled(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not compiled.runs_in(current_call()):
+            return call_next(*args, **kwargs)
+        args, kwargs = aliased(args), aliased(kwargs)
+        for argument in text:
+            argument.mark(args, kwargs)
+        return region(compiled.counters, owner, args, kwargs)
+
+    return run_compiled
+
+
+def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Mapping[str, int], list[nn.Module]], ...]:
+    """The modules to compile, in groups with the text dimensions of their arguments."""
+    if family.blocks:
+        try:
+            found = [(blocks.text_dims, list(operator.attrgetter(blocks.path)(model))) for blocks in family.blocks]
+        except AttributeError as error:
+            raise UnsupportedError(
+                f"{stock_class(model).__name__} has no blocks where family {family.name!r} expects them ({error}); "
+                "use compile=None"
+            ) from error
+        return tuple((text_dims, modules) for text_dims, modules in found if modules)
+    declared = list(_outermost(model, getattr(model, "_repeated_blocks", None) or ()))
+    modules = declared or [module for group in _longest_lists(model) for module in group]
+    if not modules:
+        raise UnsupportedError(
+            f"{stock_class(model).__name__} has no repeated blocks to compile; use compile='full' or compile=None"
+        )
+    return (({}, modules),)
+
+
+def _text_dims_of_model(model: nn.Module, family: Family) -> dict[str, int]:
+    """The text dimensions of the transformer's own arguments: those it shares by name with its blocks, and its mask."""
+    text_dims = {name: dim for blocks in family.blocks for name, dim in blocks.text_dims.items()}
+    if family.padded_text is not None:
+        text_dims |= {family.padded_text.embeds: 1, family.padded_text.mask: 1}
+    parameters = forward_parameters(model)
+    return {name: dim for name, dim in text_dims.items() if name in parameters}
+
+
+def _outermost(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Modules of the classes that Diffusers names, but none inside another."""
+    for child in model.children():
+        if stock_class(child).__name__ in names:
+            yield child
+        else:
+            yield from _outermost(child, names)
+
+
+def _longest_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Outermost lists of modules of one class that hold a good part of the model's weights."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def search(module: nn.Module) -> Iterator[list[nn.Module]]:
+        for child in module.children():
+            members = list(child) if isinstance(child, nn.ModuleList) else []
+            size = sum(parameter.numel() for parameter in child.parameters())
+            alike = len(members) > 1 and len({stock_class(member) for member in members}) == 1
+            if alike and size >= _WORTHWHILE_SHARE * total:
+                yield members
+            else:
+                yield from search(child)
+
+    return search(model)

@@ -1,0 +1,332 @@
+"""CUDA graphs of a transformer's forward: one per signature, replayed while nothing but numbers in tensors changes.
+
+A replay launches all kernels of a forward at once, which pays where the host launches them more slowly than the device
+runs them: small images, few frames, shards of several GPUs. It computes what eager computes, to the bit.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from pipeboost.contract.call import Call, alone, current_call
+from pipeboost.core.ledger import Ledger
+from pipeboost.distributed import SEQUENCE, Group, follow
+from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
+from pipeboost.features.graphs.model_fingerprint import Frozen
+from pipeboost.features.graphs.signature import Arguments, Unfit, read, surroundings
+
+GRAPHS_ORDER = 60.0
+"""Inside whatever decides about arguments on the host, such as the trimming of padded text (50), outside the blocks."""
+
+MOST_GRAPHS = 8
+"""Graphs of one model; the least recently used goes first."""
+
+LAUNCH_BOUND = 0.9
+"""Share of a forward's time on the device that the host takes to launch it, above which `"auto"` captures it."""
+
+_MOST_SIGNATURES = 64
+
+
+@dataclass
+class _Seen:
+    """A signature without a graph.
+
+    Attributes:
+        forwards: how many ran so far.
+        off: why it will not be captured; None where it may.
+        launch_share: host's time to launch it over the device's to run it, once it was measured.
+        launch_bound: whether that is enough for a graph to pay.
+    """
+
+    forwards: int = 0
+    off: str | None = None
+    launch_share: float = 0.0
+    launch_bound: bool = False
+
+
+@dataclass
+class GraphCounts:
+    """What became of a model's forwards in this process.
+
+    Attributes:
+        captured: graphs made.
+        replayed: forwards that replayed one.
+        nbytes: memory that the present graphs hold, static inputs included; they share what activations take.
+        dropped: how often the model had changed, so that all graphs were given up.
+        change: what had changed the last time.
+        eager: reason → forwards that ran without a graph.
+    """
+
+    captured: int = 0
+    replayed: int = 0
+    nbytes: int = 0
+    dropped: int = 0
+    change: str | None = None
+    eager: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Graphs:
+    """The layer on a transformer's `__call__` that captures and replays.
+
+    Args:
+        owner: whose calls it acts in; None for every call.
+        wanted: True captures every signature, `"auto"` those whose forward is bound by its launches.
+
+    Attributes:
+        counts: what became of the forwards.
+    """
+
+    def __init__(self, owner: Any, wanted: Literal[True, "auto"]) -> None:
+        self.counts = GraphCounts()
+        # The owner keeps this, so this must not keep the owner.
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._wanted = wanted
+        self._graphs: OrderedDict[Hashable, CapturedForward] = OrderedDict()
+        self._seen: OrderedDict[Hashable, _Seen] = OrderedDict()
+        self._frozen: Frozen | None = None
+        self._pool: Any = None
+        # Calls in several threads share this; an eager run holds up nobody.
+        self._lock = threading.RLock()
+
+    def __call__(self, call_next: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Replay the forward where there is a graph of it; else run it, and capture it if it is time to."""
+        call = current_call()
+        if call is None or torch.compiler.is_compiling() or not self._acts_in(call):
+            return call_next(*args, **kwargs)
+        try:
+            arguments = read(args, kwargs)
+            device = _fit(arguments)
+        except Unfit as reason:
+            self.counts.eager[str(reason)] += 1
+            return call_next(*args, **kwargs)
+        signature = (arguments.key, _decided(call), surroundings(device))
+        with self._lock:
+            graph = self._graph_of(model, signature, device)
+            if graph is not None:
+                self._graphs.move_to_end(signature)
+                self.counts.replayed += 1
+                output = graph.replay(arguments.tensors)
+                _follow_ranks(call)
+                return output
+            seen, unfit = self._noted(signature), self._frozen.unfit if self._frozen is not None else None
+            off = unfit or seen.off
+            seen.forwards += off is None
+        if off is not None:
+            self.counts.eager[off] += 1
+            return call_next(*args, **kwargs)
+        if seen.forwards == 1:
+            self.counts.eager["first run with these shapes and settings"] += 1
+            return _first(call_next, seen, arguments, args, kwargs)
+        ranks = None if call.mesh is None else call.mesh.forward
+        with alone() as undisturbed:
+            # A capture runs the forward once more, and with it the ranks' collectives: all of them do so, or none.
+            undisturbed = all(_of_ranks(ranks, undisturbed))
+            if undisturbed and (self._wanted is True or seen.launch_bound):
+                return self._capture(call, call_next, signature, seen, arguments, device, args, kwargs)
+            if undisturbed:
+                self.counts.eager["second run, timed"] += 1
+                return _timed(call_next, seen, device, args, kwargs, ranks)
+        self.counts.eager["another call was running, which a capture could disturb"] += 1
+        return call_next(*args, **kwargs)
+
+    def summary(self) -> dict[str, Any]:
+        """`counts`, as a report tells them."""
+        return {**vars(self.counts), "eager": dict(self.counts.eager)}
+
+    def close(self) -> None:
+        """Give up all graphs and free their memory."""
+        with self._lock:
+            self._forget()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _acts_in(self, call: Call) -> bool:
+        return self._owner is None or call.owner is self._owner()
+
+    def _graph_of(self, model: nn.Module, signature: Hashable, device: torch.device) -> CapturedForward | None:
+        """The graph of a signature, once the model was found to be what it was."""
+        if self._frozen is not None and (self._graphs or self._may_capture(signature)):
+            change = self._frozen.change()
+            if change is not None:
+                self.counts.dropped += 1
+                self.counts.change = change
+                self._forget()
+        if self._frozen is None:
+            self._frozen = Frozen(model, device)
+        return self._graphs.get(signature)
+
+    def _may_capture(self, signature: Hashable) -> bool:
+        seen = self._seen.get(signature)
+        return seen is None or seen.off is None
+
+    def _noted(self, signature: Hashable) -> _Seen:
+        seen = self._seen.setdefault(signature, _Seen())
+        self._seen.move_to_end(signature)
+        if len(self._seen) > _MOST_SIGNATURES:
+            self._seen.popitem(last=False)
+        return seen
+
+    def _capture(
+        self,
+        call: Call,
+        call_next: Callable[..., Any],
+        signature: Hashable,
+        seen: _Seen,
+        arguments: Arguments,
+        device: torch.device,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        ranks = None if call.mesh is None else call.mesh.forward
+        with self._lock:
+            while len(self._graphs) >= MOST_GRAPHS:
+                self._close(self._graphs.popitem(last=False)[1])
+            if not self._graphs:
+                # A pool is gone with its last graph.
+                self._pool = new_pool()
+            call.captures = True
+            try:
+                output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
+            finally:
+                call.captures = False
+            against = _of_ranks(ranks, str(graph) if isinstance(graph, Unfit) else None)
+            if isinstance(graph, Unfit) or any(against):
+                seen.off = next(filter(None, against))
+                self.counts.eager[seen.off] += 1
+                if not isinstance(graph, Unfit):
+                    graph.close()
+                return call_next(*args, **kwargs) if output is None else output
+            self._graphs[signature] = graph
+            self.counts.captured += 1
+            self.counts.nbytes += graph.nbytes
+            self.counts.eager["run captured for the next time"] += 1
+            return output
+
+    def _forget(self) -> None:
+        while self._graphs:
+            self._close(self._graphs.popitem()[1])
+        self._seen.clear()
+        self._frozen = None
+
+    def _close(self, graph: CapturedForward) -> None:
+        self.counts.nbytes -= graph.nbytes
+        graph.close()
+
+
+def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledger, *, owner: Any = None) -> Graphs:
+    """Run a transformer's forward from CUDA graphs inside our calls; undone, and their memory freed, by the ledger.
+
+    A signature (shapes, strides and dtypes of the tensors, values of all other arguments, settings of torch) runs
+    eagerly first, and is captured later; a change of the model's weights' places, adapters, processors, hooks or other
+    attributes gives up all graphs. What cannot be captured runs eagerly, and `Graphs.counts.eager` says why. Call it
+    after `compile_model`, so that compiled code is what is captured.
+
+    A graph keeps the memory of one forward's activations for itself; the graphs of a model share it.
+
+    A replay runs no Python, so layers inside the model (their `order` above `GRAPHS_ORDER`, or on its submodules) keep
+    no tensor of one forward for the next, and obey nothing but the call's features, mesh and `decided`.
+
+    Args:
+        wanted: True captures every signature that comes twice, `"auto"` those bound by their launches.
+        owner: the acceleration in whose calls it acts; several may do so on one model, each with graphs of its own.
+            None for every call.
+    """
+    graphs = Graphs(owner, wanted)
+    ledger.record("CUDA graphs", graphs.close)
+    ledger.add_layer(model, "__call__", graphs, order=GRAPHS_ORDER)
+    return graphs
+
+
+def _decided(call: Call) -> Hashable:
+    """What is the same in all forwards of a call, or was decided for this one outside of its arguments."""
+    return (call.features, None if call.mesh is None else id(call.mesh), frozenset(call.decided))
+
+
+def _follow_ranks(call: Call) -> None:
+    """Have the collectives that a replay just put on the stream watched, as those of an eager forward are."""
+    groups = () if call.mesh is None else (call.mesh.group(*SEQUENCE), call.mesh.group("tensor"))
+    for group in groups:
+        if group.size > 1:
+            follow(group, "replayed forward")
+
+
+def _fit(arguments: Arguments) -> torch.device:
+    """The device that the forward runs on.
+
+    Raises:
+        Unfit: it cannot be captured, whatever the model.
+    """
+    devices = {tensor.device for tensor in arguments.tensors}
+    others = [str(device) for device in devices if device.type != "cuda"]
+    if others or len(devices) != 1:
+        raise Unfit(f"its arguments are on {' and '.join(sorted(map(str, devices))) or 'no device'}")
+    (device,) = devices
+    if torch.is_grad_enabled():
+        raise Unfit("gradients are on")
+    if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0:
+        raise Unfit("a mode of torch looks at each operation")
+    if torch.cuda.is_current_stream_capturing():
+        raise Unfit("it is being captured already")
+    if device.index != torch.cuda.current_device():
+        raise Unfit("the current device is another one")
+    if not aligned(arguments.tensors):
+        raise Unfit("an argument begins in the middle of a memory word")
+    return device
+
+
+def _first(
+    run: Callable[..., Any], seen: _Seen, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    versions = _versions(arguments)
+    output = run(*args, **kwargs)
+    try:
+        after = read(args, kwargs)
+    except Unfit:
+        after = Arguments(None, ())
+    if after.key != arguments.key or _versions(after) != versions:
+        seen.off = "it writes to its arguments"
+    return output
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in arguments.tensors]
+
+
+def _of_ranks(ranks: Group | None, value: Any) -> list[Any]:
+    """What each rank that computes this forward has; they all ask at the same forward of a signature."""
+    return [value] if ranks is None else ranks.all_gather_objects(value)
+
+
+def _timed(
+    run: Callable[..., Any],
+    seen: _Seen,
+    device: torch.device,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ranks: Group | None,
+) -> Any:
+    """Run it while the device waits for nothing else, and see which of the two takes the time."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    begin = time.perf_counter()
+    output = run(*args, **kwargs)
+    host = time.perf_counter() - begin
+    end.record()
+    end.synchronize()
+    seen.launch_share = max(_of_ranks(ranks, host * 1e3 / start.elapsed_time(end)))
+    if seen.launch_share < LAUNCH_BOUND:
+        seen.off = "the host launches it faster than the device runs it"
+    else:
+        seen.launch_bound = True
+    return output

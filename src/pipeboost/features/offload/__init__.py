@@ -1,0 +1,31 @@
+"""Residency: which component waits on the host, and when its weights are on the device."""
+
+from pipeboost.features.offload.budget import Component, bytes_on, predict, weigh, weigh_stored
+from pipeboost.features.offload.choice import choose_policies, in_gib, memory_in_words
+from pipeboost.features.offload.place import (
+    Placement,
+    execution_device,
+    place,
+    placed_components,
+    residing,
+    stock_offload,
+    unmovable_weights,
+)
+
+__all__ = [
+    "Component",
+    "Placement",
+    "bytes_on",
+    "choose_policies",
+    "execution_device",
+    "in_gib",
+    "memory_in_words",
+    "place",
+    "placed_components",
+    "predict",
+    "residing",
+    "stock_offload",
+    "unmovable_weights",
+    "weigh",
+    "weigh_stored",
+]

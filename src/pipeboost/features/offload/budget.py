@@ -1,0 +1,213 @@
+"""What a placement will need, told before anything runs, and the cheapest one that fits.
+
+The peak is the resident weights plus, for the hungriest stage, the weights that wait on the host outside that stage and
+the stage's activations. The cost is the bytes that a call sends to the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeboost.core.config import OFFLOAD_KINDS
+from pipeboost.core.families import Activations, Family
+from pipeboost.features.offload.stream import SLOTS, weights_of
+
+STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
+"""The stage in which each kind of component works."""
+
+UNMEASURED = 4 * 2**30
+"""Bytes set aside for the activations of a family that was not measured."""
+
+# What the allocator loses between blocks of different sizes, and small tensors that live throughout.
+_MARGIN = 0.02
+# Forwards of a call, as far as they can be known before it: enough to rank streaming behind loading once.
+_FORWARDS = {"text_encoders": 1, "transformers": 25, "vae": 1}
+_SHORTEST_LIST = 4
+
+
+@dataclass(frozen=True)
+class Component:
+    """The weights of one component.
+
+    Attributes:
+        path: attribute of the pipeline.
+        kind: a name of `OFFLOAD_KINDS`.
+        part: denoisers are on the device one at a time, each a part of its stage; None for what works beside others.
+        nbytes: all weights.
+        block_bytes: those in repeated blocks, which can be streamed.
+        largest_block: the largest of them.
+    """
+
+    path: str
+    kind: str
+    part: str | None
+    nbytes: int
+    block_bytes: int
+    largest_block: int
+
+    def on_device(self, policy: str) -> int:
+        """Bytes on the device while it works."""
+        if policy == "layerwise" and self.block_bytes:
+            return self.nbytes - self.block_bytes + SLOTS * self.largest_block
+        return self.nbytes
+
+    def moved(self, policy: str) -> int:
+        """Bytes that a call sends to the device."""
+        if policy == "resident":
+            return 0
+        if policy == "stage":
+            return self.nbytes
+        return self.nbytes + self.block_bytes * (_FORWARDS[self.kind] - 1)
+
+
+def kind_of(path: str, family: Family) -> tuple[str, str | None]:
+    """The kind of a component, and the part of its stage that it is; by the names that Diffusers gives components."""
+    if path in family.denoisers:
+        return "transformers", path
+    if "encoder" in path:
+        return "text_encoders", None
+    if "vae" in path:
+        return "vae", None
+    return "transformers", None  # a ControlNet and its like, called beside the denoiser in every step
+
+
+def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[Component, ...]:
+    """Weigh components, loaded or on the meta device; what two share counts once."""
+    seen: set[int] = set()
+    found = []
+    for path, module in modules.items():
+        new = [tensor for tensor in weights_of(module) if id(tensor) not in seen]
+        seen.update(map(id, new))
+        blocks = [
+            sum(tensor.numel() * tensor.element_size() for tensor in weights_of(block))
+            for block in repeated_blocks(path, module, family)
+        ]
+        total = sum(tensor.numel() * tensor.element_size() for tensor in new)
+        found.append(Component(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0)))
+    return tuple(found)
+
+
+def weigh_stored(sizes: Mapping[str, Mapping[str, int]], family: Family) -> tuple[Component, ...]:
+    """Weigh components by the bytes of their stored tensors: component → tensor name → bytes."""
+    found = []
+    for path, tensors in sizes.items():
+        lists: dict[str, dict[str, int]] = {}
+        for name, nbytes in tensors.items():
+            match = re.match(r"(.*?)\.(\d+)\.", name)
+            if match:
+                members = lists.setdefault(match[1], {})
+                members[match[2]] = members.get(match[2], 0) + nbytes
+        known = [blocks.path for blocks in family.blocks] if path in family.denoisers else []
+        wanted = known or [name for name, members in lists.items() if len(members) >= _SHORTEST_LIST]
+        blocks = [nbytes for name in wanted for nbytes in lists.get(name, {}).values()]
+        kind = kind_of(path, family)
+        found.append(Component(path, *kind, sum(tensors.values()), sum(blocks), max(blocks, default=0)))
+    return tuple(found)
+
+
+def repeated_blocks(path: str, module: nn.Module, family: Family) -> list[nn.Module]:
+    """The blocks that can be streamed: those the family names, else the members of every longer list of modules."""
+    if path in family.denoisers and family.blocks:
+        found = [operator.attrgetter(blocks.path)(module) for blocks in family.blocks if _has(module, blocks.path)]
+    else:
+        found = list(_lists(module))
+    return list({id(block): block for blocks in found for block in blocks}.values())
+
+
+def predict(
+    components: Iterable[Component],
+    policies: Mapping[str, str],
+    activations: Activations | None,
+    *,
+    unmeasured: int = UNMEASURED,
+) -> dict[str, int]:
+    """Peak bytes on the device in each stage, at the size that the activations are given for.
+
+    Args:
+        policies: kind → policy.
+        activations: of the family.
+        unmeasured: bytes to set aside, where images are made, for a family whose activations were not measured.
+    """
+    components = tuple(components)
+    resident = sum(component.nbytes for component in components if policies[component.kind] == "resident")
+    peaks = {}
+    for kind, stage in STAGES.items():
+        staged = [each for each in components if each.kind == kind and policies[kind] != "resident"]
+        beside = sum(each.on_device(policies[kind]) for each in staged if each.part is None)
+        parts = [each.on_device(policies[kind]) for each in staged if each.part is not None]
+        peaks[stage] = resident + beside + max(parts, default=0) + _needed(stage, activations, unmeasured)
+    return peaks
+
+
+def cheapest(
+    components: Iterable[Component],
+    fixed: Mapping[str, str | None],
+    activations: Activations | None,
+    budget: int,
+    *,
+    streams: bool = True,
+    unmeasured: int = UNMEASURED,
+) -> dict[str, str] | None:
+    """The policies that send the fewest bytes among those whose predicted peak fits; None where none fits.
+
+    Args:
+        fixed: kind → its policy, None where it is free.
+        budget: bytes on the device for the pipeline, weights and all.
+        streams: whether transformers may be streamed without being asked for.
+        unmeasured: see `predict`.
+    """
+    components = tuple(components)
+    free = ("resident", "stage", "layerwise")
+    best: tuple[tuple[int, ...], dict[str, str]] | None = None
+    for chosen in itertools.product(*((fixed[kind] or "",) if fixed[kind] else free for kind in OFFLOAD_KINDS)):
+        policies = dict(zip(OFFLOAD_KINDS, chosen, strict=True))
+        if not streams and policies["transformers"] == "layerwise" and not fixed["transformers"]:
+            continue
+        peak = max(predict(components, policies, activations, unmeasured=unmeasured).values())
+        if peak > budget * (1 - _MARGIN):
+            continue
+        moved = sum(component.moved(policies[component.kind]) for component in components)
+        cost = (moved, chosen.count("layerwise"), chosen.count("stage"))
+        if best is None or cost < best[0]:
+            best = cost, policies
+    return None if best is None else best[1]
+
+
+def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
+    """Bytes of the weights that are on a device now."""
+    unique = {id(tensor): tensor for module in modules for tensor in weights_of(module) if tensor.device == device}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def _needed(stage: str, activations: Activations | None, unmeasured: int) -> int:
+    if activations is None:
+        return 0 if stage == STAGES["text_encoders"] else unmeasured
+    size = activations.width, activations.height, activations.frames
+    if stage == STAGES["transformers"]:
+        return activations.denoising.at(*size)
+    if stage == STAGES["vae"]:
+        return activations.decoding.at(*size)
+    return activations.text_encoding
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child) >= _SHORTEST_LIST:
+            yield child
+        else:
+            yield from _lists(child)

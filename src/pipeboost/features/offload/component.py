@@ -1,0 +1,200 @@
+"""One component that waits on the host: its weights come to the device when one of its doors is entered.
+
+Inside a session (a pipeline's call) they stay until another stage's component comes, or the session ends. Outside one
+they stay for the length of that door.
+
+What is changed in place on the device is written back when the weights leave it, as torch's version counters tell. A
+change that goes around the counters (`weight.data += …`, as when a LoRA is fused) is kept if it is made between calls;
+made by a step callback it is lost with the loaded weights, or reaches a streamed block one step late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.contract.call import current_call
+from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.host import HostStore
+from pipeboost.features.offload.stream import BlockStream, weights_of
+
+LOADS = "loads"
+
+
+class StagedComponent:
+    """The weights of one module, on the host and, when needed, on the device.
+
+    Attributes:
+        path: the pipeline's attribute that held it when it was placed.
+        lock: held by whoever uses it, for the length of a session or of one door.
+        session: the session it is in.
+        home: where most of its weights were when it was placed, and what is added goes when they are released.
+    """
+
+    def __init__(self, path: str, module: nn.Module, lane: Lane, stage: Stage, blocks: Sequence[nn.Module]) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self.session: Session | None = None
+        self.stage = stage
+        self._module = weakref.ref(module)
+        self._lane = lane
+        self._store = HostStore(lane.device)
+        self._stream = BlockStream(blocks, lane) if blocks else None
+        self.home: torch.device | None = None
+        self._depth = 0
+        self._buffers: list[torch.Tensor] | None = None
+        self._arrival: Arrival | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its weights are on the device; of a streamed one, all but its blocks'."""
+        return self._buffers is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one of its doors is entered now."""
+        return self._depth > 0
+
+    def settle(self) -> None:
+        """Bring to the host what is not there: everything at first, later what the user added, moved or replaced."""
+        module = self._module()
+        if module is None:
+            return
+        blocks = self._stream.blocks() if self._stream is not None else []
+        inside = {id(part) for block in blocks for part in block.modules()}
+        outer = [part for part in module.modules() if id(part) not in inside]
+        rest = {id(tensor): tensor for part in outer for tensor in weights_of(part, recurse=False)}
+        if self._stream is not None:
+            # What two blocks share cannot come and go with each, so it stays with the rest.
+            rest |= self._stream.shared()
+        home = self.home
+        if home is None:
+            self.home = next((tensor.device for tensor in weights_of(module)), torch.device("cpu"))
+        with torch.inference_mode(False):
+            self._store.adopt(rest.values(), home)
+            if self._stream is not None:
+                self._stream.adopt(rest.keys(), home)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, the weights are on the device."""
+        with self.lock:
+            self._depth += 1
+            try:
+                if not self.loaded:
+                    if self.session is not None:
+                        self.session.make_room(self)
+                    self._load()
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self.session is None:
+                    self.unload()
+
+    @contextlib.contextmanager
+    def entered_block(self, index: int) -> Iterator[None]:
+        """Inside, the weights of one streamed block are on the device."""
+        assert self._stream is not None
+        with self.entered(), self._stream.holding(index):
+            yield
+
+    def unload(self) -> None:
+        """Take the weights off the device. Nothing is copied back but what was changed there."""
+        if self._buffers is None:
+            return
+        call, arrival = current_call(), self._arrival
+        seconds = arrival.finish() if arrival is not None else 0.0
+        moved = sum(buffer.numel() for buffer in self._buffers)
+        buffers, self._buffers, self._arrival = self._buffers, None, None
+        with torch.inference_mode(False):
+            all_back = self._store.unload(buffers)
+            if self._stream is not None:
+                moved += self._stream.moved
+                self._stream.close()
+        if call is not None:
+            call.state.setdefault(LOADS, []).append((self.path, moved, seconds))
+        if not all_back:
+            self.settle()
+
+    def release(self, home: torch.device | None = None) -> None:
+        """Give the weights memory of their own again, where they came from or at `home`."""
+        with self.lock, torch.inference_mode(False):
+            self.unload()
+            self._store.release(home)
+            if self._stream is not None:
+                self._stream.release(home)
+
+    def _load(self) -> None:
+        self.settle()
+        hosts = [chunk.host for chunk in self._store.chunks]
+        # Nothing is pointed at the device before all of it is allocated: running out of memory changes nothing.
+        buffers = [self._lane.empty(host.numel()) for host in hosts]
+        if self._stream is not None:
+            self._stream.open()
+        self._arrival = self._lane.send(zip(buffers, hosts, strict=True))
+        self._arrival.wait()
+        self._buffers = buffers
+        with torch.inference_mode(False):
+            self._store.load(buffers)
+
+    def door(self, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer on each door of the module."""
+        with self.entered():
+            device = self._lane.device
+            return call_next(*_on(device, args), **_on(device, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StagedComponent:
+        return self
+
+
+class Stage:
+    """When a component is used, which says what need not be on the device with it.
+
+    Attributes:
+        name: components of one stage stay together on the device.
+        part: unless both name a part of the stage, and not the same one, as two experts do.
+    """
+
+    def __init__(self, name: str, part: str | None = None) -> None:
+        self.name = name
+        self.part = part
+
+    def beside(self, other: Stage) -> bool:
+        """Whether the two may be needed at once."""
+        return self.name == other.name and (None in (self.part, other.part) or self.part == other.part)
+
+
+class Session:
+    """The length of a call, in which a component that was loaded stays for as long as its stage lasts."""
+
+    def __init__(self, components: Sequence[StagedComponent]) -> None:
+        self._components = components
+
+    def make_room(self, arriving: StagedComponent) -> None:
+        """Take off the device what belongs to another stage."""
+        for component in self._components:
+            if not component.busy and not component.stage.beside(arriving.stage):
+                component.unload()
+
+    def end(self) -> None:
+        """Take everything off the device."""
+        for component in self._components:
+            if not component.busy:
+                component.unload()
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Inputs on the device: a script that asks a waiting component for its device is told the host's."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device) if value.device != device and value.ndim else value
+    if type(value) in (tuple, list):
+        return type(value)(_on(device, item) for item in value)
+    if type(value) is dict:
+        return {key: _on(device, item) for key, item in value.items()}
+    return value

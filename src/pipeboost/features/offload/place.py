@@ -1,0 +1,215 @@
+"""`place`: stands in the doors of what must wait on the host, and moves it there; `residing`: the length of a call."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.core.config import OffloadConfig
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import device_of_weights, has_cuda
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.features.offload.budget import STAGES, kind_of, repeated_blocks
+from pipeboost.features.offload.component import Session, Stage, StagedComponent
+from pipeboost.features.offload.copy_stream import Lane
+from pipeboost.features.offload.stream import weights_of
+
+DOORS = ("__call__", "encode", "decode", "_encode", "generate", "get_text_features", "get_image_features")
+"""Methods by which pipelines enter their components."""
+
+EXECUTION_DEVICE = "_execution_device"
+"""The pipeline's property that says where its inputs and latents belong."""
+
+# Within the doors of stages, which time the loading too, and outside of what computes.
+_DOOR_ORDER = -50.0
+# Within a cache's layer, which may skip the block, and outside of its compiled code.
+_BLOCK_ORDER = 50.0
+
+_placed: weakref.WeakKeyDictionary[nn.Module, StagedComponent] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the components of one pipeline are between their stages.
+
+    Attributes:
+        device: where they work; with an index, where the device has one.
+        text_encoders: policy of text and image encoders.
+        transformers: of the denoisers and what is called beside them.
+        vae: of the autoencoders.
+    """
+
+    device: torch.device
+    text_encoders: str
+    transformers: str
+    vae: str
+
+    def policy(self, kind: str) -> str:
+        """The policy of a kind of component."""
+        return str(getattr(self, kind))
+
+
+def placed_components(pipe: Any) -> dict[str, nn.Module]:
+    """The components that a placement places, by attribute of the pipeline."""
+    return {path: module for path, module in pipe.components.items() if isinstance(module, nn.Module)}
+
+
+def unmovable_weights(module: nn.Module) -> str | None:
+    """What keeps a module's weights from being views of a flat buffer, in words; None where nothing does."""
+    for tensor in weights_of(module):
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or type(tensor.data) is not torch.Tensor:
+            return f"weights of type {type(tensor).__name__}"
+        if tensor.layout is not torch.strided:
+            return f"weights of layout {tensor.layout}"
+        if tensor.device.type not in ("cpu", "cuda"):
+            return f"weights on the {tensor.device.type} device"
+    return None
+
+
+def stock_offload(pipe: Any) -> bool:
+    """Whether Diffusers' own offload (model, sequential or group) is on."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    modules = placed_components(pipe).values()
+    return any(hasattr(module, "_hf_hook") or _is_group_offload_enabled(module) for module in modules)
+
+
+def execution_device(pipe: Any, offload: OffloadConfig | str | None) -> torch.device:
+    """Where the pipeline is to run; with an index where that is CUDA.
+
+    It is where stock runs it (which our own placement, if there is one, does not change). But weights that are asked to
+    wait on the host wait for a CUDA device, if there is one: such a pipeline need never have been on it.
+    """
+    stock: Any = stock_class(pipe)
+    device: torch.device = stock._execution_device.__get__(pipe)
+    if not stock_offload(pipe):
+        placed = [_placed[module] for module in placed_components(pipe).values() if module in _placed]
+        if not placed:
+            device = device_of_weights(pipe) or device
+        device = next((each.home for each in placed if each.home is not None and each.home.type != "cpu"), device)
+        waits = isinstance(offload, OffloadConfig) and not offload.all_resident
+        if device.type == "cpu" and waits and has_cuda():
+            device = torch.device("cuda")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Ledger) -> None:
+    """Put one component, or for the empty path the pipeline itself, where the placement says; undone by the ledger.
+
+    What has no weights is left alone.
+
+    A component that waits on the host works wherever it is called from: in a `residing` session its weights stay until
+    another stage's are loaded, outside of one for the length of the door it was called by. The same bits come back.
+
+    Raises:
+        UnsupportedError: the host cannot pin the memory, or another pipeline placed this component otherwise.
+    """
+    if not path:
+        ledger.add_layer(obj, EXECUTION_DEVICE, _device_layer(placement.device))
+        return
+    if not isinstance(obj, nn.Module):
+        return
+    kind, part = kind_of(path, family)
+    policy = placement.policy(kind)
+
+    def apply(inner: Ledger) -> None:
+        if policy == "resident":
+            _make_resident(obj, placement.device, inner)
+        else:
+            blocks = repeated_blocks(path, obj, family) if policy == "layerwise" else []
+            _stage(path, obj, placement.device, Stage(STAGES[kind], part), blocks, inner)
+
+    if policy != "resident" or any(tensor.device != placement.device for tensor in weights_of(obj)):
+        ledger.share(obj, "offload", (policy, placement.device), apply)
+
+
+@contextlib.contextmanager
+def residing(pipe: Any) -> Iterator[None]:
+    """The length of a call: what is loaded inside stays while its stage lasts, and nothing stays afterwards.
+
+    Calls that use the same components run one after the other, since one would unload what the other computes with.
+    """
+    modules = placed_components(pipe).values()
+    components = sorted({_placed[module] for module in modules if module in _placed}, key=id)
+    with contextlib.ExitStack() as stack:
+        for component in components:  # in one order everywhere, so that two calls never wait for each other
+            stack.enter_context(component.lock)
+        for component in components:
+            if not component.loaded:
+                component.settle()
+        session = Session(components)
+        outer = [component.session for component in components]
+        for component in components:
+            component.session = session
+        try:
+            yield
+        finally:
+            for component, before in zip(components, outer, strict=True):
+                component.session = before
+            session.end()
+
+
+def _device_layer(device: torch.device) -> Callable[..., Any]:
+    def execution_device(call_next: Callable[..., Any], owner: Any) -> torch.device:
+        return device
+
+    return execution_device
+
+
+def _make_resident(module: nn.Module, device: torch.device, ledger: Ledger) -> None:
+    homes = [(tensor, tensor.device) for tensor in weights_of(module)]
+    module.to(device)
+    ledger.record("weights on the device", functools.partial(_send_home, homes, device, weakref.ref(module)))
+
+
+def _send_home(
+    homes: Sequence[tuple[torch.Tensor, torch.device]], device: torch.device, reference: weakref.ref[nn.Module]
+) -> None:
+    module = reference()
+    if module is None or hasattr(module, "_hf_hook"):
+        return
+    for tensor, home in homes:
+        if tensor.device == device:
+            tensor.data = tensor.data.to(home)
+
+
+def _stage(
+    path: str, module: nn.Module, device: torch.device, stage: Stage, blocks: Sequence[nn.Module], ledger: Ledger
+) -> None:
+    component = StagedComponent(path, module, Lane(device), stage, blocks)
+    _placed[module] = component
+    ledger.record("weights on the host", functools.partial(_release, weakref.ref(module)))
+    component.settle()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # where single weights were, no large buffer fits
+    for door in DOORS:
+        if callable(getattr(stock_class(module), door, None)):
+            ledger.add_layer(module, door, component.door, order=_DOOR_ORDER)
+    for index, block in enumerate(blocks):
+        ledger.add_layer(block, "__call__", _block_layer(component, index), order=_BLOCK_ORDER)
+
+
+def _block_layer(component: StagedComponent, index: int) -> Callable[..., Any]:
+    def streamed(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with component.entered_block(index):
+            return call_next(*args, **kwargs)
+
+    return streamed
+
+
+def _release(reference: weakref.ref[nn.Module]) -> None:
+    module = reference()
+    component = _placed.pop(module, None) if module is not None else None
+    if component is not None:
+        # Diffusers' own offload, turned on meanwhile, expects the weights on the host and moves them itself.
+        component.release(torch.device("cpu") if hasattr(module, "_hf_hook") else None)

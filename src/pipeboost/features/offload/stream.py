@@ -1,0 +1,167 @@
+"""Layer-wise streaming: repeated blocks pass through two slots on the device, one computing while the next arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.host import HostStore
+
+SLOTS = 2
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Device memory for one block.
+
+    Attributes:
+        holds: which block is in it or on its way.
+        parts: copies of that block's chunks.
+        versions: the version counters of its weights when they were sent.
+    """
+
+    memory: torch.Tensor
+    holds: int | None = None
+    arrival: Arrival | None = None
+    parts: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+class BlockStream:
+    """The weights of one component's repeated blocks, on the host but for the blocks that compute.
+
+    Attributes:
+        moved: bytes sent since `open`.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], lane: Lane) -> None:
+        self.moved = 0
+        self._lane = lane
+        # The blocks' layers hold this object, so it must not hold the blocks.
+        self._blocks = [weakref.ref(block) for block in blocks]
+        # One chunk a block: a block is sent in one copy.
+        self._stores = [HostStore(lane.device, chunk=2**62) for _ in blocks]
+        self._others: frozenset[int] = frozenset()
+        self._home: torch.device | None = None
+        self._slots: list[_Slot] = []
+        self._computing: list[int] = []
+        self._last: int | None = None
+        self._follower = {index: (index + 1) % len(blocks) for index in range(len(blocks))}
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, those that still live."""
+        return [block for reference in self._blocks if (block := reference()) is not None]
+
+    def shared(self) -> dict[int, torch.Tensor]:
+        """Weights that more than one block has, by identity."""
+        seen: set[int] = set()
+        found: dict[int, torch.Tensor] = {}
+        for block in self.blocks():
+            for tensor in weights_of(block):
+                if id(tensor) in seen:
+                    found[id(tensor)] = tensor
+                seen.add(id(tensor))
+        return found
+
+    def adopt(self, others: Collection[int], home: torch.device | None) -> None:
+        """Make each block's store hold the block's weights, without those whose identities are in `others`."""
+        self._others, self._home = frozenset(others), home
+        for index, store in enumerate(self._stores):
+            store.adopt(self._weights(index), home)
+
+    def _weights(self, index: int) -> list[torch.Tensor]:
+        block = self._blocks[index]()
+        return [] if block is None else [each for each in weights_of(block) if id(each) not in self._others]
+
+    def open(self) -> None:
+        """Allocate the slots."""
+        size = max(store.nbytes for store in self._stores)
+        memory = [self._lane.empty(size) for _ in range(min(SLOTS, len(self._stores)))]
+        self._slots = [_Slot(each) for each in memory]
+        self.moved, self._last = 0, None
+
+    def close(self) -> None:
+        """Free the slots, once the copies that nobody waited for are done with them and with the host's memory."""
+        for slot in self._slots:
+            if slot.arrival is not None:
+                slot.arrival.wait()
+                slot.arrival.finish()
+        self._slots = []
+
+    def release(self, home: torch.device | None) -> None:
+        """See `HostStore.release`."""
+        for store in self._stores:
+            store.release(home)
+
+    @contextlib.contextmanager
+    def holding(self, index: int) -> Iterator[None]:
+        """Inside, the weights of this block are on the device, and those of the block after it are on their way."""
+        if index in self._computing:
+            yield
+            return
+        self._follow(index)
+        slot = next((slot for slot in self._slots if slot.holds == index), None) or self._fetch(index)
+        assert slot.arrival is not None
+        slot.arrival.wait()
+        store, parts = self._stores[index], slot.parts
+        store.load(parts)
+        self._computing.append(index)
+        try:
+            self._prefetch(index)
+            yield
+        finally:
+            self._computing.remove(index)
+            if store.unload(parts):
+                slot.versions = store.versions()
+            else:
+                self._follow(index)
+
+    def _follow(self, index: int) -> None:
+        """Notice what was done to a block since its weights were sent: adapters added, weights changed or moved."""
+        store, weights = self._stores[index], self._weights(index)
+        same = store.holds(weights)
+        if not same:
+            store.adopt(weights, self._home)
+        for slot in self._slots:
+            if slot.holds == index and not (same and slot.versions == store.versions()):
+                slot.holds = None
+
+    def _prefetch(self, index: int) -> None:
+        """Send for the block that came after this one the last time: a cache may skip those that stand after it."""
+        if self._last is not None:
+            self._follower[self._last] = index
+        self._last = index
+        following = self._follower[index]
+        # A block that is called inside another may leave no slot free to fetch ahead.
+        if len(self._computing) < len(self._slots) and all(slot.holds != following for slot in self._slots):
+            self._fetch(following)
+
+    def _fetch(self, index: int) -> _Slot:
+        store = self._stores[index]
+        slot = next((slot for slot in self._slots if slot.holds not in self._computing), None)
+        if slot is None:
+            slot = _Slot(self._lane.empty(store.nbytes))
+            self._slots.append(slot)
+        if slot.arrival is not None and slot.memory.numel() < store.nbytes:
+            slot.arrival.wait()  # before the allocator may hand the old memory on
+            slot.memory = self._lane.empty(store.nbytes)
+        slot.parts, offset = [], 0
+        for chunk in store.chunks:
+            slot.parts.append(slot.memory[offset : offset + chunk.nbytes])
+            offset += chunk.nbytes
+        slot.holds, slot.versions = index, store.versions()
+        slot.arrival = self._lane.send(zip(slot.parts, (chunk.host for chunk in store.chunks), strict=True))
+        self.moved += offset
+        return slot
+
+
+def weights_of(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, each once; without `recurse` those of the module itself alone."""
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)

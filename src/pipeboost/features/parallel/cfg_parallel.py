@@ -1,0 +1,181 @@
+"""CFG-parallel: of the calls that a step makes to its denoiser, each rank computes its own and is given the others.
+
+The script runs on every rank as it is. A call that is another rank's returns at once, with memory full of NaN; once
+the ranks have computed a call each, what they computed goes to all of them, into that memory. Until then a script only
+indexes or slices what it was given. One that reads it has NaN in its latents, which nobody takes for a result. Where a
+step makes no further call, as without guidance, the memory is filled before `scheduler.step` reads it. A step's formula
+then runs on every rank, on the same numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out the
+same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import disguised_subclass, stock_class
+
+# Outside all that a forward does, so that a call left to another rank does none of it.
+_FORWARD_ORDER = 0.0
+# Outside the layers that look at a step's input and output.
+_STEP_ORDER = -200.0
+_STATE = "branches"
+_APART = "forwards that are no branch"
+Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
+    """Let the ranks of a call's `"cfg"` group compute one guidance branch each.
+
+    A step's calls are told apart by their order. With fewer ranks than branches they take turns.
+
+    Args:
+        model: a denoiser; pipelines that share it share the layer, which acts in calls with such a group only.
+        family: knows the shape of what a forward returns.
+        ledger: takes the inverse.
+    """
+    assert family.prediction is not None
+    prediction = family.prediction
+
+    def apply(inner: Ledger) -> None:
+        inner.add_layer(model, "__call__", functools.partial(_forward, prediction), order=_FORWARD_ORDER)
+
+    ledger.share(model, "guidance branches", prediction, apply)
+
+
+def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
+    """Fill what is still to be filled before this method of a scheduler or guider reads it."""
+
+    def apply(inner: Ledger) -> None:
+        inner.add_layer(reader, door, _settle, order=_STEP_ORDER)
+
+    ledger.share(reader, "guidance branches", door, apply)
+
+
+@contextlib.contextmanager
+def apart(call: Call) -> Iterator[None]:
+    """Inside, every rank computes the forwards of a call: they are no branches of a step, and may be read at once."""
+    before = call.state.get(_APART, False)
+    call.state[_APART] = True
+    try:
+        yield
+    finally:
+        call.state[_APART] = before
+
+
+def callback_apart(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a callback of the script: forwards that it makes are its own.
+
+    Scripts look at the class of Diffusers' own callbacks, so one of them has a twin of its class, and of its state.
+    """
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        kind: Any = type(callback)
+        twin = object.__new__(_apart_class(kind))
+        twin.__dict__ = vars(callback)
+        return twin
+
+    @functools.wraps(callback)
+    def call_apart(*args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        with contextlib.nullcontext() if call is None else apart(call):
+            return callback(*args, **kwargs)
+
+    return call_apart
+
+
+@functools.cache
+def _apart_class(cls: Any) -> Any:
+    def call_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = current_call()
+        with contextlib.nullcontext() if call is None else apart(call):
+            return cls.__call__(self, *args, **kwargs)
+
+    return disguised_subclass(cls, {"__call__": call_apart})
+
+
+def _forward(
+    prediction: Prediction,
+    call_next: Callable[..., Any],
+    owner: torch.nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    call = current_call()
+    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call.state.get(_APART):
+        return call_next(*args, **kwargs)
+    group = call.mesh.group("cfg")
+    waiting: list[torch.Tensor] = call.state.setdefault(_STATE, [])
+    states, as_tuple = _states(owner, args, kwargs)
+    if len(waiting) == group.rank:
+        result = call_next(*args, **kwargs)
+        waiting.append(_laid_out(result[0], prediction(owner, torch.empty_like(states, device="meta"))))
+    else:
+        empty = prediction(owner, states).fill_(float("nan"))
+        result = (empty,) if as_tuple else Transformer2DModelOutput(sample=empty)
+        waiting.append(empty)
+    if len(waiting) == group.size:
+        _fill(call)
+    return result
+
+
+def _settle(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is not None and call.state.get(_STATE):
+        _fill(call)
+    return call_next(*args, **kwargs)
+
+
+def _fill(call: Call) -> None:
+    """Give each rank's result to the others, in the order of the calls."""
+    assert call.mesh is not None
+    group = call.mesh.group("cfg")
+    waiting: list[torch.Tensor] = call.state.pop(_STATE)
+    for source, tensor in enumerate(waiting):
+        outermost_first = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        dense = tensor.permute(outermost_first)
+        assert dense.is_contiguous(), "memory of a prediction has gaps"
+        group.broadcast(dense, source)
+
+
+def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
+    if (result.shape, result.dtype) != (like.shape, like.dtype):
+        raise UnsupportedError(
+            f"cfg-parallel expects predictions like hidden_states, {tuple(like.shape)} of {like.dtype}, and the "
+            f"transformer returned {tuple(result.shape)} of {result.dtype}; give it latents of the dtype that it "
+            "computes in, or use ParallelConfig(cfg=1)"
+        )
+    strides = zip(result.stride(), like.stride(), result.shape, strict=True)
+    if all(own == expected for own, expected, size in strides if size > 1):
+        return result
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=result.device).copy_(result)
+
+
+def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
+    """A forward's `hidden_states`, and whether it returns a tuple."""
+    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound.apply_defaults()
+    states = bound.arguments["hidden_states"]
+    if not isinstance(states, torch.Tensor):
+        raise UnsupportedError(
+            f"cfg-parallel needs hidden_states to be one tensor, and this {stock_class(owner).__name__} was given "
+            f"{type(states).__name__}; use ParallelConfig(cfg=1)"
+        )
+    return states, not bound.arguments.get("return_dict", True)
+
+
+@functools.cache
+def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
+    forward: Any = cls
+    return inspect.signature(forward.forward)

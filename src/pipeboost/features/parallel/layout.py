@@ -1,0 +1,259 @@
+"""Layout: how many ranks along each axis of the mesh, chosen or checked before anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from pipeboost.core.config import ParallelConfig, tier_allows
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.families import Family
+
+_FOR_WEIGHTS = 0.8
+"""Share of a device's memory that weights may take."""
+DEGREES = ("replicas", "cfg", "ulysses", "ring", "tensor")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a layout depends on, besides what was asked for.
+
+    Attributes:
+        count: ranks of the group that runs the pipeline.
+        family: the model family.
+        model: class name of the transformer.
+        heads: its attention heads; None where it does not say.
+        tier: the quality tier.
+        attention: whether its attention processors call our dispatcher.
+        splits: degrees of tensor parallelism that its widths allow; None where that is not known.
+        weights: bytes of the transformers' weights.
+        resident: degree of tensor parallelism above 1 → bytes of all weights that a rank then has, none of which can
+            wait elsewhere.
+        free: bytes a rank's device could hold; None where that is not known.
+    """
+
+    count: int
+    family: Family
+    model: str
+    heads: int | None
+    tier: str
+    attention: bool
+    splits: tuple[int, ...] | None = None
+    weights: int = 0
+    resident: Mapping[int, int] = field(default_factory=dict)
+    free: int | None = None
+
+    def fit(self, tensor: int) -> bool:
+        """Whether the weights fit on a rank, with room for activations, where so many share them."""
+        if self.free is None:
+            return True
+        return (self.weights if tensor == 1 else self.resident.get(tensor, 0)) <= _FOR_WEIGHTS * self.free
+
+
+def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
+    """The layout that `parallel="auto"` takes, why, and what was considered.
+
+    Guidance branches come first, which exchange least; then heads, then tokens around a ring; weights are shared where
+    they do not fit, by as few ranks as will do, and where even all are too few they are left whole, which can wait on
+    the host.
+
+    Raises:
+        UnsupportedError: this pipeline cannot use that many ranks.
+    """
+    cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
+    cfg, tensor = _sharing_weights(ranks, cfg)
+    rest = ranks.count // cfg
+    ulysses = _largest(ranks, "ulysses", rest // tensor, tensor=tensor)
+    layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
+    refusal = _refusal(layout, ranks)
+    if refusal is not None:
+        raise _none_suits(ranks, refusal)
+    reasons = []
+    if cfg > 1:
+        reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
+    if tensor > 1:
+        reasons.append("the weights do not fit on one device")
+    if ulysses > 1:
+        reasons.append(f"{ranks.heads} heads divide by {ulysses}")
+    if layout.ring > 1:
+        reasons.append("the remaining ranks pass keys and values around")
+    considered = [
+        f"{layout_in_words(other)}: {reason}"
+        for other, reason in (
+            (ParallelConfig(ring=ranks.count), "moves more bytes than Ulysses"),
+            (ParallelConfig(tensor=ranks.count), "two sums of all tokens a block; for weights that do not fit"),
+        )
+        if other != layout and _refusal(other, ranks) is None
+    ]
+    return layout, "; ".join(reasons), tuple(considered)
+
+
+def _sharing_weights(ranks: Ranks, cfg: int) -> tuple[int, int]:
+    """How many ranks share branches and weights, so that these fit; nobody shares weights where that is in vain."""
+    for branches in dict.fromkeys((cfg, 1)):
+        for tensor in _divisors(ranks.count // branches):
+            if ranks.fit(tensor) and (tensor == 1 or _against(ranks, "tensor", tensor) is None):
+                return branches, tensor
+    return cfg, 1
+
+
+def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
+    """Refuse a layout that this pipeline and these ranks cannot have.
+
+    Raises:
+        ConfigurationError: the product of the degrees is not the number of ranks, or the tier does not allow one.
+        UnsupportedError: the model cannot be shared like this.
+    """
+    refusal = _refusal(layout, ranks)
+    if refusal is not None:
+        raise refusal
+
+
+def shares_vae(layout: ParallelConfig, tier: str) -> bool:
+    """Whether the ranks share the VAE's work, which changes rounding; one beside them does it alone."""
+    return bool(layout.vae) and not layout.beside and tier_allows(tier, "lossless")
+
+
+def shares_text_encoders(layout: ParallelConfig) -> bool:
+    """Whether the tensor ranks share the text encoders' weights; else the first rank, or one beside, encodes."""
+    return bool(layout.text_encoder) and layout.tensor > 1 and not layout.beside
+
+
+def layout_in_words(layout: ParallelConfig) -> str:
+    """Such as `cfg=2, ulysses=2`."""
+    named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
+    named += [f"beside={layout.beside}"] if layout.beside else []
+    return ", ".join(named) or "one rank"
+
+
+def beside_in_words(layout: ParallelConfig) -> str:
+    """What the ranks beside the others do; empty where there are none."""
+    first = layout.size - layout.beside
+    if not layout.beside:
+        return ""
+    if layout.beside == 1:
+        return (
+            f"rank {first} encodes and decodes, and needs no transformer; the others need no text encoders and no VAE"
+        )
+    return (
+        f"rank {first} encodes texts and images, rank {first + 1} has the VAE, and neither needs a transformer; the "
+        "others need no text encoders and no VAE"
+    )
+
+
+def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
+    degrees = layout_in_words(layout)
+    if layout.size != ranks.count:
+        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
+        return ConfigurationError(
+            f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks, layout.beside)}"
+        )
+    for name in ("vae", "text_encoder"):
+        if layout.beside and getattr(layout, name) is True:
+            return ConfigurationError(
+                f"parallel.{name}=True shares among the ranks what parallel.beside={layout.beside} gives to one beside "
+                "them; use one of the two"
+            )
+    if layout.vae is True and not shares_vae(layout, ranks.tier):
+        return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
+    if layout.text_encoder is True and layout.tensor == 1:
+        return ConfigurationError(
+            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
+        )
+    for axis in DEGREES[1:]:
+        degree = getattr(layout, axis)
+        against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
+        if against is not None:
+            error = ConfigurationError if "quality" in against else UnsupportedError
+            return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks, layout.beside)}")
+    return None
+
+
+def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
+    """What `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
+    if tier_allows(ranks.tier, "lossless"):
+        return type(refusal)(f"parallel='auto' finds no layout for {ranks.count} ranks; of the last one, {refusal}")
+    way_out = _way_out(ranks)
+    with contextlib.suppress(ConfigurationError, UnsupportedError):
+        choose_layout(replace(ranks, tier="lossless", attention=True))
+        way_out = way_out.replace("; use ", "; use quality='lossless' or ", 1)
+    return ConfigurationError(
+        f"parallel='auto': {ranks.count} ranks cannot share {ranks.model} at quality={ranks.tier!r}, which allows "
+        f"nothing but guidance branches that the script computes one after the other{way_out}"
+    )
+
+
+def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
+    """What speaks against a degree, as the end of a sentence that begins with it."""
+    family, model = ranks.family, ranks.model
+    if axis == "cfg" and family.prediction is not None:
+        # A script combines its two predictions as soon as it has made them; a guider says when it has all of its.
+        return None if degree == 2 or family.guider else f"is not 2, as many guidance branches as a step of {model} has"
+    if axis == "cfg" and family.batched is None:
+        return f"is not known to be possible for {model}"
+    if not tier_allows(ranks.tier, "lossless"):
+        return f"changes rounding, which quality={ranks.tier!r} does not allow"
+    if axis == "cfg":
+        return None
+    if axis == "tensor":
+        if family.tensor is None:
+            return f"is not known to be possible for {model}"
+        if ranks.splits is not None and degree not in ranks.splits:
+            return f"does not divide the heads and widths of {model}"
+    else:
+        if family.token_sharding is None:
+            return f"is not known to be possible for {model}"
+        if not ranks.attention:
+            return "needs attention processors that call pipeboost's dispatcher, so not attention=None"
+    shared = {"ulysses": degree * tensor, "tensor": degree}.get(axis)
+    if shared is not None and ranks.heads is not None and ranks.heads % shared:
+        together = f" and tensor={tensor}" if axis == "ulysses" and tensor > 1 else ""
+        return (
+            f"{together.removeprefix(' ') + ' ' if together else ''}does not divide the {ranks.heads} heads of {model}"
+        )
+    return None
+
+
+def _largest(ranks: Ranks, axis: str, limit: int, *, tensor: int = 1) -> int:
+    degrees = _divisors(limit)[:0:-1]
+    return next((degree for degree in degrees if _against(ranks, axis, degree, tensor=tensor) is None), 1)
+
+
+def _way_out(ranks: Ranks, beside: int = 0) -> str:
+    beside = beside if ranks.count > beside else 0
+    fitting = [
+        layout_in_words(replace(layout, beside=beside))
+        for layout in _layouts(ranks.count - beside)
+        if _fits(layout, ranks)
+    ]
+    if ranks.count == 1:
+        return "; start more (torchrun --nproc-per-node), or use parallel=None"
+    return f"; use {' or '.join(fitting[:4])}" if fitting else "; use parallel=None, then every rank runs by itself"
+
+
+def _fits(layout: ParallelConfig, ranks: Ranks) -> bool:
+    degrees = {axis: getattr(layout, axis) for axis in DEGREES[1:]}
+    return all(
+        degree == 1 or _against(ranks, axis, degree, tensor=layout.tensor) is None for axis, degree in degrees.items()
+    )
+
+
+def _layouts(count: int) -> Iterator[ParallelConfig]:
+    """All layouts of `count` ranks, those of one axis first; last those that share several samples."""
+    for replicas in _divisors(count)[:-1]:
+        share = count // replicas
+        every = [
+            degrees
+            for degrees in itertools.product(_divisors(share), repeat=4)
+            if math.prod(degrees) == share and degrees[0] <= 2
+        ]
+        for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
+            cfg, ulysses, ring, tensor = degrees
+            yield ParallelConfig(replicas=replicas, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
+
+
+def _divisors(count: int) -> list[int]:
+    return [degree for degree in range(1, count + 1) if count % degree == 0]

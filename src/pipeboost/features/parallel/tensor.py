@@ -1,0 +1,247 @@
+"""Tensor parallelism: each rank keeps its share of a model's weights, and sums its products with the others'."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.families import TensorSharding
+from pipeboost.core.ledger import Ledger
+from pipeboost.core.seams import stock_class
+from pipeboost.distributed import Group
+from pipeboost.features.parallel.tensor_guards import guard_model
+from pipeboost.features.parallel.tensor_layers import become_share, become_whole
+from pipeboost.features.parallel.tensor_layout import Layout, layout_of
+
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a model's weights.
+
+    Attributes:
+        whole_bytes: size of the split weights when they were whole.
+        own_bytes: size of this rank's share of them.
+        left: path and reason, for layers that could be split and stay whole on every rank.
+        degrees: that the whole model allows.
+    """
+
+    whole_bytes: int
+    own_bytes: int
+    left: tuple[tuple[str, str], ...]
+    degrees: tuple[int, ...]
+
+
+_reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
+
+
+def shard_weights(
+    model: nn.Module,
+    sharding: TensorSharding,
+    group: Group,
+    ledger: Ledger,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> ShardReport:
+    """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
+
+    Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
+    the inverse gathers the shares on every rank, and waits for the ranks that have not come to it yet. What the
+    user put in a parameter's place meanwhile stays. Outside a call with the feature `"parallel"` the model raises, and
+    so it does where it is saved, copied or given a LoRA.
+
+    Args:
+        model: a transformer or a text encoder; pipelines that share it share the change, if they share the group.
+        sharding: of its family, or `families.text_encoder_sharding(model)`.
+        group: the ranks of the mesh axis `tensor`; a group of one changes nothing.
+        ledger: takes the inverse.
+        ready: called when this rank has found nothing against it, before it talks to the others; may raise.
+
+    Raises:
+        ConfigurationError: the size of the group does not divide the heads or a width.
+        UnsupportedError: the model has none of the layers, or they are quantised, offloaded, fused or have a LoRA; the
+            ranks have different weights; the model is shared with a pipeline that splits it otherwise.
+    """
+    if group.size == 1:
+        return ShardReport(0, 0, (), ())
+
+    # The ledger of a shared change must not keep its model alive.
+    reference = weakref.ref(model)
+
+    def apply(inner: Ledger) -> None:
+        layout = layout_of(model, sharding)
+        layout.check(group.size)
+        if ready is not None:
+            ready()
+        _refuse_different_weights(model, group)
+        guards = Ledger()
+        with guards:
+            guard_model(model, group, guards)
+            shares = _Shares(layout, group)
+
+        def join() -> None:
+            try:
+                shares.join()
+            except RuntimeError as error:
+                # The guards stay, so that the model goes on to raise.
+                raise PipeboostError(
+                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to "
+                    "each other; load the model again"
+                ) from error
+            guards.undo()
+            joined = reference()
+            if joined is not None:
+                _reports.pop(joined, None)
+
+        inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
+        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left, layout.degrees)
+
+    try:
+        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
+    except UnsupportedError as error:
+        if model not in _reports:
+            raise
+        raise UnsupportedError(
+            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
+            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
+        ) from error
+    return _reports[model]
+
+
+def tensor_degrees(model: nn.Module, sharding: TensorSharding) -> tuple[int, ...]:
+    """The degrees of tensor parallelism above 1 that the heads and widths of a model, split or whole, allow.
+
+    Raises:
+        UnsupportedError: its weights cannot be split at all.
+    """
+    report = _reports.get(model)
+    return layout_of(model, sharding).degrees if report is None else report.degrees
+
+
+def bytes_on_other_ranks(model: nn.Module) -> int:
+    """How much of a model's weights is on other ranks alone."""
+    report = _reports.get(model)
+    return 0 if report is None else report.whole_bytes - report.own_bytes
+
+
+def split_bytes(model: nn.Module, sharding: TensorSharding) -> int:
+    """How much of the weights of a model, split or whole, tensor parallelism splits; the rest is whole on every rank.
+
+    Raises:
+        UnsupportedError: its weights cannot be split at all.
+    """
+    report = _reports.get(model)
+    return layout_of(model, sharding).bytes if report is None else report.whole_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """One parameter of which this rank has a share, and the layers that hold it: several where it is tied."""
+
+    parameter: nn.Parameter
+    holders: tuple[tuple[nn.Module, str], ...]
+    dim: int
+    parts: tuple[int, ...]
+    shape: torch.Size
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it is still what we made of it, with whatever values."""
+        held = any(module._parameters.get(name) is self.parameter for module, name in self.holders)
+        return held and self.parameter.shape == self.shape
+
+
+class _Shares:
+    """The shares of one model on this rank. Holds its layers, not the model."""
+
+    def __init__(self, layout: Layout, group: Group) -> None:
+        self.model = layout.model
+        self.group = group
+        self.layers = tuple(layer.module for layer in layout.layers)
+        self.whole_bytes = layout.bytes
+        holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for layer in layout.layers:
+            for name, parameter, _ in layer.parameters():
+                holders.setdefault(parameter, []).append((layer.module, name))
+        cuts = {parameter: (dim, layer.parts) for layer in layout.layers for _, parameter, dim in layer.parameters()}
+        shares = []
+        # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
+        with torch.inference_mode(False):
+            for parameter, (dim, parts) in cuts.items():
+                parameter.data = _share_of(parameter.data, dim, parts, group)
+                shares.append(_Share(parameter, tuple(holders[parameter]), dim, parts, parameter.shape))
+        self.shares = tuple(shares)
+        for layer in layout.layers:
+            become_share(layer.module, layer.role, group)
+        self.counts = tuple((count, count.value) for count in layout.counts)
+        for count, whole in self.counts:
+            setattr(count.module, count.name, whole // group.size)
+
+    def join(self) -> None:
+        """Make every layer whole again. A collective operation."""
+        own = torch.tensor([share.untouched for share in self.shares], dtype=torch.int32, device=self.group.device)
+        ranks = self.group.all_reduce(own).tolist()
+        with torch.inference_mode(False):
+            for share, count in zip(self.shares, ranks, strict=True):
+                if count == self.group.size:
+                    share.parameter.data = _whole_of(share.parameter.data, share.dim, share.parts, self.group)
+        for layer in self.layers:
+            become_whole(layer)
+        for count, whole in self.counts:
+            if count.value == whole // self.group.size:
+                setattr(count.module, count.name, whole)
+        if any(0 < count < self.group.size for count in ranks):
+            raise PipeboostError(
+                f"a weight of {self.model} was replaced on some ranks and not on others, so it cannot be joined there; "
+                "load the model again"
+            )
+
+
+def _share_of(whole: torch.Tensor, dim: int, parts: tuple[int, ...], group: Group) -> torch.Tensor:
+    shares = [part.chunk(group.size, dim)[group.rank] for part in whole.split(parts, dim)]
+    # A copy always, or the whole would stay in memory behind its view.
+    return torch.cat(shares, dim) if len(shares) > 1 else shares[0].clone(memory_format=torch.contiguous_format)
+
+
+def _whole_of(share: torch.Tensor, dim: int, parts: tuple[int, ...], group: Group) -> torch.Tensor:
+    """The parameter whose shares the ranks have, on the device where this rank has its own."""
+    there = share if share.device.type == group.device else share.to(group.device)
+    width = share.shape[dim]
+    gathered = group.all_gather(there, dim, [width] * group.size).split(width, dim)
+    of_rank = [each.split([part // group.size for part in parts], dim) for each in gathered]
+    ordered = [pieces[part] for part in range(len(parts)) for pieces in of_rank]
+    return torch.cat(ordered, dim).to(share.device)
+
+
+def _refuse_different_weights(model: nn.Module, group: Group) -> None:
+    """Ranks that built a model from different random seeds would join shares of different models."""
+    plain = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel()
+    ]
+    shapes = zlib.crc32(repr([(name, parameter.shape, parameter.dtype) for name, parameter in plain]).encode())
+    everyone = group.all_gather(torch.tensor([shapes], device=group.device), 0, [1] * group.size)
+    different = "" if bool((everyone == shapes).all()) else "parameters"
+    if not different:
+        own = torch.stack([_samples(parameter.data) for _, parameter in plain]).to(group.device)
+        ranks = group.all_gather(own, 0, [len(plain)] * group.size).reshape(group.size, *own.shape)
+        same = ((ranks == ranks[0]) | (ranks.isnan() & ranks[0].isnan())).all(-1).all(0).tolist()
+        different = next((name for (name, _), equal in zip(plain, same, strict=True) if not equal), "")
+    if different:
+        raise UnsupportedError(
+            f"the ranks have different weights of {stock_class(model).__name__} ({different}); load the same "
+            "checkpoint on every rank, or set the same seed before building the model"
+        )
+
+
+def _samples(data: torch.Tensor) -> torch.Tensor:
+    places = torch.linspace(0, data.numel() - 1, _SAMPLES, device=data.device, dtype=torch.float64).long()
+    return data.detach().reshape(-1)[places].double()

@@ -1,0 +1,126 @@
+"""Layers on a pipeline's doors: stages begin and end there, steps are counted, cancellation is obeyed.
+
+They change no value unless the user put a stage of their own there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeboost.contract.call import Call, current_call
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.families import Family
+from pipeboost.core.ledger import Ledger
+from pipeboost.stages.admission import TURN
+from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
+from pipeboost.stages.stage import Values
+from pipeboost.stages.stage_middleware import door_layer, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.stages.trajectory import note_step
+
+OUTERMOST = -100.0
+COMPANIONS = ("controlnet",)
+"""Components that a denoising step calls before the transformer, so that the step begins with them."""
+
+
+def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
+    """The objects in whose doors `watch` stands, by path from the pipeline (the pipeline itself: the empty path)."""
+    paths = dict.fromkeys((*(door.component for door in family.doors), "scheduler", *COMPANIONS))
+    found = {path: pipe if not path else getattr(pipe, path, None) for path in paths}
+    return {path: obj for path, obj in {**found, **family.models(pipe)}.items() if obj is not None}
+
+
+def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
+    """Stand in the doors of one object; pipelines that share it share the layers."""
+    doors = tuple(door for door in family.doors if door.component == path)
+    layers = [(door.method, door_layer(door)) for door in doors]
+    if path in family.denoisers:
+        layers.append(("__call__", _denoise))
+    elif path in COMPANIONS:
+        layers.append(("__call__", _accompany))
+    if path == "scheduler":
+        layers.append(("step", _advance))
+
+    def apply(inner: Ledger) -> None:
+        for method, layer in layers:
+            if callable(getattr(obj, method, None)):
+                inner.add_layer(obj, method, layer, order=OUTERMOST)
+
+    ledger.share(obj, "watch", (path, doors), apply)
+
+
+def _accompany(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is None:
+        return call_next(*args, **kwargs)
+    _begin_step(call)
+    with recorder_of(call).span(DENOISING, "forward", step=call.step):
+        return call_next(*args, **kwargs)
+
+
+def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is None:
+        return call_next(*args, **kwargs)
+    _begin_step(call)
+    call.follow_scheduler()
+    call.branch += 1
+    with recorder_of(call).span(DENOISING, "forward", step=call.step, branch=call.branch):
+        return call_next(*args, **kwargs)
+
+
+def _begin_step(call: Call) -> None:
+    call.raise_if_cancelled()
+    recorder = recorder_of(call)
+    if recorder.current_step() is None:
+        if TURN in call.state and call.mesh is not None and call.state[TURN].has_ended:
+            raise UnsupportedError(
+                "this call denoises again after the last step of its scheduler, while ranks may be at another request; "
+                "use run_many(..., overlap=False)"
+            )
+        if TURN in call.state and call.step == 0:
+            with recorder.span(WAITING):
+                call.state[TURN].begin()
+                call.raise_if_cancelled()  # it may have waited long
+        recorder.open(DENOISING, "step", step=call.step)
+
+
+def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is None:
+        return call_next(*args, **kwargs)
+    recorder = recorder_of(call)
+    with recorder.span(DENOISING, "scheduler", step=call.step):
+        result = call_next(*args, **kwargs)
+    note_step(call, args, kwargs, result)
+    step = recorder.current_step()
+    if step is not None:
+        recorder.close(step)
+    call.step += 1
+    call.branch = -1
+    recorder.step_done(call.step)
+    call.raise_if_cancelled()
+    return _after_the_loop(call, result) if _was_last(call, owner) else result
+
+
+def _after_the_loop(call: Call, result: Any) -> Any:
+    if TURN in call.state:
+        call.state[TURN].end()
+    slot = user_stages(call).get(DENOISING)
+    if slot is None:
+        return result
+    outputs = named_results(result, ("latents",))
+    (name, latents), *_ = outputs.items()
+    values: Values = {"latents": latents}
+    for stage in slot.after:
+        values = run_user_stage(call, stage, values)
+    return rebuilt({**outputs, name: values.get("latents")}, result, ("latents",))
+
+
+def _was_last(call: Call, scheduler: Any) -> bool:
+    """Whether the scheduler has made the last of its steps; asked of host numbers alone."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
+        return False
+    index: int | None = getattr(scheduler, "step_index", None)
+    return (call.step if index is None else index) >= len(timesteps)
