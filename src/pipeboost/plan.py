@@ -37,7 +37,6 @@ from pipeboost.features.offload import (
 )
 from pipeboost.features.parallel import (
     Ranks,
-    beside_in_words,
     check_layout,
     choose_layout,
     layout_in_words,
@@ -221,7 +220,7 @@ def _parallel(
     considered: tuple[str, ...] = ()
     if given is not None:
         check_layout(given, ranks)
-        layout, why = given, "; ".join(filter(None, ("as asked for", beside_in_words(given))))
+        layout, why = given, "as asked for"
     elif not family.shares_samples:
         why = f"no family tells how ranks could share {facts.pipeline}; the {count} ranks work apart"
         return Decision("parallel", "off", why)
