@@ -201,10 +201,10 @@ class Acceleration:
     def run_many(self, requests: Sequence[Mapping[str, Any]], *, overlap: bool = True) -> Iterator[Any]:
         """Run `pipe(**request)` for each request and yield what they return, in order.
 
-        While two denoise, the text of the next is encoded and the previous is decoded; where ranks are beside a mesh,
-        they do that while the mesh denoises one. The results are those of one call after the other, to the bit. They do
-        run one after the other where that would not hold (a request without a `generator` of its own), where components
-        are offloaded, and on several ranks with none beside them. After each output `report()` is of its request.
+        While two denoise, the text of the next is encoded and the previous is decoded. The results are those of one
+        call after the other, to the bit. They do run one after the other where that would not hold (a request without a
+        `generator` of its own), where components are offloaded, and on several ranks. After each output `report()` is
+        of its request.
 
         Args:
             requests: arguments of each call.

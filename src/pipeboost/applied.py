@@ -242,12 +242,10 @@ class AppliedPlan:
             self.team = Team(pipe, plan)
             if self.team.text_encoders and TEXT_ENCODING in self.stages:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.TENSOR_PARALLEL
-            self.stages.work_beside(beside=self.team.beside is not None)
 
     def _leave_team(self) -> None:
         if self.team is not None:
             self.team.leave()
-            self.stages.work_beside(beside=False)
             if self.team.text_encoders and TEXT_ENCODING in self.stages:
                 self.stages[TEXT_ENCODING].parallelism = StageParallelism.MAIN_RANK
         self.team = None

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,6 @@ from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, peers_connect, world
 from pipeboost.features.parallel import attend
 from tests.distributed import failing_pipeline_cases
-from tests.distributed.beside_cases import requests_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 
 
@@ -86,28 +85,6 @@ def compiled(name: str, degrees: Mapping[str, int]) -> dict[str, float]:
             found[f"graphs={graphs}"] = _difference(output, stock)
             pipe.acceleration.remove()
     return found
-
-
-def beside(name: str) -> dict[str, Any]:
-    """One rank denoises, the other one encodes and decodes: largest differences to one GPU.
-
-    Returns:
-        `"alone"`: of each call by itself; `"list"`: of the same requests as a list; `"removed"`: of stock to stock.
-    """
-    device = _exact_device()
-    pipe = TINY[name].build().to(device)
-
-    def largest(outputs: Iterable[torch.Tensor]) -> float:
-        return max(_difference(output, expected) for output, expected in zip(outputs, stock, strict=True))
-
-    with torch.no_grad():
-        stock = [pipe(**request)[0] for request in requests_of(name)]
-        accelerate_pipeline(pipe, quality="exact", parallel=ParallelConfig(beside=1), compile=None, reuse=None)
-        alone = [pipe(**request)[0] for request in requests_of(name)]
-        listed = [output[0] for output in pipe.acceleration.run_many(requests_of(name))]
-        pipe.acceleration.remove()
-        removed = [pipe(**request)[0] for request in requests_of(name)]
-    return {"alone": largest(alone), "list": largest(listed), "removed": largest(removed)}
 
 
 def adapters(degrees: Mapping[str, int]) -> dict[str, Any]:

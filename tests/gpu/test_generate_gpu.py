@@ -20,7 +20,6 @@ FLAGS = {
     "ulysses": ("--ulysses-degree", 2),
     "ring": ("--ring-degree", 2),
     "tensor": ("--tp-size", 2),
-    "beside": ("--beside", 1),
     "cfg": ("--enable-cfg-parallel", *GUIDED),
 }
 

@@ -59,12 +59,6 @@ def test_ranks_that_have_mapped_memory_elsewhere_before_map_each_others():
         assert "into the other GPUs' memory" in outcome.answer["carrier"], outcome.answer
 
 
-def test_a_rank_beside_encodes_and_decodes_over_nccl():
-    for outcome in on_mortal_ranks(2, cases.beside, "qwen_image", limit=LIMIT):
-        assert outcome.answer is not None, outcome.printed
-        assert outcome.answer == {"alone": 0.0, "list": 0.0, "removed": 0.0}
-
-
 def test_adapters_never_meet_a_stale_graph_with_transfers_in_it():
     for outcome in on_mortal_ranks(2, cases.adapters, {"ulysses": 2}, limit=LIMIT):
         assert outcome.answer is not None, outcome.printed

@@ -78,7 +78,6 @@ def test_what_can_be_split_is_read_off_transformers_and_text_encoders():
         (ParallelConfig(ring=2, cfg=2), "lossless", 0.6, 0.4),
         (ParallelConfig(tensor=4), "lossless", 1.0, 0.4),
         (ParallelConfig(cfg=2), "exact", 1.0, 1.0),  # in which the VAE is not shared
-        (ParallelConfig(ulysses=2, beside=1), "lossless", 0.6, 1.0),
         (ParallelConfig(ulysses=2, vae=False), "lossless", 0.6, 1.0),
     ],
 )

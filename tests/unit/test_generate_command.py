@@ -179,7 +179,6 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--num-gpus", 0], "--num-gpus 0 must be at least 1"),
         (["--tp-size", 0], "parallel.tensor=0 must be an integer of at least 1"),
         (["--num-gpus", 4, "--ring-degree", 2], "--num-gpus 4 is not the product of the parallel flags, 2"),
-        (["--num-gpus", 4, "--beside", 1], "--num-gpus 4 is not the product of the parallel flags and the 1 beside, 2"),
         (["--width", "abc"], "Invalid value for '--width'"),
         (["--widht", 64], "No such option: --widht"),
         (["--width", 100], "width=100 is not a multiple of 16"),

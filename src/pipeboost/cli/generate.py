@@ -265,23 +265,22 @@ def _on_rank(settings: ModelSettings, arguments: dict[str, Any]) -> None:
 
 
 def parallel_by(
-    *, gpus: int | None, cfg: bool, ulysses: int | None, ring: int | None, tensor: int | None, beside: int | None = None
+    *, gpus: int | None, cfg: bool, ulysses: int | None, ring: int | None, tensor: int | None
 ) -> tuple[ParallelConfig | None, int]:
     """The layout that the flags ask for, None where they leave it open, and the number of ranks.
 
     Raises:
         ConfigurationError: a degree that is not positive, or degrees that do not make up the GPUs.
     """
-    if not cfg and (ulysses, ring, tensor, beside) == (None,) * 4 and (gpus is None or gpus > 1):
+    if not cfg and (ulysses, ring, tensor) == (None,) * 3 and (gpus is None or gpus > 1):
         return None, world_size() if gpus is None else gpus
-    given = {"cfg": 2 if cfg else None, "ulysses": ulysses, "ring": ring, "tensor": tensor, "beside": beside}
+    given = {"cfg": 2 if cfg else None, "ulysses": ulysses, "ring": ring, "tensor": tensor}
     degrees: dict[str, Any] = {name: degree for name, degree in given.items() if degree is not None}
     layout = ParallelConfig(**degrees)
     if gpus is not None and gpus < 1:
         raise ConfigurationError(f"--num-gpus {gpus} must be at least 1")
     if gpus is not None and layout.size != gpus:
-        further = f" and the {layout.beside} beside" if layout.beside else ""
-        raise ConfigurationError(f"--num-gpus {gpus} is not the product of the parallel flags{further}, {layout.size}")
+        raise ConfigurationError(f"--num-gpus {gpus} is not the product of the parallel flags, {layout.size}")
     return layout, layout.size
 
 

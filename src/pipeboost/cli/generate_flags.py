@@ -152,9 +152,6 @@ def generate(
     ulysses_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the heads")] = None,
     ring_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the tokens")] = None,
     tp_size: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the weights")] = None,
-    beside: Annotated[
-        int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that encode and decode for the others, 1 or 2")
-    ] = None,
 ) -> None:
     """Make images or videos from prompts; without any flag, an image of the model we ship."""
     from pipeboost.cli.generate import Output, accelerated_by, generate_on_ranks, parallel_by
@@ -166,7 +163,6 @@ def generate(
         ulysses=ulysses_degree,
         ring=ring_degree,
         tensor=tp_size,
-        beside=beside,
     )
     output = Output.of(save=save_output, no_save=no_save_output, folder=output_path, report=report, profile=profile)
     settings = ModelSettings.of(

@@ -50,7 +50,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks share the work. The product of the five degrees, and `beside`, make up the group (default: the world).
+    """How ranks share the work; the product of the five degrees is the size of the group (default: the world).
 
     Attributes:
         replicas: groups of ranks that work on samples of their own.
@@ -58,8 +58,6 @@ class ParallelConfig:
         ulysses: ranks that share a sequence by exchanging heads for tokens; divides the number of heads.
         ring: ranks that share a sequence by passing keys and values around.
         tensor: ranks that share the weights.
-        beside: further ranks that do not denoise: one that encodes and decodes for the others, or one that encodes
-            texts and images and one that has the VAE.
         vae: whether the ranks share decoding and encoding.
         text_encoder: whether the ranks share the text encoders' weights.
         group: the ranks; None for the whole world.
@@ -71,7 +69,6 @@ class ParallelConfig:
     ulysses: int = 1
     ring: int = 1
     tensor: int = 1
-    beside: int = 0
     vae: str | bool = "auto"
     text_encoder: str | bool = "auto"
     group: Any = None
@@ -80,12 +77,6 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
             _require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
-        _require_integer("parallel.beside", self.beside, minimum=0, maximum=2)
-        if self.beside and self.replicas > 1:
-            raise ConfigurationError(
-                f"parallel.beside={self.beside} serves one sample at a time, and parallel.replicas={self.replicas} "
-                "makes several; use one of the two"
-            )
         for name in ("vae", "text_encoder"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
@@ -101,16 +92,16 @@ class ParallelConfig:
     @property
     def size(self) -> int:
         """How many ranks this layout takes."""
-        return self.replicas * self.cfg * self.ulysses * self.ring * self.tensor + self.beside
+        return self.replicas * self.cfg * self.ulysses * self.ring * self.tensor
 
     @property
     def shares_text_encoders(self) -> bool:
         """Whether the tensor ranks share the text encoders' weights; else the first rank encodes."""
-        return bool(self.text_encoder) and self.tensor > 1 and not self.beside
+        return bool(self.text_encoder) and self.tensor > 1
 
     def shares_vae(self, tier: str) -> bool:
         """Return whether the ranks share the VAE's work, which changes rounding."""
-        return bool(self.vae) and not self.beside and tier_allows(tier, "lossless")
+        return bool(self.vae) and tier_allows(tier, "lossless")
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 from pipeboost.stages.admission import TURN
 from pipeboost.stages.call_record import FinishedCall, latest_after, unreported, with_what_finished
 from pipeboost.stages.composition import TEXT_ENCODING, Composition
-from pipeboost.stages.errands import ERRANDS, Errands, asking
 from pipeboost.stages.instrument import watch, watched_components
 from pipeboost.stages.overlap import current_turn, one_by_one, overlapped
 from pipeboost.stages.report import Report, weights_of
-from pipeboost.stages.serving import Serving
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
 from pipeboost.stages.stage_middleware import COMPOSITION
@@ -15,26 +13,22 @@ from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_traj
 
 __all__ = [
     "COMPOSITION",
-    "ERRANDS",
     "RECORDER",
     "TEXT_ENCODING",
     "TURN",
     "WHOLE_CALL",
     "Checks",
     "Composition",
-    "Errands",
     "FailedCheck",
     "FinishedCall",
     "Progress",
     "Recorder",
     "Report",
-    "Serving",
     "Span",
     "Stage",
     "StageParallelism",
     "StageVerificationError",
     "Trajectory",
-    "asking",
     "current_turn",
     "follow_trajectory",
     "latest_after",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 
@@ -24,19 +23,16 @@ class Turns:
         self._changed = threading.Condition()
         self._begun = -1
         self._ended: set[int] = set()
-        self._refused = self._refused_start = sys.maxsize
         self._stopped = False
 
     def wait_to_start(self, position: int) -> None:
         """Wait until the request before this one denoises: what comes before and after a loop overlaps with it."""
-        self._wait(lambda: self._begun >= position - 1 or position >= self._refused_start)
-        self._refuse(position >= self._refused_start)
+        self._wait(lambda: self._begun >= position - 1)
 
     def begin(self, position: int) -> None:
         """Wait until few enough of the requests before this one still denoise."""
-        self._wait(lambda: position >= self._refused or position - len(self._ended) < self._at_once)
+        self._wait(lambda: position - len(self._ended) < self._at_once)
         with self._changed:
-            self._refuse(position >= self._refused)
             self._begun = max(self._begun, position)
             self._changed.notify_all()
 
@@ -47,31 +43,11 @@ class Turns:
             self._ended.add(position)
             self._changed.notify_all()
 
-    def fail(self, position: int) -> None:
-        """This request has failed. If it did so before the end of its loop, none after it begins its own.
-
-        Nor does one start that does not start before. Other ranks, on which the request fails alike, say the same of
-        each request, whichever of their threads comes first.
-        """
-        with self._changed:
-            if position not in self._ended:
-                self._refused = min(self._refused, position + 1)
-                self._refused_start = min(self._refused_start, position + (2 if self._begun >= position else 1))
-            self._changed.notify_all()
-
-    def has_ended(self, position: int) -> bool:
-        """Whether this request has said that it needs the denoiser no longer."""
-        return position in self._ended
-
     def stop(self) -> None:
         """Make everyone who waits, now or later, raise `Cancelled`."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-
-    def _refuse(self, refused: bool) -> None:
-        if refused:
-            raise Cancelled("the call was cancelled, because one before it has failed")
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._changed:
@@ -94,15 +70,6 @@ class Turn:
     def begin(self) -> None:
         """Wait until few enough of the requests before this one still denoise."""
         self.turns.begin(self.position)
-
-    def fail(self) -> None:
-        """This request has failed; to be told before its end."""
-        self.turns.fail(self.position)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether another request may denoise by now."""
-        return self.turns.has_ended(self.position)
 
     def end(self) -> None:
         """Let the next request denoise; harmless when repeated."""

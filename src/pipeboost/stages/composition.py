@@ -30,10 +30,6 @@ _ORDER = (
     "postprocessing",
     WHOLE_CALL,
 )
-ENCODING = (TEXT_ENCODING, "image encoding")
-"""Stages of the text and image encoders."""
-CODING = ("image VAE encoding", "decoding", "audio decoding")
-"""Stages of the VAEs."""
 FRAMES = "door frames"
 """Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
 
@@ -50,8 +46,7 @@ class BuiltInStage(Stage):
         self._returns = returns
         # Encoders are large and quick: one copy of them is enough, and their results are small.
         on_main = returns and name == TEXT_ENCODING
-        self.usual_parallelism = StageParallelism.MAIN_RANK if on_main else StageParallelism.REPLICATED
-        self._parallelism = self.usual_parallelism
+        self._parallelism = StageParallelism.MAIN_RANK if on_main else StageParallelism.REPLICATED
 
     @property
     def parallelism(self) -> StageParallelism:
@@ -197,26 +192,9 @@ class Composition:
         """
         if mesh is not None:
             for stage in self:
-                require_ranks(stage.name, stage.parallelism, mesh, built_in=isinstance(stage, BuiltInStage))
+                require_ranks(stage.name, stage.parallelism, mesh)
         built_in = [entry.built_in for entry in self._entries if entry.built_in is not None]
         return {stage.name: stage.parallelism for stage in built_in}
-
-    def work_beside(self, *, beside: bool) -> None:
-        """Give the built-in stages that encode and decode to ranks beside the others, or take them back from these."""
-        for entry in self._entries:
-            stage = entry.built_in
-            if not isinstance(stage, BuiltInStage) or stage.name not in (*ENCODING, *CODING):
-                continue
-            if beside:
-                stage.parallelism = StageParallelism.BESIDE
-            elif stage.parallelism is StageParallelism.BESIDE:
-                stage.parallelism = stage.usual_parallelism
-
-    @property
-    def meets_outside_the_loop(self) -> bool:
-        """Whether ranks of a mesh exchange something in a stage before or after denoising."""
-        apart = (StageParallelism.REPLICATED, StageParallelism.BESIDE)
-        return any(stage.parallelism not in apart for stage in self)
 
     def add(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
         """Put a stage right before or right after another one.

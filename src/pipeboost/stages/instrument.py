@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeboost.contract.call import Call, current_call
-from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.stages.admission import TURN
@@ -74,11 +73,6 @@ def _begin_step(call: Call) -> None:
     call.raise_if_cancelled()
     recorder = recorder_of(call)
     if recorder.current_step() is None:
-        if TURN in call.state and call.mesh is not None and call.state[TURN].has_ended:
-            raise UnsupportedError(
-                "this call denoises again after the last step of its scheduler, while ranks may be at another request; "
-                "use run_many(..., overlap=False)"
-            )
         if TURN in call.state and call.step == 0:
             with recorder.span(WAITING):
                 call.state[TURN].begin()

@@ -1,7 +1,7 @@
 """Overlap: a list of requests in threads, each with its own view of the pipeline, on two streams.
 
-While two requests denoise (on several ranks one), the next encodes its text and the previous decodes. What runs in
-each request is the same as in a call by itself, so the results are the same to the bit.
+While two requests denoise, the next encodes its text and the previous decodes. What runs in each request is the same
+as in a call by itself, so the results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import copy
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -51,25 +51,17 @@ def overlapped(
     requests: Sequence[Mapping[str, Any]],
     call: Callable[[Any, Mapping[str, Any]], Result],
     cancel: Callable[[Turns], None],
-    *,
-    at_once: int | None = None,
-    together: bool = False,
-) -> Generator[Result]:
+) -> Iterator[Result]:
     """Run `call(view of pipe, request)` for each request and yield what it returns, in order.
 
     Args:
         cancel: makes the calls of these turns raise; used where a request failed or the iteration was given up.
-        at_once: requests in their loops at a time; None for what is best on one rank.
-        together: other ranks run the same requests with this one. Then requests that are under way are not cancelled,
-            which no two ranks would do at the same step, but come to their end, all on all ranks or none. All are on
-            one stream, since ranks write into each other's memory in the order of their loops.
     """
-    at_once = AT_ONCE if at_once is None else at_once
-    turns = Turns(at_once=at_once)
-    in_flight = at_once + 2  # one before its loop and one after it
+    turns = Turns(at_once=AT_ONCE)
+    in_flight = AT_ONCE + 2  # one before its loop and one after it
     device = pipe._execution_device
     callers = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    streams = [] if callers is None else [_stream(device, number) for number in range(1 if together else STREAMS)]
+    streams = [] if callers is None else [_stream(device, number) for number in range(STREAMS)]
     if callers is not None:
         for stream in streams:
             stream.wait_stream(callers)
@@ -81,7 +73,7 @@ def overlapped(
             _turn.set(turn)
             if callers is None:
                 return call(view, requests[position])
-            stream = streams[position % len(streams)]
+            stream = streams[position % STREAMS]
             with torch.cuda.stream(stream):
                 result = call(view, requests[position])
                 stream.record_event().synchronize()
@@ -89,9 +81,6 @@ def overlapped(
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.record_stream(callers)  # which may still read it when the caller lets go of it
             return result
-        except BaseException:
-            turn.fail()
-            raise
         finally:
             turn.end()
 
@@ -103,11 +92,6 @@ def overlapped(
                     waiting.append(pool.submit(contextvars.copy_context().run, run, position, _view(pipe)))
                 if position >= in_flight - 1 and waiting:
                     yield waiting.pop(0).result()
-        except (Exception, GeneratorExit):
-            while together and waiting:
-                with contextlib.suppress(Exception):  # the first one is raised
-                    waiting.pop(0).result()
-            raise
         finally:
             if waiting:
                 turns.stop()

@@ -15,7 +15,7 @@ from pipeboost.distributed.agreement.random_state import fingerprint, generators
 from pipeboost.stages.stage import StageParallelism
 
 _RUNS = "stage runs"
-_EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL, StageParallelism.BESIDE)
+_EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL)
 _ABSENT = object()
 
 
@@ -48,7 +48,7 @@ def on_ranks(
         return work()
     branch = _next_branch(call, mesh, stage) if parallelism is StageParallelism.CFG_PARALLEL else None
     generators = generators_in([*call.arguments.values(), *given])
-    effects = Effects(generators, call.device, pipe)
+    effects = _Effects(generators, call.device, pipe)
 
     def alone() -> tuple[Any, Any]:
         call.mesh = None
@@ -65,22 +65,12 @@ def on_ranks(
     return outcome
 
 
-def require_ranks(stage: str, parallelism: StageParallelism, mesh: Mesh, *, built_in: bool) -> None:
+def require_ranks(stage: str, parallelism: StageParallelism, mesh: Mesh) -> None:
     """Refuse a stage that these ranks cannot share.
 
     Raises:
-        UnsupportedError: its weights are to be shared by ranks, or it is to run beside them, and there are none for
-            that; or it is the user's and is to run beside them.
+        UnsupportedError: its weights are to be shared by ranks, and the mesh has none for that.
     """
-    if parallelism is StageParallelism.BESIDE and not built_in:
-        raise UnsupportedError(
-            f"stage {stage!r} asks for {parallelism!s}, which is for built-in stages; use StageParallelism.MAIN_RANK"
-        )
-    if parallelism is StageParallelism.BESIDE and mesh.within is None:
-        raise UnsupportedError(
-            f"stage {stage!r} asks for {parallelism!s}, but no rank is beside the others; use "
-            "ParallelConfig(beside=1) or more, or StageParallelism.MAIN_RANK"
-        )
     if parallelism is StageParallelism.TENSOR_PARALLEL and mesh.control.size > 1 and mesh.degree("tensor") == 1:
         raise UnsupportedError(
             f"stage {stage!r} asks for {parallelism!s}, but the mesh has no tensor ranks; use "
@@ -88,33 +78,29 @@ def require_ranks(stage: str, parallelism: StageParallelism, mesh: Mesh, *, buil
         )
 
 
-class Effects:
+class _Effects:
     """What a stage leaves behind beside its results: drawn random numbers, and attributes of the pipeline.
 
     Args:
         generators: that it may draw from, the same on all ranks.
         device: whose global random state it may draw from.
         pipe: whose attributes it may set; None if it sets none.
-        everywhere: whether the global random state counts: where requests overlap, others draw from it too.
 
     Attributes:
         begun: whether they are found on this rank.
     """
 
-    def __init__(
-        self, generators: list[torch.Generator], device: torch.device, pipe: Any, *, everywhere: bool = True
-    ) -> None:
+    def __init__(self, generators: list[torch.Generator], device: torch.device, pipe: Any) -> None:
         self.begun = False
         self._generators = generators
         self._device = device
         self._pipe = pipe
-        self._everywhere = everywhere
 
     def begin(self) -> None:
         """The stage begins, here."""
         self.begun = True
         self._states = [each.get_state() for each in self._generators]
-        self._global = fingerprint(global_state(self._device)) if self._everywhere else b""
+        self._global = fingerprint(global_state(self._device))
         self._attributes = dict(vars(self._pipe)) if self._pipe is not None else {}
 
     def found(self) -> Any:
@@ -123,11 +109,11 @@ class Effects:
             None if torch.equal(before, each.get_state()) else each.get_state()
             for each, before in zip(self._generators, self._states, strict=True)
         ]
-        everywhere = global_state(self._device) if self._everywhere else None
+        everywhere = global_state(self._device)
         attributes = dict(vars(self._pipe)) if self._pipe is not None else {}
         return (
             drawn,
-            None if everywhere is None or fingerprint(everywhere) == self._global else everywhere,
+            None if fingerprint(everywhere) == self._global else everywhere,
             {name: value for name, value in attributes.items() if self._attributes.get(name, _ABSENT) is not value},
         )
 

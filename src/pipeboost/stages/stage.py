@@ -37,9 +37,6 @@ class StageParallelism(Enum):
     send the others what comes out."""
     TENSOR_PARALLEL = "tensor-parallel"
     """The ranks share its weights, so that all of them run it together. Needs tensor ranks."""
-    BESIDE = "beside"
-    """A rank that does not denoise runs it and sends the others what comes out. Built-in stages only; needs such ranks,
-    and without them, as in `open()`, every rank runs it."""
 
 
 @dataclass(frozen=True)

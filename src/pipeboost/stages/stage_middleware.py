@@ -20,7 +20,6 @@ from pipeboost.core.families import StageDoor
 from pipeboost.core.seams import Layer, stock_class
 from pipeboost.features.parallel import apart
 from pipeboost.stages.composition import FRAMES, Composition, Slot
-from pipeboost.stages.errands import ERRANDS, INSIDE, Errands
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import WAITING, recorder_of
 from pipeboost.stages.stage import Stage, StageParallelism, Values, verified
@@ -29,6 +28,7 @@ COMPOSITION = "composition"
 """Where a call's state keeps its pipeline's `Composition`."""
 _SLOTS = "stage slots"
 _PARALLELISMS = "stage parallelisms"
+_INSIDE = "inside stages"
 
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -69,7 +69,7 @@ def door_layer(door: StageDoor) -> Layer:
         if call is None:
             return call_next(*args, **kwargs)
         call.raise_if_cancelled()
-        inside: list[str] = call.state.setdefault(INSIDE, [])
+        inside: list[str] = call.state.setdefault(_INSIDE, [])
         slots = user_stages(call)
         slot = None if door.stage in inside else slots.get(door.stage)
         inside.append(door.stage)
@@ -137,11 +137,6 @@ def _stock(
     parallelism = call.state[_PARALLELISMS].get(door.stage, StageParallelism.REPLICATED)
     work = functools.partial(call_next, *args, **kwargs)
     pipe = None if door.component else owner
-    errands: Errands | None = call.state.get(ERRANDS)
-    # Where a rank works for the others, in a stage around this one, nobody else asks with it.
-    if parallelism is StageParallelism.BESIDE and errands is not None and call.mesh is not None:
-        with recorder_of(call).span(door.stage):
-            return errands.ask(door, owner, args, kwargs)
     with _alone_with_what_it_shares(call, door, owner), recorder_of(call).span(door.stage):
         return on_ranks(call, door.stage, parallelism, work, given=(*args, *kwargs.values()), pipe=pipe)
 

@@ -51,7 +51,7 @@ def shared(
             outcome, content = _Outcome.DONE, parcel.content
         except Exception as failure:
             error = failure
-            outcome, content = _Outcome.FAILED, packed_failure(failure, mesh.control.ranks[mesh.control.rank])
+            outcome, content = _Outcome.FAILED, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
     header = torch.tensor([[outcome, len(content)]])
     told = mesh.control.all_gather(header, 0, [1] * mesh.control.size).tolist()
     failed = next((rank for rank, (each, _) in enumerate(told) if each == _Outcome.FAILED), None)
@@ -59,7 +59,7 @@ def shared(
         content = _spoken(mesh.control, content, told[failed][1], failed)
         if error is not None:
             raise error
-        raise_failure(content)
+        _raise_failure(content)
     speaker = next(rank for rank, (each, _) in enumerate(told) if each == _Outcome.DONE)
     own = content
     content = _spoken(mesh.control, content, told[speaker][1], speaker)
@@ -96,8 +96,8 @@ def _spoken(control: Group, content: bytes, length: int, speaker: int) -> bytes:
     return content if control.rank == speaker else tensor.numpy().tobytes()
 
 
-def packed_failure(error: BaseException, rank: int) -> bytes:
-    """What `rank` of the world has raised, for `raise_failure` on another one."""
+def _packed_failure(error: Exception, rank: int) -> bytes:
+    """What `rank` of the world has raised, for `_raise_failure` on another one."""
     where = f"on rank {rank}:\n{''.join(traceback.format_exception(error))}"
     try:
         packed = pickle.dumps((error, where))
@@ -109,7 +109,7 @@ def packed_failure(error: BaseException, rank: int) -> bytes:
     return packed
 
 
-def raise_failure(content: bytes) -> NoReturn:
+def _raise_failure(content: bytes) -> NoReturn:
     """Raise what another rank has raised; its cause is the traceback there."""
     error, where = pickle.loads(content)
     raise error from PipeboostError(where)

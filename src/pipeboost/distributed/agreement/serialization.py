@@ -89,8 +89,7 @@ def tensors_in(content: bytes) -> list[TensorFacts]:
 def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
     """The value that was packed, made of the tensors that have arrived and of this rank's own objects.
 
-    A generator arrives as a new one in the same state; it, and a `torch.device` itself, are of this rank's `device`
-    where they came from a device of its type.
+    A `torch.device`, also that of a generator, is this rank's `device` where it is one of its type.
     """
     return _Unpacker(io.BytesIO(pickle.loads(content)[1]), tensors, known, device).load()
 
@@ -114,8 +113,6 @@ class _Packer(pickle.Pickler):
             return ("known", place, self._place(obj) if self._known.changed(place) else None)
         if isinstance(obj, torch.Tensor):
             return ("tensor", self._place(obj))
-        if isinstance(obj, torch.Generator):
-            return ("generator", id(obj), obj.device.type, obj.get_state().numpy().tobytes())
         return ("device", obj.type) if isinstance(obj, torch.device) else None
 
     def _place(self, tensor: torch.Tensor) -> int:
@@ -132,27 +129,18 @@ class _Unpacker(pickle.Unpickler):
         self._tensors = tensors
         self._known = known
         self._device = device
-        self._generators: dict[int, torch.Generator] = {}
 
     def persistent_load(self, pid: Any) -> Any:
         how, place, *rest = pid
         if how == "tensor":
             return self._tensors[place]
         if how == "device":
-            return self._here(place)
-        if how == "generator":
-            if place not in self._generators:
-                self._generators[place] = torch.Generator(self._here(rest[0]))
-                self._generators[place].set_state(torch.frombuffer(bytearray(rest[1]), dtype=torch.uint8))
-            return self._generators[place]
+            return self._device if place == self._device.type else torch.device(place)
         own = self._known.objects[place]
         if rest[0] is not None:
             with torch.no_grad():
                 own.copy_(self._tensors[rest[0]])
         return own
-
-    def _here(self, kind: str) -> torch.device:
-        return self._device if kind == self._device.type else torch.device(kind)
 
 
 def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,10 @@ _busy: list[str] = []
 class Waiter(Protocol):
     """Who waits for the groups of a mesh while one of its calls runs."""
 
-    def finish(self, work: Any, group: Group, what: str, *, whenever: bool = False) -> None:
+    def finish(self, work: Any, group: Group, what: str) -> None:
         """Wait for a collective of a group, which has just begun."""
 
-    def expecting(
-        self, group: Group, what: str, *, whenever: bool
-    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    def expecting(self, group: Group, what: str) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """As `expecting`."""
 
     def follow(self, group: Group, what: str) -> None:
@@ -40,11 +38,8 @@ class Waiter(Protocol):
         """Wait for a transfer."""
 
 
-def finish(work: Any, group: Group, what: str, *, whenever: bool = False) -> None:
+def finish(work: Any, group: Group, what: str) -> None:
     """Wait for a collective that has just begun: on a CPU until it is done, on a GPU the current stream does.
-
-    Args:
-        whenever: it may take as long as it likes.
 
     Raises:
         RankFailedError: inside a watched call, another rank will not do its part.
@@ -53,16 +48,15 @@ def finish(work: Any, group: Group, what: str, *, whenever: bool = False) -> Non
     if waiter is None:
         work.wait()
     else:
-        waiter.finish(work, group, what, whenever=whenever)
+        waiter.finish(work, group, what)
 
 
 @contextlib.contextmanager
-def expecting(group: Group, what: str, *, whenever: bool = False) -> Iterator[Callable[[], None]]:
-    """Inside, this thread waits for what another thread is to receive next by a group.
+def expecting(group: Group, what: str) -> Iterator[Callable[[], None]]:
+    """Inside, this thread waits by other means than a collective for all ranks of a group.
 
     Args:
         what: is expected, for messages.
-        whenever: it may take as long as it likes.
 
     Yields:
         Raises `RankFailedError` where another rank has failed; to be called now and then.
@@ -71,7 +65,7 @@ def expecting(group: Group, what: str, *, whenever: bool = False) -> Iterator[Ca
     if waiter is None:
         yield _no_news
         return
-    with waiter.expecting(group, what, whenever=whenever) as check:
+    with waiter.expecting(group, what) as check:
         yield check
 
 

@@ -23,7 +23,6 @@ from pipeboost.distributed.start import world
 
 LIMIT = timedelta(minutes=30)
 """When torch's own backends give up; `waiting` gives up long before."""
-_FOR_EVER = timedelta(days=365)
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -103,18 +102,12 @@ class Group:
         ranks = [rank for _, rank in sent], [rank for _, rank in received]
         return Pending(Transfer(works, self, *ranks, f"exchange on {device}"))
 
-    def broadcast(self, tensor: torch.Tensor, source: int, *, whenever: bool = False) -> None:
-        """Write the contiguous tensor of rank `source` of the group into the others' in place.
-
-        Args:
-            whenever: it may come at any time, so that waiting for it is no sign of trouble. CPU groups only.
-        """
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Write the contiguous tensor of rank `source` of the group into the others' in place."""
         if self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
-            if whenever:
-                options.timeout = _FOR_EVER
-            finish(self.backend.broadcast([tensor], options), self, "broadcast", whenever=whenever)
+            finish(self.backend.broadcast([tensor], options), self, "broadcast")
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""

@@ -32,37 +32,25 @@ class Mesh:
         degrees: how many ranks along each axis; 1 where not named.
         ranks: of the world; their number is the product of the degrees. None for the whole world.
         device: where the tensors are.
-        layout: what all of them want, in words; None for the degrees.
 
     Attributes:
-        further: groups with other ranks that the same calls use.
-        within: the wider mesh whose ranks are watched together with these; None where these are all.
         compared: sizes of latents that the ranks have compared after a first step.
 
     Raises:
         PipeboostError: some ranks did not come, or want other degrees or another device.
     """
 
-    def __init__(
-        self,
-        degrees: Mapping[str, int],
-        *,
-        ranks: Sequence[int] | None = None,
-        device: torch.device,
-        layout: str | None = None,
-    ) -> None:
+    def __init__(self, degrees: Mapping[str, int], *, ranks: Sequence[int] | None = None, device: torch.device) -> None:
         self.shape = tuple(degrees.get(axis, 1) for axis in AXES)
         everyone = world()
         self.ranks = tuple(range(everyone.size)) if ranks is None else tuple(ranks)
         self.device = device
-        self.further: list[Group] = []
-        self.within: Mesh | None = None
         self.compared: set[torch.Size] = set()
         assert math.prod(self.shape) == len(self.ranks), "the product of the degrees is the number of ranks"
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        words = meet("a mesh", self.ranks, f"{layout or self._in_words() or 'one rank a sample'} on {device.type}")
+        words = meet("a mesh", self.ranks, f"{self._in_words() or 'one rank a sample'} on {device.type}")
         other = next((rank for rank, word in enumerate(words) if word != words[0]), None)
         if other is not None:
             raise UnsupportedError(
@@ -108,8 +96,7 @@ class Mesh:
     @property
     def groups(self) -> list[Group]:
         """Every group of this rank, each once."""
-        own = (*self._groups.values(), self.control, self.forward)
-        return list({id(group): group for group in (*own, *self.further)}.values())
+        return list({id(group): group for group in (*self._groups.values(), self.control, self.forward)}.values())
 
     def degree(self, axis: str) -> int:
         """How many ranks there are along an axis."""

@@ -77,7 +77,7 @@ class Progress:
             self._listening.discard(group.name)
 
     @contextlib.contextmanager
-    def expecting(self, group: Group, what: str, *, whenever: bool) -> Iterator[Callable[[], None]]:
+    def expecting(self, group: Group, what: str, *, whenever: bool = False) -> Iterator[Callable[[], None]]:
         """As `waiting.expecting`."""
         begun, _ = self.counts.get(group.name, (0, ()))
         number = begun if group.name in self._listening else begun + 1

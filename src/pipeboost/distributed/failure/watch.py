@@ -64,7 +64,7 @@ def raise_if_failed(mesh: Mesh) -> None:
     Raises:
         RankFailedError: another rank has failed.
     """
-    watch = _watches.get(mesh.within or mesh)
+    watch = _watches.get(mesh)
     if watch is not None:
         watch.check()
 
@@ -74,6 +74,6 @@ def tell_stage(mesh: Mesh) -> None:
 
     An exception is put down to the stage of which was told last.
     """
-    watch = _watches.get(mesh.within or mesh)
+    watch = _watches.get(mesh)
     if watch is not None:
         watch.tell()

@@ -6,7 +6,6 @@ from pipeboost.features.parallel.cfg_parallel import apart, callback_apart, sett
 from pipeboost.features.parallel.latent_check import check_first_step
 from pipeboost.features.parallel.layout import (
     Ranks,
-    beside_in_words,
     check_layout,
     choose_layout,
     layout_in_words,
@@ -23,7 +22,6 @@ __all__ = [
     "agree_on_interrupts",
     "agree_on_stops",
     "apart",
-    "beside_in_words",
     "bytes_on_other_ranks",
     "callback_apart",
     "check_first_step",

@@ -10,7 +10,7 @@ from pipeboost.core.config import AccelerationConfig, CompileConfig, ParallelCon
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.parallel.layout import Ranks, beside_in_words, check_layout, choose_layout, layout_in_words
+from pipeboost.features.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
 
 
 def decide(
@@ -45,7 +45,7 @@ def decide(
     considered: tuple[str, ...] = ()
     if given is not None:
         check_layout(given, ranks)
-        layout, why = given, "; ".join(filter(None, ("as asked for", beside_in_words(given))))
+        layout, why = given, "as asked for"
     elif not family.shares_samples:
         why = f"no family tells how ranks could share {model.pipeline}; the {count} ranks work apart"
         return Decision("parallel", "off", why)

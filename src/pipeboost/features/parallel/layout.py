@@ -115,38 +115,14 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
 def layout_in_words(layout: ParallelConfig) -> str:
     """Such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
-    named += [f"beside={layout.beside}"] if layout.beside else []
     return ", ".join(named) or "one rank"
-
-
-def beside_in_words(layout: ParallelConfig) -> str:
-    """What the ranks beside the others do; empty where there are none."""
-    first = layout.size - layout.beside
-    if not layout.beside:
-        return ""
-    if layout.beside == 1:
-        return (
-            f"rank {first} encodes and decodes, and needs no transformer; the others need no text encoders and no VAE"
-        )
-    return (
-        f"rank {first} encodes texts and images, rank {first + 1} has the VAE, and neither needs a transformer; the "
-        "others need no text encoders and no VAE"
-    )
 
 
 def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
     degrees = layout_in_words(layout)
     if layout.size != ranks.count:
         there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
-        return ConfigurationError(
-            f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks, layout.beside)}"
-        )
-    for name in ("vae", "text_encoder"):
-        if layout.beside and getattr(layout, name) is True:
-            return ConfigurationError(
-                f"parallel.{name}=True shares among the ranks what parallel.beside={layout.beside} gives to one beside "
-                "them; use one of the two"
-            )
+        return ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
     if layout.vae is True and not layout.shares_vae(ranks.tier):
         return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
     if layout.text_encoder is True and layout.tensor == 1:
@@ -158,7 +134,7 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
         against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
         if against is not None:
             error = ConfigurationError if "quality" in against else UnsupportedError
-            return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks, layout.beside)}")
+            return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks)}")
     return None
 
 
@@ -212,13 +188,8 @@ def _largest(ranks: Ranks, axis: str, limit: int, *, tensor: int = 1) -> int:
     return next((degree for degree in degrees if _against(ranks, axis, degree, tensor=tensor) is None), 1)
 
 
-def _way_out(ranks: Ranks, beside: int = 0) -> str:
-    beside = beside if ranks.count > beside else 0
-    fitting = [
-        layout_in_words(replace(layout, beside=beside))
-        for layout in _layouts(ranks.count - beside)
-        if _fits(layout, ranks)
-    ]
+def _way_out(ranks: Ranks) -> str:
+    fitting = [layout_in_words(layout) for layout in _layouts(ranks.count) if _fits(layout, ranks)]
     if ranks.count == 1:
         return "; start more (torchrun --nproc-per-node), or use parallel=None"
     return f"; use {' or '.join(fitting[:4])}" if fitting else "; use parallel=None, then every rank runs by itself"

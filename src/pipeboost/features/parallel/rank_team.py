@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,8 @@ from pipeboost.core.families import Family, TensorSharding
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.distributed import AXES, SEQUENCE, DisagreementError, Mesh, local_device, world_size
+from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.distributed.agreement.arguments import agreed_arguments
-from pipeboost.distributed.beside import Beside
 from pipeboost.distributed.failure.collective_errors import AllOrNone
 from pipeboost.distributed.failure.watch import watched
 from pipeboost.features.attention import refuse_stock_processors
@@ -32,7 +31,6 @@ from pipeboost.features.parallel import (
     callback_apart,
     check_first_step,
     guard_pipeline,
-    layout_in_words,
     parallelize_vae,
     settle_branches,
     shard_tokens,
@@ -51,9 +49,7 @@ class Team:
         plan: has a layout.
 
     Attributes:
-        everyone: the ranks.
-        mesh: those that denoise together: all, unless some are beside them; None where this rank is beside them.
-        beside: the ranks beside the mesh; None where there are none.
+        mesh: the ranks.
         across: attention among the tokens of all ranks; None where each rank has all tokens.
         text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
 
@@ -68,57 +64,33 @@ class Team:
         self._family: Family = plan.family
         self._shares_vae = layout.shares_vae(plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
-        degrees, device = {axis: getattr(layout, axis) for axis in AXES}, device_of(pipe)
-        self.mesh: Mesh | None = None
-        self.beside: Beside | None = None
-        if layout.beside:
-            ranks = list(range(world_size())) if ranks is None else ranks
-            # None of its axes is used: its ranks agree on arguments, and are watched together.
-            self.everyone = Mesh({"ring": layout.size}, ranks=ranks, device=device, layout=layout_in_words(layout))
-        else:
-            self.everyone = self.mesh = Mesh(degrees, ranks=ranks, device=device)
+        self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
+        self._all_or_none = AllOrNone(self.mesh, "accelerate_pipeline")
         try:
-            if layout.beside:
-                self._join_beside(ranks or [], degrees, device)
-            self._all_or_none = AllOrNone(self.mesh or self.everyone, "accelerate_pipeline")
             with self.watched(lambda: "accelerate_pipeline"):
                 self._refuse_different_plans(plan)
         except BaseException:
-            self.leave()
+            self.mesh.close()
             raise
         self.across = AcrossRanks() if self.token_ranks > 1 else None
-
-    def _join_beside(self, ranks: Sequence[int], degrees: Mapping[str, int], device: torch.device) -> None:
-        count = self._layout.beside
-        sharing, beside = ranks[:-count], ranks[-count:]
-        if self.everyone.control.rank < len(sharing):
-            self.mesh = Mesh(degrees, ranks=sharing, device=device)
-            self.mesh.within = self.everyone
-            self.everyone.further += self.mesh.groups
-        self.beside = Beside(self.everyone, sharing, beside, device)
 
     @property
     def token_ranks(self) -> int:
         """How many ranks share the tokens."""
-        return 1 if self.mesh is None else self.mesh.group(*SEQUENCE).size
+        return self.mesh.group(*SEQUENCE).size
 
     @property
     def carrier(self) -> str:
         """What carries heads and tokens between the ranks, in words; empty where they exchange none."""
-        return "" if self.mesh is None or self.mesh.degree("ulysses") == 1 else self.mesh.group("ulysses").carrier
+        return "" if self.mesh.degree("ulysses") == 1 else self.mesh.group("ulysses").carrier
 
     def leave(self) -> None:
         """Give up the ranks' groups."""
-        if self.mesh is not None:
-            self.mesh.close()
-        self.everyone.close()
+        self.mesh.close()
 
-    @contextlib.contextmanager
-    def watched(self, stage: Callable[[], str]) -> Iterator[None]:
+    def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
-        listening = contextlib.nullcontext() if self.beside is None else self.beside.listening()
-        with listening, watched(self.everyone, stage=stage, timeout=self._layout.timeout):
-            yield
+        return watched(self.mesh, stage=stage, timeout=self._layout.timeout)
 
     @contextlib.contextmanager
     def all_or_none(self, doing: str) -> Iterator[None]:
@@ -128,10 +100,8 @@ class Team:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._all_or_none = AllOrNone(self.mesh or self.everyone, doing)
-        # What a mesh does, ranks beside it have no part in but the outcome.
-        further = self.mesh is not None and self.mesh.within is not None
-        with AllOrNone(self.everyone, doing)() if further else contextlib.nullcontext(), self._all_or_none():
+        self._all_or_none = AllOrNone(self.mesh, doing)
+        with self._all_or_none():
             yield
 
     def telling(self) -> contextlib.AbstractContextManager[None]:
@@ -144,27 +114,11 @@ class Team:
         Raises:
             DisagreementError: they were called differently.
         """
-        bound = agreed_arguments(self.everyone, signature.bind_partial(pipe, *args, **kwargs), self.everyone.device)
+        bound = agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
         callback = bound.arguments.get("callback_on_step_end")
         if callable(callback):
             bound.arguments["callback_on_step_end"] = callback_apart(callback)
         return bound
-
-    def agreed_to_overlap(self, requests: int, against: str | None) -> bool:
-        """Whether so many requests overlap, as the first rank says; `against` is what this rank has against it.
-
-        Raises:
-            DisagreementError: on all ranks alike, where one has another number of requests.
-        """
-        control = self.everyone.control
-        told = control.all_gather_objects((requests, against))
-        for rank, (number, _) in zip(control.ranks, told, strict=True):
-            if number != told[0][0]:
-                raise DisagreementError(
-                    f"run_many was given {told[0][0]} requests on rank {control.ranks[0]}, but {number} on rank "
-                    f"{rank}; give all of them the same"
-                )
-        return told[0][1] is None
 
     def components(self, pipe: Any) -> dict[str, Any]:
         """Components that the ranks share beside those that every acceleration looks at."""
@@ -174,10 +128,6 @@ class Team:
     def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
         """Let the ranks share one component of the pipeline, in the calls of `owner`."""
         family, mesh = self._family, self.mesh
-        if mesh is None:
-            if not path:
-                _hide_progress_bar(obj, ledger)
-            return
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None
@@ -206,7 +156,6 @@ class Team:
             self._shard_weights(obj, sharding, ledger)
 
     def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
-        assert self.mesh is not None
         shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
         _take_from_host(model, self.mesh.device, ledger)
 
@@ -221,7 +170,7 @@ class Team:
 
     def _refuse_different_plans(self, plan: Plan) -> None:
         summary = (f"quality: {plan.quality}", *map(_in_words, plan.decisions.values()))
-        plans = self.everyone.control.all_gather_objects(summary)
+        plans = self.mesh.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
                 first, theirs = next(pair for pair in zip(plans[0], other, strict=True) if pair[0] != pair[1])
