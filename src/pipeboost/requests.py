@@ -25,7 +25,7 @@ def run_list(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]], *, 
         Exception: what a request raises, in its turn; the requests after it are not run.
     """
     applied = calls.applied
-    overlap = overlap and not applied.removed and not calls.are_paused
+    overlap = overlap and applied.active and not calls.are_paused
     if overlap:
         calls.require_no_list()
         applied.follow_device(pipe)  # which views of the pipeline cannot
