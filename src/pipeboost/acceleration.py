@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -21,6 +23,15 @@ from pipeboost.runner import Calls, weakly
 from pipeboost.stages import Progress, Report, Stage, unreported, weights_of
 
 P = TypeVar("P")
+
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(pipe: Any) -> threading.RLock:
+    """One pipeline is accelerated, or made stock again, by one thread at a time."""
+    with _locks_lock:
+        return _locks.setdefault(pipe, threading.RLock())
 
 
 class _Default:
@@ -82,21 +93,22 @@ def accelerate_pipeline(
         if not isinstance(value, _Default)
     }
     settings = resolve_config(config, given)
-    previous = getattr(pipe, "__dict__", {}).get("acceleration")
+    with _lock_of(pipe):
+        previous = getattr(pipe, "__dict__", {}).get("acceleration")
 
-    def check() -> None:
-        if isinstance(previous, Acceleration):
-            previous._refuse_to_give_way(pipe)
+        def check() -> None:
+            if isinstance(previous, Acceleration):
+                previous._refuse_to_give_way(pipe)
 
-    plan = agreed_plan(pipe, settings, check)
-    if isinstance(previous, Acceleration):
-        previous.remove()
-    try:
-        Acceleration(pipe, plan, settings)
-    except Exception:
+        plan = agreed_plan(pipe, settings, check)
         if isinstance(previous, Acceleration):
-            Acceleration(pipe, previous.plan, previous.config)
-        raise
+            previous.remove()
+        try:
+            Acceleration(pipe, plan, settings)
+        except Exception:
+            if isinstance(previous, Acceleration):
+                Acceleration(pipe, previous.plan, previous.config)
+            raise
     return pipe
 
 
@@ -111,16 +123,19 @@ class Acceleration:
     def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig) -> None:
         self.config = config
         self._ledger = Ledger()
+        self._lock = _lock_of(pipe)
+        self._applied = AppliedPlan(pipe, plan, config)
+        self._calls = Calls(self._applied)
+        self.stages = self._applied.stages
+        # The handle comes first and goes last, so that what an interrupt leaves can be removed.
         with self._ledger:
-            self._applied = AppliedPlan(pipe, plan, config, self._ledger)
-            self._calls = Calls(self._applied)
-            self.stages = self._applied.stages
+            self._ledger.record("pipe.acceleration", weakly(self._detach))
             self._ledger.add_layer(pipe, "__call__", weakly(self._calls.run), place="pipe.call")
             attach(pipe, "acceleration", self)
-            self._ledger.record("pipe.acceleration", weakly(self._detach))
+            self._applied.apply(pipe, self._ledger)
 
     def __repr__(self) -> str:
-        state = "removed" if self._applied.removed else "active"
+        state = "active" if self._applied.active else "removed"
         return f"<Acceleration of {self.plan.model.pipeline}, quality={self.plan.quality!r}, {state}>"
 
     @property
@@ -267,8 +282,9 @@ class Acceleration:
         Raises:
             PipeboostError: a call is running.
         """
-        self._applied.begin_removal()
-        self._ledger.undo()
+        with self._lock:
+            self._applied.begin_removal()
+            self._ledger.undo()
 
     def _refuse_to_give_way(self, pipe: Any) -> None:
         """Raise where `pipe` cannot get another acceleration in the place of this one.

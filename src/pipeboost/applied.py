@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -80,9 +81,8 @@ class AppliedPlan:
 
     Args:
         pipe: the pipeline.
-        plan: for it.
+        plan: for it; `apply` does what it says.
         config: the settings it was made from.
-        ledger: takes what undoes all of it; what fails half-way is undone with it.
 
     Attributes:
         plan: the plan; another one once the pipeline is moved.
@@ -90,20 +90,29 @@ class AppliedPlan:
         team: the ranks that run the pipeline together; None for one rank.
         parts: what was done to each component, by its `id`.
         running: calls that run; meanwhile nothing is planned anew or removed.
+        active: whether it has been applied in full, and is not being taken off.
         removed: whether it has been taken off, for good.
     """
 
-    def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig, ledger: Ledger) -> None:
+    def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig) -> None:
         self.plan = plan
         self.stages = Composition(plan.family, pipe)
         self.team: Team | None = None
         self.parts: dict[int, Part] = {}
         self.running: set[Call] = set()
-        self.removed = False
+        self.active = self.removed = False
         self._pipe = weakref.ref(pipe)
         self._config = config
         self._prompts: PromptReuse | None = None
         self._lock = threading.RLock()
+
+    def apply(self, pipe: Any, ledger: Ledger) -> None:
+        """Do what the plan says.
+
+        Args:
+            ledger: takes what undoes all of it; what fails half-way is undone with it.
+        """
+        plan = self.plan
         ledger.record("ranks", self._leave_team)
         self._join_team(pipe, plan)
         if plan["reuse"].on:
@@ -111,6 +120,7 @@ class AppliedPlan:
             ledger.record("kept prompts", self._prompts.clear)
         ledger.record("components", self._undo_all_parts)
         self.bind_on_all_ranks(pipe, "accelerate_pipeline")
+        self.active = True
 
     @property
     def pipe(self) -> Any:
@@ -144,7 +154,7 @@ class AppliedPlan:
         """
         with self._lock:
             self.refuse_while_running()
-            self.removed = True
+            self.active, self.removed = False, True
         self.stages.offload()
 
     def refuse_while_running(self) -> None:
@@ -168,7 +178,7 @@ class AppliedPlan:
         with self._lock:
             taken_over = self.plan["offload"].on and stock_offload(pipe)
             unmoved = device.type == self.plan.hardware.device
-            if (unmoved and not taken_over) or self.running or pipe is not self.pipe:
+            if (unmoved and not taken_over) or self.running or self.removed or pipe is not self.pipe:
                 return device
             plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config)
             self._undo_all_parts()
@@ -225,16 +235,27 @@ class AppliedPlan:
                         if team is not None:
                             team.refuse_stock_processors(models[path])
                     continue
-                part = accelerate_part(path, obj, plan, team=team, prompts=self._prompts, owner=self, of_view=of_view)
-                if part.ledger.changes:
-                    self.parts[id(obj)] = part
+                part = self.parts[id(obj)] = Part(path, weakref.ref(obj), of_view)
+                try:
+                    accelerate_part(part, obj, plan, team=team, prompts=self._prompts, owner=self)
+                finally:
+                    self._drop_if_stock(id(obj))
 
     def _undo_part(self, key: int) -> None:
-        self.parts.pop(key).ledger.undo()
+        try:
+            self.parts[key].ledger.undo()
+        finally:
+            self._drop_if_stock(key)
 
     def _undo_all_parts(self) -> None:
-        for key in reversed(tuple(self.parts)):
-            self._undo_part(key)
+        parts = Ledger()
+        for key, part in self.parts.items():
+            parts.record(part.path, functools.partial(self._undo_part, key))
+        parts.undo()
+
+    def _drop_if_stock(self, key: int) -> None:
+        if not self.parts[key].ledger.changes:
+            del self.parts[key]
 
     def _join_team(self, pipe: Any, plan: Plan) -> None:
         """Form the plan's team with the other ranks; each of them is at this point of its program."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeboost.core.ledger import Ledger
@@ -32,7 +32,7 @@ from pipeboost.plan import Plan
 from pipeboost.stages import watch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """One component of a pipeline, or of a view of it, and what was done to it.
 
@@ -41,42 +41,33 @@ class Part:
     Attributes:
         path: of the component from the pipeline; empty for the pipeline itself.
         target: the component.
+        of_view: whether only a view of the pipeline has it.
         ledger: undoes what was done.
         compiled, graphs: what there is to report of a transformer; None where it runs without.
-        of_view: whether only a view of the pipeline has it.
     """
 
     path: str
     target: weakref.ref[Any]
-    ledger: Ledger
-    compiled: CompiledModel | None
-    graphs: Graphs | None
     of_view: bool
+    ledger: Ledger = field(default_factory=Ledger)
+    compiled: CompiledModel | None = None
+    graphs: Graphs | None = None
 
 
 def accelerate_part(
-    path: str,
-    obj: Any,
-    plan: Plan,
-    *,
-    team: Team | None,
-    prompts: PromptReuse | None,
-    owner: object,
-    of_view: bool,
-) -> Part:
+    part: Part, obj: Any, plan: Plan, *, team: Team | None, prompts: PromptReuse | None, owner: object
+) -> None:
     """Do to one component what the plan says; an error leaves it as it was.
 
     Args:
-        path: of the component from the pipeline; empty for the pipeline itself.
+        part: what is known of the component; takes what was done to it.
+        obj: the component.
         team: the ranks that run the pipeline together; None for one rank.
         prompts: the embeddings that are kept; None where none are.
         owner: in whose calls the features act; it is not kept alive.
-        of_view: whether only a view of the pipeline has it.
     """
-    family, denoiser = plan.family, path in plan.family.denoisers
-    compiled: CompiledModel | None = None
-    graphs: Graphs | None = None
-    with Ledger() as ledger, contextlib.nullcontext() if team is None else team.telling():
+    path, family, denoiser = part.path, plan.family, part.path in plan.family.denoisers
+    with part.ledger as ledger, contextlib.nullcontext() if team is None else team.telling():
         if denoiser and plan["attention"].on:
             swap_attention(
                 obj,
@@ -96,13 +87,12 @@ def accelerate_part(
             position = family.denoisers.index(path)
             attach_cache(obj, plan["cache"].settings, family, ledger, owner=owner, position=position)
         if denoiser and plan["compile"].on:
-            compiled = compile_model(obj, plan["compile"].settings, family, ledger, owner=owner)
+            part.compiled = compile_model(obj, plan["compile"].settings, family, ledger, owner=owner)
         if denoiser and plan["graphs"].on:
-            graphs = capture_graphs(obj, plan["graphs"].settings, ledger, owner=owner)
+            part.graphs = capture_graphs(obj, plan["graphs"].settings, ledger, owner=owner)
         if plan["offload"].on:
             with busy("placing weights"):
                 place(path, obj, plan["offload"].settings, family, ledger)
         if not path and prompts is not None:
             reuse_prompts(obj, prompts, ledger)
         watch(path, obj, family, ledger)
-    return Part(path, weakref.ref(obj), ledger, compiled, graphs, of_view)

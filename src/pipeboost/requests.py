@@ -20,7 +20,7 @@ def run_list(calls: Calls, pipe: Any, requests: Sequence[Mapping[str, Any]], *, 
         Exception: what a request raises, in its turn; the requests after it are not run.
     """
     applied = calls.applied
-    overlap = overlap and not applied.removed and not calls.are_paused
+    overlap = overlap and applied.active and not calls.are_paused
     if overlap:
         applied.follow_device(pipe)  # which views of the pipeline cannot
     alone = applied.team is not None or applied.plan["offload"].on

@@ -60,12 +60,12 @@ class Calls:
 
     def run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
-        if self.applied.removed or self.are_paused:
+        if not self.applied.active or self.are_paused:
             with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
         cancellations = self._cancellations
         with _alone_with(pipe):
-            if self.applied.removed:  # while this call waited
+            if not self.applied.active:  # while this call waited
                 return self.run(call_next, pipe, *args, **kwargs)
             signature = signature_of(pipe)
             kwargs, wants_trajectory = without_trajectory(signature, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import threading
@@ -18,9 +19,9 @@ _lock = threading.RLock()
 _shared_changes: weakref.WeakKeyDictionary[Any, dict[str, _SharedChange]] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
-    """One change that was made: what it is, in words, and how to take it back."""
+    """One change: what it is, in words, and how to take it back, which does nothing where there is nothing to undo."""
 
     what: str
     undo: Callable[[], None]
@@ -28,6 +29,9 @@ class Change:
 
 class Ledger:
     """Records changes with their inverses. Used as a context manager, an exception inside rolls everything back.
+
+    A change is recorded before it is made and stays until it is undone, so that after an interrupt, at any moment of
+    either, `undo` takes back what is left.
 
     The ledger keeps nothing alive, so a pipeline that is dropped without `undo` frees its memory at once.
     """
@@ -41,28 +45,31 @@ class Ledger:
         return tuple(change.what for change in self._changes)
 
     def record(self, what: str, undo: Callable[[], None]) -> None:
-        """Note a change that has just been made."""
+        """Note a change that is about to be made.
+
+        Args:
+            undo: its inverse; harmless where the change was not made, or only half, and when repeated.
+        """
         self._changes.append(Change(what, undo))
 
     def add_layer(self, obj: Any, door: str, layer: Layer, *, place: str) -> None:
         """Hang a layer on a door, once: a layer that is already there stays where it is."""
         if has_layer(obj, door, layer):
             return
-        add_layer(obj, door, layer, place=place)
-        what = f"layer on {type(obj).__name__}.{door}"
 
         def undo() -> None:
             target = reference()
             if target is not None:
                 remove_layer(target, door, layer)
 
-        change = Change(what, undo)
+        change = Change(f"layer on {type(obj).__name__}.{door}", undo)
         # A user may replace a scheduler on every call: what is gone needs no undoing, nor may the ledger keep it alive.
         reference = weakref.ref(obj, lambda _: self._forget(change))
         self._changes.append(change)
+        add_layer(obj, door, layer, place=place)
 
     def _forget(self, change: Change) -> None:
-        if change in self._changes:
+        with contextlib.suppress(ValueError):
             self._changes.remove(change)
 
     def share(
@@ -93,37 +100,38 @@ class Ledger:
             if kind in shared and shared[kind].settings != settings:
                 gc.collect()  # holders that were dropped without `undo` may wait in a cycle
             if kind in shared and not shared[kind].holders:
-                shared.pop(kind).ledger.undo()
-            if kind not in shared:
-                inner = Ledger()
-                with inner:
-                    apply(inner)
-                shared[kind] = _SharedChange(settings, inner, weakref.WeakSet())
-            change = shared[kind]
-            if change.settings != settings:
+                shared[kind].ledger.undo()
+                del shared[kind]
+            change = shared.get(kind)
+            if change is not None and change.settings != settings:
                 why = None if explain is None else explain(change.settings)
                 why = why or f"whose {kind} is {change.settings!r}, not {settings!r}; use the same settings"
                 raise UnsupportedError(
                     f"this {type(obj).__name__} is shared with another accelerated pipeline {why} or call "
                     "acceleration.remove() there"
                 )
-            if self in change.holders:
+            if change is not None and self in change.holders:
                 return False
+            self.record(f"{kind} of {type(obj).__name__}", functools.partial(self._leave, weakref.ref(obj), kind))
+            if change is None:
+                change = shared[kind] = _SharedChange(settings, Ledger(), weakref.WeakSet())
+                with change.ledger:
+                    apply(change.ledger)
+            # Until then it has no holder, so that the next one to come undoes what an interrupt has left.
             change.holders.add(self)
-        self.record(f"{kind} of {type(obj).__name__}", functools.partial(self._leave, weakref.ref(obj), kind))
         return True
 
     def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
         with _lock:
             obj = reference()
             shared = _shared_changes.get(obj, {}) if obj is not None else {}
-            if kind not in shared or self not in shared[kind].holders:
+            if kind not in shared:
                 return
             change = shared[kind]
             change.holders.discard(self)
             if not change.holders:
-                del shared[kind]
                 change.ledger.undo()
+                del shared[kind]
 
     def undo(self) -> None:
         """Take everything back, newest first. Harmless when called again.
@@ -131,12 +139,12 @@ class Ledger:
         An inverse that fails does not keep the others from running; the first failure is raised at the end.
         """
         failure: Exception | None = None
-        while self._changes:
-            change = self._changes.pop()
+        while latest := self._changes[-1:]:
             try:
-                change.undo()
+                latest[0].undo()
             except Exception as error:
                 failure = failure or error
+            self._forget(latest[0])
         if failure is not None:
             raise failure
 

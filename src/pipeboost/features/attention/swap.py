@@ -82,8 +82,8 @@ class _Swap:
                 if self.dispatcher.settings.across is not None:
                     members["_parallel_config"] = ACROSS_RANKS
                 subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
-            processor.__class__ = subclass
             self.changed.add(processor)
+            processor.__class__ = subclass
             self.accelerated = frozenset(self.dispatcher.subclasses.values())
 
     def report(self) -> SwapReport:

@@ -92,16 +92,16 @@ def compile_model(
                 region = region_of(module, settings, learn_sizes=not family.blocks)
                 layers[key] = _layer(region, module, text_dims, compiled)
             inner.add_layer(module, "__call__", layers[key], place=place)
-        _compiled_models[model] = compiled
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
+        _compiled_models[model] = compiled
 
     ledger.share(model, "compile", settings, apply)
     compiled = _compiled_models[model]
     if owner is None:
         compiled._every_call = True
     else:
-        compiled._owners.add(owner)
         ledger.record("compiled calls", functools.partial(compiled._owners.discard, owner))
+        compiled._owners.add(owner)
     return compiled
 
 

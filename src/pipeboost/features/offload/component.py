@@ -111,9 +111,9 @@ class StagedComponent:
         call, arrival = current_call(), self._arrival
         seconds = arrival.finish() if arrival is not None else 0.0
         moved = sum(buffer.numel() for buffer in self._buffers)
-        buffers, self._buffers, self._arrival = self._buffers, None, None
         with torch.inference_mode(False):
-            all_back = self._store.unload(buffers)
+            all_back = self._store.unload(self._buffers)
+            self._buffers = self._arrival = None
             if self._stream is not None:
                 moved += self._stream.moved
                 self._stream.close()

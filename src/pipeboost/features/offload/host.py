@@ -126,7 +126,8 @@ class HostStore:
             places[place] = fresh[-1]
         self.chunks = kept
         for entries, nbytes in _packed(fresh, self._chunk):
-            self.chunks.append(_filled(entries, nbytes, self._device))
+            self.chunks.append(Chunk(_host_buffer(nbytes, self._device), entries))
+            _fill(self.chunks[-1])
 
     def load(self, buffers: Iterable[torch.Tensor]) -> None:
         """Point the tensors at the device, where `buffers` are copies of the chunks, under way or arrived."""
@@ -164,7 +165,7 @@ class HostStore:
     def release(self, home: torch.device | None = None) -> None:
         """Give every tensor memory of its own, where it came from or at `home`, and free the buffers."""
         while self.chunks:
-            chunk = self.chunks.pop()
+            chunk = self.chunks[-1]
             for entry in chunk.entries:
                 ours = [tensor for tensor in entry.tensors if _is(tensor, entry.here)]
                 if not ours:
@@ -173,6 +174,7 @@ class HostStore:
                 _raw(own).copy_(entry.raw(chunk.host))
                 for tensor in ours:
                     tensor.data = own
+            self.chunks.pop()
 
 
 def _entry(tensor: torch.Tensor, home: torch.device) -> Entry:
@@ -198,15 +200,13 @@ def _packed(entries: list[Entry], limit: int) -> Iterator[tuple[list[Entry], int
         yield batch, limit if _NEARLY_FULL * limit <= end <= limit else end
 
 
-def _filled(entries: list[Entry], nbytes: int, device: torch.device) -> Chunk:
-    """A chunk on the host with these entries' bytes in it, and their tensors pointed there."""
-    chunk = Chunk(_host_buffer(nbytes, device), entries)
-    for entry in entries:
+def _fill(chunk: Chunk) -> None:
+    """Copy its entries' bytes into a chunk, and point their tensors there."""
+    for entry in chunk.entries:
         entry.raw(chunk.host).copy_(_raw(entry.tensors[0].data))
         entry.here = entry.view(chunk.host)
         for tensor in entry.tensors:
             tensor.data = entry.here
-    return chunk
 
 
 def _host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -166,8 +166,8 @@ def _device_layer(device: torch.device) -> Callable[..., Any]:
 
 def _make_resident(module: nn.Module, device: torch.device, ledger: Ledger) -> None:
     homes = [(tensor, tensor.device) for tensor in weights_of(module)]
-    module.to(device)
     ledger.record("weights on the device", functools.partial(_send_home, homes, device, weakref.ref(module)))
+    module.to(device)
 
 
 def _send_home(
@@ -184,9 +184,8 @@ def _send_home(
 def _stage(
     path: str, module: nn.Module, device: torch.device, stage: Stage, blocks: Sequence[nn.Module], ledger: Ledger
 ) -> None:
-    component = StagedComponent(path, module, Lane(device), stage, blocks)
-    _placed[module] = component
     ledger.record("weights on the host", functools.partial(_release, weakref.ref(module)))
+    component = _placed[module] = StagedComponent(path, module, Lane(device), stage, blocks)
     component.settle()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # where single weights were, no large buffer fits
@@ -207,7 +206,7 @@ def _block_layer(component: StagedComponent, index: int) -> Callable[..., Any]:
 
 def _release(reference: weakref.ref[nn.Module]) -> None:
     module = reference()
-    component = _placed.pop(module, None) if module is not None else None
-    if component is not None:
+    if module is not None and module in _placed:
         # Diffusers' own offload, turned on meanwhile, expects the weights on the host and moves them itself.
-        component.release(torch.device("cpu") if hasattr(module, "_hf_hook") else None)
+        _placed[module].release(torch.device("cpu") if hasattr(module, "_hf_hook") else None)
+        del _placed[module]

@@ -194,7 +194,7 @@ def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
     before = getattr(pipe, "_progress_bar_config", None)
     if "disable" in (before or {}):
         return
-    ours = pipe._progress_bar_config = {**(before or {}), "disable": True}
+    ours = {**(before or {}), "disable": True}
     reference = weakref.ref(pipe)
 
     def undo() -> None:
@@ -208,6 +208,7 @@ def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
             target._progress_bar_config = before
 
     ledger.record("progress bar", undo)
+    pipe._progress_bar_config = ours
 
 
 def to_own_device(pipe: Any) -> None:
@@ -255,8 +256,8 @@ def _take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger
     reference = weakref.ref(model)
 
     def apply(inner: Ledger) -> None:
-        model.to(device)
         inner.record(f"device of {stock_class(model).__name__}", back)
+        model.to(device)
 
     def back() -> None:
         target = reference()
