@@ -34,6 +34,11 @@ ENCODING = (TEXT_ENCODING, "image encoding")
 """Stages of the text and image encoders."""
 CODING = ("image VAE encoding", "decoding", "audio decoding")
 """Stages of the VAEs."""
+_COMPONENTS = {
+    **dict.fromkeys(("text_encoder", "tokenizer", "processor"), TEXT_ENCODING),
+    **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
+}
+"""How names of components begin that a stage runs from a method of the pipeline."""
 FRAMES = "door frames"
 """Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
 
@@ -135,6 +140,9 @@ class Composition:
             for name in names
         ]
         self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
+        self._stages_of: dict[str, set[str]] = {}
+        for door in family.doors:
+            self._stages_of.setdefault(door.component, set()).add(door.stage)
         self._loaded: dict[int, Stage] = {}
         self._lock = threading.RLock()
 
@@ -211,6 +219,14 @@ class Composition:
                 stage.parallelism = StageParallelism.BESIDE
             elif stage.parallelism is StageParallelism.BESIDE:
                 stage.parallelism = stage.usual_parallelism
+
+    def run_on_all_ranks(self, component: str) -> bool:
+        """Whether a component is at work on more than the main rank, which does some stages for all."""
+        found = self._stages_of.get(component) or {
+            stage for begin, stage in _COMPONENTS.items() if component.startswith(begin)
+        }
+        stages = [entry.built_in for entry in self._entries if entry.built_in is not None and entry.stage.name in found]
+        return not stages or any(stage.parallelism is not StageParallelism.MAIN_RANK for stage in stages)
 
     @property
     def meets_outside_the_loop(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,15 @@ from pipeboost.core.families import Family, TensorSharding
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.distributed import AXES, SEQUENCE, DisagreementError, Mesh, local_device, world_size
+from pipeboost.distributed import (
+    AXES,
+    SEQUENCE,
+    DisagreementError,
+    Mesh,
+    local_device,
+    require_same_state,
+    world_size,
+)
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.beside import Beside
 from pipeboost.distributed.failure.collective_errors import AllOrNone
@@ -27,6 +36,7 @@ from pipeboost.distributed.failure.watch import watched
 from pipeboost.features.attention import refuse_stock_processors
 from pipeboost.features.parallel import (
     AcrossRanks,
+    RunningState,
     agree_on_interrupts,
     agree_on_stops,
     callback_apart,
@@ -68,6 +78,7 @@ class Team:
         self.text_encoders = _shared_encoders(pipe, layout, plan.facts.splits or {})
         self._layout = layout
         self._family: Family = plan.family
+        self._state = RunningState()
         self._shares_vae = shares_vae(layout, plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         degrees, device = {axis: getattr(layout, axis) for axis in AXES}, device_of(pipe)
@@ -152,6 +163,20 @@ class Team:
             bound.arguments["callback_on_step_end"] = callback_apart(callback)
         return bound
 
+    def require_same_state(self, pipe: Any, counts: Callable[[str], bool]) -> None:
+        """Refuse a call that ranks would run with different weights, settings or classes.
+
+        Args:
+            pipe: may be a view of the pipeline.
+            counts: whether all ranks run the component of a name.
+
+        Raises:
+            DisagreementError: on all ranks alike.
+        """
+        if self.everyone.control.size > 1:
+            digests = self._state.digests(pipe, counts)
+            require_same_state(self.everyone, digests, functools.partial(self._state.facts, pipe))
+
     def agreed_to_overlap(self, requests: int, against: str | None) -> bool:
         """Whether so many requests overlap, as the first rank says; `against` is what this rank has against it.
 
@@ -180,6 +205,8 @@ class Team:
             if not path:
                 _hide_progress_bar(obj, ledger)
             return
+        if isinstance(obj, torch.nn.Module):
+            self._state.watch(obj, ledger)
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None
