@@ -190,7 +190,10 @@ class AppliedPlan:
     def bind_on_all_ranks(self, pipe: Any, doing: str) -> None:
         """As `bind`; an error on one rank is an error on all, and what was bound is stock again on all.
 
+        Where a call begins, the ranks then make sure that they run it with the same weights and settings.
+
         Raises:
+            DisagreementError: they do not.
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something.
         """
@@ -208,6 +211,8 @@ class AppliedPlan:
                     if self.parts[key] is not before.get(key):
                         self._undo_part(key)
                 raise
+            if before:  # a call begins
+                team.require_same_state(pipe, self.stages.run_on_all_ranks)
 
     def bind(self, pipe: Any) -> None:
         """Stand in the doors of what `pipe` consists of now; cheap when nothing was replaced since the last call."""

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from pipeboost.distributed.agreement.digests import digest
+from pipeboost.core.fingerprint import digest
 from tests.distributed import agreement_cases as cases
 from tests.distributed.ranks import on_ranks
 

@@ -14,6 +14,7 @@ NESTING: dict[str, dict[str, str]] = {
         "offload": "answers where the script is to run",
     },
     "component": {
+        "writes": "notes that weights are about to change",
         "guard": "refuses a call that only some ranks make, before anything of it is timed or loaded",
         "stages": "a stage's time includes loading its weights",
         "offload": "weights are there before anything computes",

@@ -1,6 +1,11 @@
 """Ranks: joining them, the mesh that orders them, and what they say to each other."""
 
-from pipeboost.distributed.agreement.arguments import DisagreementError, agreed_arguments, checked_latents
+from pipeboost.distributed.agreement.arguments import (
+    DisagreementError,
+    agreed_arguments,
+    checked_latents,
+    require_same_state,
+)
 from pipeboost.distributed.agreement.broadcast import shared
 from pipeboost.distributed.collectives.collective_wait import busy, follow
 from pipeboost.distributed.collectives.groups import Group, Pending
@@ -28,6 +33,7 @@ __all__ = [
     "local_device",
     "meet",
     "raise_if_failed",
+    "require_same_state",
     "shared",
     "tell_stage",
     "watched",

@@ -30,6 +30,11 @@ _ORDER = (
     "postprocessing",
     WHOLE_CALL,
 )
+_COMPONENTS = {
+    **dict.fromkeys(("text_encoder", "tokenizer", "processor"), TEXT_ENCODING),
+    **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
+}
+"""How names of components begin that a stage runs from a method of the pipeline."""
 FRAMES = "door frames"
 """Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
 
@@ -130,6 +135,9 @@ class Composition:
             for name in names
         ]
         self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
+        self._stages_of: dict[str, set[str]] = {}
+        for door in family.doors:
+            self._stages_of.setdefault(door.component, set()).add(door.stage)
         self._loaded: dict[int, Stage] = {}
         self._lock = threading.RLock()
 
@@ -195,6 +203,14 @@ class Composition:
                 require_ranks(stage.name, stage.parallelism, mesh)
         built_in = [entry.built_in for entry in self._entries if entry.built_in is not None]
         return {stage.name: stage.parallelism for stage in built_in}
+
+    def run_on_all_ranks(self, component: str) -> bool:
+        """Whether a component is at work on more than the main rank, which does some stages for all."""
+        found = self._stages_of.get(component) or {
+            stage for begin, stage in _COMPONENTS.items() if component.startswith(begin)
+        }
+        stages = [entry.built_in for entry in self._entries if entry.built_in is not None and entry.stage.name in found]
+        return not stages or any(stage.parallelism is not StageParallelism.MAIN_RANK for stage in stages)
 
     def add(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
         """Put a stage right before or right after another one.

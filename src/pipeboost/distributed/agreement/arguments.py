@@ -7,7 +7,7 @@ they have; what a rank lacks it gets from the first one, and what contradicts th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pipeboost.core.errors import PipeboostError
+from pipeboost.core.fingerprint import digest
 from pipeboost.distributed.agreement.broadcast import shared
-from pipeboost.distributed.agreement.digests import digest
 from pipeboost.distributed.agreement.random_state import State, fingerprint, global_state, set_global_state
 from pipeboost.distributed.collectives.mesh import Mesh
 
@@ -113,6 +113,51 @@ def agreed_arguments(mesh: Mesh, bound: inspect.BoundArguments, device: torch.de
     return _with(bound, changed) if changed else bound
 
 
+def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable[[str], Mapping[str, Any]]) -> None:
+    """Raise unless all ranks of the sample run with the same; collective over `mesh.control`.
+
+    Args:
+        digests: of each part of what this rank runs with, by name.
+        facts: `(name of a part) -> what its digest is of`, by name, the most telling first.
+
+    Raises:
+        DisagreementError: on all ranks alike.
+    """
+    control = mesh.control
+    if control.size == 1:
+        return
+    everyone = control.all_gather(_tensor(digest(digests)), 0, [16] * control.size).view(control.size, 16)
+    if bool((everyone == everyone[0]).all()):
+        return
+    all_digests: list[Mapping[str, bytes]] = control.all_gather_objects(dict(digests))
+    names = list(dict.fromkeys(name for each in all_digests for name in each))
+    different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
+    part = different[0]
+    here = {name: (digest(value), _in_words(value)) for name, value in facts(part).items()} if part in digests else {}
+    told: list[dict[str, tuple[bytes, str]]] = control.all_gather_objects(here)
+    others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
+    first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
+    also = f", and so does {', '.join(different[1:])}" if different[1:] else ""
+    raise DisagreementError(
+        f"rank {rank}'s {part} differs from rank {first}'s: {_difference(told[others[0]], told[0])}{also}; ranks that "
+        "work on one sample together run the same, so change all of them alike, or use parallel=None to let every rank "
+        "work for itself"
+    )
+
+
+def _difference(theirs: Mapping[str, tuple[bytes, str]], first: Mapping[str, tuple[bytes, str]]) -> str:
+    """The first fact in which two ranks differ, in words, and how many there are beside it."""
+    nothing = (b"", "nothing")
+    names = [
+        name for name in dict.fromkeys((*theirs, *first)) if theirs.get(name, nothing)[0] != first.get(name, nothing)[0]
+    ]
+    if not names:
+        return "only one of them has it"
+    one, other = theirs.get(names[0], nothing)[1], first.get(names[0], nothing)[1]
+    said = f"{names[0]} {one} against {other}" if one != other else f"other values of {names[0]}, {one}"
+    return f"{said} (and {len(names) - 1} more)" if names[1:] else said
+
+
 def checked_latents(mesh: Mesh, latents: torch.Tensor) -> None:
     """Raise unless all ranks of the sample have these latents, but for rounding; collective over `mesh.control`.
 
@@ -138,8 +183,8 @@ def checked_latents(mesh: Mesh, latents: torch.Tensor) -> None:
         others = [str(mesh.control.ranks[rank]) for rank in range(mesh.control.size) if not alike[rank]]
         raise DisagreementError(
             f"after the first denoising step the latents of rank {', '.join(others)} are not those of rank "
-            f"{mesh.control.ranks[0]}: on this layout the ranks do not work on the same sample; use parallel=None, and "
-            "please report it with the pipeline and the layout"
+            f"{mesh.control.ranks[0]}, though they were called alike and run the same weights and settings: this is a "
+            "fault of pipeboost's; use parallel=None, and please report it with the pipeline and the layout"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeboost.distributed.agreement.digests import digest
+from pipeboost.core.fingerprint import digest
 
 State = dict[str, Any]
 

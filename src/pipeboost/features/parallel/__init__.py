@@ -10,6 +10,7 @@ from pipeboost.features.parallel.layout import (
     choose_layout,
     layout_in_words,
 )
+from pipeboost.features.parallel.running_state import RunningState
 from pipeboost.features.parallel.sequence_parallel import shard_tokens
 from pipeboost.features.parallel.tensor import bytes_on_other_ranks, shard_weights, split_bytes, tensor_degrees
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
@@ -19,6 +20,7 @@ from pipeboost.features.parallel.vae import parallelize_vae
 __all__ = [
     "AcrossRanks",
     "Ranks",
+    "RunningState",
     "agree_on_interrupts",
     "agree_on_stops",
     "apart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +20,21 @@ from pipeboost.core.families import Family, TensorSharding
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
+from pipeboost.distributed import (
+    AXES,
+    SEQUENCE,
+    Mesh,
+    local_device,
+    require_same_state,
+    world_size,
+)
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.failure.collective_errors import AllOrNone
 from pipeboost.distributed.failure.watch import watched
 from pipeboost.features.attention import refuse_stock_processors
 from pipeboost.features.parallel import (
     AcrossRanks,
+    RunningState,
     agree_on_interrupts,
     agree_on_stops,
     callback_apart,
@@ -62,6 +71,7 @@ class Team:
         self.text_encoders = _shared_encoders(pipe, layout, plan.model.splits or {})
         self._layout = layout
         self._family: Family = plan.family
+        self._state = RunningState()
         self._shares_vae = layout.shares_vae(plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
@@ -120,6 +130,20 @@ class Team:
             bound.arguments["callback_on_step_end"] = callback_apart(callback)
         return bound
 
+    def require_same_state(self, pipe: Any, counts: Callable[[str], bool]) -> None:
+        """Refuse a call that ranks would run with different weights, settings or classes.
+
+        Args:
+            pipe: may be a view of the pipeline.
+            counts: whether all ranks run the component of a name.
+
+        Raises:
+            DisagreementError: on all ranks alike.
+        """
+        if self.mesh.control.size > 1:
+            digests = self._state.digests(pipe, counts)
+            require_same_state(self.mesh, digests, functools.partial(self._state.facts, pipe))
+
     def components(self, pipe: Any) -> dict[str, Any]:
         """Components that the ranks share beside those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
@@ -128,6 +152,8 @@ class Team:
     def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
         """Let the ranks share one component of the pipeline, in the calls of `owner`."""
         family, mesh = self._family, self.mesh
+        if isinstance(obj, torch.nn.Module):
+            self._state.watch(obj, ledger)
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None

@@ -31,12 +31,14 @@ class ShardReport:
         own_bytes: size of this rank's share of them.
         left: path and reason, for layers that could be split and stay whole on every rank.
         degrees: that the whole model allows.
+        names: of the parameters of which it has a share.
     """
 
     whole_bytes: int
     own_bytes: int
     left: tuple[tuple[str, str], ...]
     degrees: tuple[int, ...]
+    names: frozenset[str] = frozenset()
 
 
 _reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
@@ -101,7 +103,8 @@ def shard_weights(
                 _reports.pop(joined, None)
 
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left, layout.degrees)
+        names = frozenset(name for name, each in model.named_parameters(remove_duplicate=False) if each in shares)
+        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left, layout.degrees, names)
 
     try:
         ledger.share(model, "tensor parallel", (group.size, group.name), apply)
@@ -129,6 +132,12 @@ def bytes_on_other_ranks(model: nn.Module) -> int:
     """How much of a model's weights is on other ranks alone."""
     report = _reports.get(model)
     return 0 if report is None else report.whole_bytes - report.own_bytes
+
+
+def split_names(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of which this rank has a share."""
+    report = _reports.get(model)
+    return frozenset() if report is None else report.names
 
 
 def split_bytes(model: nn.Module, sharding: TensorSharding) -> int:
@@ -183,6 +192,9 @@ class _Shares:
         self.counts = tuple((count, count.value) for count in layout.counts)
         for count, whole in self.counts:
             setattr(count.module, count.name, whole // group.size)
+
+    def __contains__(self, parameter: object) -> bool:
+        return any(share.parameter is parameter for share in self.shares)
 
     def join(self) -> None:
         """Make every layer whole again. A collective operation."""

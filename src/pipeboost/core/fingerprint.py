@@ -1,0 +1,228 @@
+"""What a value is: `identity` says it within a process, `digest` on every rank that holds an equal one.
+
+Both walk a value in the same way (`structure`) and differ in two things: what they make of a tensor, and what they make
+of an object that is neither plain nor a container.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pipeboost.core.seams import stock_class
+
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+"""Types of values that are what their `repr` says."""
+_ROW = 2**14
+"""Words of eight bytes that are weighted at once."""
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+def identity(value: Any) -> Hashable:
+    """Return what is equal for two values as long as both are the same, unchanged, within this process.
+
+    Plain values, containers, arrays, pictures and generators count by content. A tensor counts by who it is, its
+    version, dtype and shape; torch counts no write through `.data`, and none to an inference tensor, so neither shows
+    here. Any other object counts by who it is; nothing is kept alive that can be referred to weakly.
+    """
+    return structure(value, tensor=_tensor_identity, other=lambda each, _: Identity(each))
+
+
+def digest(value: Any) -> bytes:
+    """Return sixteen bytes that are equal for equal values, whichever process has them.
+
+    Numbers, texts, tensors, arrays and pictures count by content and kind (a tensor's device does not count),
+    generators by state, containers by what is in them, callables and classes by being there. Any other object counts by
+    its attributes; one that keeps none counts by its pickle, or by its class where it has no pickle.
+    """
+    told = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
+    return hashlib.blake2b(repr(told).encode(errors="backslashreplace"), digest_size=16).digest()
+
+
+def structure(
+    value: Any,
+    *,
+    tensor: Callable[[torch.Tensor], Hashable],
+    other: Callable[[Any, Callable[[Any], Hashable]], Hashable],
+) -> Hashable:
+    """Return a value as nested tuples that are equal where values are, and whose `repr` is if that of the leaves is.
+
+    Args:
+        tensor: what a tensor becomes.
+        other: what an object becomes that is neither plain nor a container, array, picture or generator. It is given
+            the walk itself, to go on inside the object. What it raises comes through.
+    """
+    inside: set[int] = set()
+
+    def walk(value: Any) -> Hashable:
+        if isinstance(value, PLAIN):
+            # As text: 1, 1.0 and True are equal, as are 0.0 and -0.0, and NaN equals nothing.
+            return (type(value).__name__, repr(value))
+        if isinstance(value, torch.Tensor):
+            return ("tensor", tensor(value))
+        if isinstance(value, torch.Generator):
+            return ("generator", value.device.type, _hash(value.get_state().numpy()))
+        if isinstance(value, Image.Image):
+            palette = value.getpalette() if value.mode in ("P", "PA") else None
+            transparency = repr(value.info.get("transparency"))
+            return ("picture", value.mode, value.size, repr(palette), transparency, _hash(value.tobytes()))
+        if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+            return ("array", str(value.dtype), value.shape, _hash(np.ascontiguousarray(value).tobytes()))
+        if id(value) in inside:
+            return ("itself",)
+        inside.add(id(value))
+        try:
+            return opened(value)
+        finally:
+            inside.discard(id(value))
+
+    def opened(value: Any) -> Hashable:
+        if isinstance(value, Mapping):
+            items = sorted(value.items(), key=lambda item: repr(item[0]))
+            return ("mapping", *[(walk(key), walk(item)) for key, item in items])
+        if isinstance(value, (list, tuple)):
+            return (_name(value), *map(walk, value))
+        if isinstance(value, (set, frozenset)):
+            return ("set", *sorted(map(walk, value), key=repr))
+        if isinstance(value, np.ndarray):  # of objects, whose bytes are addresses
+            return ("array", value.shape, *map(walk, value.ravel().tolist()))
+        return other(value, walk)
+
+    return walk(value)
+
+
+class Identity:
+    """Who an object is: equal to another one of the same object, while that lives, and then to itself alone."""
+
+    __slots__ = ("_id", "_object")
+
+    def __init__(self, value: Any) -> None:
+        self._id = id(value)
+        try:
+            self._object: Callable[[], Any] = weakref.ref(value)
+        except TypeError:  # it stays alive, so that no other one gets its place
+            self._object = lambda: value
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        known = isinstance(other, Identity) and self._id == other._id
+        return known and self._object() is not None and self._object() is other._object()  # type: ignore[attr-defined]
+
+
+def kind_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return the dtype and shape of a tensor, as they are the same on all ranks."""
+    return str(tensor.dtype), tuple(tensor.shape)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often torch has seen a tensor be written to; -1 where it does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def sums(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return the content of each tensor as a sum of its bits, whose terms are weighted by their place.
+
+    The sums are made where the tensors lie; of each device one copy comes to the host. What has no memory that could be
+    looked at counts as 0.
+    """
+    parts: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    columns: dict[torch.device, torch.Tensor] = {}
+    count = 0
+    for place, tensor in enumerate(tensors):
+        count += 1
+        for number, plain in enumerate(_plain(tensor)):
+            if plain.numel():
+                device = plain.device
+                if device not in columns:
+                    columns[device] = place_weights(torch.arange(_ROW, device=device))
+                parts.setdefault(device, []).append((place, _sum(plain, columns[device]) * (2 * number + 1)))
+    result = [0] * count
+    for found in parts.values():
+        values = torch.stack([value for _, value in found]).tolist()
+        for (place, _), value in zip(found, values, strict=True):
+            result[place] = (result[place] + value) % 2**64
+    return result
+
+
+def place_weights(places: torch.Tensor) -> torch.Tensor:
+    """Return an odd pseudo-random int64 factor for each place, an int64: a change of one term always shows."""
+    mixed = (places + 1) * _GOLDEN
+    mixed = (mixed ^ (mixed >> 29)) * (0xBF58476D1CE4E5B9 - 2**64)
+    mixed = (mixed ^ (mixed >> 32)) * (0x94D049BB133111EB - 2**64)
+    return mixed | 1
+
+
+def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The sum of one contiguous tensor, whose last word is filled up with zeros; `columns` are the weights of a row."""
+    content = plain.reshape(-1).view(torch.uint8)
+    if content.numel() % 8:
+        content = torch.nn.functional.pad(content, (0, -content.numel() % 8))
+    elif content.storage_offset() % 8:  # a word must not begin between two others
+        content = content.clone()
+    words = content.view(torch.int64)
+    rows, rest = divmod(words.numel(), _ROW)
+    total = (words[rows * _ROW :] * columns[:rest]).sum()
+    if rows:
+        # What the processor's cache holds; a GPU wants more at once.
+        at_once = 2**3 if plain.device.type == "cpu" else 2**8
+        weights = place_weights(torch.arange(_ROW, _ROW + rows, device=plain.device))
+        blocks = words[: rows * _ROW].view(rows, _ROW).split(at_once)
+        for block, factors in zip(blocks, weights.split(at_once), strict=True):
+            total += ((block * columns).sum(1) * factors).sum()
+    return total
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The memory of a tensor as contiguous tensors; nothing where there is none that can be looked at."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [each for name in names for each in _plain(getattr(tensor, name))]
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return []
+    return [tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()]
+
+
+def _tensor_identity(tensor: torch.Tensor) -> Hashable:
+    return Identity(tensor), version_of(tensor), tensor.dtype, tensor.shape
+
+
+def _content(value: Any, walk: Callable[[Any], Hashable]) -> Hashable:
+    if callable(value):
+        return ("callable",)
+    if attributes := getattr(value, "__dict__", None):
+        return (_name(value), walk(attributes))
+    return (_name(value), _hash(_pickled(value)))
+
+
+def _name(value: Any) -> str:
+    cls = stock_class(value)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _pickled(value: Any) -> bytes:
+    refusals: tuple[type[Exception], ...] = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)
+    reduce: Callable[[Any], bytes] = pickle.dumps
+    try:
+        return reduce(value)
+    except refusals:
+        return b""
