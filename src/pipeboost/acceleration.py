@@ -6,17 +6,16 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pipeboost.applied import AppliedPlan, agreed_plan
+from pipeboost.apply import AppliedPlan
 from pipeboost.contract.call import Call
 from pipeboost.core.config import AccelerationConfig, resolve_config
 from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import attach
 from pipeboost.features.parallel import apart
-from pipeboost.plan import Plan
+from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import run_list
 from pipeboost.runner import Calls, weakly
@@ -165,15 +164,15 @@ class Acceleration:
         Raises:
             PipeboostError: no call has finished yet.
         """
-        finished, pipe, parts = self._calls.finished, self._applied.pipe, self._applied.parts.values()
+        finished, pipe = self._calls.finished, self._applied.pipe
         team = self._applied.team
         if finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
         return finished.report(
             pipeline=self.plan.model.pipeline,
             components={} if pipe is None else weights_of(pipe.components),
-            compiled={part.path: asdict(part.compiled.counters) for part in parts if part.compiled is not None},
-            graphs={part.path: part.graphs.summary() for part in parts if part.graphs is not None},
+            compiled=self._applied.counters("compile"),
+            graphs=self._applied.counters("graphs"),
             ulysses="" if team is None else team.carrier,
         )
 

@@ -6,26 +6,32 @@ these leave it. Making a plan changes nothing and loads nothing; whatever cannot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from pipeboost.contract.decision import Decision, Decisions
-from pipeboost.contract.model_info import ModelInfo
-from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig
+from pipeboost.contract.model_info import ModelInfo, read_model_info
+from pipeboost.contract.registry import family_of
+from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
 from pipeboost.core.families import Activations, Family
-from pipeboost.core.hardware import Hardware
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.distributed import decline, meet, world_size
 from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
 from pipeboost.features.graphs.decide import decide as decide_graphs
-from pipeboost.features.offload import in_gib, memory_in_words, predict
+from pipeboost.features.offload import execution_device, in_gib, memory_in_words, predict
 from pipeboost.features.offload.decide import decide as decide_offload
 from pipeboost.features.parallel.decide import decide as decide_parallel
+from pipeboost.features.parallel.own_device import to_own_device
 from pipeboost.features.quantize.decide import decide as decide_quantize
 from pipeboost.features.reuse.decide import decide as decide_reuse
 from pipeboost.kernels import available_kernels
+
+_PLANS = "plans"
 
 DECIDE = (
     decide_attention,
@@ -141,3 +147,46 @@ class Plan:
             lines.extend(f"  {'':<9}   considered {alternative}" for alternative in decision.considered)
         lines.extend(f"  missing   {item}" for item in self.family.missing)
         return "\n".join(lines)
+
+
+def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
+    """The plan for a pipeline where it is now.
+
+    Raises:
+        PipeboostError: as `make_plan`.
+    """
+    family = family_of(pipe)
+    device = execution_device(pipe, config.offload)
+    return make_plan(config, detect_hardware(device), family, read_model_info(pipe, family, device))
+
+
+def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:
+    """As `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
+
+    Each rank's pipeline is moved to its own device first; nothing else is changed.
+
+    Args:
+        check: raises what else speaks against applying a plan to this rank's pipeline.
+
+    Raises:
+        PipeboostError: as `make_plan` and `check`.
+        RankFailedError: another rank has no plan; its traceback says why.
+    """
+    count, layout = world_size(), config.parallel
+    if count == 1 or layout is None:
+        check()
+        return plan_for(pipe, config)
+    group = layout.group if isinstance(layout, ParallelConfig) else None
+    ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
+    try:
+        check()
+        to_own_device(pipe)
+        plan = plan_for(pipe, config)
+    except Exception as error:
+        # Ranks that would work apart come to no meeting.
+        if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:
+            decline(_PLANS, ranks, error)
+        raise
+    if plan["parallel"].on:
+        meet(_PLANS, ranks, "ready")
+    return plan

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.applied import AppliedPlan
+from pipeboost.apply import AppliedPlan
 from pipeboost.contract.call import Call, current_call, no_call, open_call
 from pipeboost.contract.registry import GENERIC
 from pipeboost.core.errors import PipeboostError

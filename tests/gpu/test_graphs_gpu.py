@@ -235,7 +235,7 @@ def test_views_in_threads_give_what_they_give_alone(streams: bool) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(3))
-    assert pipe.acceleration._applied.parts[id(pipe.transformer)].graphs.counts.replayed > 0
+    assert pipe.acceleration._applied.components[id(pipe.transformer)].counters["graphs"].counts.replayed > 0
 
 
 class Waiting(nn.Module):

@@ -321,7 +321,7 @@ def test_forty_views_leave_nothing_behind():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), quality="exact")
     entry.call(pipe, steps=1)
-    parts = len(pipe.acceleration._applied.parts)
+    parts = len(pipe.acceleration._applied.components)
     for _ in range(40):
         view = copy.copy(pipe)
         view.scheduler = copy.deepcopy(pipe.scheduler)
@@ -330,7 +330,7 @@ def test_forty_views_leave_nothing_behind():
     del view
     gc.collect()
     entry.call(pipe, steps=1)
-    assert len(pipe.acceleration._applied.parts) == parts
+    assert len(pipe.acceleration._applied.components) == parts
 
 
 def test_removing_one_of_two_pipelines_with_one_transformer_leaves_the_other_as_it_was():

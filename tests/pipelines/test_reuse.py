@@ -271,7 +271,7 @@ def test_embeddings_given_by_the_user_pass_through():
     expected = ENTRY.call(ENTRY.build(), **given)
     for _ in range(2):
         assert torch.equal(ENTRY.call(pipe, **given), expected)
-    assert len(pipe.acceleration._applied._prompts.store) == 0
+    assert len(pipe.acceleration._applied.context.joined["reuse"].store) == 0
 
 
 def test_an_encoder_in_training_mode_is_never_reused():
@@ -301,7 +301,7 @@ def test_a_weight_that_changes_while_it_encodes_is_seen():
     weight = pipe.text_encoder_2.shared.weight
     pipe.text_encoder_2.register_forward_hook(lambda *_: _turn(weight))
     assert encoded(ENTRY, pipe, runs) > 0
-    assert len(pipe.acceleration._applied._prompts.store) == 0
+    assert len(pipe.acceleration._applied.context.joined["reuse"].store) == 0
 
 
 def _turn(weight):
@@ -344,7 +344,7 @@ def test_what_the_script_does_to_embeddings_in_place_does_not_reach_the_store():
 
 def test_the_bound_is_kept():
     pipe, runs = accelerated(reuse=ReuseConfig(max_bytes=12_000))
-    store = pipe.acceleration._applied._prompts.store
+    store = pipe.acceleration._applied.context.joined["reuse"].store
     for prompt in ("a", "b", "c"):
         encoded(ENTRY, pipe, runs, prompt=prompt)
         assert 0 < store.size <= 12_000
@@ -391,7 +391,7 @@ def test_remove_and_a_dropped_pipeline_free_every_embedding():
         pipe, runs = accelerated()
         encoded(ENTRY, pipe, runs)
         acceleration = pipe.acceleration if drop == "remove" else None
-        store = pipe.acceleration._applied._prompts.store
+        store = pipe.acceleration._applied.context.joined["reuse"].store
         kept = weakref.ref(next(iter(store._entries.values())).returned[0])
         del store, runs
         gc.collect()

@@ -19,7 +19,7 @@ from pipeboost import ParallelConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
 from pipeboost.core.hardware import device_of
 from pipeboost.features.offload import execution_device
-from pipeboost.features.parallel.rank_team import to_be_split
+from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image

@@ -65,7 +65,6 @@ class ApplyContext:
         hardware: what the pipeline runs on.
         model: the model as the last decision leaves it.
         acceleration: in whose calls the features act.
-        of_view: whether only a view of the pipeline has the component.
         ranks: the ranks that run the pipeline together; None for one rank.
         joined: feature → what its `join` returned.
     """
@@ -76,7 +75,6 @@ class ApplyContext:
     hardware: Hardware
     model: ModelInfo
     acceleration: weakref.ref[Any]
-    of_view: bool = False
     ranks: RankContext | None = None
     joined: Mapping[str, Any] = field(default_factory=dict)
 

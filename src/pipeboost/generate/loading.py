@@ -134,7 +134,7 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
     """
     import torch
 
-    from pipeboost.features.parallel.rank_team import to_be_split
+    from pipeboost.features.parallel.own_device import to_be_split
 
     if settings.device == "cuda" and world_size() > 1:
         waiting = to_be_split(pipe, settings.acceleration.parallel)

@@ -10,7 +10,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class CompiledModel:
     counters: Counters = field(default_factory=Counters)
     _owners: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False)
     _every_call: bool = field(default=False, repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as a report shows them."""
+        return asdict(self.counters)
 
     def runs_in(self, call: Call | None) -> bool:
         """Whether a call runs compiled: one that was opened by an acceleration that asked for it."""

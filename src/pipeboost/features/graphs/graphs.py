@@ -137,7 +137,7 @@ class Graphs:
         return call_next(*args, **kwargs)
 
     def summary(self) -> dict[str, Any]:
-        """`counts`, as a report tells them."""
+        """Return the counts as a report shows them."""
         return {**vars(self.counts), "eager": dict(self.counts.eager)}
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`Team`: the ranks that run one accelerated pipeline together, and what each of them does to its components."""
+"""`RankTeam`: the ranks that run one accelerated pipeline together, and what each of them does to its components."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pipeboost.contract.model_info import Split, splits_of
-from pipeboost.contract.registry import family_of, text_encoder_sharding
+from pipeboost.contract.context import ApplyContext, RankContext
+from pipeboost.contract.decision import Decision
+from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family, TensorSharding
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
 from pipeboost.distributed import (
     AXES,
     SEQUENCE,
     Mesh,
-    local_device,
     require_same_state,
-    world_size,
 )
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.failure.collective_errors import AllOrNone
 from pipeboost.distributed.failure.watch import watched
-from pipeboost.features.attention import refuse_stock_processors
 from pipeboost.features.parallel import (
     AcrossRanks,
     RunningState,
@@ -47,15 +44,15 @@ from pipeboost.features.parallel import (
     share_batch,
     share_branches,
 )
-from pipeboost.plan import Decision, Plan
+from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
 
 
-class Team:
+class RankTeam:
     """The ranks of one pipeline. Every rank makes it at the same point of its program, and so it leaves it.
 
     Args:
         pipe: the pipeline, on this rank's device.
-        plan: has a layout.
+        context: its decisions have a layout.
 
     Attributes:
         mesh: the ranks.
@@ -66,19 +63,19 @@ class Team:
         UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
     """
 
-    def __init__(self, pipe: Any, plan: Plan) -> None:
-        layout: ParallelConfig = plan["parallel"].settings
-        self.text_encoders = _shared_encoders(pipe, layout, plan.model.splits or {})
+    def __init__(self, pipe: Any, context: ApplyContext) -> None:
+        layout: ParallelConfig = context.decisions["parallel"].settings
+        self.text_encoders = shared_encoders(pipe, layout, context.model.splits or {})
         self._layout = layout
-        self._family: Family = plan.family
+        self._family: Family = context.family
         self._state = RunningState()
-        self._shares_vae = layout.shares_vae(plan.quality)
+        self._shares_vae = layout.shares_vae(context.tier)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._all_or_none = AllOrNone(self.mesh, "accelerate_pipeline")
         try:
             with self.watched(lambda: "accelerate_pipeline"):
-                self._refuse_different_plans(plan)
+                self._refuse_different_plans(context)
         except BaseException:
             self.mesh.close()
             raise
@@ -88,6 +85,11 @@ class Team:
     def token_ranks(self) -> int:
         """How many ranks share the tokens."""
         return self.mesh.group(*SEQUENCE).size
+
+    @property
+    def ranks(self) -> RankContext:
+        """The ranks as other features see them."""
+        return RankContext(self.mesh, self.across, self.token_ranks, self.telling)
 
     @property
     def carrier(self) -> str:
@@ -183,19 +185,10 @@ class Team:
 
     def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
         shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
-        _take_from_host(model, self.mesh.device, ledger)
+        take_from_host(model, self.mesh.device, ledger)
 
-    def refuse_stock_processors(self, model: Any) -> None:
-        """Refuse attention processors that would see a rank's own tokens only.
-
-        Raises:
-            UnsupportedError: a block has one.
-        """
-        if self.across is not None:
-            refuse_stock_processors(model, [blocks.path for blocks in self._family.blocks])
-
-    def _refuse_different_plans(self, plan: Plan) -> None:
-        summary = (f"quality: {plan.quality}", *map(_in_words, plan.decisions.values()))
+    def _refuse_different_plans(self, context: ApplyContext) -> None:
+        summary = (f"quality: {context.tier}", *map(_in_words, context.decisions.values()))
         plans = self.mesh.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
@@ -235,90 +228,3 @@ def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
 
     ledger.record("progress bar", undo)
     pipe._progress_bar_config = ours
-
-
-def to_own_device(pipe: Any) -> None:
-    """Move a pipeline that `.to("cuda")` has put on the first device, on every rank, to the one of this rank.
-
-    Components that wait on the host for the ranks to split them stay there.
-    """
-    if world_size() == 1 or device_of(pipe).type != "cuda":
-        return
-    device = local_device()
-    torch.cuda.set_device(device)
-    if device_of(pipe) != device:
-        waiting = [each for each in _modules(pipe).values() if _is_on_host(each)]
-        if not waiting:
-            pipe.to(device)
-        for component in _modules(pipe).values():
-            if component not in waiting:
-                component.to(device)
-
-
-def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
-    """Components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
-
-    It moves each rank's share to its device. The rest of the pipeline is on that device.
-
-    Args:
-        layout: the setting `parallel`; only where it names tensor ranks, components wait.
-
-    Raises:
-        UnsupportedError: as `Team`.
-    """
-    if not isinstance(layout, ParallelConfig) or layout.tensor == 1:
-        return ()
-    family, modules = family_of(pipe), _modules(pipe)
-    if family.tensor is None:
-        return ()
-    denoisers = tuple(name for name in family.denoisers if name in modules)
-    return denoisers + _shared_encoders(pipe, layout, splits_of(modules, family))
-
-
-def _take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger) -> None:
-    """Move the share of a model that has waited on the host to its rank's device, and back before it is made whole."""
-    if device.type == "cpu" or not _is_on_host(model):
-        return
-    reference = weakref.ref(model)
-
-    def apply(inner: Ledger) -> None:
-        inner.record(f"device of {stock_class(model).__name__}", back)
-        model.to(device)
-
-    def back() -> None:
-        target = reference()
-        if target is not None:
-            target.to("cpu")
-
-    ledger.share(model, "device", device, apply)
-
-
-def _is_on_host(module: torch.nn.Module) -> bool:
-    first = next(module.parameters(), None)
-    return first is not None and first.device.type == "cpu"
-
-
-def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
-    return {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
-
-
-def _shared_encoders(pipe: Any, layout: ParallelConfig, splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """The text encoders whose weights the ranks share; left to us, those that can be split so.
-
-    Raises:
-        UnsupportedError: they were asked to, and one cannot be split.
-    """
-    if not layout.shares_text_encoders:
-        return ()
-    shared = []
-    for name, component in _modules(pipe).items():
-        if not name.startswith("text_encoder"):
-            continue
-        if name in splits and layout.tensor in splits[name].degrees:
-            shared.append(name)
-        elif layout.text_encoder is True:
-            raise UnsupportedError(
-                f"{layout.tensor} ranks cannot share the weights of {name}, a {stock_class(component).__name__}; use "
-                "ParallelConfig(text_encoder='auto')"
-            )
-    return tuple(shared)
