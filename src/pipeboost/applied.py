@@ -13,7 +13,7 @@ import torch
 
 from pipeboost.apply import Part, accelerate_part
 from pipeboost.contract.call import Call
-from pipeboost.contract.model_info import facts_of
+from pipeboost.contract.model_info import model_info
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import AccelerationConfig, ParallelConfig
 from pipeboost.core.errors import PipeboostError
@@ -38,7 +38,7 @@ def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     """
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
-    return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
+    return make_plan(config, detect_hardware(device), family, model_info(pipe, family, device))
 
 
 def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.model_info import ModelFacts, activations_of_one_rank, of_one_rank, split_kinds
+from pipeboost.contract.model_info import ModelInfo, activations_of_one_rank, of_one_rank, split_kinds
 from pipeboost.core.config import (
     FEATURES,
     OFFLOAD_KINDS,
@@ -84,7 +84,7 @@ class Plan:
     quality: str
     family: Family
     hardware: Hardware
-    facts: ModelFacts
+    facts: ModelInfo
     decisions: tuple[Decision, ...]
     default: bool
     policies: Mapping[str, str] = field(default_factory=dict)
@@ -129,11 +129,13 @@ class Plan:
         for decision in self.decisions:
             lines.append(f"  {decision.feature:<9} {decision.choice}: {decision.why}")
             lines.extend(f"  {'':<9}   considered {alternative}" for alternative in decision.considered)
+        for path, name in self.facts.stock_denoisers.items():
+            lines.append(f"  stock     {path}, a {name} that steps call beside the transformer, stays stock")
         lines.extend(f"  missing   {item}" for item in self.family.missing)
         return "\n".join(lines)
 
 
-def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Plan:
+def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelInfo) -> Plan:
     """Decide every feature.
 
     Raises:
@@ -141,7 +143,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
         UnsupportedError: a setting needs what this machine, model or version does not have.
         MissingPackageError: a setting needs a package that is not installed.
     """
-    attention = _attention(config, hardware, facts)
+    attention = _attention(config, hardware, family, facts)
     parallel = _parallel(config, hardware, family, facts, attention=attention.on)
     facts = of_one_rank(facts, parallel.settings)
     activations = activations_of_one_rank(family.activations, parallel.settings, config.quality)
@@ -174,7 +176,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
     )
 
 
-def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts) -> Decision:
+def _attention(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelInfo) -> Decision:
     asked = config.attention
     if asked is None:
         return Decision("attention", "off", "turned off; stock's processors run")
@@ -192,11 +194,12 @@ def _attention(config: AccelerationConfig, hardware: Hardware, facts: ModelFacts
                 "themselves; use attention=None"
             )
         return Decision("attention", "off", "its processors call their kernel themselves", left)
-    return Decision("attention", choice, why, (*considered, *left), settings)
+    padding = "padding of the text is cut" if family.padded_text else "padding of the text, if any, stays as in stock"
+    return Decision("attention", choice, f"{why}; {padding}", (*considered, *left), settings)
 
 
 def _parallel(
-    config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts, *, attention: bool
+    config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelInfo, *, attention: bool
 ) -> Decision:
     asked = config.parallel
     given = asked if isinstance(asked, ParallelConfig) else None
@@ -254,7 +257,7 @@ def _quantize(config: AccelerationConfig) -> Decision:
     return Decision("quantize", "off", "fp8 linears are not in this version yet")
 
 
-def _cache(config: AccelerationConfig, family: Family, facts: ModelFacts) -> Decision:
+def _cache(config: AccelerationConfig, family: Family, facts: ModelInfo) -> Decision:
     asked = config.cache
     if asked is None:
         return Decision("cache", "off", "turned off")
@@ -262,13 +265,14 @@ def _cache(config: AccelerationConfig, family: Family, facts: ModelFacts) -> Dec
         if asked != "auto":
             raise _needs_tier("cache", asked, "fast", config.quality)
         return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
-    if not family.blocks:
+    if not (family.blocks and family.pipelines):
+        unknown = "which forwards a step makes" if family.blocks else "which blocks may be skipped"
         if asked != "auto":
             raise UnsupportedError(
-                f"cache needs to know which blocks it may skip, which no family tells for {family.pipelines[0]}; "
-                "use cache=None or add a family (entry-point group 'pipeboost.patches')"
+                f"cache needs to know {unknown}, which no family tells for {facts.pipeline}; use cache=None or add a "
+                "family (entry-point group 'pipeboost.patches')"
             )
-        return Decision("cache", "off", "no family tells which blocks of this pipeline may be skipped")
+        return Decision("cache", "off", f"no family tells {unknown} in {facts.pipeline}")
     if facts.controlnet:
         if asked != "auto":
             raise UnsupportedError(
@@ -319,7 +323,7 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
 
 
 def _graphs(
-    config: AccelerationConfig, hardware: Hardware, facts: ModelFacts, cache: Decision, policies: Mapping[str, str]
+    config: AccelerationConfig, hardware: Hardware, facts: ModelInfo, cache: Decision, policies: Mapping[str, str]
 ) -> Decision:
     asked = config.compile
     if asked is None:
@@ -346,7 +350,7 @@ def _graphs(
 
 
 def _offload(
-    config: AccelerationConfig, hardware: Hardware, facts: ModelFacts, activations: Activations | None
+    config: AccelerationConfig, hardware: Hardware, facts: ModelInfo, activations: Activations | None
 ) -> Decision:
     asked = config.offload
     if isinstance(asked, OffloadConfig) and asked.all_resident:
@@ -387,7 +391,7 @@ def _offload(
     return Decision("offload", where, why, settings=placement)
 
 
-def _reuse(config: AccelerationConfig, facts: ModelFacts, layout: ParallelConfig | None) -> Decision:
+def _reuse(config: AccelerationConfig, facts: ModelInfo, layout: ParallelConfig | None) -> Decision:
     asked = config.reuse
     if asked is None:
         return Decision("reuse", "off", "turned off; every prompt is encoded anew")

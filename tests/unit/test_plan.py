@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.contract.model_info import ModelFacts
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.contract.registry import family_named, generic_family
 from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
@@ -15,7 +15,7 @@ from pipeboost.plan import make_plan
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 CPU = Hardware("cpu", "CPU with 2 cores", None, 24 * 2**30, 1, False, True)
-FACTS = ModelFacts("FluxPipeline", torch.bfloat16, 33 * 2**30)
+FACTS = ModelInfo("FluxPipeline", torch.bfloat16, 33 * 2**30)
 FLUX = family_named("FluxPipeline")
 UNKNOWN = generic_family("SomePipeline", {"transformer": True})
 
@@ -77,8 +77,21 @@ def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
     assert "missing" in str(made)
 
 
+def test_the_plan_says_whether_padding_of_the_text_is_cut():
+    assert plan(family=family_named("HunyuanVideoPipeline"))["attention"].why.endswith("padding of the text is cut")
+    assert plan()["attention"].why.endswith("padding of the text, if any, stays as in stock")
+
+
+def test_branches_of_one_batch_are_not_said_to_wait_but_to_gain_nothing_without_guidance():
+    for pipeline, words in (("ZImagePipeline", "nothing is gained"), ("WanPipeline", "half of them wait")):
+        facts = ModelInfo(pipeline, torch.bfloat16, 1, ranks=2)
+        parallel = make_plan(AccelerationConfig(), H100, family_named(pipeline), facts)["parallel"]
+        assert parallel.choice == "cfg=2"
+        assert words in parallel.why
+
+
 def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
-    facts = ModelFacts("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
+    facts = ModelInfo("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
     assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why
     with pytest.raises(PipeboostError, match="ControlNet adds to the states"):
         make_plan(AccelerationConfig(quality="fast", cache=CacheConfig()), H100, FLUX, facts)
@@ -86,7 +99,7 @@ def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
 
 def test_ranks_share_weights_that_one_device_cannot_hold_whether_or_not_it_is_here():
     transformer = Component("transformer", "transformers", "transformer", 70 * 2**30, 0, 0)
-    facts = ModelFacts("FluxPipeline", torch.bfloat16, transformer.nbytes, components=(transformer,), heads=24, ranks=4)
+    facts = ModelInfo("FluxPipeline", torch.bfloat16, transformer.nbytes, components=(transformer,), heads=24, ranks=4)
     assert make_plan(AccelerationConfig(), H100, FLUX, facts)["parallel"].choice == "ulysses=2, tensor=2"
     encoder = Component("text_encoder", "text_encoders", None, 60 * 2**30, 0, 0)
     both = replace(facts, components=(transformer, encoder))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.contract.model_info import ModelFacts, Split, activations_of_one_rank, of_one_rank, splits_of
+from pipeboost.contract.model_info import ModelInfo, Split, activations_of_one_rank, of_one_rank, splits_of
 from pipeboost.contract.registry import family_named
 from pipeboost.core.config import ParallelConfig
 from pipeboost.features.offload import Component
@@ -17,7 +17,7 @@ COMPONENTS = (
     Component("text_encoder", "text_encoders", None, 1000, 800, 80),
     Component("transformer", "transformers", "transformer", 10_000, 8000, 800),
 )
-FACTS = ModelFacts("FluxPipeline", torch.bfloat16, 11_100, components=COMPONENTS)
+FACTS = ModelInfo("FluxPipeline", torch.bfloat16, 11_100, components=COMPONENTS)
 
 
 def weights(facts):
