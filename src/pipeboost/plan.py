@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeboost.contract.decision import Decision, Decisions
-from pipeboost.contract.model_info import ModelInfo, read_model_info
+from pipeboost.contract.model_info import ModelInfo, model_info
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
 from pipeboost.core.families import Activations, Family
@@ -145,6 +145,8 @@ class Plan:
         for decision in self.decisions.values():
             lines.append(f"  {decision.feature:<9} {decision.choice}: {decision.why}")
             lines.extend(f"  {'':<9}   considered {alternative}" for alternative in decision.considered)
+        for path, name in self.model.stock_denoisers.items():
+            lines.append(f"  stock     {path}, a {name} that steps call beside the transformer, stays stock")
         lines.extend(f"  missing   {item}" for item in self.family.missing)
         return "\n".join(lines)
 
@@ -157,7 +159,7 @@ def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
     """
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
-    return make_plan(config, detect_hardware(device), family, read_model_info(pipe, family, device))
+    return make_plan(config, detect_hardware(device), family, model_info(pipe, family, device))
 
 
 def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:

@@ -15,7 +15,6 @@ import torch
 
 from pipeboost.apply import AppliedPlan
 from pipeboost.contract.call import Call, current_call, no_call, open_call
-from pipeboost.contract.registry import GENERIC
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.seams import stock_class
 from pipeboost.features.offload import residing
@@ -84,7 +83,7 @@ class Calls:
                     if self._cancellations != cancellations:  # while this call waited
                         call.cancel()
                     call.raise_if_cancelled()
-                    if self.applied.plan.family.name != GENERIC:
+                    if self.applied.plan.family.pipelines:
                         self.applied.stages.verify_arguments(arguments)
                     trajectory = follow_trajectory(call) if wants_trajectory else None
                     with call.state[RECORDER].span(WHOLE_CALL):

@@ -338,7 +338,7 @@ def accelerated_again(name: str) -> dict[str, Any]:
         with; `"components"`: of this rank's, by the plans that split them.
     """
     from pipeboost import ParallelConfig, accelerate_pipeline
-    from pipeboost.contract.model_info import read_model_info
+    from pipeboost.contract.model_info import model_info
 
     entry = TINY[name]
     pipe = entry.build()
@@ -348,7 +348,7 @@ def accelerated_again(name: str) -> dict[str, Any]:
         stock = entry.call(pipe)
         for layout in ({"tensor": 2}, {"tensor": 2}, {"ulysses": 2}, {"tensor": 2}):
             accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
-            weights.append(read_model_info(pipe, family, torch.device("cpu")).weights)
+            weights.append(model_info(pipe, family, torch.device("cpu")).weights)
             if "tensor" in layout:
                 components.append([part.nbytes for part in pipe.acceleration.plan.model.components])
             results.append(entry.call(pipe))

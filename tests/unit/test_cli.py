@@ -1,7 +1,7 @@
 """The command line: what it prints, and that each mistake is one line on stderr and exit code 2."""
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from pipeboost.cli import bench, demo, doctor, main
 from pipeboost.cli.picture import picture_grid
@@ -20,9 +19,9 @@ from pipeboost.core.config import ATTENTION_BACKENDS
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.demo_model import prompts
+from tests.pipelines.tiny import TINY
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "demo_model" / "weights"
-INDEX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
 GPUS = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 2, True, True)
 
 
@@ -51,10 +50,13 @@ def refused(pipeboost):
     return run
 
 
-def stored_pipeline(folder, dtype=torch.float32):
-    (folder / "transformer").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps(INDEX))
-    save_file({"weight": torch.zeros(4, dtype=dtype)}, folder / "transformer" / "weights.safetensors")
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with a tiny pipeline, its transformer in bfloat16; not to be written to."""
+    folder = tmp_path_factory.mktemp("stored")
+    pipe = TINY["flux_dev"].build()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -86,26 +88,39 @@ def test_a_broken_index_is_refused_by_plan(refused, tmp_path, index, sentence):
     assert sentence in refused("plan", tmp_path, "--device", "cpu")
 
 
-def test_broken_weights_are_refused_by_plan(refused, tmp_path):
-    stored_pipeline(tmp_path)
-    (tmp_path / "transformer" / "weights.safetensors").write_bytes(b"no weights")
-    assert "weights.safetensors cannot be read as safetensors" in refused("plan", tmp_path, "--device", "cpu")
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "no weights", "cannot be read as safetensors"),
+        ("transformer/config.json", "{", "config.json cannot be read as JSON"),
+        ("transformer/config.json", '{"quantization_config": {"quant_method": "x"}}', "is stored quantised"),
+        ("model_index.json", '{"_class_name": "NoPipeline"}', "a NoPipeline, which this version of Diffusers does not"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "cannot be loaded"),
+    ],
+)
+def test_a_damaged_pipeline_is_refused_by_plan(refused, stored, tmp_path, file, content, sentence):
+    folder = shutil.copytree(stored, tmp_path / "pipe")
+    (folder / file).write_text(content)
+    assert sentence in refused("plan", folder, "--device", "cpu")
 
 
-def test_plan_reads_a_stored_pipeline_from_its_headers(tmp_path):
-    made = plan_of(str(stored_pipeline(tmp_path, torch.bfloat16)), quality=None, hardware=detect_hardware("cpu"))
-    assert made.model.dtype == torch.bfloat16
+def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_path):
+    made = plan_of(str(stored), quality=None, hardware=detect_hardware("cpu"))
+    assert made.facts.dtype == torch.bfloat16
     assert made.family.name == "flux"
+    bare = shutil.copytree(stored, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assumed = plan_of(str(bare), quality=None, hardware=detect_hardware("cpu"))
+    assert "weights of all components in bfloat16, as no file tells," in str(assumed)
+    assert assumed.decisions == made.decisions
 
 
-def test_without_a_tier_plan_takes_the_files_or_the_environments(pipeboost, tmp_path, monkeypatch):
-    folder = stored_pipeline(tmp_path / "pipe")
+def test_without_a_tier_plan_takes_the_files_or_the_environments(pipeboost, stored, tmp_path, monkeypatch):
     monkeypatch.setenv("PIPEBOOST_QUALITY", "exact")
-    assert "quality='exact'" in pipeboost("plan", folder, "--device", "cpu")[1]
+    assert "quality='exact'" in pipeboost("plan", stored, "--device", "cpu")[1]
     settings = tmp_path / "settings.yaml"
     settings.write_text("quality: balanced\n")
-    assert "quality='balanced'" in pipeboost("plan", folder, "--device", "cpu", "--config", settings)[1]
-    words = ["plan", folder, "--device", "cpu", "--config", settings, "--tier", "fast"]
+    assert "quality='balanced'" in pipeboost("plan", stored, "--device", "cpu", "--config", settings)[1]
+    words = ["plan", stored, "--device", "cpu", "--config", settings, "--tier", "fast"]
     assert "quality='fast'" in pipeboost(*words)[1]
 
 

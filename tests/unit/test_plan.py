@@ -77,6 +77,19 @@ def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
     assert "missing" in str(made)
 
 
+def test_the_plan_says_whether_padding_of_the_text_is_cut():
+    assert plan(family=family_named("HunyuanVideoPipeline"))["attention"].why.endswith("padding of the text is cut")
+    assert plan()["attention"].why.endswith("padding of the text, if any, stays as in stock")
+
+
+def test_branches_of_one_batch_are_not_said_to_wait_but_to_gain_nothing_without_guidance():
+    for pipeline, words in (("ZImagePipeline", "nothing is gained"), ("WanPipeline", "half of them wait")):
+        facts = ModelInfo(pipeline, torch.bfloat16, 1, ranks=2)
+        parallel = make_plan(AccelerationConfig(), H100, family_named(pipeline), facts)["parallel"]
+        assert parallel.choice == "cfg=2"
+        assert words in parallel.why
+
+
 def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
     facts = ModelInfo("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
     assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeboost.bench.full_size import meta_transformer
+from pipeboost.bench.full_size import build_pipeline, full_sizes
 from pipeboost.cli.flags import device_hardware
-from pipeboost.contract.model_info import ModelInfo, splits_of
-from pipeboost.contract.registry import families, family_named, generic_family
+from pipeboost.cli.quiet import quiet_libraries
+from pipeboost.contract.model_info import model_info
+from pipeboost.contract.registry import family_of
 from pipeboost.core.config import resolve_config
-from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.core.families import Family
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.offload import weigh, weigh_stored
 from pipeboost.plan import Plan, make_plan
+from pipeboost.skeleton import skeleton
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
 
 def print_plan(model: str, *, quality: str | None, device: str, config: Path | None, ranks: int = 1) -> None:
@@ -54,127 +51,32 @@ def wrapped(plan: str, width: int) -> str:
 
 
 def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None, ranks: int = 1) -> Plan:
-    """The plan of a model by name or path, from its configuration files alone."""
+    """The plan of a model by name or path, as it will be once it is loaded; no weights are read."""
     settings = resolve_config(config, {} if quality is None else {"quality": quality})
-    family, facts = _published(model) or _stored(model)
-    return make_plan(settings, hardware, family, replace(facts, ranks=ranks))
+    with quiet_libraries():
+        pipe, weighed = _without_weights(model)
+    family = family_of(pipe)
+    info = model_info(pipe, family, torch.device(hardware.device), ranks=ranks, weighed=weighed)
+    return make_plan(settings, hardware, family, info)
 
 
-def _published(model: str) -> tuple[Family, ModelInfo] | None:
-    for family in families():
-        for size in family.full_sizes:
-            if size.name == model:
-                transformer: Any = meta_transformer(size, torch.bfloat16)
-                components = weigh({family.denoisers[0]: transformer}, family)
-                facts = ModelInfo(
-                    size.pipeline,
-                    torch.bfloat16,
-                    sum(component.nbytes for component in components),
-                    weighed="the transformer",
-                    components=components,
-                    model=size.transformer,
-                    heads=transformer.config.num_attention_heads,
-                    splits=splits_of({family.denoisers[0]: transformer}, family),
-                )
-                return family, facts
-    return None
+def _without_weights(model: str) -> tuple[Any, str]:
+    """A pipeline on the meta device, and whose weights it would have."""
+    if model in full_sizes():
+        size = full_sizes()[model]
+        return build_pipeline(size, device=torch.device("meta"), dtype=torch.bfloat16), "the transformer"
+    pipe, known = skeleton(Path(model) if Path(model).is_dir() else _hub_folder(model))
+    return pipe, "all components" if known else "all components in bfloat16, as no file tells,"
 
 
-def _stored(model: str) -> tuple[Family, ModelInfo]:
-    folder = Path(model)
-    index = _local_index(folder) if folder.is_dir() else _hub_index(model)
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str):
-        raise ConfigurationError(f"{model} names no pipeline: its model_index.json has no _class_name")
-    components = {
-        name: entry[0] is not None
-        for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
-    }
-    family = family_named(pipeline) or generic_family(pipeline, components)
-    if not folder.is_dir():
-        return family, ModelInfo(pipeline, torch.bfloat16, 0)
-    sizes, dtype = _stored_weights(folder, [name for name, present in components.items() if present], family)
-    weighed = weigh_stored(sizes, family)
-    transformer = _transformer_config(folder / family.denoisers[0])
-    facts = ModelInfo(
-        pipeline,
-        dtype,
-        sum(each.nbytes for each in weighed),
-        components=weighed,
-        model=transformer.get("_class_name", "the transformer"),
-        heads=transformer.get("num_attention_heads"),
-    )
-    return family, facts
+def _hub_folder(model: str) -> Path:
+    """Everything of a pipeline on the hub but its weights."""
+    from huggingface_hub import snapshot_download
 
-
-def _transformer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _local_index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    if not path.exists():
-        raise ConfigurationError(f"{folder} is not a Diffusers pipeline: it has no model_index.json")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise ConfigurationError(f"{path} must hold a mapping of components, not a {type(index).__name__}")
-    return index
-
-
-def _hub_index(model: str) -> dict[str, Any]:
-    from diffusers import DiffusionPipeline
-
-    names = ", ".join(size.name for family in families() for size in family.full_sizes)
     if model.count("/") != 1:
-        raise ConfigurationError(f"{model!r} is neither a folder, nor a hub id, nor one of {names}")
+        raise ConfigurationError(f"{model!r} is neither a folder, nor a hub id, nor one of {', '.join(full_sizes())}")
     try:
-        return dict(DiffusionPipeline.load_config(model))
+        return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*"], ignore_patterns=_WEIGHTS))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {reason}") from error
-
-
-def _stored_weights(
-    folder: Path, components: Sequence[str], family: Family
-) -> tuple[dict[str, dict[str, int]], torch.dtype]:
-    """Bytes of each component's tensors, and the transformer's dtype, read from the files' headers."""
-    sizes: dict[str, dict[str, int]] = {}
-    dtype: torch.dtype | None = None
-    for component in components:
-        for file in _weight_files(folder / component):
-            tensors = _stored_tensors(file)
-            sizes.setdefault(component, {}).update({name: nbytes for name, (nbytes, _) in tensors.items()})
-            if dtype is None and component in family.denoisers:
-                dtype = next((_DTYPES.get(stored, torch.float32) for _, stored in tensors.values()), None)
-    if not sizes:
-        raise UnsupportedError(f"{folder} holds no safetensors weights, so their size and dtype cannot be told")
-    return sizes, dtype or torch.float32
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that Diffusers loads: without variants (`model.fp16.safetensors`) where there are others."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if file.name.count(".") == 1] or files
-
-
-def _stored_tensors(file: Path) -> dict[str, tuple[int, str]]:
-    """Name → bytes and dtype."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):  # checks the file
-            pass
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
-    return {
-        name: (entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }

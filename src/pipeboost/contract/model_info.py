@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,14 @@ from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations, Family, Linear, TensorSharding
-from pipeboost.core.hardware import free_memory
+from pipeboost.core.hardware import free_memory, has_cuda
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
 from pipeboost.features.offload import (
     Component,
     bytes_on,
+    kind_of,
     placed_components,
     stock_offload,
     unmovable_weights,
@@ -65,8 +67,9 @@ class ModelInfo:
         unmovable: component → reason, for each whose weights offload cannot move.
         controlnet: whether a ControlNet adds residuals between the transformer's blocks.
         encodes: whether it has an `encode_prompt`.
-        processors: how many attention processors can be swapped, None where the model is not loaded.
+        processors: how many attention processors can be swapped; None where nobody has looked.
         stock_processors: class name and reason, for each kind of processor that cannot.
+        stock_denoisers: component → class name, for each model that a step calls beside the transformers.
         model: class name of the transformer.
         heads: its attention heads, None where it does not say.
         ranks: how many processes there are to run the pipeline.
@@ -88,6 +91,7 @@ class ModelInfo:
     encodes: bool = True
     processors: int | None = None
     stock_processors: tuple[tuple[str, str], ...] = ()
+    stock_denoisers: Mapping[str, str] = field(default_factory=dict)
     model: str = "the transformer"
     heads: int | None = None
     ranks: int = 1
@@ -103,11 +107,21 @@ class ModelInfo:
         return tuple(sorted(set.intersection(*allowed))) if allowed else ()
 
 
-def read_model_info(pipe: Any, family: Family, device: torch.device) -> ModelInfo:
-    """Read the model off a loaded pipeline that is to run on `device`."""
+def model_info(
+    pipe: Any, family: Family, device: torch.device, *, ranks: int | None = None, weighed: str = "all components"
+) -> ModelInfo:
+    """Read off a pipeline, loaded or on the meta device, what a plan for it on `device` needs to know.
+
+    Args:
+        ranks: how many processes are to run it; None for those there are.
+        weighed: whose weights are there.
+    """
+    ranks = world_size() if ranks is None else ranks
     denoisers = family.models(pipe)
     modules = placed_components(pipe)
-    reasons = {path: unmovable_weights(module) for path, module in modules.items()}
+    # Weights that a folder still holds will be plain ones.
+    loaded = {path: module for path, module in modules.items() if not any(each.is_meta for each in module.parameters())}
+    reasons = {path: unmovable_weights(module) for path, module in loaded.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
     components = tuple(_whole(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
@@ -116,10 +130,11 @@ def read_model_info(pipe: Any, family: Family, device: torch.device) -> ModelInf
         pipeline=type(pipe).__name__,
         dtype=model.dtype,
         weights=sum(component.nbytes for component in components),
+        weighed=weighed,
         offloaded=stock_offload(pipe),
         components=components,
         device=device,
-        free=free_memory(device) + bytes_on(device, modules.values()) if device.type == "cuda" else None,
+        free=free_memory(device) + bytes_on(device, modules.values()) if device.type == "cuda" and has_cuda() else None,
         unmovable={path: reason for path, reason in reasons.items() if reason is not None},
         controlnet=pipe.components.get("controlnet") is not None,
         encodes=callable(getattr(pipe, "encode_prompt", None)),
@@ -127,9 +142,19 @@ def read_model_info(pipe: Any, family: Family, device: torch.device) -> ModelInf
         stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
         model=stock_class(model).__name__,
         heads=heads if isinstance(heads, int) else None,
-        ranks=world_size(),
-        splits=splits_of(modules, family) if world_size() > 1 else None,
+        ranks=ranks,
+        splits=splits_of(modules, family) if ranks > 1 else None,
+        stock_denoisers={
+            path: stock_class(module).__name__
+            for path, module in modules.items()
+            if kind_of(path, family) == ("transformers", None) and _takes_timestep(module)
+        },
     )
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    forward: Any = stock_class(module)
+    return bool({"timestep", "t"} & inspect.signature(forward.forward).parameters.keys())
 
 
 def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Split]:

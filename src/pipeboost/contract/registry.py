@@ -1,7 +1,8 @@
 """The families that there are, and which of them a pipeline is of.
 
-`patches/` declares ours; other packages add theirs through the entry-point group `pipeboost.patches`. A pipeline
-without a family gets `generic_family`, which knows only what Diffusers declares.
+`patches/` declares ours; other packages add theirs through the entry-point group `pipeboost.patches`. A pipeline is of
+the family that lists its class, else of the one that lists the class of its transformers, of which it gets what holds
+in any pipeline. One without either gets `generic_family`, which knows only what Diffusers declares.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from typing import Any
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family, TensorSharding
 from pipeboost.core.seams import stock_class
-
-GENERIC = "generic"
-"""Name of the family of pipelines that no family claims."""
 
 
 def text_encoder_sharding(encoder: Any) -> TensorSharding | None:
@@ -34,7 +32,7 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a Diffusers pipeline; `generic_family` where none claims its class.
+    """The family of a Diffusers pipeline: by its class, else by that of its transformers, else `generic_family`.
 
     Raises:
         UnsupportedError: not a Diffusers pipeline, or one without a transformer.
@@ -43,17 +41,43 @@ def family_of(pipe: Any) -> Family:
 
     if not isinstance(pipe, DiffusionPipeline):
         raise UnsupportedError(f"pipe must be a Diffusers pipeline, not {type(pipe).__name__}")
-    names = [cls.__name__ for cls in stock_class(pipe).__mro__]
     for family in families():
-        if any(name in family.pipelines for name in names) and family.models(pipe):
+        if _is_one_of(pipe, family.pipelines) and family.models(pipe):
             return family
-    present = {name: component is not None for name, component in pipe.components.items()}
-    return generic_family(stock_class(pipe).__name__, present)
+    name = stock_class(pipe).__name__
+    for family in families():
+        models = family.models(pipe).values()
+        if models and all(_is_one_of(model, family.transformers) for model in models):
+            return _in_any_pipeline(family, name)
+    return generic_family(name, {path: component is not None for path, component in pipe.components.items()})
 
 
 def family_named(pipeline_class: str) -> Family | None:
     """The family that claims a pipeline class name, or None."""
     return next((family for family in families() if pipeline_class in family.pipelines), None)
+
+
+def _is_one_of(obj: Any, names: tuple[str, ...]) -> bool:
+    return any(cls.__name__ in names for cls in stock_class(obj).__mro__)
+
+
+def _in_any_pipeline(family: Family, pipeline: str) -> Family:
+    """What of a family holds for its models whatever script calls them, and how often."""
+    padding = ("how it pads its text: masks reach the attention kernels as they are",) if family.padded_text else ()
+    return Family(
+        name=family.name,
+        pipelines=(),
+        transformers=family.transformers,
+        denoisers=family.denoisers,
+        blocks=family.blocks,
+        # That it is padded on the right is the script's doing.
+        padded_text=None,
+        full_sizes=(),
+        token_sharding=family.token_sharding,
+        tensor=family.tensor,
+        autoencoder=family.autoencoder,
+        missing=(f"which forwards {pipeline} makes in a step: a cache and cfg ranks are refused", *padding),
+    )
 
 
 def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
@@ -71,8 +95,8 @@ def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
         unet = " (its denoiser is a U-Net, which pipeboost does not accelerate)" if components.get("unet") else ""
         raise UnsupportedError(f"{pipeline} has no transformer to accelerate{unet}")
     return Family(
-        name=GENERIC,
-        pipelines=(pipeline,),
+        name="generic",
+        pipelines=(),
         transformers=(),
         denoisers=denoisers,
         blocks=(),

@@ -291,7 +291,7 @@ class Family:
 
     Attributes:
         name: the family's name.
-        pipelines: Diffusers pipeline class names.
+        pipelines: Diffusers pipeline class names; empty where the pipeline's script is not known.
         transformers: Diffusers transformer class names.
         denoisers: attributes of the pipeline that hold its transformers, in the order the loop uses them.
         blocks: the repeated blocks of a transformer.
@@ -310,7 +310,7 @@ class Family:
         token_sharding: how ranks can share the tokens; None where that is not known.
         tensor: how its transformers' weights are split in tensor parallelism; None where that is not known.
         autoencoder: what its VAE is made of; None where that is not known.
-        missing: for the generic family, what is not known and therefore left out, in words.
+        missing: where the script is not known, what else is not and is therefore left out, in words.
     """
 
     name: str

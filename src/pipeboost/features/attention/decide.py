@@ -37,4 +37,5 @@ def decide(
                 "themselves; use attention=None"
             )
         return Decision("attention", "off", "its processors call their kernel themselves", left)
-    return Decision("attention", choice, why, (*considered, *left), settings)
+    padding = "padding of the text is cut" if family.padded_text else "padding of the text, if any, stays as in stock"
+    return Decision("attention", choice, f"{why}; {padding}", (*considered, *left), settings)

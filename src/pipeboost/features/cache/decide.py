@@ -26,13 +26,14 @@ def decide(
         if asked != "auto":
             raise needs_tier("cache", asked, "fast", config.quality)
         return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
-    if not family.blocks:
+    if not (family.blocks and family.pipelines):
+        unknown = "which forwards a step makes" if family.blocks else "which blocks may be skipped"
         if asked != "auto":
             raise UnsupportedError(
-                f"cache needs to know which blocks it may skip, which no family tells for {family.pipelines[0]}; "
-                "use cache=None or add a family (entry-point group 'pipeboost.patches')"
+                f"cache needs to know {unknown}, which no family tells for {model.pipeline}; use cache=None or add a "
+                "family (entry-point group 'pipeboost.patches')"
             )
-        return Decision("cache", "off", "no family tells which blocks of this pipeline may be skipped")
+        return Decision("cache", "off", f"no family tells {unknown} in {model.pipeline}")
     if model.controlnet:
         if asked != "auto":
             raise UnsupportedError(

@@ -1,6 +1,6 @@
 """Residency: which component waits on the host, and when its weights are on the device."""
 
-from pipeboost.features.offload.budget import Component, bytes_on, predict, weigh, weigh_stored
+from pipeboost.features.offload.budget import Component, bytes_on, kind_of, predict, weigh
 from pipeboost.features.offload.choice import choose_policies, in_gib, memory_in_words
 from pipeboost.features.offload.place import (
     Placement,
@@ -19,6 +19,7 @@ __all__ = [
     "choose_policies",
     "execution_device",
     "in_gib",
+    "kind_of",
     "memory_in_words",
     "place",
     "placed_components",
@@ -27,5 +28,4 @@ __all__ = [
     "stock_offload",
     "unmovable_weights",
     "weigh",
-    "weigh_stored",
 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -91,24 +90,6 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[Component, 
         ]
         total = sum(tensor.numel() * tensor.element_size() for tensor in new)
         found.append(Component(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0)))
-    return tuple(found)
-
-
-def weigh_stored(sizes: Mapping[str, Mapping[str, int]], family: Family) -> tuple[Component, ...]:
-    """Weigh components by the bytes of their stored tensors: component → tensor name → bytes."""
-    found = []
-    for path, tensors in sizes.items():
-        lists: dict[str, dict[str, int]] = {}
-        for name, nbytes in tensors.items():
-            match = re.match(r"(.*?)\.(\d+)\.", name)
-            if match:
-                members = lists.setdefault(match[1], {})
-                members[match[2]] = members.get(match[2], 0) + nbytes
-        known = [blocks.path for blocks in family.blocks] if path in family.denoisers else []
-        wanted = known or [name for name, members in lists.items() if len(members) >= _SHORTEST_LIST]
-        blocks = [nbytes for name in wanted for nbytes in lists.get(name, {}).values()]
-        kind = kind_of(path, family)
-        found.append(Component(path, *kind, sum(tensors.values()), sum(blocks), max(blocks, default=0)))
     return tuple(found)
 
 

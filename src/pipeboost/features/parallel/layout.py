@@ -72,8 +72,13 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     if refusal is not None:
         raise _none_suits(ranks, refusal)
     reasons = []
-    if cfg > 1:
+    if cfg > 1 and ranks.family.batched is None:
         reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
+    elif cfg > 1:
+        reasons.append(
+            "each rank computes its part of a step's batch of guidance branches (where guidance is off, as in calls of "
+            "distilled models, one prompt is computed whole by every rank: nothing is gained)"
+        )
     if tensor > 1:
         reasons.append("the weights do not fit on one device")
     if ulysses > 1:
@@ -155,6 +160,8 @@ def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
 def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
     """What speaks against a degree, as the end of a sentence that begins with it."""
     family, model = ranks.family, ranks.model
+    if axis == "cfg" and not family.pipelines:
+        return f"is not known to be possible for {model} in this pipeline, which no family lists"
     if axis == "cfg" and family.prediction is not None:
         # A script combines its two predictions as soon as it has made them; a guider says when it has all of its.
         return None if degree == 2 or family.guider else f"is not 2, as many guidance branches as a step of {model} has"

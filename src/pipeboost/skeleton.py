@@ -1,0 +1,125 @@
+"""`skeleton`: a stock pipeline built from its folder, whose models have shapes and dtypes but no weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def skeleton(folder: Path) -> tuple[Any, bool]:
+    """Build the pipeline of a folder, its models on the meta device in the dtype that they are stored in.
+
+    Returns:
+        The pipeline, and whether that dtype is known: models without safetensors weights are bfloat16.
+
+    Raises:
+        ConfigurationError: the folder is no pipeline, or Diffusers cannot build it.
+        UnsupportedError: a model is stored quantised.
+    """
+    index = _index(folder)
+    pipeline: Any = getattr(importlib.import_module("diffusers"), index["_class_name"], None)
+    if pipeline is None:
+        raise ConfigurationError(
+            f"{folder} holds a {index['_class_name']}, which this version of Diffusers does not have"
+        )
+    known = True
+    # Of components that a folder leaves out, Diffusers asks to be told so.
+    models: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    for name, entry in index.items():
+        model = _model(folder / name, *entry) if isinstance(entry, list) and len(entry) == 2 else None
+        if model is not None:
+            dtype = _stored_dtype(folder / name)
+            known = known and dtype is not None
+            models[name] = model.to(dtype or torch.bfloat16)
+    try:
+        # Asked by the base class, Diffusers loads components that are optional whether or not they are given.
+        return pipeline.from_pretrained(folder, local_files_only=True, **models), known
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    if not path.exists():
+        raise ConfigurationError(f"{folder} is not a Diffusers pipeline: it has no model_index.json")
+    index = _read(path)
+    if not isinstance(index, dict):
+        raise ConfigurationError(f"{path} must hold a mapping of components, not a {type(index).__name__}")
+    if not isinstance(index.get("_class_name"), str):
+        raise ConfigurationError(f"{folder} names no pipeline: its model_index.json has no _class_name")
+    return index
+
+
+def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Module | None:
+    """A component without weights; None where it is no model of Diffusers or transformers."""
+    from diffusers import ModelMixin, pipelines
+
+    if library is None or class_name is None:
+        return None
+    found = library in ("diffusers", "transformers")
+    cls: Any = getattr(
+        importlib.import_module(library) if found else getattr(pipelines, library, None), class_name, None
+    )
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return None
+    config = _read(folder / "config.json")
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"{folder} is stored quantised, and only loading tells what becomes of it; load the pipeline, and print "
+            "accelerate_pipeline(pipe).acceleration.plan"
+        )
+    try:
+        with torch.device("meta"):
+            if issubclass(cls, ModelMixin):
+                return cls.from_config(config)
+            return cls(cls.config_class.from_pretrained(folder))
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{folder} does not configure a {class_name}: {reason}") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that most of a model's bytes are stored in, by the headers of its files."""
+    nbytes: Counter[str] = Counter()
+    for file in _weight_files(folder):
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                nbytes[entry["dtype"]] += last - first
+    return _DTYPES.get(nbytes.most_common(1)[0][0], torch.float32) if nbytes else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Diffusers loads: without variants (`model.fp16.safetensors`) where there are others."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name.count(".") == 1] or files
+
+
+def _header(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):  # checks the file
+            pass
+        with file.open("rb") as stream:
+            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
+    return header
