@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeboost import ParallelConfig, accelerate_pipeline
+from tests.floors import floor_of, once
 from tests.pipelines.tiny import TINY
 
 
@@ -20,7 +21,7 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
 
     Returns:
         `"shared"`: largest difference of any output of ranks to one rank; `"removed"`: of stock after to stock before;
-        `"batches"`: the batch of each forward that this rank's transformer computed.
+        `"batches"`: the batch of each forward that this rank's transformer computed; `"size"`: of the largest value.
     """
     entry = TINY[name]
     pipe = entry.build()
@@ -42,7 +43,17 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
             stock = run()
         pipe.acceleration.remove()
         after = run()
-    return {"shared": _largest(shared, stock), "removed": _largest(after, stock), "batches": computed}
+    size = max(float(value.abs().max()) for value in stock)
+    return {"shared": _largest(shared, stock), "removed": _largest(after, stock), "batches": computed, "size": size}
+
+
+@once
+def floor(name: str) -> float:
+    """How far the order of sums alone moves any output of the pipeline's own call."""
+    entry = TINY[name]
+    pipe = entry.build()
+    call = {"output_type": "latent"}
+    return floor_of(lambda: list(pipe(**entry.call_kwargs(**call)).values()), pipe.transformer)
 
 
 def in_double(pipe: DiffusionPipeline) -> None:
@@ -50,18 +61,19 @@ def in_double(pipe: DiffusionPipeline) -> None:
     pipe.to(torch.float64)
 
 
-def forward_difference(name: str) -> float:
-    """Largest difference of one forward on all ranks of `cfg` to stock's, as a part of the largest value."""
+def forward_difference(name: str) -> tuple[float, float]:
+    """Largest difference of one forward on all ranks of `cfg` to stock's, and how far rounding moves that."""
     entry = TINY[name]
     pipe = entry.build()
     inputs = entry.forward_inputs(pipe)
     with torch.no_grad():
         stock = _flat(pipe.transformer(**copy.deepcopy(inputs)))
+        floor = floor_of(lambda: pipe.transformer(**copy.deepcopy(inputs)), pipe.transformer)
         accelerate_pipeline(pipe, attention=None, parallel=ParallelConfig(cfg=2), reuse=None)
         with pipe.acceleration.open():
             shared = _flat(pipe.transformer(**copy.deepcopy(inputs)))
         pipe.acceleration.remove()
-    return _largest(shared, stock) / max(float(value.abs().max()) for value in stock)
+    return _largest(shared, stock), floor
 
 
 def strides_of_two_branches(name: str) -> list[tuple[int, ...]]:

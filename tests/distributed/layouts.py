@@ -28,7 +28,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 # One variant of each family, all with two branches a step; Wan 2.2 runs both experts.
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video_true_cfg")
-LIMIT = 1e-5
 _START, _END = "<!-- parity table -->", "<!-- end of the parity table -->"
 
 
@@ -38,11 +37,6 @@ def ranks_of(layout: Mapping[str, int]) -> int:
     for degree in layout.values():
         count *= degree
     return count
-
-
-def limit_of(layout: Mapping[str, int], size: float) -> float:
-    """The largest difference that a layout may make to latents of this size: none where it only shares branches."""
-    return 0.0 if set(layout) == {"cfg"} else LIMIT * max(1.0, size / 4)
 
 
 def main(path: Path) -> None:
@@ -57,11 +51,12 @@ def main(path: Path) -> None:
     found: dict[tuple[str, str], float] = {}
     for layout in track(LAYOUTS, description="layouts"):
         for name in names:
-            results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, name, LAYOUTS[layout])
+            reference = layout_cases.reference(name)
+            settings = (name, LAYOUTS[layout], reference)
+            results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, *settings)
             found[name, layout] = max(result["shared"] for result in results)
             assert all(result["removed"] == 0.0 for result in results), (name, layout)
-            limit = limit_of(LAYOUTS[layout], results[0]["size"])
-            assert found[name, layout] <= limit, (name, layout, found[name, layout])
+            assert layout_cases.is_as_near(found[name, layout], LAYOUTS[layout], name), (name, layout)
     rows = [" | ".join(["| pipeline", *LAYOUTS]) + " |", "| --- " * (len(LAYOUTS) + 1) + "|"]
     rows += [
         " | ".join([f"| {name}", *(_in_words(found[name, layout]) for layout in LAYOUTS)]) + " |" for name in names

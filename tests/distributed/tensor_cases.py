@@ -24,6 +24,7 @@ from pipeboost.distributed.failure.abort import break_off
 from pipeboost.features.compile import compile_model
 from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_bytes
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from tests.floors import floor_of
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
@@ -250,7 +251,7 @@ def compiled(name: str) -> dict[str, Any]:
     entry = TINY[name]
     pipe = entry.build()
     model, inputs, family = pipe.transformer, entry.forward_inputs(pipe), family_of(pipe)
-    expected = _outputs(model, inputs)
+    expected, floor = _outputs(model, inputs), floor_of(lambda: _outputs(model, inputs), model)
     with tensor_group(2) as group, Ledger() as ledger:
         shard_weights(model, _sharding(pipe), group, ledger)
         report = compile_model(model, CompileConfig(backend="aot_eager"), family, ledger)
@@ -260,6 +261,7 @@ def compiled(name: str) -> dict[str, Any]:
         ledger.undo()
     return {
         "difference": _largest(actual, expected),
+        "floor": floor,
         "repeated": _largest(actual, repeated),
         "graphs": report.counters.graphs,
         "classes": len(report.classes),
@@ -273,7 +275,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     expected, whole = _outputs(model, inputs), _bytes(model)
-    split = split_bytes(model, sharding)
+    split, floor = split_bytes(model, sharding), _floor(model, inputs)
     ledger = Ledger()
     report: ShardReport = shard_weights(model, sharding, group, ledger)
     own = _bytes(model)
@@ -283,6 +285,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     after = dict(model.named_parameters())
     return {
         "difference": _largest(actual, expected),
+        "floor": floor,
         "size": max(float(each.abs().max()) for each in expected),
         "same_on_ranks": all(torch.equal(group.all_reduce(each), each * group.size) for each in actual),
         "whole": whole,
@@ -295,6 +298,16 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "again": _largest(_outputs(model, inputs), expected),
         "changes": ledger.changes,
     }
+
+
+def _floor(model: nn.Module, inputs: Any) -> float:
+    """How far rounding moves the outputs; in 16 bits, where ranks round their parts of a sum too, by the true ones."""
+    dtype = next(model.parameters()).dtype
+    if dtype is torch.float32:
+        return floor_of(lambda: _outputs(model, inputs), model)
+    rounded, true = _outputs(model, inputs), _outputs(model.to(torch.float64), _to(inputs, torch.float64))
+    model.to(dtype)
+    return _largest(rounded, true)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:

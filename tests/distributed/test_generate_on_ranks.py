@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.unit.generate_support import run_main
@@ -20,6 +21,7 @@ def test_generate_on_two_ranks_saves_once_what_one_rank_makes(monkeypatch, tmp_p
     assert any("ulysses=2" in line for line in json.loads(report.read_text())["plan"])
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_what_all_ranks_refuse_is_told_in_one_line(monkeypatch, capfd):
     assert run_main(monkeypatch, "generate", "--num-gpus", 2, "--ring-degree", 2, "--width", 100) == 2
     told = capfd.readouterr().err.strip().splitlines()[-1]

@@ -21,12 +21,14 @@ def test_launch_runs_the_function_on_all_ranks_and_returns_what_the_first_return
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("0", "0", "2")
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_a_failing_call_raises_in_the_caller_with_the_first_rank_its_signal_and_stage():
     with pytest.raises(RankFailedError) as raised:
         pipeboost.launch(launch_cases.failing, "kill", 0, "middle", num_gpus=2)
     assert (raised.value.rank, raised.value.signal, raised.value.stage) == (0, "SIGKILL", "denoising")
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback():
     with pytest.raises(RankFailedError, match="ValueError: boom outside") as raised:
         pipeboost.launch(launch_cases.failing_outside, num_gpus=2)
@@ -34,6 +36,7 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
     assert "launch_cases.py" in raised.value.traceback
 
 
+@pytest.mark.usefixtures("quick_launch")
 @pytest.mark.parametrize(
     ("alone", "told"),
     [

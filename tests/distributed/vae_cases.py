@@ -18,6 +18,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
 from pipeboost.features.parallel.vae import parallelize_vae
+from tests.floors import floor_of, once
 from tests.pipelines import tiny_parts as parts
 
 
@@ -114,6 +115,17 @@ def result_of(vae: torch.nn.Module, name: str, what: Map) -> torch.Tensor:
         return vae.encode(given).latent_dist.parameters
     finally:
         vars(vae).update(before)
+
+
+@once
+def expected(name: str, what: Map) -> tuple[torch.Tensor, float]:
+    """What one rank makes of it, and how far the order of sums alone moves that."""
+    vae = build(name)
+
+    def run() -> torch.Tensor:
+        return result_of(vae, name, what)
+
+    return run(), floor_of(run, vae, orders=1)
 
 
 def share(name: str, maps: list[Map]) -> Results:

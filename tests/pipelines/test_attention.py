@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import threading
-import time
 import weakref
 
 import pytest
@@ -18,6 +17,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import add_layer, remove_layer, stock_class
 from pipeboost.features.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
+from tests.floors import floor_of, is_rounding, python_calls
 from tests.pipelines.tiny import TINY, ip_adapter_inputs, load_tiny_ip_adapter
 
 FAMILIES = ("flux_dev", "qwen_image", "wan21_t2v", "wan21_i2v", "hunyuan_video", "hunyuan_video_i2v")
@@ -110,9 +110,10 @@ def test_flex_equals_stock_up_to_rounding_on_masked_attention():
     pipe = entry.build()
     inputs = entry.forward_inputs(pipe)
     expected = forward(pipe.transformer, inputs)
+    floor = floor_of(lambda: forward(pipe.transformer, inputs), pipe.transformer)
     swap_attention(pipe.transformer, "flex", Ledger())
     with a_call():
-        assert (forward(pipe.transformer, inputs) - expected).abs().max() < 1e-4
+        assert is_rounding(float((forward(pipe.transformer, inputs) - expected).abs().max()), floor)
 
 
 def test_a_swapped_model_passes_for_stock(flux_model):
@@ -184,7 +185,7 @@ def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
     entry = TINY[name]
     pipe = entry.build()
     model, inputs = pipe.transformer, entry.forward_inputs(pipe)
-    expected = forward(model, inputs)
+    expected, floor = forward(model, inputs), floor_of(lambda: forward(model, inputs), model)
     swap_attention(model, "auto", Ledger())
     torch._dynamo.reset()
     for block in model.transformer_blocks:
@@ -201,7 +202,7 @@ def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
         finally:
             remove_layer(dispatcher_of(model), "attend", doubled)
         again = forward(model, inputs)
-    assert (plain - expected).abs().max() < 1e-5
+    assert is_rounding(float((plain - expected).abs().max()), floor)
     assert (layered - expected).abs().max() > 1e-2
     assert torch.equal(again, plain)
 
@@ -356,18 +357,13 @@ def test_a_thread_without_a_call_runs_stock_beside_one_that_has_it(flux_model, f
     assert not count
 
 
-def test_rebinding_57_blocks_takes_under_100_microseconds():
+def test_rebinding_takes_four_python_calls_a_block_at_most():
     model = torch.nn.ModuleList(torch.nn.Module() for _ in range(57))
     for block in model:
         block.processor = FluxAttnProcessor()
     swap_attention(model, "auto", Ledger())
     assert all(stock_class(block.processor) is FluxAttnProcessor is not type(block.processor) for block in model)
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        rebind_attention(model)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 100e-6
+    assert python_calls(lambda: rebind_attention(model)) <= 4 * len(model)
 
 
 def test_a_model_is_let_go_after_undo():

@@ -53,7 +53,7 @@ def watching(pipe, seen):
 @pytest.mark.parametrize("name", VARIED)
 def test_an_offloaded_pipeline_gives_stocks_bits_and_comes_off_again(name, policy):
     entry = TINY[name]
-    stock = entry.call(entry.build())
+    stock = entry.stock()
     pipe = offloaded(entry, policy)
     assert torch.equal(entry.call(pipe), stock)
     assert torch.equal(entry.call(pipe), stock)
@@ -73,7 +73,7 @@ def test_a_pipeline_without_a_family_is_streamed_too(name):
     entry = TINY[name]
     if not hasattr(entry.build(), "transformer"):
         pytest.skip("has no transformer")
-    assert torch.equal(entry.call(offloaded(entry, "layerwise")), entry.call(entry.build()))
+    assert torch.equal(entry.call(offloaded(entry, "layerwise")), entry.stock())
 
 
 def test_while_one_expert_denoises_the_other_and_the_encoders_wait():
@@ -95,7 +95,7 @@ def test_a_controlnet_stays_beside_the_denoiser():
 def test_kinds_have_their_own_policies():
     entry = TINY["flux_dev"]
     pipe, seen = offloaded(entry, OffloadConfig("resident", text_encoders="stage")), []
-    assert torch.equal(entry.call(pipe, callback_on_step_end=watching(pipe, seen)), entry.call(entry.build()))
+    assert torch.equal(entry.call(pipe, callback_on_step_end=watching(pipe, seen)), entry.stock())
     assert {path for path, module in pipe.components.items() if module in _modules()} == {
         "text_encoder",
         "text_encoder_2",
@@ -246,7 +246,7 @@ def test_an_error_in_a_call_takes_everything_off_the_device(policy):
         entry.call(pipe, callback_on_step_end=fail)
     assert seen == [{"transformer"}]
     assert not loaded(pipe)
-    assert torch.equal(entry.call(pipe), entry.call(entry.build()))
+    assert torch.equal(entry.call(pipe), entry.stock())
 
 
 def test_outside_of_calls_and_paused_components_work_as_stock():
@@ -311,7 +311,7 @@ def test_two_accelerated_pipelines_share_components_and_the_last_one_takes_them_
     from diffusers import FluxImg2ImgPipeline
 
     entry, other = TINY["flux_dev"], TINY["flux_img2img"]
-    expected, painted = entry.call(entry.build()), other.call(other.build())
+    expected, painted = entry.stock(), other.call(other.build())
     pipe = entry.build()
     second = FluxImg2ImgPipeline.from_pipe(pipe)
     second.set_progress_bar_config(disable=True)
@@ -362,7 +362,7 @@ def test_an_image_encoder_that_comes_later_is_placed_too():
 
 def test_diffusers_own_offload_turned_on_later_takes_over_and_the_plan_says_so():
     entry = TINY["flux_dev"]
-    expected = entry.call(entry.build())
+    expected = entry.stock()
     pipe = offloaded(entry)
     entry.call(pipe)
     for module in (pipe.text_encoder, pipe.text_encoder_2, pipe.transformer, pipe.vae):
@@ -411,13 +411,13 @@ def test_a_saved_pipeline_is_stock(tmp_path):
     pipe.save_pretrained(tmp_path)
     read = type(entry.build()).from_pretrained(tmp_path)
     read.set_progress_bar_config(disable=True)
-    assert torch.equal(entry.call(read), entry.call(entry.build()))
-    assert torch.equal(entry.call(copy.deepcopy(pipe)), entry.call(entry.build()))
+    assert torch.equal(entry.call(read), entry.stock())
+    assert torch.equal(entry.call(copy.deepcopy(pipe)), entry.stock())
 
 
 def test_inference_mode_changes_nothing():
     entry = TINY["flux_dev"]
-    expected = entry.call(entry.build())
+    expected = entry.stock()
     pipe = offloaded(entry, "layerwise")
     with torch.inference_mode():
         assert torch.equal(entry.call(pipe), expected)

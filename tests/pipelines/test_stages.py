@@ -58,7 +58,7 @@ def exact(name, **arguments):
 
 
 def stock(name, **overrides):
-    return TINY[name].call(TINY[name].build(), **overrides)
+    return TINY[name].stock(**overrides)
 
 
 class Failing(Stage):

@@ -44,7 +44,7 @@ def test_same_call_gives_the_same_finite_varied_output(name: str) -> None:
     assert output.std() > 0.02
     assert ((output <= 0) | (output >= 1)).float().mean() < 0.1, "clipping hides differences"
     assert torch.equal(output, entry.call(pipe))
-    assert torch.equal(output, entry.call(entry.build()))
+    assert torch.equal(output, entry.stock())
     assert not torch.equal(output, entry.call(pipe, seed=1))
     assert (output - entry.call(pipe, prompt=OTHER_PROMPT)).abs().max() > 0.02
     assert torch.equal(state, torch.get_rng_state()), "the pipeline drew from the global generator"

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from tests.floors import floor_of, once
 from tests.pipelines.tiny_parts import seeded
 
 PROMPT = "a small red fox walking in the snow"
@@ -70,6 +71,17 @@ class TinyPipeline:
         output = pipe(**self.call_kwargs(seed=seed, steps=steps, **overrides))[0]
         return output if isinstance(output, torch.Tensor) else torch.as_tensor(np.asarray(output))
 
+    def __reduce__(self) -> tuple[Callable[[str], "TinyPipeline"], tuple[str]]:
+        return _named, (self.name,)
+
+    def stock(self, **arguments: Any) -> torch.Tensor:
+        """The output of `call` by a fresh stock pipeline, made once for each set of arguments; not to be written to."""
+        return _stock(self, **arguments)
+
+    def floor(self, **arguments: Any) -> float:
+        """How far the order of sums alone moves that output, by which `is_rounding` judges."""
+        return _floor(self, **arguments)
+
     def forward_inputs(
         self, pipe: DiffusionPipeline, *, denoiser: str = "transformer", seed: int = 0, **overrides: Any
     ) -> dict[str, Any]:
@@ -93,6 +105,24 @@ class TinyPipeline:
         if not calls:
             raise ValueError(f"{self.name} made no call to {denoiser!r}; it calls {self.denoisers}")
         return calls[0]
+
+
+def _named(name: str) -> TinyPipeline:
+    from tests.pipelines.tiny import TINY
+
+    return TINY[name]
+
+
+@once
+def _stock(entry: TinyPipeline, /, **arguments: Any) -> torch.Tensor:
+    return entry.call(entry.build(), **arguments)
+
+
+@once
+def _floor(entry: TinyPipeline, /, **arguments: Any) -> float:
+    pipe = entry.build()
+    vae = [pipe.vae] if arguments.get("output_type") != "latent" else []
+    return floor_of(lambda: entry.call(pipe, **arguments), *(getattr(pipe, name) for name in entry.denoisers), *vae)
 
 
 def picture(*, seed: int = 0, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:

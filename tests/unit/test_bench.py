@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,8 +27,11 @@ from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.families import FullSize
 from pipeboost.patches import flux, hunyuan_video, qwen_image, wan
 from pipeboost.quality.tuned_stock import require_native_default
+from tests.floors import EPS
 
 CPU = torch.device("cpu")
+ROUNDING = 100 * EPS
+"""Relative to the largest value, of a model in which a dozen sums of some ten terms follow each other."""
 IMAGE = {"height": 64, "width": 64, "channels": 8, "text_tokens": 6, "text_width": 24}
 VIDEO = {
     "height": 32,
@@ -112,23 +116,27 @@ HUNYUAN = FullSize(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_stock_compile() -> Iterator[None]:
-    """Stock's own compile with a backend that needs no C++ compiler."""
+def stock_compile() -> Iterator[dict[str, str]]:
+    """Settings of stock's own compile: a backend that needs no C++ compiler, and no time."""
+    settings = {"backend": "eager"}
     monkeypatch = pytest.MonkeyPatch()
     stock = diffusers.ModelMixin.compile_repeated_blocks
 
     def compile_repeated_blocks(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock(self, *args, backend="aot_eager", **kwargs)
+        stock(self, *args, **settings, **kwargs)
 
     monkeypatch.setattr(diffusers.ModelMixin, "compile_repeated_blocks", compile_repeated_blocks)
-    yield
+    yield settings
     monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
-def result(_quick_stock_compile: None) -> BenchmarkResult:
-    """FLUX, with an acceleration that multiplies the output by 1.5."""
-    return measured(accelerate=scaling(1.5))
+def result(stock_compile: dict[str, str]) -> BenchmarkResult:
+    """FLUX, with an acceleration that multiplies the output by 1.5; stock's compile changes its rounding."""
+    stock_compile["backend"] = "aot_eager"
+    found = measured(accelerate=scaling(1.5))
+    stock_compile["backend"] = "eager"
+    return found
 
 
 def scaling(factor: float, *, undone: bool = True) -> Any:
@@ -199,7 +207,7 @@ def test_errors_are_relative_to_stock_and_the_noise_floor_is_that_of_stocks_comp
     assert found["pipeboost lossless"].relative_error == pytest.approx(0.5, rel=1e-4)
     assert found["pipeboost lossless"].max_error > 0
     assert found[STOCK].relative_error == 0
-    assert 0 <= result.noise_floor < 1e-5
+    assert 0 <= result.noise_floor < ROUNDING
     assert result.noise_floor == found[TUNED].relative_error
 
 
@@ -222,7 +230,7 @@ def test_what_acceleration_leaves_behind_is_seen_and_does_not_reach_tuned_stock(
     result = measured(accelerate=scaling(2.0, undone=False))
     found = variants(result)
     assert found["pipeboost lossless"].restored is False
-    assert found[TUNED].relative_error < 1e-5
+    assert found[TUNED].relative_error < ROUNDING
     assert "not bit-identical again after: pipeboost lossless" in result.to_markdown()
 
 
@@ -233,7 +241,7 @@ def test_an_acceleration_that_fails_is_reported_and_the_others_are_measured() ->
 
     result = measured(accelerate=accelerate)
     assert result.failures == ("pipeboost lossless: RuntimeError: no kernel",)
-    assert variants(result)[TUNED].relative_error < 1e-5
+    assert variants(result)[TUNED].relative_error < ROUNDING
     assert "failed: RuntimeError: no kernel" in result.table()
 
 
@@ -330,12 +338,14 @@ def test_every_published_size_has_its_published_parameters_and_tokens() -> None:
     sizes = {size.name: size for family in families() for size in family.full_sizes}
     assert sizes.keys() == billions.keys()
     for name, size in sizes.items():
-        with torch.device("meta"):
-            transformer = getattr(diffusers, size.transformer)(**size.config)
-        assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.01)
-        with torch.no_grad():
+        model = getattr(diffusers, size.transformer)
+        depths = {"num_layers", "num_single_layers", "num_refiner_layers"} & set(inspect.signature(model).parameters)
+        with torch.device("meta"), torch.no_grad():
+            parameters = model(**size.config).parameters()
             inputs = size.inputs("meta", torch.float32)
-            assert transformer(**inputs)[0].shape == inputs["hidden_states"].shape
+            sample = model(**size.config | dict.fromkeys(depths, 1))(**inputs)[0]
+        assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx(billions[name], rel=0.01)
+        assert sample.shape == inputs["hidden_states"].shape
 
 
 def test_measuring_leaves_the_process_as_it_was() -> None:

@@ -28,6 +28,7 @@ from pipeboost.kernels import (
 )
 from pipeboost.kernels.flash import quantize_heads
 from pipeboost.kernels.flex import key_padding_blocks
+from tests.floors import EPS
 
 CPU = detect_hardware("cpu")
 AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)
@@ -37,6 +38,8 @@ BLACKWELL = Hardware("cuda", "NVIDIA B200", (10, 0), 180 << 30, 1, False, True)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 FLASH = ("flash2", "flash3", "flash3_fp8", "flash4")
 POISON = 40.0
+ROUNDING = 4 * 333**0.5 * EPS
+"""Means of up to 333 values that reach 4: in float32 a sum rounds as often as it has terms, up or down at random."""
 
 
 def reference(q, k, v, valid=None, bias=None, scale=None):
@@ -82,8 +85,8 @@ def test_kernel_is_masked_attention_with_its_log_sum_exp(name, queries, keys, fo
     assert out.shape == q.shape
     assert lse.shape == (2, 3, queries)
     assert lse.dtype == torch.float32
-    assert (out - expected).abs().max() < 1e-5
-    assert (lse - expected_lse).abs().max() < 1e-5
+    assert (out - expected).abs().max() < ROUNDING
+    assert (lse - expected_lse).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flex"])
@@ -91,7 +94,7 @@ def test_the_scale_is_used_and_the_log_sum_exp_is_optional(name):
     q, k, v = tensors(9, 7)
     valid = random_mask(7)
     expected, _ = reference(q, k, v, valid, scale=0.5)
-    assert (KERNELS[name].function(q, k, v, valid, scale=0.5) - expected).abs().max() < 1e-5
+    assert (KERNELS[name].function(q, k, v, valid, scale=0.5) - expected).abs().max() < ROUNDING
 
 
 def test_sdpa_takes_additive_and_full_masks_and_returns_their_log_sum_exp():
@@ -99,8 +102,8 @@ def test_sdpa_takes_additive_and_full_masks_and_returns_their_log_sum_exp():
     for bias in (torch.randn(9, 7), torch.randn(2, 1, 9, 7), torch.randn(2, 3, 9, 7)):
         expected, expected_lse = reference(q, k, v, bias=bias)
         out, lse = KERNELS["sdpa"].function(q, k, v, bias, True)
-        assert (out - expected).abs().max() < 1e-5
-        assert (lse - expected_lse).abs().max() < 1e-5
+        assert (out - expected).abs().max() < ROUNDING
+        assert (lse - expected_lse).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flex"])
@@ -111,7 +114,7 @@ def test_a_sample_without_any_real_key_gives_zeros(name):
     out, lse = KERNELS[name].function(q, k, v, valid, True)
     assert out[0].abs().max() == 0
     assert torch.equal(lse[0], torch.full_like(lse[0], -torch.inf))
-    assert (out[1] - v[1, 4]).abs().max() < 1e-6
+    assert (out[1] - v[1, 4]).abs().max() < 8 * EPS  # the weight of the only key, 1, is a quotient of two sums
 
 
 def test_mask_kind_tells_key_padding_from_masks_that_differ_between_queries():
@@ -216,9 +219,9 @@ def test_flash_kernels_read_only_the_real_keys(name, masked):
     expected, expected_lse = reference(q, k, v, valid)
     out, lse = KERNELS[name].function(q, k, v, valid, True)
     # Eight bits with one scale per head: 2 ** -4 relative at worst, some 3% on average.
-    bound = 0.08 if name == "flash3_fp8" else 1e-5
+    bound = 0.08 if name == "flash3_fp8" else ROUNDING
     assert (out - expected).norm() / expected.norm() < bound
-    assert (lse - expected_lse).abs().max() < (0.2 if name == "flash3_fp8" else 1e-5)
+    assert (lse - expected_lse).abs().max() < (0.2 if name == "flash3_fp8" else ROUNDING)
     assert out.dtype == q.dtype
 
 
@@ -250,8 +253,8 @@ def test_one_graph_serves_every_text_length(name):
             torch._dynamo.mark_dynamic(x, dim)
         out, lse = compiled(q, k, v, mask)
         expected, expected_lse = reference(q, k, v, valid)
-        assert (out - expected).norm() / expected.norm() < (0.08 if name == "flash3_fp8" else 1e-5)
-        assert (lse - expected_lse).abs().max() < (0.2 if name == "flash3_fp8" else 1e-5)
+        assert (out - expected).norm() / expected.norm() < (0.08 if name == "flash3_fp8" else ROUNDING)
+        assert (lse - expected_lse).abs().max() < (0.2 if name == "flash3_fp8" else ROUNDING)
     assert counter.frame_count == 1
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeboost.kernels.merge import merge_partial
+from tests.floors import EPS
 
 
 def parts(batch: int, tokens: int, heads: int, head_dim: int, keys: int, masked: bool) -> tuple[torch.Tensor, ...]:
@@ -31,7 +32,7 @@ def test_two_halves_give_the_whole_and_a_masked_half_may_be_anything(masked):
     out, lse, part, part_lse, whole, whole_lse = parts(2, 7, 3, 5, 10, masked)
     merged, merged_lse = merge_partial(out, lse, part, part_lse)
     seen = (whole_lse > float("-inf")).transpose(1, 2).unsqueeze(-1)
-    assert (merged - whole).where(seen, torch.zeros(())).abs().max() < 1e-5
+    assert (merged - whole).where(seen, torch.zeros(())).abs().max() < 4 * 10 * EPS  # ten terms that reach 4
     assert torch.equal(merged.where(~seen, torch.zeros(())), torch.zeros_like(merged))
     torch.testing.assert_close(merged_lse, whole_lse)
 
@@ -56,6 +57,6 @@ def compare_kernel() -> None:
             part = part.to(dtype)
             expected, expected_lse = merge_partial(out, lse, part, part_lse)
             merge_in_place(out, lse, part, part_lse)
-            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(out, expected, rtol=16 * EPS, atol=16 * EPS)
             torch.testing.assert_close(lse, expected_lse)
             assert not out.isnan().any()

@@ -3,13 +3,13 @@
 import copy
 import inspect
 import pickle
-import timeit
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pipeboost.core.seams import add_layer, attach, has_layer, layers_of, remove_layer, stock_class
+from tests.floors import python_calls
 
 
 class Greeter:
@@ -219,14 +219,11 @@ def test_a_property_is_a_door_whose_layers_see_the_owner_and_the_stock_answer():
     assert placed.device == "gpu"
 
 
-def test_one_layer_costs_less_than_five_microseconds_a_call():
+def test_one_layer_costs_a_dozen_python_calls_at_most():
     class Silent:
         def __call__(self):
             return None
 
     stock, seamed = Silent(), Silent()
     add_layer(seamed, "__call__", lambda call_next, owner: call_next(), place="component.stages")
-    rounds = 2000
-    best = min(timeit.repeat(seamed, number=rounds, repeat=20)) / rounds
-    baseline = min(timeit.repeat(stock, number=rounds, repeat=20)) / rounds
-    assert best - baseline < 5e-6
+    assert python_calls(seamed) - python_calls(stock) <= 12
