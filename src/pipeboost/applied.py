@@ -22,6 +22,7 @@ from pipeboost.core.hardware import detect_hardware, device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import decline, meet, world_size
 from pipeboost.features.attention import rebind_attention
+from pipeboost.features.cache import refuse_other_caches
 from pipeboost.features.offload import execution_device, placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import Team, to_own_device
 from pipeboost.features.reuse import PromptReuse
@@ -230,6 +231,8 @@ class AppliedPlan:
             for path, obj in components.items():
                 known = self.parts.get(id(obj))
                 if known is not None and known.target() is obj:
+                    if path in models and plan["cache"].on:
+                        refuse_other_caches(obj, plan.family)
                     if path in models and plan["attention"].on:
                         rebind_attention(models[path])
                         if team is not None:
