@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import inspect
+import itertools
 import logging
 import threading
 import warnings
@@ -16,6 +17,16 @@ import cache_dit
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from pipeboost import accelerate_pipeline
@@ -432,3 +443,62 @@ def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:
     assert everything_global(pipe) == before
     pipe.transformer._is_cached = True
     refused(UnsupportedError, "cache-dit is on this FluxTransformer2DModel already", CacheConfig())
+
+
+THEIR_CACHES = {
+    "first block": lambda pipe: pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5)),
+    "applied directly": lambda pipe: apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.5)),
+    "Mag": lambda pipe: apply_mag_cache(pipe.transformer, MagCacheConfig(mag_ratios=[1.0] * 8, num_inference_steps=8)),
+    "TaylorSeer": lambda pipe: apply_taylorseer_cache(pipe.transformer, TaylorSeerCacheConfig()),
+    "PAB": lambda pipe: apply_pyramid_attention_broadcast(
+        pipe.transformer,
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
+    ),
+    "cache-dit": lambda pipe: cache_dit.enable_cache(pipe),
+}
+
+
+@pytest.mark.parametrize("theirs", THEIR_CACHES)
+def test_a_second_cache_is_refused_in_either_order(theirs):
+    entry, fast = TINY["flux_dev"], {"quality": "fast", "compile": None}
+    pipe = accelerate_pipeline(entry.build(), **fast)
+    THEIR_CACHES[theirs](pipe)
+    try:
+        with pytest.raises(UnsupportedError, match="is on this FluxTransformer2DModel; take it off with"):
+            entry.call(pipe)
+        with pytest.raises(UnsupportedError, match="or use cache=None"):
+            accelerate_pipeline(pipe, **fast)
+        accelerate_pipeline(pipe, **fast, cache=None)
+    finally:
+        if theirs == "cache-dit":
+            cache_dit.disable_cache(pipe)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [order for order in itertools.permutations(("cache", "uncache", "ours", "remove"))
+     if order.index("cache") < order.index("uncache") and order.index("ours") < order.index("remove")],
+    ids=" ".join,
+)  # fmt: skip
+def test_cache_dits_own_switch_acts_as_on_a_stock_pipeline_whenever_ours_comes_and_goes(order):
+    entry, settings = TINY["flux_dev"], {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 9.0}
+    moves = {
+        "cache": lambda: cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**settings)),
+        "uncache": lambda: cache_dit.disable_cache(pipe),
+        "ours": lambda: accelerate_pipeline(pipe, quality="exact"),
+        "remove": lambda: pipe.acceleration.remove(),
+    }
+    pipe, cls = entry.build(), stock_class(entry.build())
+    stock, before = entry.call(pipe), cls.__call__
+    moves["cache"]()
+    cached = entry.call(pipe)
+    moves["uncache"]()
+    assert not torch.equal(cached, stock)
+    for position, move in enumerate(order):
+        moves[move]()
+        on = "cache" in order[: position + 1] and "uncache" not in order[: position + 1]
+        assert torch.equal(entry.call(pipe), cached if on else stock), move
+    assert type(pipe) is cls
+    assert cls.__call__ is before
+    assert not hasattr(cls, "_is_cached")
+    assert torch.equal(entry.call(entry.build()), stock)

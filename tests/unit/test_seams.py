@@ -227,3 +227,54 @@ def test_one_layer_costs_a_dozen_python_calls_at_most():
     stock, seamed = Silent(), Silent()
     add_layer(seamed, "__call__", lambda call_next, owner: call_next(), place="component.stages")
     assert python_calls(seamed) - python_calls(stock) <= 12
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+def test_what_others_set_on_the_class_of_a_seamed_object_is_on_the_stock_class(removed_first):
+    class Stock(Greeter):
+        pass
+
+    seamed, other = Stock(), Stock()
+    add_layer(seamed, "__call__", shout, place="component.stages")
+    cls, before = type(seamed), Stock.__call__
+    assert cls is not Stock
+    assert cls.__call__ is before
+    cls.mark = 1
+    assert Stock.mark == other.mark == seamed.mark == 1
+    wrapped = cls.__call__
+    cls.__call__ = lambda self, *args: f"<{wrapped(self, *args)}>"
+    assert seamed() == "<HELLO WORLD!>"
+    assert other() == "<hello world!>"
+    if removed_first:
+        remove_layer(seamed, "__call__", shout)
+    assert seamed() == ("<hello world!>" if removed_first else "<HELLO WORLD!>")
+    del type(seamed).__call__, type(seamed).mark
+    assert not hasattr(other, "mark")
+    assert other() == "hello world!"
+    assert seamed() == ("hello world!" if removed_first else "HELLO WORLD!")
+
+
+def test_a_layer_on_a_module_ends_in_the_forward_that_its_class_has_now():
+    class Tripler(Doubler):
+        pass
+
+    module, sample = Tripler(), torch.ones(1)
+    add_layer(module, "forward", lambda call_next, owner, sample: call_next(sample) + 1, place="component.stages")
+    type(module).forward = lambda self, sample: sample * 3
+    assert module(sample) == 4
+    assert Tripler()(sample) == 3
+
+
+def test_a_disguised_class_has_the_instances_and_registry_entries_of_its_stock_class():
+    from pipeboost.core.seams import disguised_subclass
+
+    ours = disguised_subclass(Greeter, {"other": lambda self: "ours"})
+    thing = Greeter()
+    assert {Greeter: "entry"}[ours] == "entry"
+    assert isinstance(thing, ours)
+    assert issubclass(Greeter, ours)
+    thing.__class__ = ours
+    assert thing.other() == "ours"
+    assert ours.other(Greeter()) == "other"
+    assert type(copy.copy(thing)).__dict__["other"] is ours.__dict__["other"]
+    assert type(copy.deepcopy(thing)) is Greeter

@@ -4,8 +4,8 @@ A layer is a callable `layer(call_next, owner, *args, **kwargs)`: `call_next(*ar
 ends in the stock method; `owner` is the object the door was called on, which for a `copy.copy` view is the view.
 A door may also be a property, which is read through the chain: `layer(call_next, owner)`.
 The object's `__class__` becomes a subclass that passes for the stock class (same name, module, signatures; it pickles
-and saves as the stock class) and whose doors look up the object's own chain. A `copy.copy` shares the chain; a deep
-copy, like a pickle, is a stock object.
+and saves as the stock class; what others read, set or delete on it is the stock class's) and whose doors look up the
+object's own chain. A `copy.copy` shares the chain; a deep copy, like a pickle, is a stock object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ T = TypeVar("T")
 _CHAINS = "_pipeboost_chains"
 _STOCK = "__pipeboost_stock_class__"
 _DOORS = "__pipeboost_doors__"
+_MADE = "__pipeboost_made__"
+"""On a class of ours that is complete: while it is made, what its metaclass sets on it is its own."""
 
+_COPYING = frozenset(("__dict__", "__copy__", "__deepcopy__", "__reduce_ex__"))
+"""What `copy` and `pickle` must find on our class."""
+
+_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 _seamed_classes: dict[tuple[type, frozenset[str]], type] = {}
 _lock = threading.RLock()
 
@@ -48,18 +54,17 @@ class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
 
 def stock_class(obj: object) -> type:
     """The class the object had before pipeboost stood in its doors."""
-    cls = type(obj)
-    return cls.__dict__.get(_STOCK, cls)
+    return _stock_of(type(obj))
 
 
-def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: type | None = None) -> type:
+def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
-    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`. Deep copies and pickles of its instances are
-    instances of `base`; `copy.copy` keeps the subclass.
+    It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`, and equals `base`. Its attributes, as others
+    read, set and delete them, are those of `base`, which it also constructs; only its instances have `namespace`. Deep
+    copies and pickles of them are instances of `base`; `copy.copy` keeps the subclass.
     """
     members = {
-        **namespace,
         _STOCK: base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -69,7 +74,9 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any], *, metaclass: t
     for name, method in (("__copy__", _copy), ("__deepcopy__", _deepcopy)):
         if not hasattr(base, name):
             members[name] = method
-    return (metaclass or type(base))(base.__name__, (base,), members)
+    subclass = _passing(type(base))(base.__name__, (base,), {**members, **namespace})
+    type.__setattr__(subclass, _MADE, True)
+    return subclass
 
 
 def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
@@ -122,26 +129,43 @@ def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
 
 def has_layer(obj: Any, door: str, layer: Layer) -> bool:
     """Whether `layer` hangs on `door` and would be called."""
-    return any(present is layer for present in layers_of(obj, door)) and door in type(obj).__dict__.get(_DOORS, ())
+    return any(present is layer for present in layers_of(obj, door)) and door in _members(type(obj)).get(_DOORS, ())
+
+
+def _stock_of(cls: Any) -> Any:
+    return _members(cls).get(_STOCK, cls) if isinstance(cls, type) else cls
 
 
 @functools.cache
-def _equal_to_stock(stock_metaclass: type) -> type:
-    """A metaclass whose classes equal their stock class and construct its instances.
+def _passing(stock_metaclass: Any) -> type:
+    """The metaclass of subclasses that pass for their stock class.
 
-    `from_pipe` asks whether `type(component) in` some types, and is called on `type(pipe)`.
+    `from_pipe` asks whether `type(component) in` some types, and is called on `type(pipe)`. Diffusers' hooks look
+    classes up in registries. Recipes and cache-dit keep their switches on `type(model)` and wrap its methods there.
     """
 
-    def equal(cls: type, other: object) -> bool:
-        return cls is other or cls.__dict__[_STOCK] is other
+    def read(cls: type, name: str) -> Any:
+        members = _members(cls)
+        if name in members and name not in _COPYING:
+            return getattr(members[_STOCK], name)
+        return stock_metaclass.__getattribute__(cls, name)
 
-    def hash_of_stock(cls: type) -> int:
-        return hash(cls.__dict__[_STOCK])
+    def write(cls: type, name: str, value: Any) -> None:
+        if _MADE in _members(cls):
+            setattr(_stock_of(cls), name, value)
+        else:
+            stock_metaclass.__setattr__(cls, name, value)
 
-    def construct_stock(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return cls.__dict__[_STOCK](*args, **kwargs)
-
-    members = {"__eq__": equal, "__hash__": hash_of_stock, "__call__": construct_stock}
+    members = {
+        "__eq__": lambda cls, other: _stock_of(cls) is _stock_of(other),
+        "__hash__": lambda cls: hash(_stock_of(cls)),
+        "__call__": lambda cls, *args, **kwargs: _stock_of(cls)(*args, **kwargs),
+        "__instancecheck__": lambda cls, obj: isinstance(obj, _stock_of(cls)),
+        "__subclasscheck__": lambda cls, other: issubclass(other, _stock_of(cls)),
+        "__getattribute__": read,
+        "__setattr__": write,
+        "__delattr__": lambda cls, name: delattr(_stock_of(cls), name),
+    }
     return type(stock_metaclass.__name__, (stock_metaclass,), members)
 
 
@@ -157,14 +181,14 @@ def _seamed_class(stock: type, doors: frozenset[str]) -> type:
     key = (stock, doors)
     if key not in _seamed_classes:
         members = {_DOORS: doors, **{door: _door(stock, door) for door in doors}}
-        _seamed_classes[key] = disguised_subclass(stock, members, metaclass=_equal_to_stock(type(stock)))
+        _seamed_classes[key] = disguised_subclass(stock, members)
     return _seamed_classes[key]
 
 
 def _door(stock: type, name: str) -> Any:
     static = inspect.getattr_static(stock, name)
     if isinstance(static, property):
-        return _property_door(static, name)
+        return _property_door(stock, static, name)
     if isinstance(static, (staticmethod, classmethod)):
         raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so no layer can stand in it")
 
@@ -176,12 +200,12 @@ def _door(stock: type, name: str) -> Any:
     return through_the_chain
 
 
-def _property_door(stock: property, name: str) -> property:
+def _property_door(stock: type, static: property, name: str) -> property:
     def through_the_chain(self: Any) -> Any:
         chain = vars(self).get(_CHAINS, {}).get(name, ())
-        return _descend(chain, 0, self, stock.__get__, (), {})
+        return _descend(chain, 0, self, lambda owner: getattr(stock, name).__get__(owner), (), {})
 
-    return property(through_the_chain, stock.fset, stock.fdel, stock.__doc__)
+    return property(through_the_chain, static.fset, static.fdel, static.__doc__)
 
 
 def _descend(

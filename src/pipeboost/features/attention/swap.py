@@ -58,7 +58,7 @@ class _Swap:
         self.modules = [module for module in model.modules() if hasattr(module, "processor")]
         self.changed: weakref.WeakSet[Any] = weakref.WeakSet()
         self.left: dict[type, str] = {}
-        self.accelerated = frozenset(dispatcher.subclasses.values())
+        self.accelerated = _ids(dispatcher)
 
     def bind(self) -> None:
         """Accelerate every processor that is not yet ours."""
@@ -66,7 +66,7 @@ class _Swap:
         for module in self.modules:
             processor = module.processor
             cls = type(processor)
-            if cls not in accelerated and cls not in left:
+            if id(cls) not in accelerated and cls not in left:
                 self._bind(processor)
 
     def _bind(self, processor: Any) -> None:
@@ -84,12 +84,17 @@ class _Swap:
                 subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
             self.changed.add(processor)
             processor.__class__ = subclass
-            self.accelerated = frozenset(self.dispatcher.subclasses.values())
+            self.accelerated = _ids(self.dispatcher)
 
     def report(self) -> SwapReport:
         present = [type(module.processor) for module in self.modules]
         left = {cls.__name__: reason for cls, reason in self.left.items() if cls in present}
-        return SwapReport(sum(cls in self.accelerated for cls in present), tuple(sorted(left.items())))
+        return SwapReport(sum(id(cls) in self.accelerated for cls in present), tuple(sorted(left.items())))
+
+
+def _ids(dispatcher: Dispatcher) -> frozenset[int]:
+    """Of our classes, which equal the stock ones."""
+    return frozenset(map(id, dispatcher.subclasses.values()))
 
 
 _swaps: weakref.WeakKeyDictionary[torch.nn.Module, _Swap] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ itself is never changed and calls in several threads have nothing in common.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ from pipeboost.core.seams import stock_class
 from pipeboost.features.cache.span import CachedSpan
 from pipeboost.features.cache.steps import settings_of
 
-# Outside compile's layers: a skipped block must not reach its compiled code.
+_OTHERS = ("_cache", "_attention_broadcast")
+"""How the modules of Diffusers are called whose hooks skip what a block or its attention computes."""
 
 
 def attach_cache(
@@ -50,12 +52,12 @@ def attach_cache(
             f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "
             "use cache=None or add a family (entry-point group 'pipeboost.patches')"
         )
-    _refuse_other_caches(model)
     own = settings_of(settings, position)
     spans = [
         CachedSpan(model, row, settings=settings, family=family, position=position, owner=owner)
         for row in _rows(model, family)
     ]
+    refuse_other_caches(model, family)
     for span in spans:
         _check(model, span, own)
     for span in spans:
@@ -96,14 +98,30 @@ def _check(model: nn.Module, span: CachedSpan, own: CacheConfig) -> None:
         )
 
 
-def _refuse_other_caches(model: nn.Module) -> None:
-    if getattr(model, "is_cache_enabled", False):
+def refuse_other_caches(model: nn.Module, family: Family) -> None:
+    """Refuse a transformer on which a cache of Diffusers or cache-dit is, also one put on it since; asked at each call.
+
+    Raises:
+        UnsupportedError: two caches would skip and extrapolate on top of each other.
+    """
+    name = stock_class(model).__name__
+    if getattr(model, "is_cache_enabled", False) or any(map(_caches, _hooked(model, family))):
         raise UnsupportedError(
-            f"a cache of Diffusers is on this {stock_class(model).__name__}; call its disable_cache() first, "
-            "or use cache=None"
+            f"a cache of Diffusers is on this {name}; take it off with its disable_cache(), or use cache=None"
         )
     if "_is_cached" in vars(model):
         raise UnsupportedError(
-            f"cache-dit is on this {stock_class(model).__name__} already; call cache_dit.disable_cache(transformer) "
-            "first, or use cache=None"
+            f"cache-dit is on this {name}; take it off with cache_dit.disable_cache(), or use cache=None"
         )
+
+
+def _hooked(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The model, its blocks and their parts, as far as they have hooks of Diffusers: where its caches put theirs."""
+    blocks = [block for row in family.blocks for block in operator.attrgetter(row.path)(model)]
+    parts = [model, *blocks, *(part for block in blocks for part in block._modules.values() if part is not None)]
+    return [part for part in parts if "_diffusers_hook" in part.__dict__]
+
+
+def _caches(module: nn.Module) -> bool:
+    registry: Any = module._diffusers_hook
+    return any(type(hook).__module__.endswith(_OTHERS) for hook in registry.hooks.values())

@@ -150,7 +150,7 @@ def _content(value: Any, depth: int = 0) -> Any:
     # Modules are looked at by themselves; functions and classes are what they are.
     if depth >= _DEEPEST or isinstance(value, (nn.Module, type, types.FunctionType)) or not hasattr(value, "__dict__"):
         return who
-    return (who, type(value), _content(vars(value), depth + 1))
+    return (who, type(value), id(type(value)), _content(vars(value), depth + 1))
 
 
 def _who(value: Any) -> Any:

@@ -33,9 +33,9 @@ def become_share(layer: nn.Module, role: Role, group: Group) -> None:
     with _lock:
         subclass = _classes.get((stock, role, group.name))
         if subclass is None:
-            subclass = disguised_subclass(stock, {"forward": make(stock, group)})
             # A copy would have the share without the code that knows it is one.
-            subclass.__deepcopy__ = subclass.__reduce_ex__ = _refuse_copy  # type: ignore[attr-defined, method-assign]
+            no_copy = dict.fromkeys(("__deepcopy__", "__reduce_ex__"), _refuse_copy)
+            subclass = disguised_subclass(stock, {"forward": make(stock, group), **no_copy})
             _classes[stock, role, group.name] = subclass
     layer.__class__ = subclass
 
