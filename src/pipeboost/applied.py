@@ -110,7 +110,7 @@ class AppliedPlan:
             self._prompts = PromptReuse(plan["reuse"].settings, owner=self, denoisers=plan.family.denoisers)
             ledger.record("kept prompts", self._prompts.clear)
         ledger.record("components", self._undo_all_parts)
-        self.bind_on_all_ranks(pipe, "accelerate_pipeline")
+        self.bind_on_all_ranks(pipe, "accelerate_pipeline", compare=False)
 
     @property
     def pipe(self) -> Any:
@@ -177,10 +177,11 @@ class AppliedPlan:
             self.plan = plan
         return device_of(pipe)
 
-    def bind_on_all_ranks(self, pipe: Any, doing: str) -> None:
+    def bind_on_all_ranks(self, pipe: Any, doing: str, *, compare: bool = True) -> None:
         """As `bind`; an error on one rank is an error on all, and what was bound is stock again on all.
 
-        Where a call begins, the ranks then make sure that they run it with the same weights and settings.
+        Args:
+            compare: whether the ranks then make sure that they run with the same weights and settings, for a call.
 
         Raises:
             DisagreementError: they do not.
@@ -201,7 +202,7 @@ class AppliedPlan:
                     if self.parts[key] is not before.get(key):
                         self._undo_part(key)
                 raise
-            if before:  # a call begins
+            if compare:
                 team.require_same_state(pipe, self.stages.run_on_all_ranks)
 
     def bind(self, pipe: Any) -> None:

@@ -205,8 +205,6 @@ class Team:
             if not path:
                 _hide_progress_bar(obj, ledger)
             return
-        if isinstance(obj, torch.nn.Module):
-            self._state.watch(obj, ledger)
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None
@@ -233,6 +231,8 @@ class Team:
             sharding = text_encoder_sharding(obj)
             assert sharding is not None
             self._shard_weights(obj, sharding, ledger)
+        if isinstance(obj, torch.nn.Module):  # whose weights have been split where they are to be
+            self._state.watch(obj, ledger)
 
     def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
         assert self.mesh is not None
