@@ -131,7 +131,7 @@ class AppliedPlan:
         ledger.record("what was joined", self._joined.undo)
         self._join(pipe)
         ledger.record("components", self._undo_all)
-        self.bind_on_all_ranks(pipe, "accelerate_pipeline")
+        self.bind_on_all_ranks(pipe, "accelerate_pipeline", compare=False)
         self.active = True
 
     @property
@@ -209,10 +209,11 @@ class AppliedPlan:
             self._join(pipe)
         return device_of(pipe)
 
-    def bind_on_all_ranks(self, pipe: Any, doing: str) -> None:
+    def bind_on_all_ranks(self, pipe: Any, doing: str, *, compare: bool = True) -> None:
         """As `bind`; an error on one rank is an error on all, and what was bound is stock again on all.
 
-        Where a call begins, the ranks then make sure that they run it with the same weights and settings.
+        Args:
+            compare: whether the ranks then make sure that they run with the same weights and settings, for a call.
 
         Raises:
             DisagreementError: they do not.
@@ -233,7 +234,7 @@ class AppliedPlan:
                     if self.components[key] is not before.get(key):
                         self._undo(key)
                 raise
-            if before:  # a call begins
+            if compare:
                 team.require_same_state(pipe, self.stages.run_on_all_ranks)
 
     def bind(self, pipe: Any) -> None:

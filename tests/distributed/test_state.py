@@ -16,7 +16,7 @@ LORA = {
     "unload": "adapters nothing against ['a']",
 }
 WEIGHTS = {
-    "set_shift": "rank 1's scheduler differs from rank 0's: _shift 5.0 against 1.0; ranks",
+    "set_shift": "rank 1's scheduler differs from rank 0's: _shift 5.0 against 3.0; ranks",
     "data": "rank 1's transformer differs from rank 0's: other values of proj_out.weight, ",
     "dtype": "dtype ['torch.float64'] against ['torch.float32']",
 }
@@ -47,14 +47,15 @@ SCHEDULER = {
             {"cfg": 2},
             {
                 "boundary": "rank 1's pipeline differs from rank 0's: boundary_ratio 0.2 against ",
-                "set_shift": "rank 1's scheduler differs from rank 0's: ",
+                "flow shift": "rank 1's scheduler differs from rank 0's: flow_shift 7.0 against ",
+                "scheduler class": "class diffusers.schedulers.scheduling_flow_match",
                 "slicing": "use_slicing",
             },
         ),
         (
             "flux_ip_adapter",
             {"ulysses": 2},
-            {"ip scale": "attn.processor.scale [0.3] against [0.8]", "scheduler class": "class diffusers."},
+            {"ip scale": "attn.processor.scale [0.3] against [0.8]"},
         ),
     ],
     ids=["lora", "cfg", "vae", "tensor", "wan", "ip adapter"],

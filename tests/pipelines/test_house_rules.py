@@ -24,7 +24,7 @@ SOURCE = Path(pipeboost.__file__).parent
 PATCHES = Path(__file__).parents[2] / "patches"
 FLOORS = (
     ("config", "config_sources", "errors"),
-    ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
+    ("seams", "ledger", "fingerprint", "tracked_module", "call", "hardware", "distributed", "kernels"),
     ("families", "known_families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),

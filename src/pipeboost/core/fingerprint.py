@@ -177,15 +177,20 @@ def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         content = content.clone()
     words = content.view(torch.int64)
     rows, rest = divmod(words.numel(), _ROW)
-    total = (words[rows * _ROW :] * columns[:rest]).sum()
+    total = (_folded(words[rows * _ROW :]) * columns[:rest]).sum()
     if rows:
         # What the processor's cache holds; a GPU wants more at once.
         at_once = 2**3 if plain.device.type == "cpu" else 2**8
         weights = place_weights(torch.arange(_ROW, _ROW + rows, device=plain.device))
         blocks = words[: rows * _ROW].view(rows, _ROW).split(at_once)
         for block, factors in zip(blocks, weights.split(at_once), strict=True):
-            total += ((block * columns).sum(1) * factors).sum()
+            total += ((_folded(block) * columns).sum(1) * factors).sum()
     return total
+
+
+def _folded(words: torch.Tensor) -> torch.Tensor:
+    """The words with their high half in the low one too: of a sign bit alone, a product would keep no place."""
+    return words ^ (words >> 32)
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import hashlib
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,19 @@ _OF_ADAPTERS = ("_active_adapter", "_disable_adapters")
 _CONFIGURATION = "_internal_dict"
 _ORDINARY = (nn.Parameter, torch.Tensor)
 _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
+
+class Weight(NamedTuple):
+    """What a weight is on every rank: its dtype, its shape, and the sum of its content."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: int
+
+    @property
+    def words(self) -> str:
+        """What can be read of it."""
+        return f"{self.dtype} {self.shape}"
 
 
 class TrackedModule:
@@ -105,7 +118,7 @@ class TrackedModule:
         for (name, tensor), value in zip(new.values(), found, strict=True):
             known[id(tensor)] = (weakref.ref(tensor), states[name], value)
         self._known = known
-        return {name: (*kind_of(tensor), known[id(tensor)][2]) for name, tensor in tensors.items()}
+        return {name: Weight(*kind_of(tensor), known[id(tensor)][2]) for name, tensor in tensors.items()}
 
 
 def settings_of(value: Any, *, private: bool = False) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def _settings_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         start = f"{path}." if path else ""
         if path:
             found[path] = class_of(module)
-        own = settings_of(module)
+        own = {} if _is_of_torch(module) else settings_of(module)
         found |= {f"attribute {name}" if start + name in found else start + name: own[name] for name in own}
         processor = vars(module).get("processor")
         if processor is not None and not _is_plain(processor):
@@ -162,8 +175,7 @@ class _Look:
         self._parents = [weakref.ref(each) for each in modules if each._modules]
         self._owners = [weakref.ref(each) for each in modules if each._parameters]
         self._buffered = [weakref.ref(each) for each in modules if each._buffers]
-        # Torch's own have no setting that anyone changes.
-        told = [(each, settings_of(each)) for each in modules if not type(each).__module__.startswith("torch.nn.")]
+        told = [(each, settings_of(each)) for each in modules if not _is_of_torch(each)]
         self._set = [weakref.ref(each) for each, _ in told]
         self._pick = [_picking(settings) for _, settings in told]
         self._attending = [weakref.ref(each) for each, _ in told if hasattr(vars(each).get("processor"), "__dict__")]
@@ -274,6 +286,11 @@ def _has_plain_memory(tensor: torch.Tensor) -> bool:
         return False
     forms = [form for form in _DENSE if form is torch.contiguous_format or tensor.ndim == 4 + (form is _DENSE[2])]
     return any(tensor.is_contiguous(memory_format=form) for form in forms)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether it is of torch's own class, of whose settings nobody changes one."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _picking(settings: Iterable[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:

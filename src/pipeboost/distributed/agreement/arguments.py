@@ -133,7 +133,8 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
     names = list(dict.fromkeys(name for each in all_digests for name in each))
     different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
     part = different[0]
-    here = {name: (digest(value), _in_words(value)) for name, value in facts(part).items()} if part in digests else {}
+    own = facts(part) if part in digests else {}
+    here = {name: (digest(value), _fact_in_words(value)) for name, value in own.items()}
     told: list[dict[str, tuple[bytes, str]]] = control.all_gather_objects(here)
     others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
     first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
@@ -143,6 +144,10 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
         "work on one sample together run the same, so change all of them alike, or use parallel=None to let every rank "
         "work for itself"
     )
+
+
+def _fact_in_words(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "words", "") or _in_words(value)
 
 
 def _difference(theirs: Mapping[str, tuple[bytes, str]], first: Mapping[str, tuple[bytes, str]]) -> str:

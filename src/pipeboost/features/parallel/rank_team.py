@@ -154,8 +154,6 @@ class RankTeam:
     def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
         """Let the ranks share one component of the pipeline, in the calls of `owner`."""
         family, mesh = self._family, self.mesh
-        if isinstance(obj, torch.nn.Module):
-            self._state.watch(obj, ledger)
         if path in family.denoisers:
             if mesh.degree("tensor") > 1:
                 assert family.tensor is not None
@@ -182,6 +180,8 @@ class RankTeam:
             sharding = text_encoder_sharding(obj)
             assert sharding is not None
             self._shard_weights(obj, sharding, ledger)
+        if isinstance(obj, torch.nn.Module):  # whose weights have been split where they are to be
+            self._state.watch(obj, ledger)
 
     def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
         shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)

@@ -109,7 +109,9 @@ def facts_of(component: Any) -> dict[str, Any]:
     own = settings_of(component, private=in_calls)
     if in_calls:
         own |= {name: each for name, each in vars(component).items() if isinstance(each, (torch.Tensor, np.ndarray))}
-        own = {name: each for name, each in own.items() if name not in _set_by_calls(cls)}
+        # A list with gaps is one that steps fill.
+        gaps = {name for name, each in own.items() if isinstance(each, list) and None in each}
+        own = {name: each for name, each in own.items() if name not in _set_by_calls(cls) | gaps}
     # Schedulers keep settings under the names that their configuration has.
     return found | {f"attribute {name}" if name in found else name: each for name, each in own.items()}
 
