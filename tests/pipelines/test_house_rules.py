@@ -23,7 +23,7 @@ from tests.pipelines.tiny import TINY
 SOURCE = Path(pipeboost.__file__).parent
 PATCHES = Path(__file__).parents[2] / "patches"
 FLOORS = (
-    ("config", "config_sources", "errors"),
+    ("config", "config_sources", "errors", "user_files"),
     ("seams", "ledger", "call", "hardware", "distributed", "kernels"),
     ("families", "known_families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),

@@ -18,11 +18,12 @@ from pipeboost.cli.flags import device_hardware
 from pipeboost.contract.model_info import ModelFacts, splits_of
 from pipeboost.contract.registry import families, family_named, generic_family
 from pipeboost.core.config import resolve_config
-from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, UnsupportedError, one_line, quoted
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
 from pipeboost.features.offload import weigh, weigh_stored
 from pipeboost.plan import Plan, make_plan
+from pipeboost.user_files import user_path
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -81,7 +82,7 @@ def _published(model: str) -> tuple[Family, ModelFacts] | None:
 
 
 def _stored(model: str) -> tuple[Family, ModelFacts]:
-    folder = Path(model)
+    folder = user_path(model, "model")
     index = _local_index(folder) if folder.is_dir() else _hub_index(model)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
@@ -131,12 +132,13 @@ def _hub_index(model: str) -> dict[str, Any]:
 
     names = ", ".join(size.name for family in families() for size in family.full_sizes)
     if model.count("/") != 1:
-        raise ConfigurationError(f"{model!r} is neither a folder, nor a hub id, nor one of {names}")
+        raise ConfigurationError(f"{quoted(model)} is neither a folder, nor a hub id, nor one of {names}")
     try:
         return dict(DiffusionPipeline.load_config(model))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {reason}") from error
+        raise ConfigurationError(
+            f"{quoted(model)} is no folder, and the hub did not give it to us: {one_line(error)}"
+        ) from error
 
 
 def _stored_weights(
