@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeboost.contract.decision import Decision, Decisions
-from pipeboost.contract.model_info import ModelInfo, model_info
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
 from pipeboost.core.families import Activations, Family
@@ -30,6 +30,7 @@ from pipeboost.features.parallel.own_device import to_own_device
 from pipeboost.features.quantize.decide import decide as decide_quantize
 from pipeboost.features.reuse.decide import decide as decide_reuse
 from pipeboost.kernels import available_kernels
+from pipeboost.model_reader import model_info
 
 _PLANS = "plans"
 

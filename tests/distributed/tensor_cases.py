@@ -351,7 +351,7 @@ def accelerated_again(name: str) -> dict[str, Any]:
         with; `"components"`: of this rank's, by the plans that split them.
     """
     from pipeboost import ParallelConfig, accelerate_pipeline
-    from pipeboost.contract.model_info import model_info
+    from pipeboost.model_reader import model_info
 
     entry = TINY[name]
     pipe = entry.build()

@@ -6,7 +6,7 @@ import io
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,16 +65,22 @@ def png(image: Image.Image | None = None) -> bytes:
 
 
 @contextlib.contextmanager
-def served(answers: dict[str, tuple[int, bytes]]) -> Iterator[str]:
-    """A web server on this machine, path → status and body; its address."""
+def served(answers: dict[str, tuple[int, bytes | Callable[[], Iterator[bytes]]]]) -> Iterator[str]:
+    """A web server on this machine, path → status and body, in parts or at once; its address.
+
+    The body of a redirection is the address that it leads to.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, body = answers.get(self.path, (404, b""))
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", body.decode())
             self.end_headers()
             with contextlib.suppress(OSError):
-                self.wfile.write(body)
+                for part in body() if callable(body) else [body]:
+                    self.wfile.write(part)
 
         def log_message(self, *args: object) -> None:
             pass

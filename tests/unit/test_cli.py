@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeboost.cli import bench, demo, doctor, main
+from pipeboost.cli import bench, demo, doctor, generate, main, plan
 from pipeboost.cli.picture import picture_grid
 from pipeboost.cli.plan import plan_of, wrapped
 from pipeboost.core.config import ATTENTION_BACKENDS
-from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.errors import RankFailedError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.demo_model import prompts
 from tests.pipelines.tiny import TINY
@@ -260,6 +261,71 @@ def test_ctrl_c_while_the_libraries_are_loaded_is_one_line_and_130(start, tmp_pa
     finally:
         process.kill()
     assert (process.returncode, out, err) == (130, "", "pipeboost: stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function"),
+    [
+        (["doctor"], doctor, "print_diagnosis"),
+        (["demo"], demo, "run_demo"),
+        (["bench", "x"], bench, "run_bench"),
+        (["plan", "x"], plan, "print_plan"),
+        (["generate"], generate, "generate_on_ranks"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_fault_of_ours_is_one_line_exit_code_3_and_a_file_with_the_traceback(
+    pipeboost, monkeypatch, tmp_path, command, module, function
+):
+    def broken(*_, **__):
+        raise KeyError("a key\nof ours")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, function, broken)
+    code, _, err = pipeboost(*command)
+    assert (code, err.count("\n")) == (3, 1)
+    assert err.startswith("pipeboost: KeyError: 'a key\\nof ours' (please report it; the traceback is in ")
+    (trace,) = tmp_path.glob("pipeboost-*.txt")
+    assert str(trace) in err
+    assert "in broken" in trace.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RankFailedError("width=100 is wrong", rank=0), 2, "pipeboost: width=100 is wrong"),
+        (RankFailedError("rank 1 failed", rank=1, traceback="Traceback: x"), 3, "pipeboost: rank 1 failed (please"),
+        (RankFailedError("rank 1 was killed by SIGKILL", rank=1, signal="SIGKILL"), 3, "pipeboost: rank 1 was killed"),
+    ],
+    ids=["refused", "raised", "killed"],
+)
+def test_what_a_rank_raised_is_one_line(pipeboost, monkeypatch, error, code, line):
+    def failed(*_, **__):
+        raise error
+
+    monkeypatch.setattr(doctor, "print_diagnosis", failed)
+    left, _, err = pipeboost("doctor")
+    assert (left, err.count("\n")) == (code, 1)
+    assert err.startswith(line)
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_refused(refused, monkeypatch, variable):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(variable, "one")
+    assert f"the environment variable {variable}='one' must be a number" in refused("generate")
+
+
+def test_a_full_disk_under_stdout_is_one_line():
+    words = f"{sys.executable} -m pipeboost plan flux.1-dev --device cpu > /dev/full"
+    ended = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "pipeboost: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [["plan"], ["demo", "--stepz", "1"], ["bench", "x", "--repeats", "many"]])
+def test_a_wrong_flag_of_any_command_is_one_line(refused, words):
+    assert refused(*words).startswith("pipeboost: ")
 
 
 def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):

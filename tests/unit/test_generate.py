@@ -1,10 +1,16 @@
 """`pipeboost.generate_image`, `generate_video` and `load_model`: what they make, refuse, keep warm and write."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import functools
 import gc
+import itertools
+import json
 import math
 import os
+import time
 import weakref
 
 import av
@@ -16,7 +22,7 @@ from PIL import Image
 
 import pipeboost
 from pipeboost import ParallelConfig
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError, quoted
 from pipeboost.core.hardware import device_of
 from pipeboost.features.offload import execution_device
 from pipeboost.features.parallel.own_device import to_be_split
@@ -142,7 +148,7 @@ def test_a_with_block_frees_its_model_and_a_freed_one_says_so():
         ({"image_path": picture()}, "FluxPipeline makes images from text alone"),
         ({"image_path": "nowhere.png"}, "image nowhere.png cannot be read: No such file"),
         ({"num_frames": 5}, "num_frames=5: FluxPipeline, which makes images, has no such argument"),
-        ({"negative_prompt": "blurry"}, "does nothing in FluxPipeline at true_cfg_scale=1.0; use call="),
+        ({"negative_prompt": "blurry"}, "does nothing in FluxPipeline at true_cfg_scale=1.0; use call={"),
         ({"call": {"strength": 0.5}}, "strength=0.5: FluxPipeline, which makes images, has no such argument"),
         ({"call": {"output_type": "pt"}}, "call={'output_type': ...} is not allowed"),
         ({"call": "width"}, "call='width' must map"),
@@ -202,6 +208,133 @@ def test_a_negative_prompt_acts_with_guidance_and_is_refused_without():
         assert not np.array_equal(*map(pixels, with_guidance))
         line = refusal(model.generate_image, negative_prompt="blurry", guidance_scale=1.0, **arguments)
         assert "does nothing in QwenImagePipeline at true_cfg_scale=1.0; use guidance_scale=4" in line
+
+
+@functools.cache
+def signature_of(name: str) -> CallSignature:
+    return CallSignature(TINY[name].build())
+
+
+NEGATIVE = {"negative_prompt": "grey"}
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "sentence"),
+    [
+        ("flux_dev", {"call": {"negative_prompt_2": "grey"}}, "does nothing in FluxPipeline at true_cfg_scale=1.0"),
+        ("sd3", {"call": {"negative_prompt_3": "grey"}, "guidance_scale": 1}, "negative_prompt_3='grey' does nothing"),
+        ("sd3", {"call": {"skip_layer_guidance_scale": 3.0}}, "without skip_guidance_layers; give both"),
+        ("wan21_t2v", {**NEGATIVE, "guidance_scale": 1.0}, "at guidance_scale=1.0; use guidance_scale=4"),
+        ("z_image", {**NEGATIVE, "guidance_scale": 0.0}, "at guidance_scale=0.0; use guidance_scale=4"),
+        ("z_image", {"call": {"cfg_normalization": True}, "guidance_scale": 0}, "cfg_normalization=True does nothing"),
+        ("hunyuan_video", NEGATIVE, "does nothing in HunyuanVideoPipeline at true_cfg_scale=1.0"),
+        ("flux_schnell", {"call": {"guidance_scale": 3.0}}, "has no guidance embedding; use true_cfg_scale"),
+        ("qwen_image", {"call": {"guidance_scale": 3.0}}, "has no guidance embedding; use true_cfg_scale"),
+        ("flux_dev", {"call": {"joint_attention_kwargs": {"colour": 1}}}, "makes no use of 'colour'; leave it out"),
+        ("qwen_image", {"call": {"attention_kwargs": {"scale": 0.5}}}, "no use of 'scale' without a LoRA"),
+        ("ltx2", {"call": {"attention_kwargs": {"attention_mask": 1}}}, "no use of 'attention_mask'"),
+        ("flux_dev", {"call": {"ip_adapter_image": picture()}}, "no IP-Adapter is loaded"),
+        ("ltx2", {"call": {"decode_timestep": 0.1}}, "whose VAE is not conditioned on a timestep"),
+        ("ltx2", {"call": {"system_prompt": "be brief"}}, "without enable_prompt_enhancement; give both"),
+        ("ltx2", {"call": {"max_seconds": 3.0}, "num_frames": 9}, "beside num_frames=9; leave one of them out"),
+        ("ltx2", {"call": {"sigmas": [1.0], "timesteps": [1]}}, "timesteps and sigmas contradict each other"),
+        (
+            "flux_dev",
+            {"call": {"sigmas": [1, 0.7, 0.3]}, "num_inference_steps": 2},
+            "=2 contradicts sigmas=[1, 0.7, 0.3]",
+        ),
+        ("flux_dev", {"call": {"sigmas": []}}, "contradicts sigmas=[], which has 0"),
+        ("pixart_sigma", {"call": {"eta": 0.5}}, "eta=0.5 does nothing in PixArtSigmaPipeline, for"),
+        ("stable_diffusion", {"call": {"kwargs": 1}}, "has no such argument"),
+        ("flux_dev", {"call": {"callback_on_step_end_tensor_inputs": ["x"]}}, "without callback_on_step_end"),
+        ("flux_dev", {"call": {"width": 64}, "width": 96}, "call={'width': 64} contradicts width=96"),
+        ("qwen_image", {"call": {"true_cfg_scale": 5}, "guidance_scale": 3}, "contradicts true_cfg_scale=3"),
+        ("flux_dev", {"call": {"num_inference_steps": 0}}, "call={'num_inference_steps': 0} must be an integer of at"),
+        ("wan21_t2v", {"call": {"num_frames": 6}}, "num_frames=6 is not one more than a multiple of 4"),
+        ("wan21_t2v", {"call": {"guidance_scale": math.nan}}, "call={'guidance_scale': nan} must be made of finite"),
+        ("flux_dev", {"call": {"sigmas": [math.inf, 0.5]}}, "must be made of finite numbers"),
+        ("flux_dev", {"call": {"true_cfg_scale": 10**400}}, "<an integer of 1329 bits>} must be made of finite"),
+        ("flux_dev", {"guidance_scale": 10**400}, "guidance_scale=<an integer of 1329 bits> must be a number"),
+    ],
+)
+def test_what_a_pipeline_would_ignore_is_refused(name, request_, sentence):
+    def arguments() -> None:
+        signature_of(name).arguments(*make_requests([{"prompt": "a fox"}], request_))
+
+    assert sentence in refusal(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("flux_true_cfg", {**NEGATIVE, "call": {"true_cfg_scale": 3.0, "negative_prompt_2": "grey"}}),
+        ("z_image", {**NEGATIVE, "guidance_scale": 0.5}),
+        ("ltx2", {**NEGATIVE, "guidance_scale": 1.0}),  # its sound is guided by a scale of its own
+        ("hunyuan_video_15", NEGATIVE),
+        ("sd3", {"call": {"skip_guidance_layers": [0], "skip_layer_guidance_scale": 3.0}}),
+        ("flux_ip_adapter", {"call": {"joint_attention_kwargs": {"ip_adapter_masks": None}}}),
+        ("flux_dev", {"call": {"sigmas": [1, 0.5], "joint_attention_kwargs": {}}, "num_inference_steps": 2}),
+        ("flux_dev", {"call": {"width": 96}, "width": 96}),
+    ],
+)
+def test_what_a_pipeline_uses_is_not_refused(name, request_):
+    (request,) = make_requests([{"prompt": "a fox"}], request_)
+    given = {key: value for key, value in request_.items() if key in ("negative_prompt", "num_inference_steps")}
+    assert signature_of(name).arguments(request).items() >= {**request.call, **given}.items()
+
+
+def test_what_a_call_sets_is_not_asked_for_by_the_models_defaults(tmp_path):
+    of_model = {"prompt": "a fox", "width": 128, "num_inference_steps": 28, "call": {"max_sequence_length": 64}}
+    for call, width, steps in (({"width": 64}, None, 28), ({"sigmas": [1.0]}, 128, None), ({"max_area": 1}, 128, 28)):
+        (request,) = make_requests([{}], {"call": call}, of_model=of_model)
+        assert (request.width, request.num_inference_steps) == (width, steps)
+        assert request.call == {"max_sequence_length": 64, **call}
+    (request,) = make_requests([{"prompt": "a", "call": {"width": 64}}], {"width": 96})
+    assert (request.width, request.call) == (None, {"width": 64})
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v", "qwen_image", "flux_true_cfg"])
+def test_a_picture_of_numbers_that_are_not_finite_is_an_error(name):
+    frames = {"num_frames": 1} if name == "wan21_t2v" else {}
+    with loaded(name) as model:
+        decode = model.pipe.vae.decode
+        model.pipe.vae.decode = lambda z, **settings: decode(z * math.nan, **settings)
+        requests = make_requests([{"prompt": "a"}], {**TWO_STEPS, **frames, "call": CALL})
+        with pytest.raises(PipeboostError, match="made a picture of numbers that are not finite"):
+            list(model.generate(requests))
+
+
+LONG = "a fox in the snow and a dog in the rain " * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [
+        ("flux_dev", {"text_encoder": 77, "text_encoder_2": 35}),
+        ("qwen_image", {"text_encoder": 35}),
+        ("wan21_t2v", {"text_encoder": 35}),
+        ("z_image", {"text_encoder": 35}),
+    ],
+)
+def test_what_is_cut_off_a_long_prompt_is_noted_with_each_encoders_limit(name, encoders):
+    frames = {"num_frames": 1} if name == "wan21_t2v" else {}
+    arguments = {**TWO_STEPS, **frames, "call": CALL, "seed": 1}
+    negative = {} if name == "flux_dev" else {"negative_prompt": LONG}
+    with loaded(name) as model:
+        requests = [
+            make_requests([{"prompt": prompt}], {**arguments, **more})[0]
+            for prompt, more in (("a fox", {}), (LONG, {}), (LONG, {}), ("a fox", negative))
+        ]
+        short, long, again, other = (made.notes for made in model.generate(requests))
+        tokenizers = [each for part, each in model.pipe.components.items() if part.startswith("tokenizer")]
+    assert short == ()
+    assert long == again
+    assert [note.split(" tokens of ")[0] for note in long] == [
+        f"prompt was cut: {encoder} reads {limit}" for encoder, limit in encoders.items()
+    ]
+    assert all("in the rain" in note for note in long)
+    assert [note.split(" was cut")[0] for note in other] == list(negative)
+    assert not any("_pipeboost_chains" in vars(each) for each in tokenizers)
 
 
 def test_an_edit_model_takes_one_image_and_edit_plus_several(tmp_path):
@@ -320,6 +453,18 @@ def test_another_vae_decodes_and_one_that_does_not_fit_is_refused(tmp_path):
         assert sentence in refusal(pipeboost.load_model, model_path=stored("flux_dev"), vae_path=path, device="cpu")
 
 
+def test_a_vae_of_an_unknown_class_is_one_sentence(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "Nothing"}')
+    index = {"_class_name": "FluxPipeline", "vae": ["diffusers", "Nothing"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for model, vae, sentence in (
+        (stored("flux_dev"), tmp_path, "has class_name Nothing, but the model needs AutoencoderKL"),
+        (tmp_path, stored("flux_dev"), "has no attribute Nothing"),
+    ):
+        assert sentence in refusal(pipeboost.load_model, model_path=model, vae_path=vae, device="cpu")
+
+
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"")
@@ -351,7 +496,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_loaded(monkeypatch, setti
 
 
 def test_images_come_from_urls(monkeypatch):
-    monkeypatch.setattr(inputs, "LARGEST_DOWNLOAD", 100_000)
+    monkeypatch.setattr(inputs, "LARGEST_IMAGE", 100_000)
     answers = {"/a.png": (200, png()), "/gone.png": (404, b""), "/text": (200, b"text"), "/huge": (200, bytes(100_001))}
     with served(answers) as address:
         assert np.array_equal(load_image(f"{address}/a.png"), picture())
@@ -362,6 +507,77 @@ def test_images_come_from_urls(monkeypatch):
         ):
             assert sentence in refusal(load_image, source=f"{address}/{path}")
     assert "cannot be fetched" in refusal(load_image, source=f"{address}/a.png")
+
+
+def test_a_server_that_drips_or_never_ends_is_left_in_time(monkeypatch):
+    monkeypatch.setattr(inputs, "SECONDS_TO_WAIT", 1.0)
+    monkeypatch.setattr(inputs, "LARGEST_IMAGE", 2**20)
+
+    def drip():
+        for _ in range(50):
+            time.sleep(0.1)
+            yield b"x"
+
+    def never_end():
+        while True:
+            yield bytes(2**16)
+
+    with served({"/drip": (200, drip), "/endless": (200, never_end)}) as address:
+        began = time.monotonic()
+        assert "it did not come within 1 s" in refusal(load_image, source=f"{address}/drip")
+        assert time.monotonic() - began < 3
+        assert "is larger than 1 MiB" in refusal(load_image, source=f"{address}/endless")
+
+
+def test_a_redirection_is_followed_to_the_web_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    answers = {
+        "/a.png": (200, png()),
+        "/moved": (302, b"/a.png"),
+        "/ftp": (302, b"ftp://127.0.0.1:9/a.png"),
+        "/file": (302, f"file://{tmp_path}/a.png".encode()),
+    }
+    with served(answers) as address:
+        assert load_image(f"{address}/moved").size == picture().size
+        assert "cannot be fetched: unknown url type: ftp" in refusal(load_image, source=f"{address}/ftp")
+        assert "cannot be fetched: the server answered 302" in refusal(load_image, source=f"{address}/file")
+
+
+def test_what_is_no_file_is_not_read_as_an_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("/dev/zero", tmp_path / "pipe"):
+        assert "cannot be read: it is a device or a pipe" in refusal(load_image, source=source)
+    assert "cannot be read: Is a directory" in refusal(load_image, source=tmp_path)
+    for source in ("a\0b", "n" * 5000, "~nosuchuser/a.png"):
+        assert len(refusal(load_image, source=source)) < 400
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"])
+def test_an_image_may_be_of_a_common_format_and_damage_is_one_sentence(tmp_path, kind):
+    path = tmp_path / "a.img"
+    picture().save(path, format=kind)
+    assert load_image(path).size == picture().size
+    data = bytearray(path.read_bytes())
+    for start in range(8, len(data), 97):
+        data[start : start + 40] = bytes(40)
+    for damaged in (bytes(data), path.read_bytes()[: len(data) // 3]):
+        path.write_bytes(damaged)
+        try:
+            load_image(path)
+        except ConfigurationError as error:
+            assert str(error).startswith(f"image {path} ")  # noqa: PT017 - some decoders mend it
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "ICO", "DDS", "PDF"])
+def test_an_image_of_another_format_is_refused(tmp_path, kind):
+    picture().save(tmp_path / "a.png", format=kind)
+    assert "or not in one of PNG, JPEG, WEBP" in refusal(load_image, source=tmp_path / "a.png")
+
+
+def test_odd_exif_data_is_one_sentence_or_none(tmp_path):
+    picture().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    with contextlib.suppress(ConfigurationError):
+        load_image(tmp_path / "a.jpg")
 
 
 def test_an_image_is_turned_upright_and_made_rgb(tmp_path):
@@ -383,6 +599,16 @@ def test_a_16_bit_image_keeps_its_greys(tmp_path):
 @pytest.mark.parametrize("source", [5, b"a.png", None, "a\0b", "http://[::1"])
 def test_what_names_no_image_is_refused(source):
     assert "image" in refusal(make_requests, rows=[{"prompt": "a"}], defaults={"image_path": [source]})
+
+
+def test_half_a_character_and_a_path_that_cannot_be_are_refused():
+    for name in ("prompt", "negative_prompt"):
+        assert "is not text in UTF-8" in refusal(make_requests, rows=[{"prompt": "a", name: "fox \udcff"}], defaults={})
+    for name in ("model_path", "vae_path", "lora_path"):
+        for path in ("~nosuchuser/a", "a\0b", "n" * 5000):
+            assert f"{name}=" in refusal(ModelSettings.of, **{name: path})
+    assert "the scale must be a number" in refusal(Lora.of, given="a" + "=" + "9" * 400)
+    assert "the scale must be a number" in refusal(Lora.of, given=("a", 10**400))
 
 
 def test_no_lora_may_be_said_as_none():
@@ -424,7 +650,7 @@ def test_a_prompt_file_may_be_text_jsonl_json_or_yaml(tmp_path):
     ("name", "text", "sentence"),
     [
         ("a.txt", "# only this\n", "holds no prompt"),
-        ("a.jsonl", "{", "line 1, is not JSON"),
+        ("a.jsonl", "{", "line 1, is not valid JSON"),
         ("a.jsonl", '{"seed": 1}', "entry 1, must be a prompt"),
         ("a.jsonl", '{"prompt": "a", "sed": 1}', "has no field 'sed'"),
         ("a.yaml", "prompt: a", "must hold a list"),
@@ -434,6 +660,57 @@ def test_a_prompt_file_may_be_text_jsonl_json_or_yaml(tmp_path):
 def test_a_wrong_prompt_file_is_refused(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     assert sentence in refusal(read_prompts, path=tmp_path / name)
+
+
+def test_json_is_read_as_json(tmp_path):
+    (tmp_path / "a.json").write_text('[\n\t"\\ud83d\\ude00",\n\t{"prompt": "a", "guidance_scale": NaN}]')
+    first, second = read_prompts(tmp_path / "a.json")
+    assert first == {"prompt": "\U0001f600"}
+    assert math.isnan(second["guidance_scale"])
+    (tmp_path / "b.json").write_text("- a fox\n")
+    assert "is not valid JSON" in refusal(read_prompts, path=tmp_path / "b.json")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join(['*' + before] * 10)}]\n" for before, after in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "- &a [*a]\n",
+        "[" * 5000,
+        "- 2020-99-99\n",
+        "- !!int ''\n",
+        "- {[1]: 2}\n",
+        "- !!python/object:os.system x\n",
+        "- \x07\n",
+        "- " + "9" * 5000,
+    ],
+    ids=["bomb", "cycle", "deep", "date", "int", "key", "tag", "control", "digits"],
+)
+def test_what_yaml_cannot_mean_is_one_short_sentence_everywhere(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    for line in (
+        refusal(read_prompts, path=tmp_path / "a.yaml"),
+        refusal(pipeboost.load_model, config=tmp_path / "a.yaml"),
+    ):
+        assert "a.yaml" in line
+        assert len(line) < 800
+
+
+def test_an_alias_that_stands_for_little_is_fine(tmp_path):
+    (tmp_path / "a.yaml").write_text("- &a {prompt: a fox, seed: 1}\n- {<<: *a, seed: 2}\n- *a\n")
+    assert [row["seed"] for row in read_prompts(tmp_path / "a.yaml")] == [1, 2, 1]
+
+
+def test_a_message_quotes_little_of_a_large_value():
+    wide = list(range(10**6))
+    for value in ("x" * 10**6, wide, {"a": [wide] * 99}, 16**9999, b"x" * 10**6, Image.new("RGB", (9, 9))):
+        assert len(quoted(value)) < 1000
+    assert quoted({"a": [1, 2.5, None, "b"]}) == "{'a': [1, 2.5, None, 'b']}"
 
 
 def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path):
@@ -453,6 +730,22 @@ def an_image(**values) -> pipeboost.GeneratedImage:
     return pipeboost.GeneratedImage(**(defaults | values))
 
 
+def test_many_that_save_into_one_folder_at_once_replace_nothing(tmp_path):
+    images = [an_image(image=Image.new("RGB", (8, 8), (n, 0, 0))) for n in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda made: made.save(tmp_path), images))
+    assert len(set(paths)) == len(os.listdir(tmp_path)) == 40
+    assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == list(range(40))
+
+
+def test_a_home_is_found_in_a_path_and_one_that_is_not_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert an_image().save("~/a.png") == tmp_path / "a.png"
+    assert an_image().save("~").parent == tmp_path
+    for path in ("~nosuchuser/a.png", "a\0.png", f"{'n' * 300}.png"):
+        assert "cannot be a path" in refusal(an_image().save, path=path)
+
+
 def test_saving_into_a_folder_replaces_nothing(tmp_path):
     names = [an_image().save(tmp_path).name for _ in range(3)]
     assert names == ["a-fox-in-the-snow-seed3.png", "a-fox-in-the-snow-seed3-2.png", "a-fox-in-the-snow-seed3-3.png"]
@@ -466,7 +759,7 @@ def test_the_name_says_the_format(tmp_path, name, kind):
 
 
 def test_a_format_that_is_not_written_is_refused(tmp_path):
-    assert "must end in one of .png, .jpg" in refusal(an_image().save, path=tmp_path / "a.tiff")
+    assert "must be a folder or a file that ends in .png, .jpg" in refusal(an_image().save, path=tmp_path / "a.tiff")
 
 
 @pytest.mark.parametrize("made", ["image", "video"])

@@ -12,6 +12,8 @@ from PIL import Image
 
 from pipeboost import Acceleration, OffloadConfig
 from pipeboost.cli import generate as command
+from pipeboost.cli import generate_output
+from pipeboost.core.errors import PipeboostError
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
 from pipeboost.generate import writing
 from pipeboost.runner import Calls
@@ -203,6 +205,16 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--profile", "."], ". is a folder; name a file in it"),
         (["--report", "a.json", "--profile", "a.json"], "a.json is named by two flags"),
         (["--save-output", "a.png", "--report", "a.png"], "a.png is named by two flags"),
+        (["--output-path", "a.png"], "--output-path a.png must be a folder; name a file with --save-output a.png"),
+        (["--output-path", "~nosuchuser/a"], "--output-path='~nosuchuser/a' cannot be a path: Could not determine"),
+        (["--save-output", "~nosuchuser/a.png"], "cannot be a path: Could not determine home"),
+        (["--report", "~nosuchuser/a"], "--report='~nosuchuser/a' cannot be a path"),
+        (["--save-output", f"{'n' * 300}.png"], "cannot be a path: File name too long"),
+        (["--report", "/proc/a.json"], "the folder of --report a.json, cannot be written to"),
+        (["--output-path", "/proc/a"], "/proc/a cannot be made a folder"),
+        (["--call", "a=2020-99-99"], "the value is not valid YAML: month must be in 1..12"),
+        (["--prompt", "fox \udcff"], "is not text in UTF-8"),
+        (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a number"),
         (["--image-path", "http://[::1"], "image http://[::1 cannot be fetched: Invalid IPv6 URL"),
     ],
 )
@@ -225,6 +237,36 @@ def test_offload_and_device_reach_the_settings(generate, monkeypatch):
     monkeypatch.setattr(command, "run_generate", lambda settings, **_: seen.append(settings))
     generate("--offload", "layerwise", "--device", "cpu")
     assert (seen[0].acceleration.offload, seen[0].device) == (OffloadConfig("layerwise"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--guidance-scale", "1e30"], "made a picture of numbers that are not finite"),
+        (["--call", "sigmas=[.nan,.nan]"], "call={'sigmas': [nan, nan]} must be made of finite numbers"),
+        (["--call", "sigmas=[1,0.7,0.3]"], "num_inference_steps=2 contradicts sigmas"),
+        (["--call", "num_inference_steps=0"], "call={'num_inference_steps': 0} must be"),
+    ],
+)
+def test_what_cannot_become_a_picture_leaves_no_file(generate, tmp_path, flags, sentence):
+    result = generate(*flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert sentence in result.err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_cut_prompt_is_noted_once_on_stderr_and_in_each_report(generate):
+    words = [word for _ in range(2) for word in ("--prompt", "a red star on the left " * 20)]
+    result = generate(*words)
+    first, second = (row["notes"] for row in result.report["requests"])
+    assert (result.code, result.err.splitlines()) == (0, [f"  note: {note}" for note in first])
+    assert first == second
+    assert [note.split(" reads ")[0] for note in first] == [f"prompt was cut: text_encoder{n}" for n in ("", "_2")]
+
+
+def test_a_size_in_the_call_is_what_was_asked_for(made):
+    result = made("--call", "width=64")
+    assert (result.report["requests"][0]["notes"], Image.open(result.paths[0]).size) == ([], (64, 128))
 
 
 def test_warmup_makes_an_output_that_is_not_reported(made, monkeypatch):
@@ -261,6 +303,38 @@ def test_outputs_go_where_the_flags_say(made, tmp_path, flags, paths):
     found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(found) == sorted([*paths, "report.json"])
     assert [row["path"] for row in result.report["requests"]] == (paths or [None])
+
+
+def test_a_home_is_found_in_the_paths_of_flags(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    made("--prompt", "a fox", "--output-path", "~/out", "--report", "~/r.json", "--profile", "~/p.json")
+    assert sorted(os.listdir(tmp_path / "home")) == ["out", "p.json", "r.json"]
+    assert os.listdir(tmp_path / "home" / "out") == ["a-fox-seed1.png"]
+
+
+def test_where_the_report_fails_too_the_first_failure_is_told(generate, monkeypatch):
+    count = iter(range(9))
+    write = writing.write_whole
+
+    def full(path: Path, *rest: object, **settings: object) -> Path:
+        if next(count) > 0:
+            raise PipeboostError(f"{path.name} cannot be written: the disk is full")
+        return write(path, *rest, **settings)
+
+    monkeypatch.setattr(writing, "write_whole", full)
+    monkeypatch.setattr(generate_output, "write_whole", full)
+    result = generate("--prompt", "a", "--prompt", "b")
+    assert (result.code, result.err) == (
+        2,
+        "pipeboost: b-seed2.png cannot be written: the disk is full (1 of 2 were finished and are kept)\n",
+    )
+
+
+def test_several_ranks_of_which_each_would_do_all_of_it_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(command, "world_size", lambda: 2)
+    line = refused("--num-gpus", 2)
+    assert "--num-gpus 2: FluxPipeline would be computed whole on each of them" in line
+    assert line.endswith("use --num-gpus 1\n")
 
 
 def test_a_named_file_that_is_replaced_is_said_to_be(made, tmp_path):
@@ -333,10 +407,10 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
     count = iter(range(3))
     write = writing.write_image
 
-    def fill_the_disk(image: Image.Image, path: Path) -> None:
+    def fill_the_disk(image: Image.Image, path: Path, **settings: bool) -> Path:
         if next(count) == 2:
             monkeypatch.setattr(Image.Image, "save", no_space)
-        write(image, path)
+        return write(image, path, **settings)
 
     def no_space(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

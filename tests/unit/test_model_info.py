@@ -5,17 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.contract.model_info import ModelInfo, Split, activations_of_one_rank, of_one_rank, splits_of
+from pipeboost.contract.model_info import (
+    ComponentSize,
+    ModelInfo,
+    Split,
+    activations_of_one_rank,
+    of_one_rank,
+    splits_of,
+)
 from pipeboost.contract.registry import family_named
 from pipeboost.core.config import ParallelConfig
-from pipeboost.features.offload import Component
 from tests.pipelines.tiny import TINY
 
 FLUX = family_named("FluxPipeline")
 COMPONENTS = (
-    Component("vae", "vae", None, 100, 0, 0),
-    Component("text_encoder", "text_encoders", None, 1000, 800, 80),
-    Component("transformer", "transformers", "transformer", 10_000, 8000, 800),
+    ComponentSize("vae", "vae", None, 100, 0, 0),
+    ComponentSize("text_encoder", "text_encoders", None, 1000, 800, 80),
+    ComponentSize("transformer", "transformers", "transformer", 10_000, 8000, 800),
 )
 FACTS = ModelInfo("FluxPipeline", torch.bfloat16, 11_100, components=COMPONENTS)
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost.contract.model_info import ModelInfo
+from pipeboost.contract.model_info import ComponentSize, ModelInfo
 from pipeboost.contract.registry import family_named, generic_family
 from pipeboost.core.config import AccelerationConfig, CompileConfig, OffloadConfig
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.families import Activations, Linear
 from pipeboost.core.hardware import Hardware
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.offload import Component, Placement, choose_policies, place, predict, unmovable_weights
+from pipeboost.features.offload import Placement, choose_policies, place, predict, unmovable_weights
 from pipeboost.features.offload.budget import UNMEASURED
 from pipeboost.features.offload.host import HostStore
 from pipeboost.features.offload.place import DOORS
@@ -27,10 +27,10 @@ H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 1, False, Tru
 FLUX = family_named("FluxPipeline")
 NEEDS = Activations(Linear(0, GIB / 2**20), Linear(0, 2 * GIB / 2**20), 0, 1024, 1024, 1, "a test")
 FLUX_DEV = (
-    Component("text_encoder", "text_encoders", None, GIB // 4, GIB // 5, GIB // 60),
-    Component("text_encoder_2", "text_encoders", None, int(9.5 * GIB), 9 * GIB, 9 * GIB // 24),
-    Component("transformer", "transformers", "transformer", 22 * GIB, 21 * GIB, GIB // 2),
-    Component("vae", "vae", None, GIB // 6, 0, 0),
+    ComponentSize("text_encoder", "text_encoders", None, GIB // 4, GIB // 5, GIB // 60),
+    ComponentSize("text_encoder_2", "text_encoders", None, int(9.5 * GIB), 9 * GIB, 9 * GIB // 24),
+    ComponentSize("transformer", "transformers", "transformer", 22 * GIB, 21 * GIB, GIB // 2),
+    ComponentSize("vae", "vae", None, GIB // 6, 0, 0),
 )
 
 
@@ -83,8 +83,8 @@ def test_the_peak_is_what_is_resident_and_the_hungriest_stage():
 
 
 def test_of_two_experts_only_one_counts():
-    experts = [Component(f"transformer{n}", "transformers", f"transformer{n}", 28 * GIB, 0, 0) for n in ("", "_2")]
-    helper = Component("controlnet", "transformers", None, GIB, 0, 0)
+    experts = [ComponentSize(f"transformer{n}", "transformers", f"transformer{n}", 28 * GIB, 0, 0) for n in ("", "_2")]
+    helper = ComponentSize("controlnet", "transformers", None, GIB, 0, 0)
     staged = dict.fromkeys(("text_encoders", "transformers", "vae"), "stage")
     assert predict((*experts, helper), staged, NEEDS)["denoising"] == 30 * GIB
 

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeboost.contract.model_info import ModelInfo
+from pipeboost.contract.model_info import ComponentSize, ModelInfo
 from pipeboost.contract.registry import family_named, generic_family
 from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig, ParallelConfig
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.features.offload import Component
 from pipeboost.plan import make_plan
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
@@ -98,10 +97,10 @@ def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
 
 
 def test_ranks_share_weights_that_one_device_cannot_hold_whether_or_not_it_is_here():
-    transformer = Component("transformer", "transformers", "transformer", 70 * 2**30, 0, 0)
+    transformer = ComponentSize("transformer", "transformers", "transformer", 70 * 2**30, 0, 0)
     facts = ModelInfo("FluxPipeline", torch.bfloat16, transformer.nbytes, components=(transformer,), heads=24, ranks=4)
     assert make_plan(AccelerationConfig(), H100, FLUX, facts)["parallel"].choice == "ulysses=2, tensor=2"
-    encoder = Component("text_encoder", "text_encoders", None, 60 * 2**30, 0, 0)
+    encoder = ComponentSize("text_encoder", "text_encoders", None, 60 * 2**30, 0, 0)
     both = replace(facts, components=(transformer, encoder))
     assert make_plan(AccelerationConfig(), H100, FLUX, both)["parallel"].choice == "tensor=4"
     roomy = replace(facts, free=100 * 2**30)

@@ -3,35 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeboost.core.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError, RankFailedError, one_line
 
 STOPPED = 130
 """The exit code of what Ctrl-C has ended."""
 
 
 def main() -> None:
-    """Run the command line; an error a user can make is one line and exit code 2, Ctrl-C one line and 130."""
-    with _stopped_at_once():
-        import_module("pipeboost.acceleration")  # which takes seconds, and every command needs it
-        from pipeboost.cli.app import app
+    """Run the command line. Whatever goes wrong is one line on stderr.
+
+    Exit codes: 2 for what the user can mend, 3 for a fault of ours, whose traceback is in a file that the line names,
+    130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        app(prog_name="pipeboost")
-    except PipeboostError as error:
-        print(f"pipeboost: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with _stopped_at_once():
+            import_module("pipeboost.acceleration")  # which takes seconds, and every command needs it
+            from pipeboost.cli.app import app
+        try:
+            app(prog_name="pipeboost")
+        finally:
+            sys.stdout.flush()
     except SystemExit as ended:
         # A command that has something to keep tells so by itself.
         if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
-            print("pipeboost: stopped", file=sys.stderr)
+            _say("stopped")
         raise
+    except RankFailedError as error:
+        trace = error.traceback
+        _fail(str(error).partition("\n")[0], trace, 3 if trace or error.signal else 2)
+    except PipeboostError as error:
+        _fail(str(error), "", 2)
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+            # Nothing that is left in the stream's buffer may fail again as the process ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if error.errno == errno.EPIPE:  # whoever read it has seen enough
+                raise SystemExit(1) from None
+            _fail(f"the output cannot be written: {error.strerror}", "", 2)
+        _fail_of_ours(error)
+    except Exception as error:
+        _fail_of_ours(error)
+
+
+def _fail_of_ours(error: Exception) -> NoReturn:
+    _fail(f"{type(error).__name__}: {one_line(error)}", "".join(traceback.format_exception(error)), 3)
+
+
+def _fail(line: str, trace: str, code: int) -> NoReturn:
+    where = ""
+    if trace:
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="pipeboost-", suffix=".txt", delete=False) as file:
+                file.write(trace)
+            where = f" (please report it; the traceback is in {file.name})"
+        except OSError:
+            line = f"{line}\n{trace}"
+    _say(line + where)
+    raise SystemExit(code) from None
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"pipeboost: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeboost.cli.generate_flags import GenerateCommand, generate
+from pipeboost.cli.generate_flags import Command, GenerateCommand, generate
 
 app = typer.Typer(
     help="pipeboost: one line gives a stock Diffusers pipeline the speed of a dedicated engine.",
@@ -21,7 +21,7 @@ Quality = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     steps: Annotated[int, typer.Option(help="denoising steps per image")] = 28,
     output: Annotated[Path, typer.Option(help="folder for the picture and the images")] = Path("demo_output"),
@@ -36,7 +36,7 @@ def demo(
 app.command(cls=GenerateCommand)(generate)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     model: Annotated[str, typer.Argument(help="folder of a Diffusers pipeline, a hub id, or a size bench knows")],
     quality: Quality = None,
@@ -50,7 +50,7 @@ def plan(
     print_plan(model, quality=quality, device=device, config=config, ranks=num_gpus)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor() -> None:
     """What is installed, what this device could use, and how to install what is missing."""
     from pipeboost.cli.doctor import print_diagnosis
@@ -58,7 +58,7 @@ def doctor() -> None:
     print_diagnosis()
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
     tier: Annotated[list[str] | None, typer.Option(help="quality tier to measure; may be given several times")] = None,

@@ -58,7 +58,7 @@ def run_bench(
     hardware = device_hardware(device)
     for size in sizes:
         _require_room(size, hardware)
-    make_output_folder(output)
+    output = make_output_folder(output)
     return measure_sizes(
         sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
     )

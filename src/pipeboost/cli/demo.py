@@ -23,6 +23,7 @@ from pipeboost.cli.picture import picture_grid
 from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
 from pipeboost.core.hardware import Hardware
+from pipeboost.generate.writing import write_image
 from pipeboost.quality import psnr
 
 PIXELS = 128
@@ -56,7 +57,7 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     if steps < 1:
         raise ConfigurationError(f"--steps {steps} must be at least 1")
     hardware = device_hardware(device)
-    make_output_folder(output)
+    output = make_output_folder(output)
     console = Console()
     pipe, prompts, score = _load(hardware)
     variants = _variants(hardware, steps)
@@ -73,9 +74,9 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
         console.print(f"[dim]{line}[/]")
     for run in runs:
         for index, image in enumerate(run.images):
-            image.save(output / f"{_slug(run.name)}_{index}.png")
+            write_image(image, output / f"{_slug(run.name)}_{index}.png")
     rows = [(run.name, f"{run.seconds:.2f} s ({runs[0].seconds / run.seconds:.2f}x)", run.images) for run in runs]
-    picture_grid(rows, [prompt.text for prompt in prompts]).save(output / "demo.png")
+    write_image(picture_grid(rows, [prompt.text for prompt in prompts]), output / "demo.png")
     console.print(f"Pictures: {output / 'demo.png'}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.hardware import Hardware, detect_hardware, has_cuda
+from pipeboost.core.user_files import make_folder, user_path
 
 
 def device_hardware(device: str) -> Hardware:
@@ -21,13 +22,12 @@ def device_hardware(device: str) -> Hardware:
     return detect_hardware(None if device == "auto" else device)
 
 
-def make_output_folder(output: Path) -> None:
-    """Make the folder that results go to, before any work is spent on them.
+def make_output_folder(output: Path) -> Path:
+    """Make the folder that results go to, before any work is spent on them; where it is.
 
     Raises:
         ConfigurationError: it cannot be a folder.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output {output} cannot be made a folder: {error.strerror}") from error
+    folder = user_path(output, "--output")
+    make_folder(folder, f"--output {folder}")
+    return folder

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from pipeboost.core.config_sources import file_settings
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted, shortened
 
 _MODEL = "Model"
 _REQUEST = "What to make"
@@ -26,18 +26,25 @@ ACCELERATION_KEY = "acceleration"
 _UsageError: Any = typer.BadParameter.__base__
 
 
-class GenerateCommand(TyperCommand):
-    """A command whose `--save-output` may stand without a value, and whose wrong flags are one line."""
+class Command(TyperCommand):
+    """A command whose wrong flags are one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            raise ConfigurationError(shortened(error.format_message())) from None
+
+
+class GenerateCommand(Command):
+    """One whose `--save-output` may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = []
         for index, word in enumerate(args):
             bare = word == "--save-output" and (index + 1 == len(args) or args[index + 1].startswith("--"))
             words.append("--save-output=" if bare else word)
-        try:
-            return super().parse_args(ctx, words)
-        except _UsageError as error:
-            raise ConfigurationError(" ".join(error.format_message().split())) from None
+        return super().parse_args(ctx, words)
 
 
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -58,7 +65,7 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
             settings[name] = [value]
         refused = () if flag.is_flag or name == "save_output" else (bool,)
         if any(isinstance(each, (dict, list, *refused)) for each in (settings[name] if flag.multiple else [value])):
-            raise ConfigurationError(f"config file {path}: {name}={value!r} is not a value of its flag")
+            raise ConfigurationError(f"config file {path}: {name}={quoted(value)} is not a value of its flag")
     ctx.default_map = settings
     return path
 
@@ -154,7 +161,8 @@ def generate(
     tp_size: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the weights")] = None,
 ) -> None:
     """Make images or videos from prompts; without any flag, an image of the model we ship."""
-    from pipeboost.cli.generate import Output, accelerated_by, generate_on_ranks, parallel_by
+    from pipeboost.cli.generate import accelerated_by, generate_on_ranks, parallel_by
+    from pipeboost.cli.generate_output import Output
     from pipeboost.generate.loading import ModelSettings
 
     layout, ranks = parallel_by(

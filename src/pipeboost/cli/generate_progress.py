@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +28,7 @@ class BatchProgress:
         self._requests = requests
         self._silent = silent
         self._done = 0
+        self._noted: set[tuple[str, str]] = set()
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -59,20 +61,22 @@ class BatchProgress:
         self._done += 1
         self._print(line)
 
-    def note(self, text: str) -> None:
-        """Something about the output before it."""
-        self._print(f"  note: {text}")
+    def note(self, text: str, *, about: str) -> None:
+        """Something about the output before it, said once for each prompt."""
+        if (text, about) not in self._noted:
+            self._noted.add((text, about))
+            self._print(f"  note: {text}", sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.stop()
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, file: TextIO | None = None) -> None:
         # Rich would wrap a long path at the width of a terminal.
         if self._silent:
             return
         with self._hidden():
-            print(line, flush=True)
+            print(line, flush=True, file=file)
 
     @contextlib.contextmanager
     def _hidden(self) -> Iterator[None]:

@@ -13,13 +13,14 @@ import torch
 from pipeboost.bench.full_size import build_pipeline, full_sizes
 from pipeboost.cli.flags import device_hardware
 from pipeboost.cli.quiet import quiet_libraries
-from pipeboost.contract.model_info import model_info
+from pipeboost.cli.skeleton import skeleton
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import resolve_config
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, one_line, quoted
 from pipeboost.core.hardware import Hardware
+from pipeboost.core.user_files import user_path
+from pipeboost.model_reader import model_info
 from pipeboost.plan import Plan, make_plan
-from pipeboost.skeleton import skeleton
 
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
@@ -65,7 +66,8 @@ def _without_weights(model: str) -> tuple[Any, str]:
     if model in full_sizes():
         size = full_sizes()[model]
         return build_pipeline(size, device=torch.device("meta"), dtype=torch.bfloat16), "the transformer"
-    pipe, known = skeleton(Path(model) if Path(model).is_dir() else _hub_folder(model))
+    folder = user_path(model, "model")
+    pipe, known = skeleton(folder if folder.is_dir() else _hub_folder(model))
     return pipe, "all components" if known else "all components in bfloat16, as no file tells,"
 
 
@@ -74,9 +76,11 @@ def _hub_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if model.count("/") != 1:
-        raise ConfigurationError(f"{model!r} is neither a folder, nor a hub id, nor one of {', '.join(full_sizes())}")
+        names = ", ".join(full_sizes())
+        raise ConfigurationError(f"{quoted(model)} is neither a folder, nor a hub id, nor one of {names}")
     try:
         return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*"], ignore_patterns=_WEIGHTS))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{model!r} is no folder, and the hub did not give it to us: {reason}") from error
+        raise ConfigurationError(
+            f"{quoted(model)} is no folder, and the hub did not give it to us: {one_line(error)}"
+        ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
-from pipeboost.core.errors import ConfigurationError, not_one_of
+from pipeboost.core.errors import ConfigurationError, not_one_of, quoted
 
 TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
@@ -98,6 +98,13 @@ class ParallelConfig:
     def shares_text_encoders(self) -> bool:
         """Whether the tensor ranks share the text encoders' weights; else the first rank encodes."""
         return bool(self.text_encoder) and self.tensor > 1
+
+    @property
+    def split_kinds(self) -> tuple[str, ...]:
+        """The kinds of components of which a rank has a share of the weights."""
+        if self.tensor == 1:
+            return ()
+        return ("transformers", "text_encoders") if self.shares_text_encoders else ("transformers",)
 
     def shares_vae(self, tier: str) -> bool:
         """Return whether the ranks share the VAE's work, which changes rounding."""
@@ -351,14 +358,14 @@ def _feature_setting(feature: str, value: Any) -> Any:
         if value in names:
             return cls(**{field: value})
     allowed = ", ".join(map(repr, ("auto", *names, None, False)))
-    raise ConfigurationError(f"{feature}={value!r} is not allowed; use one of {allowed} or {cls.__name__}(...)")
+    raise ConfigurationError(f"{feature}={quoted(value)} is not allowed; use one of {allowed} or {cls.__name__}(...)")
 
 
 def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigurationError(f"{argument} has no setting {key!r}; it has {', '.join(known)}")
+            raise ConfigurationError(f"{argument} has no setting {quoted(key)}; it has {', '.join(known)}")
     return cls(**values)
 
 
@@ -379,7 +386,7 @@ def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _require_integer(argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > (maximum or value):
         allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ConfigurationError(f"{argument}={value!r} must be an integer {allowed}")
+        raise ConfigurationError(f"{argument}={quoted(value)} must be an integer {allowed}")
 
 
 def _is_process_group(group: Any) -> bool:

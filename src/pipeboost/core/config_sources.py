@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 
 _PREFIX = "PIPEBOOST_"
 
@@ -38,29 +38,17 @@ def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigurationError: the file is missing or unreadable, or has a key that is not one of the `known` settings.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"config file {path} is not text in UTF-8; it must be YAML or JSON") from error
+    what = f"config file {path}"
+    text = read_text(path, "config file")
     if path.suffix == ".json":
-        try:
-            settings = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"config file {path} is not valid JSON: {error}") from error
+        settings = parse_json(text, what, object_pairs_hook=lambda pairs: _without_repeats(pairs, path))
     else:
-        import yaml
-
-        try:
-            settings = yaml.load(text, Loader=_loader(path))
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        settings = parse_yaml(text, what, loader=_loader(path))
     if not isinstance(settings, dict):
         raise ConfigurationError(f"config file {path} must hold a mapping of settings")
     for key in settings:
         if key not in known:
-            raise ConfigurationError(f"config file {path} has no setting {key!r}; it may have {', '.join(known)}")
+            raise ConfigurationError(f"config file {path} has no setting {quoted(key)}; it may have {', '.join(known)}")
     return settings
 
 
@@ -80,7 +68,7 @@ def _without_repeats(pairs: Sequence[tuple[Any, Any]], path: Path) -> dict[Any, 
     settings: dict[Any, Any] = {}
     for key, value in pairs:
         if isinstance(key, str) and key in settings:
-            raise ConfigurationError(f"config file {path} has {key!r} twice; leave one out")
+            raise ConfigurationError(f"config file {path} has {quoted(key)} twice; leave one out")
         if isinstance(key, str):
             settings[key] = value
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 
 
@@ -45,6 +46,36 @@ class RankFailedError(PipeboostError):
         self.traceback = traceback
 
 
+class _Quote(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 8
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python itself refuses to write the decimals of a very long one.
+        return f"<an integer of {value.bit_length()} bits>" if value.bit_length() > 1000 else repr(value)
+
+
+_QUOTE = _Quote()
+
+
+def quoted(value: object) -> str:
+    """A user's value as every message shows it: as Python writes it, shortened where it is long, wide or deep."""
+    return _QUOTE.repr(value)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text in one line of at most `most` characters."""
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most and len(text) <= 4 * most else f"{line[: most - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of its error, in one line that is not endless."""
+    return shortened(str(error), 300) or type(error).__name__
+
+
 def not_one_of(argument: str, value: object, allowed: Iterable[object]) -> ConfigurationError:
     """The error for a value outside a fixed set: names the argument, the value and what is allowed."""
-    return ConfigurationError(f"{argument}={value!r} is not allowed; use one of {', '.join(map(repr, allowed))}")
+    return ConfigurationError(f"{argument}={quoted(value)} is not allowed; use one of {', '.join(map(repr, allowed))}")

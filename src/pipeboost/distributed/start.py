@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted
 
 
 class World(NamedTuple):
@@ -28,10 +28,24 @@ class World(NamedTuple):
 
 
 def world_size() -> int:
-    """How many ranks there are: of torch.distributed where it runs, else those that torchrun has announced."""
+    """How many ranks there are: of torch.distributed where it runs, else those that torchrun has announced.
+
+    Raises:
+        ConfigurationError: what is announced is no number.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if "RANK" not in os.environ:
+        return 1
+    _announced("RANK", 0)
+    return max(1, _announced("WORLD_SIZE", 1))
+
+
+def _announced(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable, str(otherwise))
+    if not text.strip().isdecimal():
+        raise ConfigurationError(f"the environment variable {variable}={quoted(text)} must be a number; unset it")
+    return int(text)
 
 
 def world() -> World:
@@ -56,7 +70,7 @@ def local_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    index = _announced("LOCAL_RANK", torch.cuda.current_device())
     if index >= torch.cuda.device_count():
         raise ConfigurationError(
             f"rank {index} of this machine has no CUDA device of its own, there are {torch.cuda.device_count()}; "

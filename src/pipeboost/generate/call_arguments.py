@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted
 from pipeboost.core.seams import stock_class
+from pipeboost.generate.ignored import guidance_acts, refuse_ignored, scale_name
 from pipeboost.generate.requests import Request
 
 Kind = Literal["image", "video"]
@@ -53,7 +54,9 @@ class CallSignature:
         self._pipe = pipe
         self.name = cls.__name__
         signature = inspect.signature(cls.__call__)
-        self.parameters = signature.parameters
+        self.parameters = {
+            name: each for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD
+        }
         self._outputs = _output_fields(signature.return_annotation)
 
     @cached_property
@@ -109,6 +112,11 @@ class CallSignature:
             multiple = math.lcm(multiple, int(getattr(config, "vae_scale_factor", None) or 1))
         return multiple
 
+    def text_limit(self, call: Mapping[str, Any]) -> Any:
+        """The `max_sequence_length` of a call; None where the pipeline has none."""
+        parameter = self.parameters.get("max_sequence_length")
+        return None if parameter is None else call.get("max_sequence_length", parameter.default)
+
     def arguments(self, request: Request) -> dict[str, Any]:
         """The call's arguments, without a generator and an output type.
 
@@ -126,9 +134,21 @@ class CallSignature:
                 self._require("guidance_scale", request.guidance_scale)
             else:
                 arguments[self.guidance] = request.guidance_scale
-        arguments |= self._own(request.call)
+        for name, value in self._own(request.call).items():
+            if name in arguments and arguments[name] != value:
+                raise ConfigurationError(
+                    f"call={{{name!r}: {quoted(value)}}} contradicts {name}={arguments[name]}; leave one of them out"
+                )
+            arguments[name] = value
         self._check_size(arguments)
-        arguments |= self._negative(request, arguments) | self._images(request)
+        given = {name: value for name, value in arguments.items() if name not in ("prompt", self.guidance)}
+        if request.negative_prompt is not None:
+            self._require("negative_prompt", request.negative_prompt)
+            arguments["negative_prompt"] = given["negative_prompt"] = request.negative_prompt
+        refuse_ignored(self._pipe, self.parameters, arguments, guidance=self.guidance, given=given)
+        if self._needs_negative(arguments):
+            arguments["negative_prompt"] = NO_NEGATIVE_PROMPT
+        arguments |= self._images(request)
         if "max_area" in self.parameters and {"width", "height"} <= arguments.keys():
             # Kontext keeps only the aspect ratio of a size, and scales it to this area.
             arguments.setdefault("max_area", arguments["width"] * arguments["height"])
@@ -137,7 +157,7 @@ class CallSignature:
     def _require(self, name: str, value: Any) -> None:
         if name not in self.parameters:
             raise UnsupportedError(
-                f"{name}={value!r}: {self.name}, which makes {self.kind}s, has no such argument; leave it out"
+                f"{name}={quoted(value)}: {self.name}, which makes {self.kind}s, has no such argument; leave it out"
             )
 
     def _own(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,8 +169,10 @@ class CallSignature:
             wanted = self.parameters[name].annotation
             if value is not None and not may_be(value, wanted):
                 raise ConfigurationError(
-                    f"call={{{name!r}: {_in_short(value)}}}: {self.name} takes {_in_words(wanted)} there; leave it out"
+                    f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {_in_words(wanted)} there; leave it out"
                 )
+            if _is_count(name) and isinstance(value, int) and value < 1:
+                raise ConfigurationError(f"call={{{name!r}: {value}}} must be an integer of at least 1")
         return dict(call)
 
     def _check_size(self, arguments: Mapping[str, Any]) -> None:
@@ -180,25 +202,12 @@ class CallSignature:
                 f"use {below} or {below + factor}"
             )
 
-    def _negative(self, request: Request, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """A negative prompt acts through the scale of true CFG, or of guidance where the pipeline knows but one."""
-        negative = request.negative_prompt
-        if "negative_prompt" not in self.parameters:
-            if negative is not None:
-                self._require("negative_prompt", negative)
-            return {}
-        name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
-        scale = None if name is None else arguments.get(name, self.parameters[name].default)
-        acts = not isinstance(scale, (int, float)) or scale > 1
-        if negative is None:
-            return {"negative_prompt": NO_NEGATIVE_PROMPT} if name == "true_cfg_scale" and acts else {}
-        if not acts:
-            way = "guidance_scale=4" if name == self.guidance else f"call={{{name!r}: 4}}"
-            raise ConfigurationError(
-                f"negative_prompt={negative!r} does nothing in {self.name} at {name}={scale}; use {way}, or leave it "
-                "out"
-            )
-        return {"negative_prompt": negative}
+    def _needs_negative(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether true CFG is asked for, which pipelines leave out where there is no negative prompt."""
+        if "negative_prompt" not in self.parameters or scale_name(self.parameters) != "true_cfg_scale":
+            return False
+        given = {"negative_prompt", "negative_prompt_embeds"} & arguments.keys()
+        return not given and guidance_acts(self._pipe, self.parameters, arguments)
 
     def _images(self, request: Request) -> dict[str, Any]:
         images = list(request.images)
@@ -214,6 +223,10 @@ class CallSignature:
         if len(images) > 1 and not self.takes_several_images:
             raise UnsupportedError(f"image_path names {len(images)} images, but {self.name} takes one per request")
         return {"image": images if self.takes_several_images else images[0]}
+
+
+def _is_count(name: str) -> bool:
+    return name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
 
 
 def may_be(value: Any, annotation: Any) -> bool:
@@ -237,11 +250,6 @@ def may_be(value: Any, annotation: Any) -> bool:
 def _in_words(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return text.replace("typing.", "").replace("NoneType", "None")
-
-
-def _in_short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _output_fields(annotation: Any) -> tuple[str, ...]:

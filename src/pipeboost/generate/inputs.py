@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import io
 import os
+import queue
+import threading
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
-from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, one_line, quoted, shortened
+from pipeboost.core.user_files import read_file
 
-LARGEST_DOWNLOAD = 64 * 2**20
+LARGEST_IMAGE = 64 * 2**20
 SECONDS_TO_WAIT = 30.0
+# Of Pillow's some forty formats, those that models are given; others run interpreters or decoders that nobody watches.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
@@ -24,22 +30,28 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
         source: a path, an http(s) URL, or a picture.
 
     Raises:
-        ConfigurationError: it is missing, does not come within 30 s or 64 MiB, or is no picture.
+        ConfigurationError: it is missing, does not come within 30 s or 64 MiB, or is no picture in one of `FORMATS`.
     """
-    if isinstance(source, Image.Image):
-        return _rgb(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConfigurationError(f"image_path={source!r} must be a path, an http(s) URL or a picture")
-    name = os.fspath(source)
-    data = _download(name) if name.lower().startswith(("http://", "https://")) else _read(name)
+    if not isinstance(source, (Image.Image, str, os.PathLike)):
+        raise ConfigurationError(f"image_path={quoted(source)} must be a path, an http(s) URL or a picture")
+    name, data = "given", b""
+    if not isinstance(source, Image.Image):
+        name = shortened(os.fsdecode(source))
+        web = name.lower().startswith(("http://", "https://"))
+        data = _download(os.fspath(source)) if web else read_file(source, "image", most=LARGEST_IMAGE)
+    Image.init()
+    known = [each for each in FORMATS if each in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        if isinstance(source, Image.Image):
+            return _rgb(source)
+        with Image.open(io.BytesIO(data), formats=known) as image:
             return _rgb(image)
     except Image.DecompressionBombError as error:
-        raise ConfigurationError(f"image {name} is too large: {error}") from error
-    # Pillow's decoders raise any of these on damaged data.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise ConfigurationError(f"image {name} cannot be read as a picture; it may be damaged") from error
+        raise ConfigurationError(f"image {name} is too large: {one_line(error)}") from error
+    except Exception as error:  # damaged data makes decoders raise anything
+        raise ConfigurationError(
+            f"image {name} cannot be read as a picture; it may be damaged, or not in one of {', '.join(known)}"
+        ) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -50,26 +62,61 @@ def _rgb(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _read(name: str) -> bytes:
-    try:
-        return Path(name).expanduser().read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigurationError(f"image {name} cannot be read: {reason}") from error
-
-
 def _download(url: str) -> bytes:
+    """What a server sends, whatever it does, within the time: a time-out of sockets only bounds each of their reads."""
+    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    until = time.monotonic() + SECONDS_TO_WAIT
+
+    def fetch() -> None:
+        try:
+            answer.put(_body(url, until))
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=fetch, daemon=True, name="pipeboost-download").start()
+    name = f"image {shortened(url)}"
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
-        with urllib.request.urlopen(request, timeout=SECONDS_TO_WAIT) as response:
-            data: bytes = response.read(LARGEST_DOWNLOAD + 1)
-    except urllib.error.HTTPError as error:
-        raise ConfigurationError(f"image {url} cannot be fetched: the server answered {error.code}") from error
-    except (OSError, HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ConfigurationError(f"image {url} cannot be fetched: {' '.join(str(reason).split())}") from error
-    if len(data) > LARGEST_DOWNLOAD:
-        raise ConfigurationError(
-            f"image {url} is larger than {LARGEST_DOWNLOAD // 2**20} MiB; download it and give its path"
-        )
-    return data
+        result = answer.get(timeout=SECONDS_TO_WAIT)
+    except queue.Empty:
+        result = TimeoutError()
+    if isinstance(result, bytes) and len(result) <= LARGEST_IMAGE:
+        return result
+    if isinstance(result, bytes):
+        raise ConfigurationError(f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it and give its path")
+    if isinstance(result, TimeoutError):
+        why = f"it did not come within {SECONDS_TO_WAIT:g} s"
+    elif isinstance(result, urllib.error.HTTPError):
+        why = f"the server answered {result.code}" + (f", {one_line(result)}" if result.code < 400 else "")
+    elif isinstance(result, (OSError, HTTPException, ValueError)):
+        why = shortened(str(getattr(result, "reason", None) or result)) or type(result).__name__
+    else:
+        raise result
+    raise ConfigurationError(f"{name} cannot be fetched: {why}") from result
+
+
+def _body(url: str, until: float) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
+    data = bytearray()
+    with _web().open(request, timeout=SECONDS_TO_WAIT) as response:
+        while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):
+            data += part
+    if time.monotonic() >= until:
+        raise TimeoutError
+    return bytes(data)
+
+
+def _web() -> Any:
+    """What opens http(s) and nothing else, wherever a server redirects to."""
+    opener = urllib.request.OpenerDirector()
+    proxies = {scheme: address for scheme, address in urllib.request.getproxies().items() if scheme.startswith("http")}
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    for handler in (
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener

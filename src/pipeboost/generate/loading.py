@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.core.errors import (
+    ConfigurationError,
+    MissingPackageError,
+    PipeboostError,
+    UnsupportedError,
+    not_one_of,
+    one_line,
+    quoted,
+    shortened,
+)
 from pipeboost.core.hardware import has_cuda
+from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.generate.locations import is_hub_id, one_line, require_pipeline
+from pipeboost.generate.locations import is_hub_id, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
 
 _ACCELERATION = ("quality", *FEATURES, "config")
@@ -57,7 +67,7 @@ class ModelSettings:
         Raises:
             PipeboostError: a path is missing, or a setting is not allowed.
         """
-        path = str(_demo_weights()) if model_path is None else str(Path(model_path).expanduser())
+        path = str(_demo_weights()) if model_path is None else str(user_path(model_path, "model_path"))
         require_pipeline(path)
         if device not in ("auto", "cpu", "cuda"):
             raise not_one_of("device", device, ("auto", "cpu", "cuda"))
@@ -66,7 +76,7 @@ class ModelSettings:
         given = dict(acceleration or {})
         for name in given:
             if name not in _ACCELERATION:
-                raise ConfigurationError(f"there is no setting {name!r}; use one of {', '.join(_ACCELERATION)}")
+                raise ConfigurationError(f"there is no setting {quoted(name)}; use one of {', '.join(_ACCELERATION)}")
         settings = resolve_config(given.pop("config", None), given)
         alone = (world_size() if ranks is None else ranks) == 1
         if isinstance(settings.parallel, ParallelConfig) and settings.parallel.size > 1 and alone:
@@ -77,7 +87,7 @@ class ModelSettings:
         adapters = lora_path if isinstance(lora_path, (list, tuple)) else (lora_path,)
         return cls(
             model_path=path,
-            vae_path=None if vae_path is None else _checked_vae(Path(vae_path).expanduser()),
+            vae_path=None if vae_path is None else _checked_vae(user_path(vae_path, "vae_path")),
             loras=tuple(Lora.of(each) for each in adapters if each is not None),
             device=("cuda" if has_cuda() else "cpu") if device == "auto" else device,
             acceleration=settings,
@@ -178,19 +188,20 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
     assert settings.vae_path is not None
     with _one_sentence("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
-    if not isinstance(index.get("vae"), list):
-        raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
-    cls = getattr(diffusers, index["vae"][1])
+        own = index.get("vae")
+        if not isinstance(own, list):
+            raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
+        cls = getattr(diffusers, own[1])
+        own = cls.load_config(settings.model_path, subfolder="vae")
     folder = Path(settings.vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
     with _one_sentence("vae_path", settings.vae_path):
         stored = cls.load_config(settings.vae_path, **nested)
-        own = cls.load_config(settings.model_path, subfolder="vae")
         for name in ("_class_name", "latent_channels", "z_dim"):
             if stored.get(name) != own.get(name):
+                found = shortened(str(stored.get(name)))
                 raise ConfigurationError(
-                    f"vae_path={settings.vae_path!r} has {name.strip('_')} {stored.get(name)}, but the model needs "
-                    f"{own.get(name)}"
+                    f"vae_path={settings.vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
                 )
         return cls.from_pretrained(settings.vae_path, **nested, **{_dtype_argument(): dtype})
 
@@ -204,13 +215,13 @@ def _one_sentence(argument: str, path: str) -> Iterator[None]:
     what = f"{argument}={path!r}"
     try:
         yield
+    except PipeboostError:
+        raise
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
     except ImportError as error:
         raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
-    except ConfigurationError:
-        raise
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
         raise ConfigurationError(f"{what} cannot be loaded{_from_where(path)}: {one_line(error)}") from error
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
-from pipeboost.generate.locations import is_hub_id, one_line
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, one_line, quoted
+from pipeboost.core.user_files import user_path
+from pipeboost.generate.locations import is_hub_id
+from pipeboost.generate.requests import is_finite
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
 
@@ -35,13 +37,15 @@ class Lora:
             ConfigurationError: the file or folder does not exist, or the scale is no number.
         """
         path, scale = given if isinstance(given, (tuple, list)) and len(given) == 2 else (str(given), 1.0)
-        if not Path(str(path)).exists() and (match := _WITH_SCALE.fullmatch(str(path))):
+        if not os.path.exists(os.path.expanduser(str(path))) and (match := _WITH_SCALE.fullmatch(str(path))):
             path, scale = match["path"], float(match["scale"])
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ConfigurationError(f"lora_path={given!r}: the scale must be a number, as in 'style.safetensors=0.8'")
-        lora = cls(str(Path(str(path)).expanduser()), float(scale))
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
+            raise ConfigurationError(
+                f"lora_path={quoted(given)}: the scale must be a number, as in 'style.safetensors=0.8'"
+            )
+        lora = cls(str(user_path(str(path), "lora_path")), float(scale))
         if not Path(lora.path).exists() and not is_hub_id(lora.path):
-            raise ConfigurationError(f"lora_path={lora.path!r} is neither a file, nor a folder, nor a hub id")
+            raise ConfigurationError(f"lora_path={quoted(lora.path)} is neither a file, nor a folder, nor a hub id")
         return lora
 
 
@@ -75,7 +79,7 @@ def _load(pipe: Any, lora: Lora, name: str) -> None:
     try:
         pipe.load_lora_weights(str(path.parent if path.is_file() else lora.path), adapter_name=name, **where)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ConfigurationError(f"lora_path={lora.path!r} cannot be loaded: {one_line(error)}") from error
+        raise ConfigurationError(f"lora_path={quoted(lora.path)} cannot be loaded: {one_line(error)}") from error
     loaded = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
     if name not in loaded:
-        raise ConfigurationError(f"lora_path={lora.path!r} holds no weights for {type(pipe).__name__}")
+        raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")

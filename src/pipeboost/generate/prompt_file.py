@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 from pipeboost.generate.requests import FIELDS
 
 
@@ -20,42 +20,19 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigurationError: the file is missing, holds no prompt, or an entry is not one.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigurationError(f"prompt file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"prompt file {path} is not text in UTF-8") from error
+    what, text = f"prompt file {path}", read_text(path, "prompt file")
     suffix, lines = path.suffix.lower(), text.split("\n")  # as read; splitlines would also end one at U+2028
     if suffix == ".jsonl":
-        entries = [_parsed(line, path, f"line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        entries = [parse_json(line, f"{what}, line {n},") for n, line in enumerate(lines, 1) if line.strip()]
     elif suffix in (".json", ".yaml", ".yml"):
-        entries = _parsed_list(text, path)
+        entries = parse_json(text, what) if suffix == ".json" else parse_yaml(text, what)
+        if entries is not None and not isinstance(entries, list):
+            raise ConfigurationError(f"{what} must hold a list of prompts, not a {type(entries).__name__}")
     else:
         entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not entries:
         raise ConfigurationError(f"prompt file {path} holds no prompt")
     return [_row(entry, path, number) for number, entry in enumerate(entries, 1)]
-
-
-def _parsed(line: str, path: Path, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"prompt file {path}, {where}, is not JSON: {error}") from error
-
-
-def _parsed_list(text: str, path: Path) -> list[Any]:
-    import yaml
-
-    try:
-        entries = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"prompt file {path} is not valid {path.suffix[1:].upper()}: {reason}") from error
-    if entries is not None and not isinstance(entries, list):
-        raise ConfigurationError(f"prompt file {path} must hold a list of prompts, not a {type(entries).__name__}")
-    return entries or []
 
 
 def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
@@ -66,6 +43,6 @@ def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
     for name in entry:
         if name not in FIELDS:
             raise ConfigurationError(
-                f"prompt file {path}, entry {number}, has no field {name!r}; it may have {', '.join(FIELDS)}"
+                f"prompt file {path}, entry {number}, has no field {quoted(name)}; it may have {', '.join(FIELDS)}"
             )
     return dict(entry)

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted
 from pipeboost.generate.inputs import load_image
 
 FIELDS = (
@@ -52,25 +52,33 @@ class Request:
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.call, Mapping):
+            raise ConfigurationError(f"call={quoted(self.call)} must map names of the pipeline's arguments to values")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ConfigurationError(f"prompt={self.prompt!r} must be a text that is not empty")
+            raise ConfigurationError(f"prompt={quoted(self.prompt)} must be a text that is not empty")
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
-            raise ConfigurationError(f"negative_prompt={self.negative_prompt!r} must be a text")
+            raise ConfigurationError(f"negative_prompt={quoted(self.negative_prompt)} must be a text")
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt), *self.call.items()):
+            if isinstance(text, str) and not _is_unicode(text):
+                raise ConfigurationError(f"{name}={quoted(text)} is not text in UTF-8")
         for name in ("width", "height", "num_frames", "num_inference_steps"):
             value = getattr(self, name)
             if value is not None and not (_is_integer(value) and value >= 1):
-                raise ConfigurationError(f"{name}={value!r} must be an integer of at least 1")
+                raise ConfigurationError(f"{name}={quoted(value)} must be an integer of at least 1")
         scale = self.guidance_scale
-        if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale >= 0):
-            raise ConfigurationError(f"guidance_scale={scale!r} must be a number of at least 0")
+        if scale is not None and not (_is_number(scale) and is_finite(scale) and scale >= 0):
+            raise ConfigurationError(f"guidance_scale={quoted(scale)} must be a number of at least 0")
         if not _is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
-            raise ConfigurationError(f"seed={self.seed!r} must be an integer from 0 to {LARGEST_SEED}")
-        if not isinstance(self.call, Mapping):
-            raise ConfigurationError(f"call={self.call!r} must map names of the pipeline's arguments to values")
+            raise ConfigurationError(f"seed={quoted(self.seed)} must be an integer from 0 to {LARGEST_SEED}")
+        for name, value in self.call.items():
+            if not is_finite(value):
+                raise ConfigurationError(f"call={{{quoted(name)}: {quoted(value)}}} must be made of finite numbers")
 
 
-def make_requests(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[Request]:
-    """A batch: each row's own values win over the defaults, and its pictures are read.
+def make_requests(
+    rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any], *, of_model: Mapping[str, Any] | None = None
+) -> list[Request]:
+    """A batch: each row's own values win over the defaults, those over the model's, and its pictures are read.
 
     Request `i` without a seed of its own gets the default seed + `i`; without a default one, a random seed is drawn
     for the batch.
@@ -78,6 +86,7 @@ def make_requests(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
     Args:
         rows: values of each request, by the names in `FIELDS`.
         defaults: values for all of them; None stands for no value.
+        of_model: what the model would be asked for by itself.
 
     Raises:
         ConfigurationError: there is no row, a value is not allowed, or a picture cannot be read.
@@ -91,22 +100,53 @@ def make_requests(rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
     pictures: dict[str, Image.Image] = {}
     requests = []
     for index, row in enumerate(rows):
-        values = {**given, **{name: value for name, value in row.items() if value is not None}}
+        own = {name: value for name, value in row.items() if value is not None}
+        # The pipeline's own arguments are more particular than a default for all.
+        values = {name: value for name, value in given.items() if name not in _mapping(own.get("call"))} | own
         for name in values:
             if name not in FIELDS:
-                raise ConfigurationError(f"a request has no field {name!r}; it may have {', '.join(FIELDS)}")
+                raise ConfigurationError(f"a request has no field {quoted(name)}; it may have {', '.join(FIELDS)}")
         if "seed" not in values:
             if not _is_integer(first_seed):
-                raise ConfigurationError(f"seed={first_seed!r} must be an integer from 0 to {LARGEST_SEED}")
+                raise ConfigurationError(f"seed={quoted(first_seed)} must be an integer from 0 to {LARGEST_SEED}")
             values["seed"] = first_seed + index
         values["images"] = tuple(_picture(source, pictures) for source in _listed(values.pop("image_path", ())))
-        if isinstance(call := values.get("call"), Mapping):
+        if isinstance(values.get("call", {}), Mapping):
+            _add_defaults(values, own, given, of_model or {})
             values["call"] = {
                 name: _picture(value, pictures) if name.endswith("image") and isinstance(value, (str, Path)) else value
-                for name, value in {**given.get("call", {}), **call}.items()
+                for name, value in values["call"].items()
             }
         requests.append(Request(**{"prompt": "", **values}))
     return requests
+
+
+def _add_defaults(
+    values: dict[str, Any], own: Mapping[str, Any], given: Mapping[str, Any], of_model: Mapping[str, Any]
+) -> None:
+    """Complete a request by what it leaves open; nothing that its `call` sets, or that a schedule in it implies."""
+    call = {**_mapping(given.get("call")), **_mapping(own.get("call"))}
+    implied = {"num_inference_steps"} if {"sigmas", "timesteps"} & call.keys() else set()
+    for name, value in of_model.items():
+        if name not in call.keys() | implied:
+            values.setdefault(name, value)
+    values["call"] = {**_mapping(of_model.get("call")), **call}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a number, and every number in a plain value, is finite and no larger than a float can be."""
+    if isinstance(value, Mapping):
+        return all(is_finite(each) for each in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_finite(each) for each in value)
+    try:
+        return not isinstance(value, (int, float)) or math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _picture(source: Any, known: dict[str, Image.Image]) -> Image.Image:
@@ -117,6 +157,15 @@ def _picture(source: Any, known: dict[str, Image.Image]) -> Image.Image:
 
 def _listed(value: Any) -> Sequence[Any]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a character, which bytes that are not UTF-8 become on a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_integer(value: Any) -> bool:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
+from PIL import Image
+
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, one_line, quoted
 from pipeboost.core.seams import stock_class
 from pipeboost.features.offload import in_gib
 from pipeboost.generate.call_arguments import CallSignature, Kind
 from pipeboost.generate.loading import ModelSettings, load_pipeline
-from pipeboost.generate.locations import one_line
 from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps
 from pipeboost.generate.requests import Request, make_requests
+from pipeboost.generate.truncation import Truncations
 from pipeboost.stages.report import weights_of
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class LoadedModel:
         self._lock = threading.Lock()
         self._pipe: Any = load_pipeline(settings, tell)
         self.kind: Kind = CallSignature(self._pipe).kind
+        self._truncations = Truncations(self._pipe)
         self.components = {
             name: LoadedComponent(weight, next(self._pipe.components[name].parameters()).device.type)
             for name, weight in weights_of(self._pipe.components).items()
@@ -109,8 +112,9 @@ class LoadedModel:
             PipeboostError: a request that this model cannot serve; nothing has run then.
         """
         check_fps(fps)
+        # As numbers, since a picture shows one that is not finite as black.
         signature = CallSignature(self.pipe)
-        calls = [{**signature.arguments(request), **self._output_type()} for request in requests]
+        calls = [{**signature.arguments(request), "output_type": "np"} for request in requests]
         return self._run(list(requests), calls, fps=fps, progress=progress, profiled=profiled, warm_up=warm_up)
 
     def close(self) -> None:
@@ -118,6 +122,7 @@ class LoadedModel:
         with self._lock:
             if self._pipe is None:
                 return
+            self._truncations.remove()
             self._pipe.acceleration.remove()
             self._pipe = None
         gc.collect()
@@ -133,9 +138,6 @@ class LoadedModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _output_type(self) -> dict[str, Any]:
-        return {"output_type": "np" if self.kind == "video" else "pil"}
 
     def _run(
         self,
@@ -153,6 +155,7 @@ class LoadedModel:
                 acceleration = self.pipe.acceleration
                 peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
                 acceleration.progress = progress
+                self._truncations.begin(call, CallSignature(self.pipe).text_limit(call))
                 try:
                     with peaks, _one_sentence(self.pipe, call):
                         if warm_up and index == 0:
@@ -160,21 +163,46 @@ class LoadedModel:
                         output = self.pipe(**call, generator=_generator(request.seed))
                 finally:
                     acceleration.progress = None
-                report = acceleration.report()
-            yield self._made(request, output, report, fps)
+                report, cut = acceleration.report(), self._truncations.notes()
+            yield self._made(request, call, output, report=report, cut=cut, fps=fps)
 
-    def _made(self, request: Request, output: Any, report: Any, fps: int) -> Generated:
-        import numpy as np
-
-        common = {"prompt": request.prompt, "seed": request.seed, "report": report}
+    def _made(
+        self, request: Request, call: Mapping[str, Any], output: Any, *, report: Any, cut: tuple[str, ...], fps: int
+    ) -> Generated:
+        pixels = _pixels(
+            output.frames[0] if self.kind == "video" else output.images[0], stock_class(self.pipe).__name__
+        )
+        drawn = {"width": pixels.shape[-2], "height": pixels.shape[-3]}
         if self.kind == "video":
-            frames = (np.asarray(output.frames[0]) * 255).round().clip(0, 255).astype(np.uint8)
-            height, width = frames.shape[1:3]
-            drawn = {"width": width, "height": height, "num_frames": len(frames)}
-            return GeneratedVideo(**common, notes=_notes(request, drawn), frames=frames, fps=fps)
-        image = output.images[0]
-        drawn = {"width": image.width, "height": image.height}
-        return GeneratedImage(**common, notes=_notes(request, drawn), image=image)
+            drawn["num_frames"] = len(pixels)
+        changed = tuple(
+            f"{name} is {value}, not {call[name]} as asked for: the pipeline changed it"
+            for name, value in drawn.items()
+            if call.get(name) not in (None, value)
+        )
+        common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
+        if self.kind == "video":
+            return GeneratedVideo(**common, frames=pixels, fps=fps)
+        return GeneratedImage(**common, image=Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+
+
+def _pixels(made: Any, name: str) -> Any:
+    """What a pipeline made, in [0, 1], as bytes.
+
+    Raises:
+        PipeboostError: a number is not finite.
+    """
+    import numpy as np
+
+    if isinstance(made, Image.Image):
+        return np.asarray(made.convert("RGBA" if "A" in made.mode else "RGB"))
+    made = np.asarray(made)
+    if not np.isfinite(made).all():
+        raise PipeboostError(
+            f"{name} made a picture of numbers that are not finite, so it was not kept: a value of the call is out of "
+            "its range (such as guidance_scale or sigmas), or the weights overflow in their dtype"
+        )
+    return (made * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def requests_of(
@@ -182,33 +210,15 @@ def requests_of(
 ) -> list[Request]:
     """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
     if prompt is not None and not isinstance(prompt, (str, list, tuple)):
-        raise ConfigurationError(f"prompt={prompt!r} must be a text or a list of texts")
+        raise ConfigurationError(f"prompt={quoted(prompt)} must be a text or a list of texts")
     prompts: Sequence[str | None] = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
-    return make_requests([{"prompt": each} for each in prompts], with_defaults(settings, request))
-
-
-def with_defaults(settings: ModelSettings, request: Mapping[str, Any]) -> dict[str, Any]:
-    """A caller's values over the model's own defaults; the mappings in `call` are merged."""
-    defaults = settings.request_defaults
-    given = {name: value for name, value in request.items() if value is not None}
-    merged = {**defaults, **given}
-    if isinstance(given.get("call"), Mapping):
-        merged["call"] = {**defaults.get("call", {}), **given["call"]}
-    return merged
+    return make_requests([{"prompt": each} for each in prompts], request, of_model=settings.request_defaults)
 
 
 def _generator(seed: int) -> Any:
     import torch
 
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def _notes(request: Request, drawn: Mapping[str, int]) -> tuple[str, ...]:
-    return tuple(
-        f"{name} is {value}, not {asked} as asked for: the pipeline changed it"
-        for name, value in drawn.items()
-        if (asked := getattr(request, name)) is not None and asked != value
-    )
 
 
 @contextlib.contextmanager
@@ -238,7 +248,7 @@ def _from_check_inputs(error: BaseException) -> bool:
     """Whether the pipeline itself found fault with its arguments, rather than failed over them."""
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_name == "check_inputs":
+        if trace.tb_frame.f_code.co_name in ("check_inputs", "retrieve_timesteps"):
             return True
         trace = trace.tb_next
     return False

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError
+from pipeboost.core.user_files import user_path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 VIDEO_FORMATS = {".mp4": "mp4"}
 
 
-def write_image(image: Image.Image, path: Path) -> None:
-    """Write a picture in the format that the file's name asks for.
-
-    Raises:
-        PipeboostError: the file cannot be written; nothing is left of it.
-    """
+def write_image(image: Image.Image, path: Path, *, new: bool = False) -> Path:
+    """Write a picture in the format that the file's name asks for, as `write_whole` does."""
     settings: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
-    write_whole(path, lambda file: image.save(file, format=IMAGE_FORMATS[path.suffix.lower()], **settings))
+    kind = IMAGE_FORMATS[path.suffix.lower()]
+    return write_whole(path, lambda file: image.save(file, format=kind, **settings), new=new)
 
 
-def write_video(frames: Any, path: Path, *, fps: int) -> None:
-    """Write frames, uint8 `(frames, height, width, 3)`, at a visually lossless rate.
+def write_video(frames: Any, path: Path, *, fps: int, new: bool = False) -> Path:
+    """Write frames, uint8 `(frames, height, width, 3)`, at a visually lossless rate, as `write_whole` does.
 
     Raises:
         MissingPackageError: PyAV is not installed.
-        PipeboostError: the file cannot be written; nothing is left of it.
     """
     require_pyav()
     # Encoded in memory, since PyAV hides what a write to a full disk raises.
     video = _encoded(frames, fps=fps)
-    write_whole(path, lambda file: file.write(video))
+    return write_whole(path, lambda file: file.write(video), new=new)
 
 
 def require_pyav() -> None:
@@ -67,32 +65,53 @@ def _encoded(frames: Any, *, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, new: bool = False) -> Path:
     """Write to a temporary file beside `path` and rename it, so that no half of a file is ever seen under its name.
 
+    Args:
+        new: replace no file, whoever writes there too: where the name is taken, the next free number is put after it.
+
+    Returns:
+        Where it is.
+
     Raises:
-        PipeboostError: the folder cannot be made, or the file cannot be written, as on a full disk.
+        PipeboostError: the folder cannot be made, or the file cannot be written, as on a full disk; nothing is left.
     """
-    temporary = None
-    # A link stays one, and what is no file, such as /dev/null, is written to and not replaced.
-    path = Path(os.path.realpath(path))
+    left: list[Path | str] = []
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(_bytes_of(write))
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=path.parent)
+        # A link stays one, and what is no file, such as /dev/null, is written to and not replaced.
+        target = path if new else Path(os.path.realpath(path))
+        if not new and target.exists() and not target.is_file():
+            target.write_bytes(_bytes_of(write))
+            return path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=target.parent)
+        left.append(temporary)
         with os.fdopen(handle, "w+b") as file:
             write(file)
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        if new:
+            path = target = _reserved(path)
+            left.append(path)
+        os.replace(temporary, target)
+        left.clear()
+        return path
     except OSError as error:
         raise PipeboostError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        if temporary is not None:
+        for each in left:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(each)
+
+
+def _reserved(path: Path) -> Path:
+    """The first free name, which from now on is an empty file of ours."""
+    for number in itertools.count(1):
+        each = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(each, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return each
+    raise AssertionError("there is always a free number")
 
 
 def _bytes_of(write: Callable[[IO[bytes]], object]) -> bytes:
@@ -108,32 +127,27 @@ def _umask() -> int:
     return mask
 
 
-def output_file(
-    path: str | os.PathLike[str] | None, *, prompt: str, seed: int, formats: Sequence[str], folder: Path
-) -> Path:
-    """Where an output goes: the named file, or a name of its own in the named folder, which replaces no other file.
+def output_path(given: str | os.PathLike[str], formats: Collection[str], what: str = "path") -> tuple[Path, bool]:
+    """What a path for outputs names, and whether that is a file; else it is a folder.
+
+    A folder is one already, has no suffix, or ends in a separator.
 
     Args:
-        path: a file, which is replaced if it exists; a folder; or None for `folder`.
-        formats: allowed suffixes; the first one is that of a name we choose.
+        formats: suffixes that a file may have.
 
     Raises:
-        ConfigurationError: the suffix is not allowed.
+        ConfigurationError: a file of another kind, or no path.
     """
-    target = folder if path is None else Path(path).expanduser()
-    if not names_folder(path, target):
-        if target.suffix.lower() not in formats:
-            raise ConfigurationError(f"{target} must end in one of {', '.join(formats)}")
-        return target
-    words = " ".join(re.findall(r"\w+", prompt.lower()))
-    name = f"{textwrap.shorten(words, 48, placeholder='').replace(' ', '-') or 'output'}-seed{seed}"
-    candidate, number = target / f"{name}{formats[0]}", 2
-    while candidate.exists():
-        candidate, number = target / f"{name}-{number}{formats[0]}", number + 1
-    return candidate
-
-
-def names_folder(given: str | os.PathLike[str] | None, target: Path) -> bool:
-    """Whether a path stands for a folder: it is one, has no suffix, or ends in a separator."""
+    target = user_path(given, what)
     separators = tuple(filter(None, (os.sep, os.altsep)))
-    return given is None or target.is_dir() or not target.suffix or os.fspath(given).endswith(separators)
+    if target.is_dir() or not target.suffix or os.fspath(given).endswith(separators):
+        return target, False
+    if target.suffix.lower() not in formats:
+        raise ConfigurationError(f"{what} {target} must be a folder or a file that ends in {', '.join(formats)}")
+    return target, True
+
+
+def output_name(prompt: str, seed: int) -> str:
+    """What an output is called that was given no name, without a suffix."""
+    words = " ".join(re.findall(r"\w+", prompt.lower()))
+    return f"{textwrap.shorten(words, 48, placeholder='').replace(' ', '-') or 'output'}-seed{seed}"

@@ -136,14 +136,18 @@ class Report:
 
     def to_chrome_trace(self, path: str | Path) -> None:
         """Write a trace that chrome://tracing and Perfetto open: spans in one row, device memory as a counter."""
+        Path(path).write_text(json.dumps({"traceEvents": self.trace_events(), "displayTimeUnit": "ms"}))
+
+    def trace_events(self, *, process: int = 0, start: float = 0.0) -> list[dict[str, Any]]:
+        """The events of a Chrome trace, as those of one `process`, `start` seconds after the trace's own."""
         events: list[dict[str, Any]] = [
             {
                 "name": event.stage if event.what == "stage" else f"{event.what} {event.step}",
                 "cat": event.stage,
                 "ph": "X",
-                "ts": event.start * 1e6,
+                "ts": (start + event.start) * 1e6,
                 "dur": event.seconds * 1e6,
-                "pid": 0,
+                "pid": process,
                 "tid": 0,
                 "args": {"step": event.step, "branch": event.branch},
             }
@@ -151,14 +155,13 @@ class Report:
         ]
         for event in self.trace:
             for when, memory in (
-                (event.start, event.memory_before),
-                (event.start + event.seconds, event.memory_after),
+                (start + event.start, event.memory_before),
+                (start + event.start + event.seconds, event.memory_after),
             ):
                 if memory is not None:
-                    events.append(
-                        {"name": "memory", "ph": "C", "ts": when * 1e6, "pid": 0, "args": {"GiB": memory / 2**30}}
-                    )
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+                    counter = {"name": "memory", "ph": "C", "ts": when * 1e6, "pid": process}
+                    events.append({**counter, "args": {"GiB": memory / 2**30}})
+        return events
 
     def plot(self, path: str | Path) -> None:
         """Write a picture: stages as one bar, steps as a line. Needs matplotlib, the extra `plot`."""

@@ -1,6 +1,6 @@
 """Residency: which component waits on the host, and when its weights are on the device."""
 
-from pipeboost.features.offload.budget import Component, bytes_on, kind_of, predict, weigh
+from pipeboost.features.offload.budget import bytes_on, kind_of, predict, weigh
 from pipeboost.features.offload.choice import choose_policies, in_gib, memory_in_words
 from pipeboost.features.offload.place import (
     Placement,
@@ -13,7 +13,6 @@ from pipeboost.features.offload.place import (
 )
 
 __all__ = [
-    "Component",
     "Placement",
     "bytes_on",
     "choose_policies",

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from pipeboost.contract.model_info import ComponentSize
 from pipeboost.core.config import OFFLOAD_KINDS
 from pipeboost.core.families import Activations, Family
-from pipeboost.features.offload.stream import SLOTS, weights_of
+from pipeboost.features.offload.stream import weights_of
 
 STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
 """The stage in which each kind of component works."""
@@ -31,41 +31,6 @@ _FORWARDS = {"text_encoders": 1, "transformers": 25, "vae": 1}
 _SHORTEST_LIST = 4
 
 
-@dataclass(frozen=True)
-class Component:
-    """The weights of one component.
-
-    Attributes:
-        path: attribute of the pipeline.
-        kind: a name of `OFFLOAD_KINDS`.
-        part: denoisers are on the device one at a time, each a part of its stage; None for what works beside others.
-        nbytes: all weights.
-        block_bytes: those in repeated blocks, which can be streamed.
-        largest_block: the largest of them.
-    """
-
-    path: str
-    kind: str
-    part: str | None
-    nbytes: int
-    block_bytes: int
-    largest_block: int
-
-    def on_device(self, policy: str) -> int:
-        """Bytes on the device while it works."""
-        if policy == "layerwise" and self.block_bytes:
-            return self.nbytes - self.block_bytes + SLOTS * self.largest_block
-        return self.nbytes
-
-    def moved(self, policy: str) -> int:
-        """Bytes that a call sends to the device."""
-        if policy == "resident":
-            return 0
-        if policy == "stage":
-            return self.nbytes
-        return self.nbytes + self.block_bytes * (_FORWARDS[self.kind] - 1)
-
-
 def kind_of(path: str, family: Family) -> tuple[str, str | None]:
     """The kind of a component, and the part of its stage that it is; by the names that Diffusers gives components."""
     if path in family.denoisers:
@@ -77,7 +42,7 @@ def kind_of(path: str, family: Family) -> tuple[str, str | None]:
     return "transformers", None  # a ControlNet and its like, called beside the denoiser in every step
 
 
-def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[Component, ...]:
+def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSize, ...]:
     """Weigh components, loaded or on the meta device; what two share counts once."""
     seen: set[int] = set()
     found = []
@@ -89,7 +54,9 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[Component, 
             for block in repeated_blocks(path, module, family)
         ]
         total = sum(tensor.numel() * tensor.element_size() for tensor in new)
-        found.append(Component(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0)))
+        found.append(
+            ComponentSize(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0))
+        )
     return tuple(found)
 
 
@@ -102,8 +69,24 @@ def repeated_blocks(path: str, module: nn.Module, family: Family) -> list[nn.Mod
     return list({id(block): block for blocks in found for block in blocks}.values())
 
 
+def on_device(component: ComponentSize, policy: str) -> int:
+    """Return the bytes that a component has on the device while it works."""
+    if policy == "layerwise" and component.block_bytes:
+        return component.nbytes - component.block_bytes + SLOTS * component.largest_block
+    return component.nbytes
+
+
+def _moved(component: ComponentSize, policy: str) -> int:
+    """Bytes that a call sends to the device."""
+    if policy == "resident":
+        return 0
+    if policy == "stage":
+        return component.nbytes
+    return component.nbytes + component.block_bytes * (_FORWARDS[component.kind] - 1)
+
+
 def predict(
-    components: Iterable[Component],
+    components: Iterable[ComponentSize],
     policies: Mapping[str, str],
     activations: Activations | None,
     *,
@@ -121,14 +104,14 @@ def predict(
     peaks = {}
     for kind, stage in STAGES.items():
         staged = [each for each in components if each.kind == kind and policies[kind] != "resident"]
-        beside = sum(each.on_device(policies[kind]) for each in staged if each.part is None)
-        parts = [each.on_device(policies[kind]) for each in staged if each.part is not None]
+        beside = sum(on_device(each, policies[kind]) for each in staged if each.part is None)
+        parts = [on_device(each, policies[kind]) for each in staged if each.part is not None]
         peaks[stage] = resident + beside + max(parts, default=0) + _needed(stage, activations, unmeasured)
     return peaks
 
 
 def cheapest(
-    components: Iterable[Component],
+    components: Iterable[ComponentSize],
     fixed: Mapping[str, str | None],
     activations: Activations | None,
     budget: int,
@@ -154,7 +137,7 @@ def cheapest(
         peak = max(predict(components, policies, activations, unmeasured=unmeasured).values())
         if peak > budget * (1 - _MARGIN):
             continue
-        moved = sum(component.moved(policies[component.kind]) for component in components)
+        moved = sum(_moved(component, policies[component.kind]) for component in components)
         cost = (moved, chosen.count("layerwise"), chosen.count("stage"))
         if best is None or cost < best[0]:
             best = cost, policies

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from pipeboost.contract.model_info import ComponentSize
 from pipeboost.core.config import OFFLOAD_KINDS, OffloadConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations
-from pipeboost.features.offload.budget import Component, cheapest, predict
+from pipeboost.features.offload.budget import cheapest, predict
 
 
 def choose_policies(
     settings: OffloadConfig,
-    components: Iterable[Component],
+    components: Iterable[ComponentSize],
     activations: Activations | None,
     available: int,
     *,
@@ -51,7 +52,7 @@ def choose_policies(
 
 
 def memory_in_words(
-    components: Iterable[Component], policies: Mapping[str, str], activations: Activations | None, *, weighed: str
+    components: Iterable[ComponentSize], policies: Mapping[str, str], activations: Activations | None, *, weighed: str
 ) -> str:
     """The predicted peak, what for, and where each component lives."""
     components = tuple(components)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeboost.contract.decision import Decision, Decisions
-from pipeboost.contract.model_info import ModelInfo, split_kinds
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.config import AccelerationConfig, CompileConfig, OffloadConfig, ParallelConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
@@ -66,9 +66,8 @@ def decide(
 
 
 def _refuse_moving_shares(choice: str, policies: Mapping[str, str], layout: ParallelConfig | None) -> None:
-    for kind in split_kinds(layout):
+    for kind in layout.split_kinds if layout else ():
         if policies[kind] != "resident":
-            assert layout is not None
             raise UnsupportedError(
                 f"tensor={layout.tensor} shares the weights of the {kind.replace('_', ' ')}, which "
                 f"offload={choice!r} would move; use offload=None, or more ranks where they do not fit"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeboost.contract.decision import Decision, Decisions
-from pipeboost.contract.model_info import ModelInfo, activations_of_one_rank, of_one_rank
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.config import AccelerationConfig, CompileConfig, ParallelConfig
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
 from pipeboost.features.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.features.parallel.rank_share import activations_of_one_rank, of_one_rank
 
 
 def decide(

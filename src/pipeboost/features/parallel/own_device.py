@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.model_info import Split, splits_of
+from pipeboost.contract.model_info import Split
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
@@ -16,6 +16,7 @@ from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import local_device, world_size
+from pipeboost.features.parallel.rank_share import splits_of
 
 
 def to_own_device(pipe: Any) -> None:

@@ -1,0 +1,150 @@
+"""Where the outputs of `pipeboost generate` go, checked before the model is loaded, and what its report holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.user_files import make_folder, user_path
+from pipeboost.generate import Generated, LoadedModel
+from pipeboost.generate.outputs import DEFAULT_FOLDER
+from pipeboost.generate.writing import IMAGE_FORMATS, VIDEO_FORMATS, output_path, require_pyav, write_whole
+
+_FORMATS = (*IMAGE_FORMATS, *VIDEO_FORMATS)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go.
+
+    Attributes:
+        target: a file, or the folder for files with names of their own; None saves nothing.
+        is_file: whether `target` is a file.
+        report: JSON file of all reports.
+        profile: Chrome trace of all calls.
+    """
+
+    target: Path | None
+    is_file: bool = False
+    report: Path | None = None
+    profile: Path | None = None
+
+    @classmethod
+    def of(
+        cls, *, save: str | None, no_save: bool, folder: Path | None, report: Path | None, profile: Path | None
+    ) -> Output:
+        """Read the flags, and make the folders, before any work is spent on what goes there.
+
+        Raises:
+            ConfigurationError: flags that contradict each other, or a folder that cannot be made or written to.
+        """
+        if no_save and (save is not None or folder is not None):
+            raise ConfigurationError("--no-save-output contradicts --save-output and --output-path; leave one out")
+        target, is_file = user_path(folder or DEFAULT_FOLDER, "--output-path"), False
+        if target.suffix.lower() in _FORMATS and not target.is_dir():
+            raise ConfigurationError(
+                f"--output-path {target} must be a folder; name a file with --save-output {target.name}"
+            )
+        if save:
+            named, is_file = output_path(save, _FORMATS, "--save-output")
+            named = (user_path(folder, "--output-path") if folder else Path()) / named
+            target, is_file = named, is_file and not named.is_dir()
+        files = {"--save-output": target} if is_file else {}
+        files |= {flag: user_path(path, flag) for flag, path in (("--report", report), ("--profile", profile)) if path}
+        folders = {} if no_save or is_file else {str(target): target}
+        for flag, file in files.items():
+            if file.is_dir():
+                raise ConfigurationError(f"{flag} {file} is a folder; name a file in it")
+            if len([other for other in files.values() if other.resolve() == file.resolve()]) > 1:
+                raise ConfigurationError(f"{file} is named by two flags, of which one would replace the other")
+            if not file.exists() or file.is_file():  # a device is written to where it is
+                folders[f"{file.parent}, the folder of {flag} {file.name},"] = file.parent
+        for name, path in folders.items():
+            make_folder(path, name)
+        return cls(None if no_save else target, is_file, files.get("--report"), files.get("--profile"))
+
+    def check(self, kind: str, count: int) -> None:
+        """Refuse a file name that the outputs do not fit.
+
+        Raises:
+            ConfigurationError: one file for several outputs, or a suffix of the other kind.
+            MissingPackageError: videos cannot be written here.
+        """
+        if self.target is None:
+            return
+        formats = VIDEO_FORMATS if kind == "video" else IMAGE_FORMATS
+        if kind == "video":
+            require_pyav()
+        if self.is_file and count > 1:
+            raise ConfigurationError(f"--save-output {self.target} is one file for {count} {kind}s; name a folder")
+        if self.is_file and self.target.suffix.lower() not in formats:
+            raise ConfigurationError(
+                f"--save-output {self.target}: the model makes {kind}s; use a name that ends in {', '.join(formats)}"
+            )
+
+    def save(self, made: Generated) -> tuple[Path | None, str]:
+        """Save one output; where it is, and a line that says so."""
+        if self.target is None:
+            return None, "not saved"
+        replaced = self.is_file and self.target.exists()
+        path = made.save(self.target)
+        return path, f"{path}{' (replaced)' if replaced else ''}"
+
+
+class Results:
+    """What is finished so far, as the report file shows it.
+
+    Args:
+        count: how many outputs there will be.
+    """
+
+    def __init__(self, model: LoadedModel, count: int) -> None:
+        self._count = count
+        self._rows: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
+        self._whole = {
+            "model": model.settings.model_path,
+            "components": {name: asdict(each) for name, each in model.components.items()},
+            "plan": str(model.pipe.acceleration.plan).splitlines(),
+            "requests": self._rows,
+        }
+
+    @property
+    def kept(self) -> str:
+        """How many were finished, to be put behind the reason why no more are."""
+        return f" ({len(self._rows)} of {self._count} were finished and are kept)" if self._count > 1 else ""
+
+    def add(self, made: Generated, path: Path | None) -> None:
+        """One output is finished, and saved at `path`."""
+        start = sum(row["report"]["seconds"] for row in self._rows)
+        name = {"name": f"seed {made.seed}: {made.prompt}"}
+        self._events.append({"name": "process_name", "ph": "M", "pid": len(self._rows), "args": name})
+        self._events += made.report.trace_events(process=len(self._rows), start=start)
+        self._rows.append(
+            {
+                "prompt": made.prompt,
+                "seed": made.seed,
+                "path": None if path is None else str(path),
+                "notes": list(made.notes),
+                "report": json.loads(made.report.to_json()),
+            }
+        )
+
+    def write(self, output: Output) -> None:
+        """Write the report and the profile, where they were asked for.
+
+        Raises:
+            PipeboostError: one cannot be written; the outputs themselves are kept.
+        """
+        trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
+        for path, content in ((output.report, self._whole), (output.profile, trace)):
+            if path is not None:
+                text = json.dumps(content, indent=2).encode()
+                try:
+                    write_whole(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+                except PipeboostError as error:
+                    error.args = (f"{error}{self.kept}",)
+                    raise

@@ -1,0 +1,68 @@
+"""Reads what a plan needs to know off a pipeline, loaded or without weights; the one way to a `ModelInfo`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeboost.contract.model_info import ModelInfo
+from pipeboost.core.families import Family
+from pipeboost.core.hardware import free_memory, has_cuda
+from pipeboost.core.seams import stock_class
+from pipeboost.distributed import world_size
+from pipeboost.features.attention import swappable_processors
+from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
+from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
+
+
+def model_info(
+    pipe: Any, family: Family, device: torch.device, *, ranks: int | None = None, weighed: str = "all components"
+) -> ModelInfo:
+    """Read off a pipeline, loaded or on the meta device, what a plan for it on `device` needs to know.
+
+    Args:
+        ranks: how many processes are to run it; None for those there are.
+        weighed: whose weights are there.
+    """
+    ranks = world_size() if ranks is None else ranks
+    denoisers = family.models(pipe)
+    modules = placed_components(pipe)
+    # Weights that a folder still holds will be plain ones.
+    loaded = {path: module for path, module in modules.items() if not any(each.is_meta for each in module.parameters())}
+    reasons = {path: unmovable_weights(module) for path, module in loaded.items()}
+    swappable = [swappable_processors(model) for model in denoisers.values()]
+    components = tuple(of_all_ranks(component, modules[component.path]) for component in weigh(modules, family))
+    model = next(iter(denoisers.values()))
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return ModelInfo(
+        pipeline=type(pipe).__name__,
+        dtype=model.dtype,
+        weights=sum(component.nbytes for component in components),
+        weighed=weighed,
+        offloaded=stock_offload(pipe),
+        components=components,
+        device=device,
+        free=free_memory(device) + bytes_on(device, modules.values()) if device.type == "cuda" and has_cuda() else None,
+        unmovable={path: reason for path, reason in reasons.items() if reason is not None},
+        controlnet=pipe.components.get("controlnet") is not None,
+        encodes=callable(getattr(pipe, "encode_prompt", None)),
+        processors=sum(report.swapped for report in swappable),
+        stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
+        model=stock_class(model).__name__,
+        heads=heads if isinstance(heads, int) else None,
+        ranks=ranks,
+        splits=splits_of(modules, family) if ranks > 1 else None,
+        stock_denoisers={
+            path: stock_class(module).__name__
+            for path, module in modules.items()
+            if kind_of(path, family) == ("transformers", None) and _takes_timestep(module)
+        },
+    )
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    forward: Any = stock_class(module)
+    return bool({"timestep", "t"} & inspect.signature(forward.forward).parameters.keys())
