@@ -232,7 +232,7 @@ class AppliedPlan:
                 known = self.parts.get(id(obj))
                 if known is not None and known.target() is obj:
                     if path in models and plan["cache"].on:
-                        refuse_other_caches(obj, plan.family)
+                        refuse_other_caches(models[path], plan.family)
                     if path in models and plan["attention"].on:
                         rebind_attention(models[path])
                         if team is not None:
