@@ -9,7 +9,7 @@ import torch
 from pipeboost.contract.registry import families, family_of, text_encoder_sharding
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import TensorSharding
-from pipeboost.features.parallel.tensor import split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor import _reload, split_bytes, tensor_degrees
 from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
@@ -221,3 +221,13 @@ def test_published_sizes_keep_a_few_hundredths_whole():
             whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             assert family.tensor is not None
             assert split_bytes(model, family.tensor) > 0.95 * whole, size.name
+
+
+def test_where_weights_cannot_be_joined_the_sentence_says_how_to_load_them_again(tmp_path):
+    built = TINY["flux_dev"].build().transformer
+    assert _reload(built) == "load the model again"
+    built.save_pretrained(tmp_path)
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
+    code = _reload(loaded).removeprefix("load the model again, from where it was loaded: ")
+    again = eval(code, {**vars(diffusers), "torch": torch, type(loaded).__name__: type(loaded)})
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), built.parameters(), strict=True))

@@ -9,9 +9,10 @@ import weakref
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.hooks import LayerSkipConfig
-from diffusers.hooks.layer_skip import apply_layer_skip
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from torch._dynamo.utils import counters
 
 from pipeboost import accelerate_pipeline
@@ -20,6 +21,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import add_layer, remove_layer, stock_class
 from pipeboost.features.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
+from pipeboost.features.attention.swap import refuse_stock_processors
 from tests.floors import floor_of, is_rounding, python_calls
 from tests.pipelines.tiny import TINY, ip_adapter_inputs, load_tiny_ip_adapter
 
@@ -310,9 +312,9 @@ def test_an_ip_adapter_is_accelerated_on_the_next_call_and_comes_off_again(atten
     ledger = Ledger()
     swap_attention(pipe.transformer, "auto", ledger)
     load_tiny_ip_adapter(pipe)
-    assert FluxIPAdapterAttnProcessor in classes(pipe.transformer)
+    assert id(FluxIPAdapterAttnProcessor) in map(id, classes(pipe.transformer))
     rebind_attention(pipe.transformer)
-    assert FluxIPAdapterAttnProcessor not in classes(pipe.transformer)
+    assert id(FluxIPAdapterAttnProcessor) not in map(id, classes(pipe.transformer))
     assert swappable_processors(pipe.transformer).swapped == len(processors(pipe.transformer))
     count = attended(pipe.transformer)
     with a_call():
@@ -382,18 +384,60 @@ def test_a_model_is_let_go_after_undo():
     assert alive() is None
 
 
-def test_hooks_that_look_the_processors_class_up_find_the_stock_one():
-    config = LayerSkipConfig(
-        indices=[0], fqn="transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
-    )
-    entry = TINY["flux_dev"]
-    pipe = entry.build()
-    stock = entry.call(pipe)
-    apply_layer_skip(pipe.transformer, config)
-    skipped = entry.call(pipe)
-    assert not torch.equal(skipped, stock)
-    pipe = accelerate_pipeline(entry.build(), compile=None)
-    apply_layer_skip(pipe.transformer, config)
-    assert torch.equal(entry.call(pipe), skipped)
-    pipe.acceleration.remove()
-    assert torch.equal(entry.call(pipe), skipped)
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image"])
+def test_hooks_that_look_the_processors_class_up_find_the_stock_one(name):
+    pipe = TINY[name].build()
+    known = [AttentionProcessorRegistry.get(cls) for cls in classes(pipe.transformer)]
+    before = dict(AttentionProcessorRegistry._registry)
+    accelerate_pipeline(pipe, compile=None)
+    assert [AttentionProcessorRegistry.get(cls) for cls in classes(pipe.transformer)] == known
+    assert AttentionProcessorRegistry._registry == before
+
+
+def attending_through_a_helper(query, key, value, backend=None):
+    return dispatch_attention_fn(query, key, value, backend=backend)
+
+
+class HelpedProcessor:
+    def __call__(self, attn, states):
+        states = states.unflatten(-1, (2, -1))
+        return attending_through_a_helper(states, states, states).flatten(2)
+
+
+def test_a_processor_that_reaches_its_kernel_through_a_helper_calls_our_dispatcher(attended):
+    model = torch.nn.Module()
+    model.processor = HelpedProcessor()
+    states, ledger = torch.randn(1, 5, 8), Ledger()
+    expected = model.processor(None, states)
+    assert swap_attention(model, "auto", ledger).swapped == 1
+    count = attended(model)
+    with a_call():
+        assert torch.equal(model.processor(None, states), expected)
+    assert count
+    assert attending_through_a_helper.__globals__["dispatch_attention_fn"] is dispatch_attention_fn
+    ledger.undo()
+    assert type(model.processor) is HelpedProcessor
+
+
+def test_flux2_processors_that_cache_keys_call_our_dispatcher():
+    for cls in (Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor):
+        model, ledger = torch.nn.Module(), Ledger()
+        model.processor = cls()
+        swap_attention(model, "auto", ledger)
+        scope = type(model.processor).__dict__["__call__"].__globals__
+        helper = scope["_flux2_kv_causal_attention"]
+        assert helper.__globals__["dispatch_attention_fn"] == dispatcher_of(model).dispatch
+        ledger.undo()
+
+
+def test_ranks_cannot_share_a_sequence_where_a_processor_does_not_tell_its_kernel_of_them():
+    class Across:
+        def serve(self, attend):
+            pass
+
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Module()])
+    model.blocks[0].processor = Flux2KVAttnProcessor()
+    swap_attention(model, "auto", Ledger(), across=Across())
+    with pytest.raises(UnsupportedError, match=r"Flux2KVAttnProcessor .*so ranks cannot share a sequence"):
+        refuse_stock_processors(model, ["blocks"])

@@ -29,7 +29,7 @@ class Truncations:
                     tokenizers.setdefault(id(each), (name, each))
         self._middleware = [(each, partial(self._tokenize, name)) for name, each in tokenizers.values()]
         for tokenizer, middleware in self._middleware:
-            add_layer(tokenizer, "__call__", middleware)
+            add_layer(tokenizer, "__call__", middleware, place="component.verify")
 
     def remove(self) -> None:
         """Leave the tokenizers as they were."""

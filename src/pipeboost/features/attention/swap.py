@@ -71,7 +71,7 @@ class _Swap:
 
     def _bind(self, processor: Any) -> None:
         stock = stock_class(processor)
-        reason = _why_not(stock)
+        reason = _why_not(stock, across=self.dispatcher.settings.across is not None)
         if reason is not None:
             self.left[type(processor)] = reason
             return
@@ -179,9 +179,10 @@ def refuse_stock_processors(model: torch.nn.Module, paths: Sequence[str]) -> Non
             for module in block.modules():
                 processor = getattr(module, "processor", None)
                 if processor is not None and _OURS not in type(processor).__dict__:
+                    reason = _why_not(stock_class(processor), across=True)
                     raise UnsupportedError(
-                        f"{type(processor).__name__} calls its attention kernel itself, so ranks cannot share a "
-                        "sequence; use ParallelConfig(ulysses=1, ring=1)"
+                        f"{type(processor).__name__} is not accelerated ({reason}), so ranks cannot share a sequence; "
+                        "use ParallelConfig(ulysses=1, ring=1)"
                     )
 
 
@@ -220,25 +221,55 @@ def _refuse_second_choice(model: torch.nn.Module, backend: str) -> None:
             )
 
 
-def _why_not(stock: type) -> str | None:
+def _why_not(stock: type, *, across: bool = False) -> str | None:
     function = stock.__call__
     if not isinstance(function, types.FunctionType):
         return "its __call__ is not a plain function"
-    if function.__globals__.get(_GLOBAL) is not dispatch_attention_fn or not _uses_global(function.__code__):
+    callers = [each for each in _reaching(function) if _GLOBAL in _names(each.__code__)]
+    if not callers:
         return "it calls its attention kernel itself"
+    if across and not all("parallel_config" in _names(each.__code__) for each in callers):
+        return "it does not tell its attention kernel of other ranks"
     return None
 
 
-def _uses_global(code: types.CodeType) -> bool:
-    return _GLOBAL in code.co_names or any(
-        _uses_global(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)
-    )
+def _reaching(function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> set[Any]:
+    """The function and its helpers, as far as they call `dispatch_attention_fn`, or a helper that does."""
+    scope, found = function.__globals__, set()
+    for name in _names(function.__code__):
+        value = scope.get(name)
+        if value is dispatch_attention_fn and name == _GLOBAL:
+            found.add(function)
+        elif isinstance(value, types.FunctionType) and value.__globals__.get(_GLOBAL) is dispatch_attention_fn:
+            helpers = _reaching(value, seen | {function}) if value not in {*seen, function} else None
+            found |= {function, *helpers} if helpers else set()
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The globals and attributes that a function names, and the keywords that it calls others with."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+        elif isinstance(constant, tuple):
+            found.update(each for each in constant if isinstance(each, str))
+    return found
 
 
 def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
     function = stock.__call__
     assert isinstance(function, types.FunctionType)
+    return _rebuilt(function, dispatcher, _reaching(function))
+
+
+def _rebuilt(function: types.FunctionType, dispatcher: Dispatcher, reaching: set[Any]) -> types.FunctionType:
+    """The function with our dispatcher for the stock one, also in the helpers that it reaches it through."""
     scope = {**function.__globals__, _GLOBAL: dispatcher.dispatch}
+    for name in _names(function.__code__) & scope.keys():
+        helper = scope[name]
+        if isinstance(helper, types.FunctionType) and helper in reaching and helper is not function:
+            scope[name] = _rebuilt(helper, dispatcher, reaching - {function})
     # With a module's name in it dynamo would take the scope for that module's and guard on the stock global. Relative
     # imports inside the function go by `__package__`.
     del scope["__name__"]

@@ -16,7 +16,7 @@ from torch import nn
 from pipeboost.contract.model_info import ComponentSize
 from pipeboost.core.config import OFFLOAD_KINDS
 from pipeboost.core.families import Activations, Family
-from pipeboost.features.offload.stream import weights_of
+from pipeboost.features.offload.stream import SLOTS, weights_of
 
 STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
 """The stage in which each kind of component works."""

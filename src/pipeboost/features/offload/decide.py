@@ -66,7 +66,9 @@ def decide(
 
 
 def _refuse_moving_shares(choice: str, policies: Mapping[str, str], layout: ParallelConfig | None) -> None:
-    for kind in layout.split_kinds if layout else ():
+    if layout is None:
+        return
+    for kind in layout.split_kinds:
         if policies[kind] != "resident":
             raise UnsupportedError(
                 f"tensor={layout.tensor} shares the weights of the {kind.replace('_', ' ')}, which "

@@ -6,6 +6,8 @@ import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,16 +91,16 @@ def shard_weights(
             shares = _Shares(layout, group)
 
         def join() -> None:
+            joined = reference()
             try:
-                shares.join()
+                shares.join(_reload(joined))
             except RuntimeError as error:
                 # The guards stay, so that the model goes on to raise.
                 raise PipeboostError(
-                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to "
-                    "each other; load the model again"
+                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
+                    f"other; {_reload(joined)}"
                 ) from error
             guards.undo()
-            joined = reference()
             if joined is not None:
                 _reports.pop(joined, None)
 
@@ -173,6 +175,7 @@ class _Shares:
     def __init__(self, layout: Layout, group: Group) -> None:
         self.model = layout.model
         self.group = group
+        self.joined = False
         self.layers = tuple(layer.module for layer in layout.layers)
         self.whole_bytes = layout.bytes
         holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -196,8 +199,14 @@ class _Shares:
     def __contains__(self, parameter: object) -> bool:
         return any(share.parameter is parameter for share in self.shares)
 
-    def join(self) -> None:
-        """Make every layer whole again. A collective operation."""
+    def join(self, way_out: str) -> None:
+        """Make every layer whole again, once. A collective operation.
+
+        Args:
+            way_out: for where it cannot be done, as the end of a sentence.
+        """
+        if self.joined:
+            return
         own = torch.tensor([share.untouched for share in self.shares], dtype=torch.int32, device=self.group.device)
         ranks = self.group.all_reduce(own).tolist()
         with torch.inference_mode(False):
@@ -212,8 +221,19 @@ class _Shares:
         if any(0 < count < self.group.size for count in ranks):
             raise PipeboostError(
                 f"a weight of {self.model} was replaced on some ranks and not on others, so it cannot be joined there; "
-                "load the model again"
+                f"{way_out}"
             )
+        self.joined = True
+
+
+def _reload(model: Any) -> str:
+    """How to have the whole weights again, as the end of a sentence."""
+    config = getattr(model, "config", None)
+    folder = str(getattr(config, "_name_or_path", None) or "")
+    if not folder or not Path(folder).is_dir():
+        return "load the model again"
+    loading = f"{stock_class(model).__name__}.from_pretrained({folder!r}, torch_dtype={model.dtype})"
+    return f"load the model again, from where it was loaded: {loading}"
 
 
 def _share_of(whole: torch.Tensor, dim: int, parts: tuple[int, ...], group: Group) -> torch.Tensor:
