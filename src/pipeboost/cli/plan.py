@@ -13,13 +13,13 @@ import torch
 from pipeboost.bench.full_size import build_pipeline, full_sizes
 from pipeboost.cli.flags import device_hardware
 from pipeboost.cli.quiet import quiet_libraries
+from pipeboost.cli.skeleton import skeleton
 from pipeboost.contract.model_info import model_info
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import resolve_config
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.hardware import Hardware
 from pipeboost.plan import Plan, make_plan
-from pipeboost.skeleton import skeleton
 
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
