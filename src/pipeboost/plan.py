@@ -147,7 +147,7 @@ class Plan:
             lines.append(f"  {decision.feature:<9} {decision.choice}: {decision.why}")
             lines.extend(f"  {'':<9}   considered {alternative}" for alternative in decision.considered)
         for path, name in self.model.stock_denoisers.items():
-            lines.append(f"  stock     {path}, a {name} that steps call beside the transformer, stays stock")
+            lines.append(f"  stock     {path} ({name}), which steps call beside the transformer, stays stock")
         lines.extend(f"  missing   {item}" for item in self.family.missing)
         return "\n".join(lines)
 

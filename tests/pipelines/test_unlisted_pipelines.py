@@ -61,6 +61,6 @@ def test_a_controlnet_is_named_as_what_stays_stock():
         (TINY["flux_controlnet"], "FluxControlNetModel"),
     ):
         pipe = entry.build()
-        assert f"controlnet, a {name} that steps call" in str(accelerate_pipeline(pipe).acceleration.plan)
+        assert f"controlnet ({name}), which steps call beside" in str(accelerate_pipeline(pipe).acceleration.plan)
     for name in ("ltx2", "wan22_i2v"):  # a vocoder, connectors and a second expert are none
         assert "stays stock" not in str(accelerate_pipeline(TINY[name].build(), attention=None).acceleration.plan)

@@ -115,6 +115,16 @@ def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_pa
     assert assumed.decisions == made.decisions
 
 
+def test_plan_of_a_hub_id_fetches_everything_but_weights(stored, monkeypatch):
+    def fetch(model, *, allow_patterns, ignore_patterns):
+        assert (model, "*.safetensors" in ignore_patterns) == ("someone/model", True)
+        return str(stored)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    plans = [plan_of(m, quality=None, hardware=detect_hardware("cpu")) for m in ("someone/model", str(stored))]
+    assert str(plans[0]) == str(plans[1])
+
+
 def test_without_a_tier_plan_takes_the_files_or_the_environments(pipeboost, stored, tmp_path, monkeypatch):
     monkeypatch.setenv("PIPEBOOST_QUALITY", "exact")
     assert "quality='exact'" in pipeboost("plan", stored, "--device", "cpu")[1]

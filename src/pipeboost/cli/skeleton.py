@@ -44,7 +44,7 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
     try:
         # Asked by the base class, Diffusers loads components that are optional whether or not they are given.
         return pipeline.from_pretrained(folder, local_files_only=True, **models), known
-    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, TypeError, RuntimeError, KeyError) as error:
         raise ConfigurationError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
@@ -66,11 +66,11 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
 
     if library is None or class_name is None:
         return None
-    found = library in ("diffusers", "transformers")
-    cls: Any = getattr(
-        importlib.import_module(library) if found else getattr(pipelines, library, None), class_name, None
-    )
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    named = library in ("diffusers", "transformers")
+    module = importlib.import_module(library) if named else getattr(pipelines, library, None)
+    cls: Any = getattr(module, class_name, None)
+    is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if not is_model:
         return None
     config = _read(folder / "config.json")
     if config.get("quantization_config"):
@@ -80,9 +80,9 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
         )
     try:
         with torch.device("meta"):
-            if issubclass(cls, ModelMixin):
-                return cls.from_config(config)
-            return cls(cls.config_class.from_pretrained(folder))
+            own = issubclass(cls, ModelMixin)
+            model: nn.Module = cls.from_config(config) if own else cls(cls.config_class.from_pretrained(folder))
+            return model
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{folder} does not configure a {class_name}: {reason}") from error
