@@ -30,18 +30,27 @@ from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watch
 _PLANS = "plans"
 
 
-def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
+def plan_for(pipe: Any, config: AccelerationConfig, *, anew: bool = False) -> Plan:
     """The plan for a pipeline where it is now.
+
+    Args:
+        anew: whether it was planned for before; then blocks that have hooks since run eager, also where compile was
+            asked for.
 
     Raises:
         PipeboostError: as `make_plan`.
     """
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
-    return make_plan(config, detect_hardware(device), family, facts_of(pipe, family, device))
+    facts = facts_of(pipe, family, device)
+    if anew and config.compile != "auto":
+        facts = replace(facts, hooks=None)
+    return make_plan(config, detect_hardware(device), family, facts)
 
 
-def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:
+def agreed_plan(
+    pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None, *, anew: bool = False
+) -> Plan:
     """As `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
 
     Each rank's pipeline is moved to its own device first; nothing else is changed.
@@ -56,13 +65,13 @@ def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None]
     count, layout = world_size(), config.parallel
     if count == 1 or layout is None:
         check()
-        return plan_for(pipe, config)
+        return plan_for(pipe, config, anew=anew)
     group = layout.group if isinstance(layout, ParallelConfig) else None
     ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
     try:
         check()
         to_own_device(pipe)
-        plan = plan_for(pipe, config)
+        plan = plan_for(pipe, config, anew=anew)
     except Exception as error:
         # Ranks that would work apart come to no meeting.
         if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:
@@ -170,7 +179,7 @@ class AppliedPlan:
             unmoved = device.type == self.plan.hardware.device
             if (unmoved and not taken_over) or self.running or pipe is not self.pipe:
                 return device
-            plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config)
+            plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config, anew=True)
             self._undo_all_parts()
             self._leave_team()
             self._join_team(pipe, plan)

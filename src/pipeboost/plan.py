@@ -161,7 +161,7 @@ def make_plan(config: AccelerationConfig, hardware: Hardware, family: Family, fa
             parallel,
             _quantize(config),
             cache,
-            _compile(config, hardware),
+            _compile(config, hardware, family, facts),
             _graphs(config, hardware, facts, cache, policies),
             offload,
             _reuse(config, facts, parallel.settings),
@@ -290,7 +290,7 @@ def _cache(config: AccelerationConfig, family: Family, facts: ModelFacts) -> Dec
     return Decision("cache", "cache-dit", how, settings=settings)
 
 
-def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
+def _compile(config: AccelerationConfig, hardware: Hardware, family: Family, facts: ModelFacts) -> Decision:
     asked = config.compile
     if asked is None:
         return Decision("compile", "off", "turned off")
@@ -310,10 +310,24 @@ def _compile(config: AccelerationConfig, hardware: Hardware) -> Decision:
         if asked != "auto":
             raise UnsupportedError(f"compile={settings.scope!r} needs {needs}, which is missing here; use compile=None")
         return Decision("compile", "off", f"it needs {needs}, which is missing here")
+    if facts.hooks is not None and asked != "auto":
+        raise UnsupportedError(
+            f"compile={settings.scope!r} cannot capture blocks of {facts.model}, which have {facts.hooks}; use "
+            "compile=None, or take the hooks off"
+        )
+    obstacle = facts.hooks or facts.odd_blocks
+    if obstacle is not None and asked == "auto":
+        return Decision("compile", "off", f"the blocks may not be captured: they have {obstacle}")
     considered = () if settings.scope == "full" else ("full: 1-2% faster on FLUX for 4x the cold start",)
-    why = "one graph per kind of block, reused by all; the text length is dynamic, the image size is not"
     if settings.dynamic:
-        why = "one graph per kind of block for all sizes"
+        sizes = "for all sizes"
+    elif any(blocks.text_dims for blocks in family.blocks):
+        sizes = "reused by all; the text length is dynamic, the image size is not"
+    elif family.blocks:
+        sizes = "reused by all; another image size is another graph"
+    else:
+        sizes = "reused by all; a size that changes costs one more, which then fits any"
+    why = f"one graph {'of the whole model' if settings.scope == 'full' else 'per kind of block'}, {sizes}"
     # What is compiled does not depend on how it is launched, so pipelines that differ in that alone can share it.
     return Decision("compile", str(settings.scope), why, considered, replace(settings, graphs=False))
 

@@ -17,6 +17,7 @@ from pipeboost.core.hardware import free_memory
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
+from pipeboost.features.compile import capture_obstacles
 from pipeboost.features.offload import (
     Component,
     bytes_on,
@@ -70,6 +71,8 @@ class ModelFacts:
         processors: how many attention processors can be swapped, None where the model is not loaded.
         stock_processors: class name and reason, for each kind of processor that cannot.
         model: class name of the transformer.
+        hooks: those of Diffusers or accelerate in the transformers' blocks, in words; they cannot be compiled.
+        odd_blocks: what else may keep the blocks from being compiled, in words.
         heads: its attention heads, None where it does not say.
         ranks: how many processes there are to run the pipeline.
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
@@ -90,6 +93,8 @@ class ModelFacts:
     processors: int | None = None
     stock_processors: tuple[tuple[str, str], ...] = ()
     model: str = "the transformer"
+    hooks: str | None = None
+    odd_blocks: str | None = None
     heads: int | None = None
     ranks: int = 1
     splits: Mapping[str, Split] | None = None
@@ -111,6 +116,7 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
     swappable = [swappable_processors(model) for model in denoisers.values()]
     components = tuple(_whole(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
+    hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelFacts(
         pipeline=type(pipe).__name__,
@@ -126,6 +132,8 @@ def facts_of(pipe: Any, family: Family, device: torch.device) -> ModelFacts:
         processors=sum(report.swapped for report in swappable),
         stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
         model=stock_class(model).__name__,
+        hooks=hooks,
+        odd_blocks=odd_blocks,
         heads=heads if isinstance(heads, int) else None,
         ranks=world_size(),
         splits=splits_of(modules, family) if world_size() > 1 else None,
