@@ -202,7 +202,7 @@ class AppliedPlan:
             unmoved = device.type == self.plan.hardware.device
             if (unmoved and not taken_over) or self.running or self.removed or pipe is not self.pipe:
                 return device
-            plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config)
+            plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config, anew=True)
             self._undo_all()
             self._joined.undo()
             self.plan, self.context = plan, self._context(plan)

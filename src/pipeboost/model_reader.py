@@ -14,6 +14,7 @@ from pipeboost.core.hardware import free_memory, has_cuda
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
+from pipeboost.features.compile import capture_obstacles
 from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
 
@@ -36,6 +37,7 @@ def model_info(
     swappable = [swappable_processors(model) for model in denoisers.values()]
     components = tuple(of_all_ranks(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
+    hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelInfo(
         pipeline=type(pipe).__name__,
@@ -52,6 +54,8 @@ def model_info(
         processors=sum(report.swapped for report in swappable),
         stock_processors=tuple(dict.fromkeys(pair for report in swappable for pair in report.left)),
         model=stock_class(model).__name__,
+        hooks=hooks,
+        odd_blocks=odd_blocks,
         heads=heads if isinstance(heads, int) else None,
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,

@@ -152,24 +152,34 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_for(pipe: Any, config: AccelerationConfig) -> Plan:
-    """The plan for a pipeline where it is now.
+def plan_for(pipe: Any, config: AccelerationConfig, *, anew: bool = False) -> Plan:
+    """Return the plan for a pipeline where it is now.
+
+    Args:
+        anew: whether it was planned for before; then blocks that have hooks since run eager, also where compile was
+            asked for.
 
     Raises:
         PipeboostError: as `make_plan`.
     """
     family = family_of(pipe)
     device = execution_device(pipe, config.offload)
-    return make_plan(config, detect_hardware(device), family, model_info(pipe, family, device))
+    model = model_info(pipe, family, device)
+    if anew and config.compile != "auto":
+        model = replace(model, hooks=None)
+    return make_plan(config, detect_hardware(device), family, model)
 
 
-def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None) -> Plan:
-    """As `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
+def agreed_plan(
+    pipe: Any, config: AccelerationConfig, check: Callable[[], None] = lambda: None, *, anew: bool = False
+) -> Plan:
+    """Return the plan as `plan_for`; where ranks are to share the pipeline all of them have a plan, or none has.
 
     Each rank's pipeline is moved to its own device first; nothing else is changed.
 
     Args:
         check: raises what else speaks against applying a plan to this rank's pipeline.
+        anew: as `plan_for`.
 
     Raises:
         PipeboostError: as `make_plan` and `check`.
@@ -178,13 +188,13 @@ def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None]
     count, layout = world_size(), config.parallel
     if count == 1 or layout is None:
         check()
-        return plan_for(pipe, config)
+        return plan_for(pipe, config, anew=anew)
     group = layout.group if isinstance(layout, ParallelConfig) else None
     ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
     try:
         check()
         to_own_device(pipe)
-        plan = plan_for(pipe, config)
+        plan = plan_for(pipe, config, anew=anew)
     except Exception as error:
         # Ranks that would work apart come to no meeting.
         if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:

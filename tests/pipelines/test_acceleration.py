@@ -15,7 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
+from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
+from pipeboost.core.seams import add_layer
 from tests.floors import is_rounding
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
@@ -695,6 +697,37 @@ def test_verify_keeps_each_tiers_promise_and_says_when_it_is_broken():
     assert not broken.passed
     assert broken.max_difference > 0
     assert str(broken).startswith("FAILED")
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "forwards"),
+    [
+        ("z_image", ["images"], ["transformer"]),
+        ("ltx2", ["frames", "audio"], ["transformer.0", "transformer.1"]),
+    ],
+)
+def test_verify_judges_each_output_whether_a_list_of_samples_or_a_video_with_its_sound(name, outputs, forwards):
+    entry = TINY[name]
+    call = {key: value for key, value in entry.call_kwargs(steps=2).items() if key != "generator"}
+    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    result = pipe.acceleration.verify(**call)
+    assert result.passed, str(result)
+    assert list(result.outputs) == outputs
+    assert list(result.forward_errors) == forwards
+    assert all(f"{output}: PSNR" in str(result) for output in outputs if len(outputs) > 1)
+    # What the transformer returns last is spoiled, in our calls alone.
+    accelerate_pipeline(pipe, quality="exact")
+    add_layer(pipe.transformer, "__call__", spoil_last)
+    broken = pipe.acceleration.verify(**call)
+    assert not broken.passed
+    assert broken.outputs[outputs[-1]][1] > 0
+
+
+def spoil_last(call_next, owner, *args, **kwargs):
+    *others, last = call_next(*args, **kwargs)
+    if current_call() is not None:
+        last = [sample * 1.5 for sample in last] if isinstance(last, list) else last * 1.5
+    return (*others, last)
 
 
 def test_the_noise_floor_is_stocks_own():

@@ -19,7 +19,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
 )
-from peft import LoraConfig
+from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
+from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch import nn
 
 from pipeboost.contract.call import open_call
@@ -156,6 +157,10 @@ def hunyuan_inputs(size: int = 4, text: int = 7, seed: int = 0, batch: int = 1) 
         "timestep": draw(batch),
         "guidance": torch.full((batch,), 3.5),
     }
+
+
+def dora(**settings: Any) -> LoraConfig:
+    return LoraConfig(use_dora=True, **settings)
 
 
 def _draw(seed: int) -> Callable[..., torch.Tensor]:
@@ -335,23 +340,86 @@ def test_twenty_lora_ranks_run_one_after_another_and_leave_the_settings_of_dynam
     assert torch._dynamo.config.get_config_copy() == before
 
 
-def test_the_recompile_limit_is_the_settings_own_and_names_itself() -> None:
+def test_at_the_recompile_limit_a_block_runs_eager_and_says_so_and_another_model_starts_anew() -> None:
     with compiled_case("qwen", recompile_limit=2) as compiled:
-        for size in (4, 5):
-            compiled.run(qwen_inputs(size=size))
-        with pytest.raises(UnsupportedError, match="recompile_limit=2"):
-            compiled.run(qwen_inputs(size=6))
-        assert compiled.difference(qwen_inputs(size=4)) == 0.0
+        for size in (4, 5, 6):
+            assert compiled.difference(qwen_inputs(size=size)) == 0.0
+        ((reason, blocks),) = compiled.report.counters.eager.items()
+        assert reason.startswith("QwenImageTransformerBlock has compile.recompile_limit=2 graphs")
+        assert blocks == 12
+        compiled.run(qwen_inputs(size=4))
+        assert compiled.report.counters.eager == {reason: 12}
+        twin = Compiled(qwen(blocks=1), compiled.family, {"recompile_limit": 2, "backend": compiled.backend})
+        assert twin.difference(qwen_inputs(size=6)) == 0.0
+        assert twin.report.counters.graphs == 1
+        assert not twin.report.counters.eager
 
 
-def test_a_lora_scale_needs_no_graph_where_sizes_are_dynamic() -> None:
-    model, inputs = qwen(blocks=1), qwen_inputs()
-    compiled = Compiled(model, CASES["qwen"].family, {"dynamic": True})
-    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]), adapter_name="style")
-    for scale in (0.5, 0.7, 0.9):
+@pytest.mark.parametrize("family", ["flux", "qwen", "wan"])
+def test_graphs_of_unloaded_adapters_make_room_and_those_still_in_use_stay(family: str) -> None:
+    case = CASES[family]
+    model, inputs = case.build(blocks=1).requires_grad_(False), case.inputs()
+    compiled = Compiled(model, case.family, {"recompile_limit": 3})
+    compiled.run(inputs)
+    target = "attn1.to_q" if family == "wan" else "to_q"
+    for user in range(5):
+        adapter = LoraConfig(r=4, init_lora_weights=False, target_modules=[target])
+        model.add_adapter(adapter, adapter_name=f"user{user}")
+        assert compiled.difference(inputs) == 0.0
+        model.unload_lora()
+        made = compiled.graphs
+        compiled.run(inputs)  # the graph without adapters is among those that stay
+        assert compiled.graphs == made == (user + 2) * case.classes
+    assert not compiled.report.counters.eager
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "hunyuan"])
+def test_the_scale_of_an_adapter_needs_no_graph(name: str) -> None:
+    case = CASES[name]
+    model, inputs = case.build(blocks=4), case.inputs()
+    compiled = Compiled(model, case.family)
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k"]), adapter_name="style")
+    outputs = []
+    for scale in (0.5, 0.7, 1.0, 0.0, -2.0):
         model.set_adapters(["style"], [scale])
         assert compiled.difference(inputs) == 0.0
-        assert compiled.graphs == 1
+        outputs.append(compiled.run(inputs))
+    assert not torch.equal(outputs[0], outputs[1])
+    assert compiled.graphs == case.classes
+
+
+def test_where_a_graph_for_all_scales_cannot_be_made_there_is_one_for_each() -> None:
+    graphs = []
+
+    def only_fixed_numbers(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        if any(tensor.dtype is torch.float64 for tensor in inputs if isinstance(tensor, torch.Tensor)):
+            raise NotImplementedError
+        graphs.append(graph)
+        return graph.forward
+
+    model, inputs = qwen(blocks=1), qwen_inputs()
+    compiled = Compiled(model, CASES["qwen"].family, {"backend": only_fixed_numbers})
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]), adapter_name="style")
+    for scale in (0.5, 0.7):
+        model.set_adapters(["style"], [scale])
+        assert compiled.difference(inputs) == 0.0
+    assert len(graphs) == compiled.report.counters.graphs == 2
+
+
+@pytest.mark.parametrize("kind", [dora, LoHaConfig, LoKrConfig])
+def test_blocks_whose_adapter_cannot_be_captured_run_eager_until_it_is_unloaded(kind: Callable[..., Any]) -> None:
+    model, inputs = qwen(blocks=2).requires_grad_(False), qwen_inputs()
+    compiled = Compiled(model, CASES["qwen"].family)
+    compiled.run(inputs)
+    model.add_adapter(kind(r=4, target_modules=["to_q"]), adapter_name="style")
+    for _ in range(2):
+        assert compiled.difference(inputs) == 0.0
+    assert sum(compiled.report.counters.eager.values()) == 4
+    model.unload_lora()
+    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"]), adapter_name="style")
+    assert compiled.difference(inputs) == 0.0
+    assert sum(compiled.report.counters.eager.values()) == 4
+    assert compiled.graphs == 2
 
 
 def test_threads_that_call_at_once_share_the_graphs() -> None:
@@ -410,11 +478,74 @@ def test_an_overridden_forward_and_a_later_hook_are_called() -> None:
         assert compiled.difference(qwen_inputs()) == 0.0
 
 
-def test_hooks_that_cannot_be_captured_are_refused_in_one_sentence() -> None:
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "group offload of leaves": lambda model: group_offloading(model, offload_type="leaf_level"),
+    "group offload of blocks": lambda model: group_offloading(
+        model, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "layerwise casting": lambda model: model.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "a cache": lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=1e-9)),
+    "sequential offload": lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
+}
+
+
+def group_offloading(model: nn.Module, **how: Any) -> None:
+    apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("qwen", kind) for kind in HOOKS), ("flux", "a cache"), ("wan", "sequential offload")]
+)
+def test_a_block_with_hooks_of_others_that_came_later_runs_eager_and_the_report_says_why(name: str, kind: str) -> None:
+    case = CASES[name]
+    model, inputs = case.build(blocks=2), case.inputs()
+    compiled = Compiled(model, case.family)
+    compiled.run(inputs)
+    HOOKS[kind](model)
+    with model.cache_context("test"):
+        assert torch.isfinite(compiled.run(inputs)).all()
+    assert compiled.graphs == case.classes
+    assert any("hook" in reason for reason in compiled.report.counters.eager)
+
+
+def test_a_block_runs_compiled_again_once_its_hook_is_gone() -> None:
     with compiled_case("qwen") as compiled:
-        accelerate.cpu_offload(compiled.model, execution_device="cpu")
-        with pytest.raises(UnsupportedError, match=r"QwenImageTransformerBlock cannot be compiled .* use compile=None"):
+        block = compiled.model.transformer_blocks[3]
+        for _ in range(2):
+            accelerate.cpu_offload(block, execution_device="cpu")
+            assert compiled.difference(qwen_inputs()) == 0.0
+            accelerate.hooks.remove_hook_from_submodules(block)
+            assert compiled.difference(qwen_inputs()) == 0.0
+        assert list(compiled.report.counters.eager.values()) == [2]
+        assert compiled.graphs <= 2
+
+
+def test_code_that_depends_on_data_runs_eager_and_is_not_tried_for_ever() -> None:
+    with compiled_case("qwen") as compiled:
+        for block in compiled.model.transformer_blocks:
+            stock = block.forward
+            block.forward = lambda *args, stock=stock, **kwargs: (
+                stock(*args, **kwargs) if kwargs["hidden_states"].sum().item() < 1e9 else None
+            )
+        for runs in (1, 2):
+            assert compiled.difference(qwen_inputs()) == 0.0
+            assert sum(compiled.report.counters.eager.values()) == 12 * runs
+        assert "QwenImageTransformerBlock cannot be compiled" in next(iter(compiled.report.counters.eager))
+        assert compiled.graphs == 0
+
+
+def test_what_a_block_raises_comes_up_as_it_is_and_counts_for_nothing() -> None:
+    with compiled_case("qwen") as compiled:
+        block = compiled.model.transformer_blocks[0]
+        block.forward = lambda *args, **kwargs: (_ for _ in ()).throw(KeyError("mine"))
+        with pytest.raises(KeyError, match="mine"):
             compiled.run(qwen_inputs())
+        del block.forward
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            compiled.run({**qwen_inputs(), "hidden_states": torch.zeros(1, 16, 15)})
+        assert compiled.difference(qwen_inputs()) == 0.0
+        assert not compiled.report.counters.eager
+        assert compiled.graphs == 1
 
 
 def test_calls_of_another_acceleration_stay_stock() -> None:

@@ -2,21 +2,22 @@
 
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
 
-from pipeboost.contract.model_info import (
-    ComponentSize,
-    ModelInfo,
-    Split,
-    activations_of_one_rank,
-    of_one_rank,
-    splits_of,
-)
-from pipeboost.contract.registry import family_named
+from pipeboost import CompileConfig, accelerate_pipeline
+from pipeboost.contract.model_info import ComponentSize, ModelInfo, Split
+from pipeboost.contract.registry import family_named, family_of
 from pipeboost.core.config import ParallelConfig
+from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.seams import stock_class
+from pipeboost.features.parallel.rank_share import activations_of_one_rank, of_one_rank, splits_of
+from pipeboost.model_reader import model_info
 from tests.pipelines.tiny import TINY
 
+CPU = torch.device("cpu")
 FLUX = family_named("FluxPipeline")
 COMPONENTS = (
     ComponentSize("vae", "vae", None, 100, 0, 0),
@@ -97,3 +98,35 @@ def test_activations_shrink_with_the_ranks_that_share_a_stage(layout, tier, deno
         assert part.at(1024, 1024, 1) == pytest.approx(share * of.at(1024, 1024, 1), rel=1e-6)
     assert found.text_encoding == whole.text_encoding
     assert activations_of_one_rank(None, layout, tier) is None
+
+
+HOOKS = {
+    "group_offloading": lambda t: apply_group_offloading(t, CPU, CPU, offload_type="leaf_level"),
+    "layerwise_casting": lambda t: t.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "fbc_leader": lambda t: t.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
+    "hook of accelerate": lambda t: accelerate.cpu_offload(t, execution_device="cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image"])
+def test_hooks_in_the_blocks_are_found_and_an_explicit_compile_is_refused_before_any_change(name, kind):
+    pipe = TINY[name].build()
+    assert model_info(pipe, family_of(pipe), CPU).hooks is None
+    HOOKS[kind](pipe.transformer)
+    assert kind in model_info(pipe, family_of(pipe), CPU).hooks
+    with pytest.raises(UnsupportedError, match=kind):
+        accelerate_pipeline(pipe, compile=CompileConfig(backend="eager"))
+    assert not hasattr(pipe, "acceleration")
+    assert type(pipe) is stock_class(pipe)
+
+
+def test_weights_that_are_no_plain_tensors_are_found():
+    class Packed(torch.nn.Parameter):
+        pass
+
+    pipe = TINY["flux_dev"].build()
+    assert model_info(pipe, family_of(pipe), CPU).odd_blocks is None
+    linear = pipe.transformer.transformer_blocks[0].attn.to_q
+    linear.weight = Packed(linear.weight.data)
+    assert model_info(pipe, family_of(pipe), CPU).odd_blocks == "weights of type Packed"

@@ -89,6 +89,33 @@ def test_branches_of_one_batch_are_not_said_to_wait_but_to_gain_nothing_without_
         assert words in parallel.why
 
 
+def test_blocks_that_may_not_be_captured_are_compiled_only_where_asked_for_and_never_with_hooks():
+    def compile_of(asked, **found):
+        return make_plan(AccelerationConfig(compile=asked), H100, FLUX, replace(FACTS, **found))["compile"]
+
+    odd = compile_of("auto", odd_blocks="weights of type AffineQuantizedTensor")
+    assert (odd.choice, "AffineQuantizedTensor" in odd.why) == ("off", True)
+    assert compile_of("regional", odd_blocks="weights of type AffineQuantizedTensor").on
+    assert "group_offloading" in compile_of("auto", hooks="a hook of Diffusers: group_offloading").why
+    with pytest.raises(UnsupportedError, match="group_offloading; use compile=None"):
+        compile_of("regional", hooks="a hook of Diffusers: group_offloading")
+
+
+def test_the_plan_tells_of_sizes_what_the_family_declares():
+    def why(pipeline, **settings):
+        family = family_named(pipeline) or UNKNOWN
+        return plan(family=family, compile=CompileConfig(**settings))["compile"].why
+
+    for pipeline in ("QwenImagePipeline", "HunyuanVideoPipeline"):
+        assert "text length is dynamic, the image size is not" in why(pipeline)
+    for pipeline in ("FluxPipeline", "WanPipeline"):
+        assert "text length" not in why(pipeline)
+        assert "another image size" in why(pipeline)
+    assert "size that changes" in why("SomePipeline")
+    assert why("FluxPipeline", scope="full").startswith("one graph of the whole model")
+    assert why("FluxPipeline", dynamic=True).endswith("for all sizes")
+
+
 def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
     facts = ModelInfo("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
     assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why

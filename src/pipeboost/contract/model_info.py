@@ -64,6 +64,8 @@ class ModelInfo:
         stock_processors: class name and reason, for each kind of processor that cannot.
         stock_denoisers: component → class name, for each model that a step calls beside the transformers.
         model: class name of the transformer.
+        hooks: those of Diffusers or accelerate in the transformers' blocks, in words; they cannot be compiled.
+        odd_blocks: what else may keep the blocks from being compiled, in words.
         heads: its attention heads, None where it does not say.
         ranks: how many processes there are to run the pipeline.
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
@@ -86,6 +88,8 @@ class ModelInfo:
     stock_processors: tuple[tuple[str, str], ...] = ()
     stock_denoisers: Mapping[str, str] = field(default_factory=dict)
     model: str = "the transformer"
+    hooks: str | None = None
+    odd_blocks: str | None = None
     heads: int | None = None
     ranks: int = 1
     splits: Mapping[str, Split] | None = None

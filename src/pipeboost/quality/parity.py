@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipeboost.core.seams import add_layer, remove_layer
 from pipeboost.quality.tuned_stock import stock_compile
@@ -41,19 +42,33 @@ def psnr(ours: np.ndarray, stock: np.ndarray, *, peak: float | None = None) -> f
     return 10 * math.log10(spread**2 / error)
 
 
-def as_array(output: Any) -> np.ndarray:
-    """A pipeline's output (an output object, tuple, tensor, array, or images in nested lists) as one float array."""
+def outputs_of(result: Any) -> dict[str, Any]:
+    """What a pipeline or a transformer returned, by name where it has names, else by position."""
+    if isinstance(result, Mapping):
+        named: dict[str, Any] = dict(result)
+    else:
+        named = (
+            {str(index): value for index, value in enumerate(result)} if isinstance(result, tuple) else {"0": result}
+        )
+    return {name: value for name, value in named.items() if _samples(value)}
+
+
+def _samples(output: Any) -> list[torch.Tensor]:
+    """The tensors, arrays or images of one output, which may be lists of them, as tensors."""
+    if isinstance(output, (list, tuple)):
+        return [sample for each in output for sample in _samples(each)]
     if isinstance(output, torch.Tensor):
-        return output.detach().float().cpu().numpy()
+        return [output.detach()]
     if isinstance(output, np.ndarray):
-        return output.astype(np.float32)
-    if isinstance(output, Mapping):
-        return as_array(next(iter(output.values())))
-    if isinstance(output, tuple):
-        return as_array(output[0])
-    if isinstance(output, list):
-        return np.stack([as_array(item) for item in output])
-    return np.asarray(output, dtype=np.float32) / 255
+        return [torch.from_numpy(output)] if output.dtype.kind in "fiu" else []
+    if isinstance(output, Image.Image):
+        return [torch.from_numpy(np.asarray(output, dtype=np.float32) / 255)]
+    return []
+
+
+def flat(output: Any) -> torch.Tensor:
+    """All numbers of one output in a row: of batches whose samples differ in size, too."""
+    return torch.cat([sample.reshape(-1) for sample in _samples(output)])
 
 
 @dataclass(frozen=True)
@@ -64,10 +79,12 @@ class Verification:
         quality: the tier whose promise was checked.
         passed: whether it was kept.
         promise: the promise in words.
-        psnr: of the whole call's result to stock, dB.
-        max_difference: of the whole call's result to stock.
-        forward_errors: transformer → relative error of one forward to stock on the same inputs.
-        noise_floor: transformer → relative error that stock's own compile makes there; empty where it was not needed.
+        psnr: of the whole call's result to stock, dB; the worst where it has several outputs.
+        max_difference: of the whole call's result to stock; the largest where it has several outputs.
+        forward_errors: transformer → relative error of one forward to stock on the same inputs; where it has several
+            outputs `transformer.output` → that of each.
+        noise_floor: the same → relative error that stock's own compile makes there; empty where it was not needed.
+        outputs: output of the whole call → its PSNR to stock, dB, and its largest difference.
     """
 
     quality: str
@@ -77,12 +94,13 @@ class Verification:
     max_difference: float
     forward_errors: dict[str, float] = field(default_factory=dict)
     noise_floor: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"{'passed' if self.passed else 'FAILED'}: {self.promise}",
-            f"  whole call: PSNR to stock {self.psnr:.1f} dB, largest difference {self.max_difference:.3g}",
-        ]
+        lines = [f"{'passed' if self.passed else 'FAILED'}: {self.promise}"]
+        for name, (ratio, difference) in self.outputs.items():
+            of = f", {name}" if len(self.outputs) > 1 else ""
+            lines.append(f"  whole call{of}: PSNR to stock {ratio:.1f} dB, largest difference {difference:.3g}")
         for name, error in self.forward_errors.items():
             floor = f", noise floor {self.noise_floor[name]:.3g}" if name in self.noise_floor else ""
             lines.append(f"  one forward of {name}: relative error {error:.3g}{floor}")
@@ -106,23 +124,29 @@ def verify_acceleration(
         paused: context in which the pipeline runs stock.
         opened: context in which a direct forward of a denoiser runs accelerated.
     """
-    first: dict[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+    first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
     with _rewound_generators(pipe, call) as rewind, paused(), _first_forwards(denoisers, first):
-        stock = as_array(pipe(**rewind()))
+        stock = _flat_outputs(pipe(**rewind()))
     with _rewound_generators(pipe, call) as rewind:
-        ours = as_array(pipe(**rewind()))
-    difference = float(np.max(np.abs(ours.astype(np.float64) - stock.astype(np.float64))))
-    ratio = psnr(ours, stock)
-    errors, floors = {}, {}
+        ours = _flat_outputs(pipe(**rewind()))
+    whole = {}
+    for name, expected in stock.items():
+        difference = float((ours[name].double() - expected.double()).abs().max())
+        whole[name] = psnr(ours[name].numpy(), expected.numpy()), difference
+    ratio = min(ratio for ratio, _ in whole.values())
+    difference = max(difference for _, difference in whole.values())
+    errors: dict[str, float] = {}
+    floors: dict[str, float] = {}
     if quality != "exact":
-        for name, (args, kwargs, expected) in first.items():
+        for path, (args, kwargs, expected_outputs) in first.items():
             with torch.no_grad(), opened():
-                errors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
-            if quality == "lossless" and errors[name] > 0:
-                with torch.no_grad(), paused(), stock_compile(denoisers[name], fullgraph=True):
-                    floors[name] = relative_error(_sample(denoisers[name](*args, **kwargs)), expected)
+                found = _errors(path, denoisers[path](*args, **kwargs), expected_outputs)
+            errors |= found
+            if quality == "lossless" and any(found.values()):
+                with torch.no_grad(), paused(), stock_compile(denoisers[path], fullgraph=True):
+                    floors |= _errors(path, denoisers[path](*args, **kwargs), expected_outputs)
     promise, passed = _judge(quality, difference, ratio, errors, floors)
-    return Verification(quality, passed, promise, ratio, difference, errors, floors)
+    return Verification(quality, passed, promise, ratio, difference, errors, floors, whole)
 
 
 def _judge(
@@ -165,7 +189,7 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
                 return call_next(*args, **kwargs)
             inputs = copy.deepcopy((args, kwargs))
             output = call_next(*args, **kwargs)
-            into[name] = (*inputs, _sample(output).clone())
+            into[name] = (*inputs, _flat_outputs(output))
             return output
 
         return layer
@@ -180,5 +204,12 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
             remove_layer(denoisers[name], "__call__", layer)
 
 
-def _sample(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
+def _flat_outputs(result: Any) -> dict[str, torch.Tensor]:
+    """A copy of each output of a call on the host."""
+    return {name: flat(output).float().cpu().clone() for name, output in outputs_of(result).items()}
+
+
+def _errors(path: str, result: Any, stock: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    ours = _flat_outputs(result)
+    names = {name: path if len(stock) == 1 else f"{path}.{name}" for name in stock}
+    return {names[name]: relative_error(ours[name], expected) for name, expected in stock.items()}

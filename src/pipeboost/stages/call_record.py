@@ -44,7 +44,7 @@ class FinishedCall:
         *,
         pipeline: str,
         components: dict[str, int],
-        compiled: dict[str, dict[str, float]],
+        compiled: dict[str, dict[str, Any]],
         graphs: dict[str, dict[str, Any]],
         ulysses: str,
     ) -> Report:

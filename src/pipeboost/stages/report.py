@@ -72,7 +72,8 @@ class Report:
         vae: on several ranks, forwards of its encoder and decoder that they shared, and those that each ran whole, with
             the reason.
         ulysses: how ranks that share tokens exchange heads for them; empty where none do.
-        compiled: transformer → graphs compiled and seconds spent on it in this process so far.
+        compiled: transformer → graphs compiled, seconds spent on it, and forwards of its blocks that ran eager with the
+            reason, in this process so far.
         graphs: transformer → CUDA graphs captured and dropped, their bytes, forwards replayed, and why the others were
             not, so far.
         trace: every span.
@@ -91,7 +92,7 @@ class Report:
     reuse: dict[str, int] = field(default_factory=dict)
     vae: dict[str, int] = field(default_factory=dict)
     ulysses: str = ""
-    compiled: dict[str, dict[str, float]] = field(default_factory=dict)
+    compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
     graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
 
@@ -209,6 +210,7 @@ class Report:
             lines.append(f"  Ulysses: heads and tokens are exchanged by {self.ulysses}")
         for name, cost in self.compiled.items():
             lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
+            lines.extend(f"    {count} times eager: {reason}" for reason, count in cost["eager"].items())
         for name, found in self.graphs.items():
             changed = f", dropped {found['dropped']} times ({found['change']})" if found["dropped"] else ""
             lines.append(

@@ -40,9 +40,23 @@ def decide(
         if asked != "auto":
             raise UnsupportedError(f"compile={settings.scope!r} needs {needs}, which is missing here; use compile=None")
         return Decision("compile", "off", f"it needs {needs}, which is missing here")
+    if model.hooks is not None and asked != "auto":
+        raise UnsupportedError(
+            f"compile={settings.scope!r} cannot capture blocks of {model.model}, which have {model.hooks}; use "
+            "compile=None, or take the hooks off"
+        )
+    obstacle = model.hooks or model.odd_blocks
+    if obstacle is not None and asked == "auto":
+        return Decision("compile", "off", f"the blocks may not be captured: they have {obstacle}")
     considered = () if settings.scope == "full" else ("full: 1-2% faster on FLUX for 4x the cold start",)
-    why = "one graph per kind of block, reused by all; the text length is dynamic, the image size is not"
     if settings.dynamic:
-        why = "one graph per kind of block for all sizes"
+        sizes = "for all sizes"
+    elif any(blocks.text_dims for blocks in family.blocks):
+        sizes = "reused by all; the text length is dynamic, the image size is not"
+    elif family.blocks:
+        sizes = "reused by all; another image size is another graph"
+    else:
+        sizes = "reused by all; a size that changes costs one more, which then fits any"
+    why = f"one graph {'of the whole model' if settings.scope == 'full' else 'per kind of block'}, {sizes}"
     # What is compiled does not depend on how it is launched, so pipelines that differ in that alone can share it.
     return Decision("compile", str(settings.scope), why, considered, replace(settings, graphs=False))

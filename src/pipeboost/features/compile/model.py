@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,32 +23,34 @@ from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import Layer, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
-from pipeboost.features.compile.region import Counters, Region, region_of
+from pipeboost.features.compile.obstacles import hooks_in, odd_weights_of
+from pipeboost.features.compile.region import Found, Graphed, NotCaptured, Region, region_of
 
 # Innermost: whatever else stands in the door of a block is outside of the compiled function.
 # A list of modules with less of the model's weights than this is not where its time goes.
 _WORTHWHILE_SHARE = 0.1
+# Modules of one class that could not be compiled, after which the others are not tried: each costs a trace.
+_MOST_FAILURES = 3
 
 _compiled_models: weakref.WeakKeyDictionary[nn.Module, CompiledModel] = weakref.WeakKeyDictionary()
 
 
-@dataclass
-class CompiledModel:
+class CompiledModel(Graphed):
     """What was compiled of a model, and what it cost so far in this process.
 
     Attributes:
         scope: `"regional"` or `"full"`.
         modules: how many modules run compiled.
         classes: their class names; each costs one graph per image size.
-        counters: graphs and seconds, of this model alone.
     """
 
-    scope: str
-    modules: int
-    classes: tuple[str, ...]
-    counters: Counters = field(default_factory=Counters)
-    _owners: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False)
-    _every_call: bool = field(default=False, repr=False)
+    def __init__(self, model: nn.Module, scope: str, modules: int, classes: tuple[str, ...]) -> None:
+        super().__init__(model)
+        self.scope = scope
+        self.modules = modules
+        self.classes = classes
+        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._every_call = False
 
     def summary(self) -> dict[str, Any]:
         """Return the counts as a report shows them."""
@@ -65,8 +67,12 @@ def compile_model(
     """Run a transformer's blocks (or all of it) through torch.compile inside our calls; undone by the ledger.
 
     Compiling happens at the first call of each class of blocks, with `fullgraph=True`: once per image size, and again
-    for an adapter of another rank. The prompt and its length, the seed and the number of steps change nothing. For a
-    model without a family Dynamo learns by itself which sizes vary, at the price of one more graph.
+    for an adapter of another name or rank. The prompt and its length, the seed, the number of steps and the scales of
+    adapters change nothing. For a model without a family Dynamo learns by itself which sizes vary, at the price of one
+    more graph.
+
+    A block that cannot be captured runs eager, and its counters say why: Dynamo's guards see a hook that came
+    since its graph was made, and it runs compiled again once the hook is gone.
 
     Args:
         owner: the acceleration in whose calls the model runs compiled; None for every call.
@@ -88,7 +94,7 @@ def compile_model(
     def apply(inner: Ledger) -> None:
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
-        compiled = CompiledModel(str(settings.scope), len(targets), tuple(names))
+        compiled = CompiledModel(model, str(settings.scope), len(targets), tuple(names))
         layers: dict[Any, Layer] = {}
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))
@@ -118,15 +124,51 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
 def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Layer:
     text = text_arguments(module, text_dims)
 
+    failed: weakref.WeakKeyDictionary[nn.Module, tuple[str, Found]] = weakref.WeakKeyDictionary()
+
+    def count(reason: str) -> None:
+        eager = compiled.counters.eager
+        eager[reason] = eager.get(reason, 0) + 1
+
     def run_compiled(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not compiled.runs_in(current_call()):
             return call_next(*args, **kwargs)
-        args, kwargs = aliased(args), aliased(kwargs)
+        if failed and (owner in failed or len(failed) >= _MOST_FAILURES):
+            reason, found = failed.get(owner) or next(iter(failed.values()))
+            if not found.is_past:
+                count(reason)
+                return call_next(*args, **kwargs)
+            failed.clear()
+        inputs, named = aliased(args), aliased(kwargs)
         for argument in text:
-            argument.mark(args, kwargs)
-        return region(compiled.counters, owner, args, kwargs)
+            argument.mark(inputs, named)
+        try:
+            return region(compiled, owner, inputs, named)
+        except NotCaptured as error:
+            reason, for_good = f"{region.module_class.__name__} {error}", error.for_good
+        # Out here, so that what the module itself raises comes up as stock raises it; then the module is not to blame.
+        output = call_next(*args, **kwargs)
+        count(reason)
+        if for_good:
+            failed[owner] = reason, Found(compiled)
+        return output
 
     return run_compiled
+
+
+def capture_obstacles(models: Iterable[nn.Module], family: Family) -> tuple[str | None, str | None]:
+    """What keeps blocks of some transformers from being captured, in words, and what may keep them from it."""
+    hooks = odd = None
+    for model in models:
+        try:
+            groups = _block_lists(model, family)
+        except UnsupportedError:
+            odd = odd or f"{stock_class(model).__name__} has no repeated blocks"
+            continue
+        for block in (module for _, modules in groups for module in modules):
+            hooks = hooks or hooks_in(block)
+            odd = odd or next(filter(None, map(odd_weights_of, block.modules())), None)
+    return hooks, odd
 
 
 def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Mapping[str, int], list[nn.Module]], ...]:

@@ -7,33 +7,52 @@ them, and a call that finds its graph pays nothing for it.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 import time
 import types
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import pgo
 from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import remove_from_cache
-from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch.fx.experimental import _config as _shape_config
 
 from pipeboost.contract.call import tracing_our_call
 from pipeboost.core.config import CompileConfig
-from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.errors import PipeboostError
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed.collectives.collective_wait import busy
+from pipeboost.features.compile.obstacles import hooks_in
 
-# Graphs ever made for one code object, dropped ones included; a server that swaps adapters for weeks passes any number.
+# Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
 _UNLIMITED = 2**31 - 1
+# Where adapters keep the numbers that scale them: LoRA's kin in a dict by name, IP-Adapters in a list.
+_ADAPTER_SCALE = re.compile(r"\.scal(ing|e)\[")
 _SHAPE_CONFIG: Any = _shape_config
 
 _regions: weakref.WeakValueDictionary[tuple[type, CompileConfig, bool], Region] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+class NotCaptured(Exception):  # noqa: N818 - not an error: the module runs eager
+    """Why a module runs eager, in words that follow its class.
+
+    Attributes:
+        for_good: whether trying again is of no use.
+    """
+
+    def __init__(self, reason: str, *, for_good: bool = False) -> None:
+        super().__init__(reason)
+        self.for_good = for_good
 
 
 @dataclass
@@ -43,10 +62,78 @@ class Counters:
     Attributes:
         graphs: how many graphs were compiled.
         seconds: how long that took.
+        eager: reason → forwards of its modules that ran eager for it.
     """
 
     graphs: int = 0
     seconds: float = 0.0
+    eager: dict[str, int] = field(default_factory=dict)
+
+
+class Graphed:
+    """A model for which regions compile.
+
+    Attributes:
+        counters: what that cost.
+        scales_vary: whether one graph is for all scales of its adapters; False once the code of one could not be
+            captured so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counters = Counters()
+        self.scales_vary = True
+        self._model = weakref.ref(model)
+
+    def adapters(self) -> list[Any]:
+        """The configurations of the adapters that the model has now: other objects once they are loaded anew."""
+        return list((getattr(self._model(), "peft_config", None) or {}).values())
+
+
+class Found:
+    """The adapters that a model had when something was found of it: a graph, or that there is none."""
+
+    def __init__(self, model: Graphed) -> None:
+        self._model = weakref.ref(model)
+        self._adapters = [weakref.ref(adapter) for adapter in model.adapters()]
+
+    def of(self, model: Graphed) -> bool:
+        """Whether this is the model."""
+        return self._model() is model
+
+    @property
+    def is_past(self) -> bool:
+        """Whether one of the adapters was unloaded since."""
+        model = self._model()
+        loaded = [] if model is None else model.adapters()
+        return any(all(each() is not other for other in loaded) for each in self._adapters)
+
+
+class _Sizes(dict[str, pgo.FrameStateSizeEntry]):
+    """What Dynamo knows of the numbers that a region was given: which vary, so that graphs must fit all their values.
+
+    An adapter's scale does, where its code allows it. The size of a tensor does once it was seen to vary, where that
+    may be learned.
+
+    Attributes:
+        scales: whether scales vary in what is compiled now.
+        met_scale: whether one was met since that was set.
+    """
+
+    def __init__(self, learn: bool) -> None:
+        super().__init__()
+        self._learn = learn
+        self.scales = True
+        self.met_scale = False
+
+    def __missing__(self, source: str) -> pgo.FrameStateSizeEntry:
+        entry = pgo.FrameStateSizeEntry()
+        if _ADAPTER_SCALE.search(source):
+            self.met_scale = True
+            if self.scales:
+                entry.scalar = pgo.auto_dynamic
+        elif self._learn:
+            self[source] = entry
+        return entry
 
 
 class Region:
@@ -66,35 +153,59 @@ class Region:
         self._generation = 0
         entry = _entry_of(module_class)
         self._code = entry.__code__
+        self._sizes = _Sizes(learn_sizes)
+        self._state_key = pgo.CodeId.make(entry.__code__, entry.__closure__)
+        self._made: weakref.WeakKeyDictionary[Any, Found] = weakref.WeakKeyDictionary()
         context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)
         self._compiled = context(entry)
         # The graphs hold on to the code object that holds them, out of the garbage collector's sight.
         weakref.finalize(self, remove_from_cache, entry.__code__).atexit = False
 
-    def __call__(self, counters: Counters, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `counters`.
+    def __call__(self, model: Graphed, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `model`.
 
         Raises:
-            UnsupportedError: the module cannot be captured as one graph, or the settings' `recompile_limit` is reached.
+            NotCaptured: there is no graph that fits, and none can be made; nothing has run.
         """
         while True:
             try:
-                return self._compiled(counters, module, *args, **kwargs)
+                return self._compiled(model, module, *args, **kwargs)
             except _CompiledMeanwhile:
                 # Give the other thread, which has its graph in hand, the moment it needs to store it.
                 time.sleep(0.001)
-            except Unsupported as error:
-                raise UnsupportedError(
-                    f"{self.module_class.__name__} cannot be compiled ({str(error).splitlines()[0]}); hooks inside a "
-                    "block, as of sequential or group offload and layerwise casting, prevent it: use compile=None"
-                ) from error
-            except FailOnRecompileLimitHit as error:
-                raise UnsupportedError(
-                    f"{self.module_class.__name__} was compiled compile.recompile_limit="
-                    f"{self.settings.recompile_limit} times and needs another graph; raise the limit, use "
-                    "CompileConfig(dynamic=True) for many sizes, or compile=None"
-                ) from error
+
+    def make_room(self, model: Graphed) -> None:
+        """Drop a graph of unloaded adapters, the one longest out of use, where the model is at its limit.
+
+        Raises:
+            NotCaptured: all its graphs are of what it has now.
+        """
+        limit = self.settings.recompile_limit
+        entries = [(entry, self._made.get(entry.guard_manager)) for entry in _debug_get_cache_entry_list(self._code)]
+        own = [(entry, made) for entry, made in entries if made is not None and made.of(model)]
+        if len(own) < limit:
+            return
+        dead = next((entry for entry, made in reversed(own) if made.is_past), None)
+        if dead is None:
+            raise NotCaptured(
+                f"has compile.recompile_limit={limit} graphs and needs another; raise the limit, or use "
+                "CompileConfig(dynamic=True) for many sizes"
+            )
+        manager = dead.guard_manager
+        del self._made[manager]
+        assert manager.extra_state is not None
+        manager.extra_state.invalidate(dead, DeletedGuardManagerWrapper("its adapters were unloaded"))
+
+    @contextlib.contextmanager
+    def knowing_sizes(self) -> Iterator[_Sizes]:
+        """Inside, Dynamo finds under this region's code what the region knows of sizes."""
+        states = pgo.get_code_state()
+        states[self._state_key] = pgo.CodeState(self._sizes)  # type: ignore[arg-type]
+        try:
+            yield self._sizes
+        finally:
+            states.pop(self._state_key, None)
 
 
 def region_of(module: nn.Module, settings: CompileConfig, *, learn_sizes: bool = False) -> Region:
@@ -126,30 +237,49 @@ class _Compiler:
     def __call__(self, frame: Any, *details: Any) -> Any:
         if frame.f_code is not self.region._code:
             return self.callback(frame, *details)
-        settings = self.region.settings
-        generation = self.region._generation
+        region, settings, model = self.region, self.region.settings, frame.f_locals["model"]
+        hooks = hooks_in(frame.f_locals["module"])
+        if hooks is not None:
+            raise NotCaptured(f"has {hooks}")
+        generation = region._generation
         with (
             compile_lock,
             dynamo_config.patch(
-                recompile_limit=settings.recompile_limit,
+                recompile_limit=_UNLIMITED,
                 accumulated_recompile_limit=_UNLIMITED,
-                automatic_dynamic_shapes=self.region.learn_sizes,
+                automatic_dynamic_shapes=True,
                 assume_static_by_default=not settings.dynamic,
                 # A block that has a hook must not run on the graph of one that has none.
                 skip_nnmodule_hook_guards=False,
             ),
             _SHAPE_CONFIG.patch(use_duck_shape=False),
+            region.knowing_sizes() as sizes,
             tracing_our_call(),
         ):
-            if self.region._generation != generation:
+            if region._generation != generation:
                 raise _CompiledMeanwhile
+            region.make_room(model)
             start = time.perf_counter()
+            sizes.scales, sizes.met_scale = model.scales_vary, False
             with busy("compiling"):
-                result = self.callback(frame, *details)
-            self.region._generation += 1
-            counters: Counters = frame.f_locals["counters"]
-            counters.graphs += 1
-            counters.seconds += time.perf_counter() - start
+                try:
+                    try:
+                        result = self.callback(frame, *details)
+                    except Exception:
+                        if not (sizes.scales and sizes.met_scale):
+                            raise
+                        sizes.scales = False
+                        result = self.callback(frame, *details)
+                        model.scales_vary = False
+                except PipeboostError:
+                    raise
+                except Exception as error:
+                    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+                    raise NotCaptured(f"cannot be compiled ({reason})", for_good=True) from error
+            region._made[result.guarded_code.guard_manager] = Found(model)
+            region._generation += 1
+            model.counters.graphs += 1
+            model.counters.seconds += time.perf_counter() - start
             return result
 
 
@@ -160,7 +290,7 @@ def _entry_of(module_class: type) -> types.FunctionType:
     """
     stock_call = module_class.__call__
 
-    def call_module(counters: Counters, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call_module(model: Graphed, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return stock_call(module, *args, **kwargs)
 
     own_code = call_module.__code__.replace(co_name=f"compiled_{module_class.__name__}")

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeboost.features.compile.obstacles import hook_of, odd_weights_of
+
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 _EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_REGISTRY = "_diffusers_hook"
 _COMPILED_BY_HAND = ("_orig_mod", "_compiled_call_impl")
 _OTHERWISE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 _DEEPEST = 5
@@ -165,18 +166,14 @@ def _unfit(name: str, module: nn.Module, device: torch.device) -> str | None:
     members = vars(module)
     if module.training and (not name or isinstance(module, _OTHERWISE_IN_TRAINING)):
         return f"{where} is in training mode"
-    if "_hf_hook" in members:
-        return f"{where} has an offload hook of accelerate"
-    # A pipeline's `cache_context` leaves an empty one.
-    if _REGISTRY in members and members[_REGISTRY].hooks:
-        return f"{where} has a hook of Diffusers: {', '.join(members[_REGISTRY].hooks)}"
+    obstacle = hook_of(members) or odd_weights_of(module)
+    if obstacle is not None:
+        return f"{where} has {obstacle}"
     if _hooked(members):
         return f"{where} has a hook, which a graph would not run"
     if any(members.get(mark) is not None or mark in members["_modules"] for mark in _COMPILED_BY_HAND):
         return f"{where} was compiled by hand"
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if type(tensor) not in (torch.Tensor, nn.Parameter):
-            return f"{where} has weights of type {type(tensor).__name__}"
         if tensor.device != device:
             return f"the weights of {where} are on {tensor.device}"
     return None

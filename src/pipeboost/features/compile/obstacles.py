@@ -1,0 +1,33 @@
+"""What keeps a module from being captured as a graph, as its own attributes show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def hook_of(members: Mapping[str, Any]) -> str | None:
+    """The hooks of Diffusers or accelerate that a module's attributes show, in words; None where there are none."""
+    if "_hf_hook" in members:
+        return "an offload hook of accelerate"
+    registry = members.get("_diffusers_hook")
+    # A pipeline's `cache_context` leaves an empty one.
+    if registry is not None and registry.hooks:
+        return f"a hook of Diffusers: {', '.join(registry.hooks)}"
+    return None
+
+
+def hooks_in(module: nn.Module) -> str | None:
+    """As `hook_of`, of a module and all inside it."""
+    return next((hook for each in module.modules() if (hook := hook_of(vars(each))) is not None), None)
+
+
+def odd_weights_of(module: nn.Module) -> str | None:
+    """The type of weights of its own that are no plain tensors, as quantised ones are; None where all are plain."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            return f"weights of type {type(tensor).__name__}"
+    return None
