@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.hardware import Hardware, detect_hardware, has_cuda
-from pipeboost.user_files import make_folder, user_path
+from pipeboost.core.user_files import make_folder, user_path
 
 
 def device_hardware(device: str) -> Hardware:

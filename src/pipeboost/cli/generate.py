@@ -24,13 +24,13 @@ from pipeboost.core.errors import (
     shortened,
 )
 from pipeboost.core.seams import stock_class
+from pipeboost.core.user_files import parse_yaml
 from pipeboost.distributed import world, world_size
 from pipeboost.generate import LoadedModel
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS, check_fps
 from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import Request, make_requests
-from pipeboost.user_files import parse_yaml
 
 _FIRST_TO_SPEAK = 1.0
 """Seconds by which a rank lets the first one tell of what all of them refuse."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.generate import Generated, LoadedModel
 from pipeboost.generate.outputs import DEFAULT_FOLDER
 from pipeboost.generate.writing import IMAGE_FORMATS, VIDEO_FORMATS, output_path, require_pyav, write_whole
-from pipeboost.user_files import make_folder, user_path
 
 _FORMATS = (*IMAGE_FORMATS, *VIDEO_FORMATS)
 

@@ -21,9 +21,9 @@ from pipeboost.core.config import resolve_config
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, one_line, quoted
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
+from pipeboost.core.user_files import user_path
 from pipeboost.features.offload import weigh, weigh_stored
 from pipeboost.plan import Plan, make_plan
-from pipeboost.user_files import user_path
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

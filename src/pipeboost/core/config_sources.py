@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, quoted
-from pipeboost.user_files import parse_json, parse_yaml, read_text
+from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 
 _PREFIX = "PIPEBOOST_"
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from pipeboost.core.errors import ConfigurationError, one_line, quoted, shortened
-from pipeboost.user_files import read_file
+from pipeboost.core.user_files import read_file
 
 LARGEST_IMAGE = 64 * 2**20
 SECONDS_TO_WAIT = 30.0

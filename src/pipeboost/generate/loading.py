@@ -21,10 +21,10 @@ from pipeboost.core.errors import (
     shortened,
 )
 from pipeboost.core.hardware import has_cuda
+from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
 from pipeboost.generate.locations import is_hub_id, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
-from pipeboost.user_files import user_path
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 

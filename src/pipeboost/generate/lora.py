@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, one_line, quoted
+from pipeboost.core.user_files import user_path
 from pipeboost.generate.locations import is_hub_id
 from pipeboost.generate.requests import is_finite
-from pipeboost.user_files import user_path
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 from pipeboost.generate.requests import FIELDS
-from pipeboost.user_files import parse_json, parse_yaml, read_text
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError
-from pipeboost.user_files import user_path
+from pipeboost.core.user_files import user_path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 VIDEO_FORMATS = {".mp4": "mp4"}
