@@ -12,11 +12,13 @@ from PIL import Image
 from pipeboost.generate.call_arguments import Kind
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS, GeneratedImage, GeneratedVideo, check_fps
+from pipeboost.generate.requests import FIELDS
 from pipeboost.generate.session import LoadedModel, requests_of
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 ImageSource: TypeAlias = "PathLike | Image.Image"
 
+_LOADING = ("vae_path", "lora_path", "device", "acceleration")
 _warm: list[LoadedModel] = []
 _lock = threading.RLock()
 
@@ -96,20 +98,7 @@ def generate_image(
     Raises:
         PipeboostError: something cannot be done as asked; nothing has run then.
     """
-    request = {
-        "negative_prompt": negative_prompt,
-        "image_path": image_path,
-        "width": width,
-        "height": height,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "call": call,
-    }
-    settings = ModelSettings.of(
-        model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
-    )
-    return _generate("image", settings, prompt, request)
+    return _generate("image", locals())
 
 
 @overload
@@ -148,33 +137,15 @@ def generate_video(
     Raises:
         PipeboostError: something cannot be done as asked, or the model makes images; nothing has run then.
     """
-    request = {
-        "negative_prompt": negative_prompt,
-        "image_path": image_path,
-        "width": width,
-        "height": height,
-        "num_frames": num_frames,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "call": call,
-    }
-    settings = ModelSettings.of(
-        model_path, vae_path=vae_path, lora_path=lora_path, device=device, acceleration=acceleration
-    )
     check_fps(fps)
-    return _generate("video", settings, prompt, request, fps=fps)
+    return _generate("video", locals(), fps=fps)
 
 
-def _generate(
-    kind: Kind,
-    settings: ModelSettings,
-    prompt: str | Sequence[str] | None,
-    request: Mapping[str, Any],
-    *,
-    fps: int = DEFAULT_FPS,
-) -> Any:
-    requests = requests_of(settings, prompt, request)
+def _generate(kind: Kind, given: Mapping[str, Any], *, fps: int = DEFAULT_FPS) -> Any:
+    """What `generate_image` or `generate_video` makes of its arguments, by their names."""
+    settings = ModelSettings.of(**{name: given[name] for name in ("model_path", *_LOADING)})
+    prompt = given["prompt"]
+    requests = requests_of(settings, prompt, {name: given[name] for name in FIELDS[1:] if name in given})
     with _lock:
         made = _warm_model(settings).generate_all(kind, requests, fps=fps)
     return made if isinstance(prompt, (list, tuple)) else made[0]

@@ -66,11 +66,13 @@ class Truncations:
         if most is not None and isinstance(texts, (list, tuple)):
             for text in texts:
                 if isinstance(text, str) and len(text.encode(errors="replace")) + 8 > most - start:
-                    self._count(name, call_next, tokenizer, text, most, start)
+                    self._count(name, call_next, tokenizer, text, most, start, settings.get("add_special_tokens", True))
         return call_next(*args, **settings)
 
-    def _count(self, name: str, call_next: Any, tokenizer: Any, text: str, most: int, start: int) -> None:
-        ids = call_next(text, truncation=False, padding=False)["input_ids"]
+    def _count(
+        self, name: str, call_next: Any, tokenizer: Any, text: str, most: int, start: int, specials: bool
+    ) -> None:
+        ids = call_next(text, truncation=False, padding=False, add_special_tokens=specials)["input_ids"]
         if len(ids) <= most:
             return
         special, end = set(tokenizer.all_special_ids), len(ids)
