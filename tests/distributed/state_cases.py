@@ -107,7 +107,7 @@ def changes(name: str, layout: Mapping[str, Any], kinds: Sequence[str], *, calle
     last = dist.get_rank() == dist.get_world_size() - 1
 
     def run(pipe: Any) -> torch.Tensor:
-        return entry.call(pipe)
+        return entry.call(pipe, steps=1)
 
     def difference() -> float:
         return float((run(pipe) - run(stock)).abs().max())
@@ -145,7 +145,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def other_places() -> list[str]:
-    """What is said where ranks differ in `open()`, in a text encoder of the main rank alone, and in one of all."""
+    """What is said where ranks differ in `open()`, in an encoder of the main rank alone, one of all, and the VAE."""
     entry = TINY["flux_dev"]
     pipe = entry.build()
     rank = dist.get_rank()
@@ -164,6 +164,11 @@ def other_places() -> list[str]:
         encoder.mul_(1.0 + rank)
         found.append(refused(lambda: entry.call(pipe)))
         pipe.acceleration.stages["text encoding"].parallelism = StageParallelism.REPLICATED
+        found.append(refused(lambda: entry.call(pipe)))
+        encoder.div_(1.0 + rank)
+        pipe.acceleration.stages["decoding"].parallelism = StageParallelism.MAIN_RANK
+        if rank == 0:
+            pipe.vae.enable_slicing()
         found.append(refused(lambda: entry.call(pipe)))
         pipe.acceleration.remove()
     return found

@@ -7,11 +7,11 @@ from tests.distributed.ranks import on_ranks
 
 LORA = {
     "load": "rank 1's transformer differs from rank 0's: adapters ['a'] against nothing",
+    "hotswap": "other values of transformer_blocks.0.attn.to_q.lora_A.a.weight, ",
     "scale": "scaling {'a': 0.5} against {'a': 1.0}",
     "disable": "_disable_adapters True against False",
     "enable": "_disable_adapters False against True",
-    "hotswap": "other values of ",
-    "fuse": "merged_adapters ['a'] against nothing",
+    "fuse": "rank 1's transformer differs from rank 0's: lora_scale 1.0 against nothing",
     "unfuse": "merged_adapters nothing against ['a']",
     "unload": "adapters nothing against ['a']",
 }
@@ -41,7 +41,7 @@ SCHEDULER = {
         ("flux_dev", {"ulysses": 2}, LORA | WEIGHTS),
         ("flux_true_cfg", {"cfg": 2}, WEIGHTS | SCHEDULER | {"load": LORA["load"]}),
         ("flux_dev", {"ulysses": 2}, VAE | SCHEDULER),
-        ("flux_dev", {"tensor": 2}, WEIGHTS | VAE | SCHEDULER),
+        ("flux_dev", {"tensor": 2}, VAE | SCHEDULER | WEIGHTS),
         (
             "wan22_t2v",
             {"cfg": 2},
@@ -75,9 +75,9 @@ def test_a_change_before_the_first_call_is_refused_too():
 
 
 def test_components_count_where_all_ranks_run_them():
-    for opened, of_main_rank, of_all in on_ranks(2, cases.other_places):
+    for opened, of_main_rank, of_all, decoder_of_main_rank in on_ranks(2, cases.other_places):
         assert "other values of proj_out.weight" in opened
-        assert of_main_rank == ""
+        assert of_main_rank == decoder_of_main_rank == ""
         assert "rank 1's text_encoder differs from rank 0's: other values of " in of_all
 
 

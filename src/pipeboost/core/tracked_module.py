@@ -1,8 +1,8 @@
 """`TrackedModule`: what a module computes with, kept up to date at about a microsecond a weight.
 
 While nothing changed it compares flat lists of what it found before, and a few values of the weights: writes through
-`.data` (peft's fuse, `load_state_dict` of some libraries) change neither identity nor version of a weight. Where
-something changed, the module is walked anew, and only weights that are new or were written to are read.
+`.data`, such as peft's fuse, change neither identity nor version of a weight. Where something changed, the module is
+walked anew, and only weights that are new or were written to are read.
 """
 
 from __future__ import annotations
@@ -59,26 +59,28 @@ class TrackedModule:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Any, int]] = {}
         self._names: dict[str, int] = {}
         self._look: _Look | None = None
+        self._forgotten = False
         self._digest = b""
         self._facts: dict[str, Any] = {}
 
     def forget(self, *, named: str = "") -> None:
-        """Take it that weights whose name has `named` in it may have been written to unseen."""
+        """Take it that weights whose name has `named` in it are being written to unseen."""
         for name, key in self._names.items():
             if named in name:
                 self._known.pop(key, None)
-        self._look = None
+        self._forgotten = True
 
     @property
     def is_current(self) -> bool:
         """Whether nothing has changed since `digest` was asked, as far as can be seen at little cost."""
-        if self._look is None or not self._look.finds_the_same():
-            self._look = None
+        if self._look is None:
             return False
-        if not self._look.samples_are_the_same():
-            self.forget()
-            return False
-        return True
+        if not self._forgotten and self._look.finds_the_same() and not self._look.written():
+            return True
+        for key in self._look.written(all_turns=True):
+            self._known.pop(key, None)
+        self._look = None
+        return False
 
     def digest(self) -> bytes:
         """Return the digest of `facts`; after `is_current` was False this reads weights."""
@@ -104,7 +106,7 @@ class TrackedModule:
         self._facts = _settings_of(modules) | self._contents(counted)
         self._names = {name: id(tensor) for name, tensor in counted.items()}
         self._digest = hashlib.blake2b(repr(sorted(self._facts.items())).encode(), digest_size=16).digest()
-        self._look = _Look(modules.values(), counted.values())
+        self._look, self._forgotten = _Look(modules.values(), counted.values()), False
 
     def _contents(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         states = {name: (version_of(each), *kind_of(each)) for name, each in tensors.items()}
@@ -184,7 +186,10 @@ class _Look:
         self._tensors = [weakref.ref(each) for each in _tensors(modules, modules)]
         self._state = self._now()
         self._state[-2:] = copy.deepcopy(self._state[-2:])  # which may change in place
-        self._samples = _Samples(tensors)
+        sampled = [each for each in tensors if _has_plain_memory(each)]
+        count = -(-len(sampled) // SAMPLED) or 1
+        self._turns = [_Turn(sampled[number::count]) for number in range(count)]
+        self._next = 0
 
     def finds_the_same(self) -> bool:
         """Whether the module consists of the same, with the same settings and versions."""
@@ -194,9 +199,11 @@ class _Look:
         except (AttributeError, KeyError, RuntimeError, ValueError):
             return False  # a module or an attribute is gone, or an array has come where a number was
 
-    def samples_are_the_same(self) -> bool:
-        """Whether some values of the weights are what they were."""
-        return self._samples.are_the_same()
+    def written(self, *, all_turns: bool = False) -> list[int]:
+        """Ids of weights of which some values are not what they were: of those whose turn it is, or of all."""
+        turns = self._turns if all_turns else [self._turns[self._next]]
+        self._next = (self._next + 1) % len(self._turns)
+        return [key for turn in turns for key in turn.written()]
 
     def _now(self) -> list[list[Any]]:
         tensors = _tensors([each() for each in self._owners], [each() for each in self._buffered])
@@ -216,57 +223,59 @@ class _Look:
         return [each().__dict__["processor"] for each in self._attending]
 
 
-class _Samples:
-    """Some values of many tensors as one number, whichever device each of them lies on at the time."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        found = [each for each in tensors if _has_plain_memory(each)]
-        count = -(-len(found) // SAMPLED) or 1
-        self._turns = [_Turn(found[number::count]) for number in range(count)]
-        self._next = 0
-
-    def are_the_same(self) -> bool:
-        """Whether those whose turn it is are what they were."""
-        turn = self._turns[self._next]
-        self._next = (self._next + 1) % len(self._turns)
-        try:
-            return turn.sum() == turn.found
-        except RuntimeError:  # the memory of one has another form
-            return False
-
-
 class _Turn:
-    """The tensors that are looked at in one call."""
+    """Tensors of which some values are looked at in one call, whichever device each of them lies on at the time."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = [weakref.ref(each) for each in tensors]
+        self._ids = list(map(id, tensors))
         self._sizes = [(min(each.numel(), _VALUES),) for each in tensors]
         self._strides = [(_stride(each.numel()),) for each in tensors]
-        self._lie: Any = None
-        self._groups: list[tuple[list[int], torch.Tensor]] = []
-        self.found = self.sum()
+        self._lie: list[Any] = []
+        self._groups: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._found = self._sums()
+
+    def written(self) -> list[int]:
+        """Ids of those whose values are not what they were; those that are gone are none of them."""
+        try:
+            now = self._sums()
+        except RuntimeError:  # the memory of one has another form
+            return self._ids
+        if now == self._found:
+            return []
+        return [key for key, one, other in zip(self._ids, now, self._found, strict=True) if one not in (None, other)]
 
     @torch.no_grad()
-    def sum(self) -> int:
-        tensors: Any = [each() for each in self._tensors]
-        lie = ([each.device for each in tensors], [each.dtype for each in tensors])
+    def _sums(self) -> list[int | None]:
+        tensors = [each() for each in self._tensors]
+        lie = [None if each is None else (each.device, each.dtype) for each in tensors]
         if lie != self._lie:
-            self._lie, self._groups = lie, self._grouped(*lie)
-        views, total = list(map(torch.as_strided, tensors, self._sizes, self._strides)), 0
-        for places, weights in self._groups:
-            values = torch.cat([views[place] for place in places])
-            total += int((values.view(_WORDS[values.itemsize]) * weights).sum())
-        return total % 2**64
+            self._lie, self._groups = lie, self._grouped(lie)
+        views = [
+            None if each is None else each.as_strided(size, stride)
+            for each, size, stride in zip(tensors, self._sizes, self._strides, strict=True)
+        ]
+        result: list[int | None] = [None] * len(tensors)
+        for places, owners, weights in self._groups:
+            values = torch.cat([view for place in places if (view := views[place]) is not None])
+            terms = values.view(_WORDS[values.itemsize]) * weights
+            sums = terms.new_zeros(len(places)).index_add_(0, owners, terms).tolist()
+            for place, value in zip(places, sums, strict=True):
+                result[place] = value
+        return result
 
-    def _grouped(self, devices: list[Any], dtypes: list[Any]) -> list[tuple[list[int], torch.Tensor]]:
-        """Which of them one copy takes, and a weight for each value, the same wherever its tensor lies."""
+    def _grouped(self, lie: list[Any]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """What one copy takes: which tensors, and for each of their values whose it is and its weight."""
         groups: dict[Any, list[int]] = {}
-        for place, kind in enumerate(zip(devices, dtypes, strict=True)):
-            groups.setdefault(kind, []).append(place)
+        for place, kind in enumerate(lie):
+            if kind is not None:
+                groups.setdefault(kind, []).append(place)
         result = []
         for (device, _), places in groups.items():
-            numbers = [_VALUES * place + number for place in places for number in range(self._sizes[place][0])]
-            result.append((places, place_weights(torch.tensor(numbers, device=device))))
+            owners = [owner for owner, place in enumerate(places) for _ in range(self._sizes[place][0])]
+            numbers = [number for place in places for number in range(self._sizes[place][0])]
+            weights = place_weights(torch.tensor(numbers, device=device))
+            result.append((places, torch.tensor(owners, device=device), weights))
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,9 +136,12 @@ class Composition:
             for name in names
         ]
         self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
+        # Where a call takes no picture, nothing encodes one.
+        idle = () if _takes_pictures(pipe) else ("image VAE encoding",)
         self._stages_of: dict[str, set[str]] = {}
         for door in family.doors:
-            self._stages_of.setdefault(door.component, set()).add(door.stage)
+            if door.stage not in idle:
+                self._stages_of.setdefault(door.component, set()).add(door.stage)
         self._loaded: dict[int, Stage] = {}
         self._lock = threading.RLock()
 
@@ -319,6 +323,11 @@ def has_door(pipe: Any, door: StageDoor) -> bool:
     """Whether a pipeline has a door."""
     owner = pipe if not door.component else getattr(pipe, door.component, None)
     return callable(getattr(owner, door.method, None))
+
+
+def _takes_pictures(pipe: Any) -> bool:
+    given = [name for name in inspect.signature(pipe.__call__).parameters if "ip_adapter" not in name]
+    return any(name.split("_")[-1] in ("image", "images", "video") for name in given)
 
 
 def _require_stage(name: str, stage: Any) -> None:

@@ -67,6 +67,8 @@ class _Said(NamedTuple):
     called: bool
 
 
+_Fact = tuple[bytes, str, bool]
+"""Digest, in words, whether it is of a weight."""
 _Statement = tuple[dict[str, _Said], State | None]
 
 
@@ -134,8 +136,8 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
     different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
     part = different[0]
     own = facts(part) if part in digests else {}
-    here = {name: (digest(value), _fact_in_words(value)) for name, value in own.items()}
-    told: list[dict[str, tuple[bytes, str]]] = control.all_gather_objects(here)
+    here = {name: (digest(value), _fact_in_words(value), hasattr(value, "words")) for name, value in own.items()}
+    told: list[dict[str, _Fact]] = control.all_gather_objects(here)
     others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
     first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
     also = f", and so does {', '.join(different[1:])}" if different[1:] else ""
@@ -150,12 +152,13 @@ def _fact_in_words(value: Any) -> str:
     return value if isinstance(value, str) else getattr(value, "words", "") or _in_words(value)
 
 
-def _difference(theirs: Mapping[str, tuple[bytes, str]], first: Mapping[str, tuple[bytes, str]]) -> str:
+def _difference(theirs: Mapping[str, _Fact], first: Mapping[str, _Fact]) -> str:
     """The first fact in which two ranks differ, in words, and how many there are beside it."""
-    nothing = (b"", "nothing")
+    nothing: _Fact = (b"", "nothing", False)
     names = [
         name for name in dict.fromkeys((*theirs, *first)) if theirs.get(name, nothing)[0] != first.get(name, nothing)[0]
     ]
+    names.sort(key=lambda name: theirs.get(name, nothing)[2] or first.get(name, nothing)[2])  # weights last
     if not names:
         return "only one of them has it"
     one, other = theirs.get(names[0], nothing)[1], first.get(names[0], nothing)[1]
