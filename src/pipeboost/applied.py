@@ -19,7 +19,7 @@ from pipeboost.core.config import AccelerationConfig, ParallelConfig
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.hardware import detect_hardware, device_of
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import decline, meet, world_size
+from pipeboost.distributed import announce, decline, meet, world_size
 from pipeboost.features.attention import rebind_attention
 from pipeboost.features.offload import execution_device, placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import Team, to_own_device
@@ -59,6 +59,7 @@ def agreed_plan(pipe: Any, config: AccelerationConfig, check: Callable[[], None]
         return plan_for(pipe, config)
     group = layout.group if isinstance(layout, ParallelConfig) else None
     ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
+    announce()
     try:
         check()
         to_own_device(pipe)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import busy
+from pipeboost.distributed import suspend_timeout
 from pipeboost.features.attention import swap_attention, trim_padded_text
 from pipeboost.features.cache import attach_cache
 from pipeboost.features.compile import CompiledModel, Graphs, capture_graphs, compile_model
@@ -99,7 +99,7 @@ def accelerate_part(
         if denoiser and plan["graphs"].on:
             graphs = capture_graphs(obj, plan["graphs"].settings, ledger, owner=owner)
         if plan["offload"].on:
-            with busy("placing weights"):
+            with suspend_timeout("placing weights"):
                 place(path, obj, plan["offload"].settings, family, ledger)
         if not path and prompts is not None:
             reuse_prompts(obj, prompts, ledger)

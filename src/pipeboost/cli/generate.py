@@ -210,7 +210,8 @@ def _make_all(
         raise type(error)(f"{error}{_kept(results, requests)}") from error
     except KeyboardInterrupt:
         progress.close()
-        print(f"pipeboost: stopped{_kept(results, requests)}", file=sys.stderr)
+        if world().rank == 0:
+            print(f"pipeboost: stopped{_kept(results, requests)}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         results.write(output, str(model.pipe.acceleration.plan))

@@ -2,12 +2,13 @@
 
 from pipeboost.distributed.agreement.arguments import DisagreementError, agreed_arguments, checked_latents
 from pipeboost.distributed.agreement.broadcast import shared
-from pipeboost.distributed.collectives.collective_wait import busy, follow
 from pipeboost.distributed.collectives.groups import Group, Pending
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
-from pipeboost.distributed.failure.rendezvous import decline, meet
-from pipeboost.distributed.failure.watch import raise_if_failed, tell_stage, watched
+from pipeboost.distributed.failure.collective_wait import follow
+from pipeboost.distributed.failure.rendezvous import announce, decline, meet
+from pipeboost.distributed.failure.suspend_timeout import suspend_timeout
+from pipeboost.distributed.failure.watchdog import raise_if_failed, tell_stage, watched
 from pipeboost.distributed.start import World, local_device, world, world_size
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "Pending",
     "World",
     "agreed_arguments",
-    "busy",
+    "announce",
     "checked_latents",
     "decline",
     "follow",
@@ -29,6 +30,7 @@ __all__ = [
     "meet",
     "raise_if_failed",
     "shared",
+    "suspend_timeout",
     "tell_stage",
     "watched",
     "world",

@@ -26,7 +26,7 @@ from pipeboost.contract.call import tracing_our_call
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.seams import stock_class
-from pipeboost.distributed.collectives.collective_wait import busy
+from pipeboost.distributed import suspend_timeout
 
 # Graphs ever made for one code object, dropped ones included; a server that swaps adapters for weeks passes any number.
 _UNLIMITED = 2**31 - 1
@@ -144,7 +144,7 @@ class _Compiler:
             if self.region._generation != generation:
                 raise _CompiledMeanwhile
             start = time.perf_counter()
-            with busy("compiling"):
+            with suspend_timeout("compiling"):
                 result = self.callback(frame, *details)
             self.region._generation += 1
             counters: Counters = frame.f_locals["counters"]

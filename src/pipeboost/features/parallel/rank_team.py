@@ -21,8 +21,8 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, local_device, world_size
 from pipeboost.distributed.agreement.arguments import agreed_arguments
-from pipeboost.distributed.failure.collective_errors import AllOrNone
-from pipeboost.distributed.failure.watch import watched
+from pipeboost.distributed.failure.collective_errors import CollectiveErrors
+from pipeboost.distributed.failure.watchdog import watched
 from pipeboost.features.attention import refuse_stock_processors
 from pipeboost.features.parallel import (
     AcrossRanks,
@@ -67,7 +67,7 @@ class Team:
         self._shares_vae = shares_vae(layout, plan.quality)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        self._all_or_none = AllOrNone(self.mesh, "accelerate_pipeline")
+        self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
         try:
             with self.watched(lambda: "accelerate_pipeline"):
                 self._refuse_different_plans(plan)
@@ -102,7 +102,7 @@ class Team:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._all_or_none = AllOrNone(self.mesh, doing)
+        self._all_or_none = CollectiveErrors(self.mesh, doing)
         with self._all_or_none():
             yield
 
