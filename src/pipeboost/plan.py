@@ -18,7 +18,7 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
 from pipeboost.core.families import Activations, Family
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.distributed import decline, meet, world_size
+from pipeboost.distributed import announce, decline, meet, world_size
 from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
@@ -191,6 +191,7 @@ def agreed_plan(
         return plan_for(pipe, config, anew=anew)
     group = layout.group if isinstance(layout, ParallelConfig) else None
     ranks = range(count) if group is None else torch.distributed.get_process_group_ranks(group)
+    announce()
     try:
         check()
         to_own_device(pipe)

@@ -1,5 +1,6 @@
 """What the ranks run in `test_failures`."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed import Mesh, busy, neighbours, tell_stage, watched, world
+from pipeboost.distributed import Group, Mesh, announce, suspend_timeout, tell_stage, watched, world
+from pipeboost.distributed.failure import neighbours
+from pipeboost.distributed.failure.abort import abort
 
 TIMEOUT = 1.5
 """Seconds that ranks wait for each other."""
@@ -38,13 +41,17 @@ class Trouble:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "stop busy":
+            with suspend_timeout("compiling"):
+                time.sleep(1.5 * TIMEOUT)
+                os.kill(os.getpid(), signal.SIGSTOP)
         if self.kind == "exit":
             os._exit(3)
         if self.kind == "sleep":
             time.sleep(600)
         if self.kind == "compile":
             self.kind = "none"
-            with busy("compiling"):
+            with suspend_timeout("compiling"):
                 time.sleep(2 * TIMEOUT)
 
 
@@ -113,6 +120,37 @@ def failing_call_between_machines(kind: str, rank: int, place: str) -> dict[str,
     here = f"machine {world().rank}"
     neighbours._host = lambda: here
     return failing_call(2, kind, rank, place)
+
+
+def aborting() -> bool:
+    """Whether what waits for rank 2, which stands still, ends with its group, of which rank 1 has gone."""
+    group = Group((0, 1, 2), "cpu")
+    group.all_reduce(torch.ones(1))
+    if world().rank == 1:
+        os._exit(0)
+    if world().rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with contextlib.suppress(RuntimeError):  # until it has gone
+        group.backend.recv([torch.empty(1)], 1, 7).wait()
+    ended = threading.Event()
+
+    def receive() -> None:
+        with contextlib.suppress(RuntimeError):
+            group.backend.recv([torch.empty(1)], 2, 7).wait()
+        ended.set()
+
+    threading.Thread(target=receive, daemon=True).start()
+    time.sleep(0.1)
+    abort(group)
+    return ended.wait(10)
+
+
+def killed_before_meeting() -> dict[str, Any]:
+    """Rank 1 dies after it has begun, and before it meets the other."""
+    announce()
+    if world().rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu")))
 
 
 def uncaught(rank: int) -> None:

@@ -49,12 +49,11 @@ def places(degrees: dict[str, int]) -> dict[str, Any]:
 
 def coming_alone() -> str:
     """A mesh that the other rank does not come to, and one that it does."""
-    from datetime import timedelta
-
     from pipeboost.core.errors import PipeboostError
-    from pipeboost.distributed import meeting, world
+    from pipeboost.distributed import world
+    from pipeboost.distributed.failure import rendezvous
 
-    before, meeting.PATIENCE = meeting.PATIENCE, timedelta(seconds=1)
+    before, rendezvous.patience = rendezvous.patience, lambda: 1.0
     told = ""
     try:
         if world().rank == 0:
@@ -62,5 +61,5 @@ def coming_alone() -> str:
     except PipeboostError as error:
         told = str(error)
     finally:
-        meeting.PATIENCE = before
+        rendezvous.patience = before
     return told

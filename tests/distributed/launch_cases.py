@@ -1,17 +1,25 @@
 """What the ranks run in `test_launch`."""
 
+import json
 import os
+import pickle
 import signal
+import socket
+import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import pipeboost
 from pipeboost.cli import generate
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.distributed import Mesh, watched, world
+from pipeboost.distributed.authentication import VARIABLE, sign
+from pipeboost.distributed.failure.records import Failure, Record
 from tests.distributed.failure_cases import Trouble, script
 
 
@@ -37,17 +45,61 @@ def failing_outside() -> None:
     raise ValueError("boom outside")
 
 
+def attacked() -> dict[str, Any]:
+    """A call during which rank 1 writes what others could to everything that rank 0 listens at, and garbage."""
+    forged = Failure(1, "denoising", "the forger's text")
+    for serial in range(4):  # before there is a mesh
+        world().store.set(f"pipeboost meeting of (0, 1) about a mesh {serial}: 1", json.dumps(forged._asdict()))
+    mesh = Mesh({"ulysses": 2}, device=torch.device("cpu"))
+    heartbeat = mesh.watchdog._heartbeat
+
+    def attack() -> None:
+        beat = time.monotonic_ns() + 10**12
+        for port in (int(os.environ["MASTER_PORT"]), *(store.port for store in heartbeat._others.values())):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(os.urandom(4096))
+            store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+            for message in (
+                sign(pickle.dumps(Record(beat, failure=forged)), "1", b""),
+                b"garbage",
+                pickle.dumps(forged),
+            ):
+                for _ in range(40):  # for longer than between two looks, since the rank itself writes over it
+                    store.set("1", message)
+                    time.sleep(0.005)
+                time.sleep(0.2)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if world().rank == 1:
+            attacking = threading.Timer(0.1, attack)
+            attacking.start()
+        returned = script(mesh, Trouble("compile", 1, "middle"))
+    return {"returned": returned, "warnings": sum("in rank 1's name" in str(each.message) for each in caught)}
+
+
 def launching(folder: str) -> None:
     """Launch ranks that stay; this process can be told to end as from a keyboard."""
+    os.environ["TMPDIR"] = os.path.join(folder, "temporary")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pipeboost.launch(sleeping, folder, num_gpus=2)
 
 
 def sleeping(folder: str) -> None:
-    """Leave word of this process, and stay."""
-    Path(folder, f"{world().rank}.new").write_text(str(os.getpid()))
-    Path(folder, f"{world().rank}.new").rename(Path(folder, str(world().rank)))
-    time.sleep(600)
+    """Meet, leave word of this process, and stay; what is kept at Ctrl-C takes a while."""
+    rank = world().rank
+    mesh = Mesh({"ulysses": world().size}, device=torch.device("cpu"))
+    assert os.environ[VARIABLE].encode() not in Path("/proc/self/cmdline").read_bytes()
+    Path(folder, f"{rank}.new").write_text(str(os.getpid()))
+    Path(folder, f"{rank}.new").rename(Path(folder, str(rank)))
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        with Path(folder, f"kept {rank}").open("a") as kept:
+            kept.write("once")
+        time.sleep(0.5)
+        mesh.close()
+        raise
 
 
 def refusing(alone: int) -> None:

@@ -1,8 +1,13 @@
 """A call on several ranks that fails on one ends on all, and tells what happened."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
-from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_for, left_behind
+from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_rank, left_behind
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
@@ -60,8 +65,10 @@ def test_a_rank_that_does_not_come_is_named_and_its_process_ends(place, rank):
     assert all(outcome.seconds < 2 * SOON for outcome in outcomes)
 
 
-def test_a_stopped_rank_gives_no_sign_of_life():
-    outcomes = _fail(2, "stop", 1, "middle", stuck=1)
+@pytest.mark.parametrize("kind", ["stop", "stop busy"])
+def test_a_stopped_rank_gives_no_sign_of_life_whatever_it_said_that_it_does(kind):
+    outcomes = _fail(2, kind, 1, "middle", stuck=1)
+    assert outcomes[0].answer["first"]["seconds"] < 3 * TIMEOUT + 8
     told = outcomes[0].answer["first"]
     assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, "denoising")
 
@@ -78,6 +85,41 @@ def test_a_rank_of_another_machine_is_named_too(kind):
     outcomes = on_mortal_ranks(2, failure_cases.failing_call_between_machines, kind, 1, "middle")
     told = outcomes[0].answer["first"]
     assert (told["raised"], told["rank"], told["stage"]) == ("RankFailedError", 1, "denoising")
+
+
+def test_all_connections_of_a_group_end_though_one_has_ended_before():
+    assert on_mortal_ranks(3, failure_cases.aborting, stuck=2)[0].answer is True
+
+
+def test_a_rank_that_is_killed_before_the_meeting_is_named_with_its_signal():
+    told = on_mortal_ranks(2, failure_cases.killed_before_meeting)[0].answer
+    assert (told["raised"], told["rank"], told["signal"]) == ("RankFailedError", 1, "SIGKILL")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_before_it_has_said_anything_is_not_waited_for(killed):
+    """Ranks that no launcher watches; rank 0 would keep the store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.killed_early", str(killed)],
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "RANK_"))},
+                **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert "has no process on this machine" in ranks[1 - killed].communicate(timeout=100)[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def test_a_rank_that_exits_is_named_with_its_exit_code():
@@ -119,17 +161,17 @@ def test_calls_leave_no_thread_and_no_descriptor():
 
 def _record(operation: str = "", number: int = 0, members: tuple[int, ...] = (0, 1), **facts) -> Record:
     waiting = {operation: (number, members)} if operation else {}
-    return Record(call=1, inside=True, counts=dict(waiting), waiting=waiting, what=operation, **facts)
+    return Record(call=1, inside=True, counts=dict(waiting), waiting=waiting, description=operation, **facts)
 
 
 def test_who_waits_for_a_rank_that_waits_itself_waits_for_the_last_one():
     records = {0: _record("a", 3), 1: _record("b", 7, (1, 2)), 2: Record(call=1, inside=True)}
-    assert late_for(0, records).rank == 2
+    assert late_rank(0, records) == 2
 
 
 def test_ranks_that_wait_for_each_other_blame_nobody():
-    assert late_for(0, {0: _record("a", 3), 1: _record("b", 7)}).rank is None
-    assert late_for(0, {0: _record("a", 3), 1: _record("a", 3)}).rank is None
+    assert late_rank(0, {0: _record("a", 3), 1: _record("b", 7)}) is None
+    assert late_rank(0, {0: _record("a", 3), 1: _record("a", 3)}) is None
 
 
 def test_ranks_are_in_step_only_if_they_began_the_same_operations():
@@ -152,9 +194,3 @@ def test_a_rank_is_left_behind_if_it_waits_for_what_another_never_began():
     gone = Record(call=1, ended=Ended(1, {"a": (2, (0, 1))}))
     assert left_behind({0: _record("a", 3), 1: gone}, 1)
     assert not left_behind({0: _record("a", 2), 1: gone}, 1)
-
-
-def test_a_record_comes_back_from_bytes_as_it_was():
-    failure = Failure(1, "denoising", "rank 1 raised", traceback="Traceback")
-    record = _record("a", 3, ended=Ended(1, {"b": (2, (0, 1))}, 1, 2.5, failure), failure=failure, busy="compiling")
-    assert Record.from_bytes(record.to_bytes()) == record

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.distributed import Group, Peers, groups, waiting
+from pipeboost.distributed import Group, Peers, groups
 from pipeboost.distributed.collectives.symmetric_buffers import rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES
-from pipeboost.distributed.failure.progress import Progress
+from pipeboost.distributed.failure import collective_wait
+from pipeboost.distributed.failure.collective_wait import Operations
 from pipeboost.distributed.failure.records import Ended, in_step
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
@@ -52,8 +53,8 @@ def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_com
         def _heads(self, q, *_):
             return q, q, q
 
-    progress = [Progress(lambda: None, lambda _: None) for _ in range(2)]
-    monkeypatch.setitem(waiting._waiters, "two ranks", progress[0])
+    progress = [Operations(lambda: None, lambda _: None) for _ in range(2)]
+    monkeypatch.setitem(collective_wait._watched, "two ranks", progress[0])
     group = SimpleNamespace(name="two ranks", rank=0, size=2, ranks=(0, 1), device="cpu")
     size = rounded(1)
     mine = OneRank(group, (size, size), torch.zeros(256 + 2 * size, dtype=torch.uint8), [0, 0])

@@ -61,6 +61,7 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         (lambda: ParallelConfig(ulysses=0), "parallel.ulysses=0 must be an integer of at least 1"),
         (lambda: ParallelConfig(vae="nonsense"), "parallel.vae='nonsense' is not allowed; use one of 'auto', True"),
         (lambda: ParallelConfig(text_encoder=1), "parallel.text_encoder=1 is not allowed"),
+        (lambda: ParallelConfig(timeout=0.05), "parallel.timeout=0.05 must be a number of seconds, at least 1"),
         (lambda: ParallelConfig(group=7), "parallel.group=7 must be a torch.distributed process group, or None"),
         (
             lambda: AccelerationConfig(cache=3),

@@ -125,7 +125,8 @@ def _make_all(
             results.write(output)
         progress.close()
         if isinstance(error, KeyboardInterrupt):
-            print(f"pipeboost: stopped{results.kept}", file=sys.stderr)
+            if world().rank == 0:
+                print(f"pipeboost: stopped{results.kept}", file=sys.stderr)
             raise typer.Exit(130) from None
         if isinstance(error, PipeboostError):
             line, blank, trace = str(error).partition("\n")

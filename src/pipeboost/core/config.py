@@ -82,8 +82,8 @@ class ParallelConfig:
             if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
                 raise not_one_of(f"parallel.{name}", value, ("auto", True, False))
         number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
-        if not number or not 0 < self.timeout < float("inf"):
-            raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds above 0")
+        if not number or not 1 <= self.timeout < float("inf"):  # ranks hear from each other every twentieth of a second
+            raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
         if self.group is not None and not _is_process_group(self.group):
             raise ConfigurationError(
                 f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"

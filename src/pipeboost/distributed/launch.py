@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
+import secrets
 import signal
-import tempfile
+import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from pipeboost.core.errors import ConfigurationError, RankFailedError
+from pipeboost.distributed.authentication import VARIABLE
+from pipeboost.distributed.failure.local_processes import death_by
 from pipeboost.distributed.start import world_size
 
 T = TypeVar("T")
 
 _GRACE = 5.0
-"""Seconds that ranks have to end by themselves once one has failed."""
+"""Seconds that ranks have to end by themselves once one has failed, or Ctrl-C was pressed."""
+_PATIENCE = timedelta(minutes=5)
 
 
 def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) -> T:
@@ -33,7 +38,8 @@ def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) ->
 
     Each rank is a process with a GPU of its own, in which `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and
     `MASTER_PORT` are set as torchrun sets them; where there is no CUDA at all, ranks run on the CPU. With one rank `fn`
-    runs in a process too. When this returns or raises, none of the processes is left, however it ends.
+    runs in a process too. When this returns or raises, none of the processes is left, however it ends. Ctrl-C reaches
+    the ranks, which have a few seconds to keep what they have done.
 
     Args:
         fn: a function that other processes can import; it accelerates its pipeline and calls it.
@@ -41,7 +47,8 @@ def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) ->
         num_gpus: how many ranks.
 
     Raises:
-        ConfigurationError: the machine has fewer GPUs, this process is a rank already, or `fn` cannot be sent.
+        ConfigurationError: the machine has fewer GPUs, or CPUs where it has no GPU, this process is a rank already, or
+            `fn` cannot be sent.
         RankFailedError: a rank failed; the message has the first one's traceback, or its signal.
     """
     _require_possible(num_gpus)
@@ -52,19 +59,20 @@ def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) ->
             f"launch cannot send {getattr(fn, '__qualname__', fn)!r} to other processes ({error}); it must be a "
             "function at the top of a module, and its arguments must be picklable"
         ) from error
-    # The ranks meet here, so that none of them takes the meeting point with it when it dies.
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, timeout=timedelta(minutes=5))
-    with tempfile.TemporaryDirectory(prefix="pipeboost-") as folder:
-        with _none_left() as processes:
-            settings = (num_gpus, store.port, folder, task)
-            ranks = start_processes(_run_rank, settings, num_gpus, join=False, start_method="spawn")
-            processes += ranks.processes
-            try:
-                while not ranks.join(grace_period=_GRACE):
-                    pass
-            except ProcessException as error:
-                raise _first_failure(error, folder) from None
-        return pickle.loads(Path(folder, "result").read_bytes())
+    # The ranks meet here, so that none of them takes the store with it when it dies; other machines cannot reach it.
+    listening = socket.create_server(("127.0.0.1", 0))
+    port, descriptor = listening.getsockname()[1], listening.detach()
+    store = dist.TCPStore("127.0.0.1", port, None, True, _PATIENCE, False, master_listen_fd=descriptor)
+    context, secret, ranks = torch.multiprocessing.get_context("spawn"), secrets.token_hex(), dict[Connection, Any]()
+    with _none_left() as processes:
+        for rank in range(num_gpus):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run_rank, args=(rank, num_gpus, store.port, secret, theirs, task))
+            process.start()
+            processes.append(process)
+            theirs.close()
+            ranks[ours] = process
+        return pickle.loads(_result(ranks))
 
 
 def _require_possible(num_gpus: int) -> None:
@@ -75,16 +83,18 @@ def _require_possible(num_gpus: int) -> None:
             f"launch(num_gpus={num_gpus}) was called on one of {world_size()} ranks; it starts the ranks itself: call "
             "the function directly, or start one process"
         )
-    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
-        raise ConfigurationError(
-            f"num_gpus={num_gpus} is more than this machine has; use at most {torch.cuda.device_count()}"
-        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    most = gpus or os.cpu_count() or 1
+    if num_gpus > most:
+        without = "" if gpus else ", which has no GPU but so many CPUs"
+        raise ConfigurationError(f"num_gpus={num_gpus} is more than this machine has; use at most {most}{without}")
 
 
-def _run_rank(rank: int, count: int, port: int, folder: str, task: bytes) -> None:
+def _run_rank(rank: int, count: int, port: int, secret: str, told: Connection, task: bytes) -> None:
     # Should the process that launched be killed, nothing else would end this one.
     end_with_parent: Any = getattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig")  # noqa: B009 - has no stub
     end_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, _interrupt_once)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -94,7 +104,9 @@ def _run_rank(rank: int, count: int, port: int, folder: str, task: bytes) -> Non
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store runs already
         TORCHELASTIC_RESTART_COUNT="0",
+        **{VARIABLE: secret},
     )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     else:
@@ -103,11 +115,69 @@ def _run_rank(rank: int, count: int, port: int, folder: str, task: bytes) -> Non
         fn, args, kwargs = pickle.loads(task)
         result = fn(*args, **kwargs)
         if rank == 0:
-            Path(folder, "result").write_bytes(pickle.dumps(result))
+            told.send(pickle.dumps(result))
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        failure = (time.monotonic(), rank, error if isinstance(error, RankFailedError) else None)
-        Path(folder, f"failure-{rank}").write_bytes(pickle.dumps((*failure, traceback.format_exc())))
+        passed_on = error if isinstance(error, RankFailedError) else None
+        told.send(_Failed(time.monotonic(), rank, passed_on, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _interrupt_once(*_: Any) -> None:
+    # A terminal tells the ranks of Ctrl-C, and so does the process that launched: what they keep then is kept once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+class _Failed(NamedTuple):
+    """What a rank tells of its exception; `passed_on` where it knows which other rank was the first."""
+
+    time: float
+    rank: int
+    passed_on: RankFailedError | None
+    traceback: str
+
+
+def _result(ranks: dict[Connection, Any]) -> Any:
+    """What rank 0 returned, pickled, once all have ended well."""
+    results: list[bytes] = []
+    failures: list[_Failed] = []
+    first: tuple[int, int] | None = None
+    running, until = dict(zip(ranks, range(len(ranks)), strict=True)), math.inf
+    try:
+        while running and (left := until - time.monotonic()) > 0:
+            for connection in wait(list(running), None if left == math.inf else left):
+                assert isinstance(connection, Connection)
+                try:
+                    told = connection.recv()
+                    (failures if isinstance(told, _Failed) else results).append(told)
+                except (EOFError, OSError):  # the latter in the middle of a message
+                    rank, process = running.pop(connection), ranks[connection]
+                    process.join()
+                    if process.exitcode != 0 and first is None:
+                        first, until = (rank, process.exitcode), time.monotonic() + _GRACE
+    except KeyboardInterrupt:
+        _interrupt(ranks.values())
         raise
+    if failures:  # all ranks of one machine have one clock
+        _, rank, passed_on, text = min(failures)
+        raise passed_on or RankFailedError(f"rank {rank} failed", rank=rank, traceback=text)
+    if first is not None or not results:
+        rank, code = first or (0, 0)
+        how, name = death_by(code)
+        raise RankFailedError(f"rank {rank} {how}", rank=rank, signal=name)
+    return results[0]
+
+
+def _interrupt(processes: Iterable[Any]) -> None:
+    """Pass Ctrl-C on to the ranks, and let them keep what they have done."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+    until = time.monotonic() + _GRACE
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -126,18 +196,3 @@ def _none_left() -> Iterator[list[Any]]:
             process.kill()
         for process in ranks:
             process.join()
-
-
-def _first_failure(error: Any, folder: str) -> RankFailedError:
-    """Of all ranks that failed: those of one machine have one clock."""
-    told = sorted(
-        (pickle.loads(path.read_bytes()) for path in Path(folder).glob("failure-*")), key=lambda failure: failure[0]
-    )
-    if told:
-        _, rank, passed_on, text = told[0]
-        if passed_on is not None:  # it knows which other rank was the first
-            return passed_on
-        return RankFailedError(f"rank {rank} failed", rank=rank, traceback=text)
-    name = getattr(error, "signal_name", None)
-    how = f"was killed by {name}" if name else f"has exited with code {error.exit_code}"
-    return RankFailedError(f"rank {error.error_index} {how}", rank=error.error_index, signal=name)

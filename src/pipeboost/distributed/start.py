@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+import time
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.errors import ConfigurationError, PipeboostError, quoted
+from pipeboost.distributed.failure.absence import Absence, patience
 
 
 class World(NamedTuple):
@@ -59,7 +61,36 @@ def world() -> World:
 
 @functools.cache
 def _announced_world() -> World:
-    return World(*next(iter(rendezvous("env://"))))
+    """Join the store as `env://` does, but for waiting without a look at whether the others live."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"this process is rank {rank} of {size}, but MASTER_ADDR and MASTER_PORT do not say where the ranks meet "
+            f"({error}); start them with torchrun, or set both"
+        ) from error
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not by_agent
+    if not serves:
+        _await_store(host, port)
+    store: Any = dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    if by_agent:
+        store = dist.PrefixStore(f"/worker/attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return World(store, rank, size)
+
+
+def _await_store(host: str, port: int) -> None:
+    absence, until = Absence(lambda rank: None), time.monotonic() + patience()
+    while True:
+        try:
+            socket.create_connection((host, port), 5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise PipeboostError(f"rank 0 does not keep a store at {host}:{port} ({error})") from error
+        absence.check([0])
+        time.sleep(0.05)
 
 
 def local_device() -> torch.device:

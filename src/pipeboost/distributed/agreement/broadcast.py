@@ -12,6 +12,7 @@ import torch
 
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed.agreement.serialization import Known, Parcel, memory_of, pack, tensors_in, unpack
+from pipeboost.distributed.authentication import LENGTH, shared_secret, sign, verify
 from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import SAMPLE, Mesh
 
@@ -89,11 +90,12 @@ def _exchange(
 def _spoken(control: Group, content: bytes, length: int, speaker: int) -> bytes:
     """The bytes of one rank, on all."""
     if control.rank == speaker:
-        tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    else:
-        tensor = torch.empty(length, dtype=torch.uint8)
+        message = sign(content, control.name, shared_secret())
+        control.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), speaker)
+        return content
+    tensor = torch.empty(length + LENGTH, dtype=torch.uint8)
     control.broadcast(tensor, speaker)
-    return content if control.rank == speaker else tensor.numpy().tobytes()
+    return verify(tensor.numpy().tobytes(), control.name, shared_secret())
 
 
 def _packed_failure(error: Exception, rank: int) -> bytes:

@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
-from pipeboost.distributed.collectives.collective_wait import Transfer, finish
 from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
+from pipeboost.distributed.failure.collective_wait import Transfer, finish
 from pipeboost.distributed.start import world
 
 LIMIT = timedelta(minutes=30)
-"""When torch's own backends give up; `waiting` gives up long before."""
+"""When torch's own backends give up; `collective_wait` gives up long before."""
+_CONNECTING = timedelta(minutes=1)
+"""For ranks that have all met to connect."""
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -196,7 +198,9 @@ def _backend(device: str, store: Any, rank: int, size: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = LIMIT
         return dist.ProcessGroupNCCL(store, rank, size, options)
-    return dist.ProcessGroupGloo(store, rank, size, LIMIT)
+    backend = dist.ProcessGroupGloo(store, rank, size, _CONNECTING)
+    backend._set_default_timeout(LIMIT)
+    return backend
 
 
 @torch.library.custom_op("pipeboost::all_reduce", mutates_args=())

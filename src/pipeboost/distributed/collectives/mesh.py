@@ -9,8 +9,8 @@ import torch
 
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed.collectives.groups import Group
-from pipeboost.distributed.failure.local_processes import Neighbour, this_process
 from pipeboost.distributed.failure.rendezvous import meet
+from pipeboost.distributed.failure.watchdog import Watchdog
 from pipeboost.distributed.start import world
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
@@ -80,8 +80,7 @@ class Mesh:
         made.append(self.control)
         self.forward = Group(self._members(FORWARD), "cpu")
         made.append(self.forward)
-        processes = zip(self.control.ranks, self.control.all_gather_objects(this_process()), strict=True)
-        self.neighbours = {rank: Neighbour(process) for rank, process in processes if process.is_neighbour()}
+        self.watchdog = Watchdog(self.control, self.device)
 
     def __repr__(self) -> str:
         return f"<Mesh {self._in_words() or 'of one rank'}, here {self._here}>"
@@ -120,8 +119,7 @@ class Mesh:
         """Give up all groups. Every rank of the mesh does so."""
         for group in self.groups:
             group.close()
-        for neighbour in self.neighbours.values():
-            neighbour.close()
+        self.watchdog.close()
 
     def _members(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         index = tuple(slice(None) if axis in axes else self._here[axis] for axis in AXES)

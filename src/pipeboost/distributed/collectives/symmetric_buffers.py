@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipeboost.distributed.collectives.collective_wait import follow
 from pipeboost.distributed.collectives.streams import Lane
+from pipeboost.distributed.failure.collective_wait import follow
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group

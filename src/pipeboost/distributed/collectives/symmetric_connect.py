@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeboost.distributed.collectives.collective_wait import expecting
 from pipeboost.distributed.collectives.renumbered_store import Renumbered
 from pipeboost.distributed.collectives.symmetric_buffers import BOARD, Peers, rounded
+from pipeboost.distributed.failure.collective_wait import expecting
 from pipeboost.distributed.failure.local_processes import this_process
 from pipeboost.distributed.start import world
 

@@ -8,17 +8,20 @@ import os
 import sys
 import threading
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 
-from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.failure.records import Failure
+
+if TYPE_CHECKING:
+    from pipeboost.distributed.collectives.groups import Group
 
 _NEVER_SENT = 0x7F000000
 """A tag that no message has."""
 
 
-def break_off(group: Group) -> None:
+def abort(group: Group) -> None:
     """Make everything that waits in a group return with an error, on this rank and where its connections end."""
     backend = group.backend
     if backend is None:
@@ -28,10 +31,12 @@ def break_off(group: Group) -> None:
         # It may wait for kernels; nobody waits for it.
         threading.Thread(target=backend.abort, name="pipeboost abort", daemon=True).start()
         return
-    # gloo has no other way: a wait that runs out of time closes all connections of its group.
-    peer = (group.rank + 1) % group.size
-    with contextlib.suppress(RuntimeError):
-        backend.recv([torch.zeros(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+    # gloo has no other way: a wait that runs out of time closes all connections of its group. Where the one it would
+    # wait at is closed already it raises instead and closes nothing, so each is tried.
+    for peer in range(group.size):
+        if peer != group.rank:
+            with contextlib.suppress(RuntimeError):
+                backend.recv([torch.zeros(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
 def end_process(rank: int, failure: Failure) -> None:

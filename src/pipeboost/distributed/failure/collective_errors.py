@@ -1,4 +1,4 @@
-"""`AllOrNone`: what ranks do each for itself, and go on from only if all of them have managed it."""
+"""`CollectiveErrors`: what ranks do each for itself, and go on from only if all of them have managed it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 
 from pipeboost.distributed.collectives.mesh import Mesh
-from pipeboost.distributed.failure.records import told_of
+from pipeboost.distributed.failure.records import failure_from
 
 
-class AllOrNone:
+class CollectiveErrors:
     """The ranks of a sample do something together; an error on one is an error on all.
 
     They hear of it over `mesh.control` and stay in step, so that they can take back together what they have done.
@@ -22,9 +22,7 @@ class AllOrNone:
     """
 
     def __init__(self, mesh: Mesh, stage: str) -> None:
-        self._control = mesh.control
-        self._stage = stage
-        self._over = True
+        self._control, self._stage, self._over = mesh.control, stage, True
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -34,7 +32,7 @@ class AllOrNone:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something.
         """
-        self._over = False
+        self._over = self._control.size == 1
         try:
             with self.telling():
                 yield
@@ -52,22 +50,19 @@ class AllOrNone:
             raise
 
     def require_all(self) -> None:
-        """Wait until all ranks have come here, as before they talk of something else.
-
-        Raises:
-            RankFailedError: another rank has told of an error instead.
-        """
+        """Wait until all ranks have come here, as before they talk of something else; raises as leaving this does."""
         self._exchange(None)
 
     def _exchange(self, error: BaseException | None) -> None:
-        if self._over or self._control.size == 1:
+        if self._over:
             return
         self._over = True  # should this raise
-        failed = self._control.all_gather(torch.tensor([error is not None]), 0, [1] * self._control.size)
+        rank = self._control.ranks[self._control.rank]
+        own = None if error is None else failure_from(error, rank, self._stage)
+        failed = self._control.all_gather(torch.tensor([own is not None]), 0, [1] * self._control.size)
         if not bool(failed.any()):
             self._over = False
             return
-        rank = self._control.ranks[self._control.rank]
-        failures = self._control.all_gather_objects(None if error is None else told_of(rank, self._stage, error))
+        failures = self._control.all_gather_objects(own)
         if error is None:
             raise next(failure for failure in failures if failure is not None).error()

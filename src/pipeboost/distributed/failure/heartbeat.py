@@ -1,149 +1,133 @@
-"""`Mail`: a thread that exchanges records with other ranks through the store, so that no other thread waits for it."""
+"""`Heartbeat`: signed records between the ranks of a sample, by connections of their own that nobody waits for.
+
+Each rank keeps a store, to which the others write; it reads its own. What the system has taken arrives, even if the
+process that wrote it dies in the next moment, and a process that stands still holds up nobody.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import pickle
+import secrets
+import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
+from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
+from pipeboost.distributed.failure.local_processes import Neighbour, Process, this_process
 from pipeboost.distributed.failure.records import Record
 
-_ANSWER = timedelta(seconds=10)
+if TYPE_CHECKING:
+    from pipeboost.distributed.collectives.groups import Group
+
+_CONNECTING = timedelta(seconds=30)
+_UNANSWERED = 200
+"""Records to a rank that says nothing: more might not find room where it has been stopped, and be waited for."""
+_GET_ADDRESS = 0x8915
+"""Linux' SIOCGIFADDR."""
 
 
-class Mail:
-    """Exchanges records again and again, from `start` to `stop`; may be started again.
+class Heartbeat:
+    """What this rank and the others of a sample hear from each other.
 
-    Args:
-        store: torch's, where the ranks meet; a connection of our own to it is made.
-        name: of the mesh, the same on all its ranks.
-        rank: of the world, this process's.
-        others: the ranks it hears from.
-        compose: makes this rank's record.
-        pause: seconds between two exchanges.
-
-    Attributes:
-        records: the latest of each rank that has said something.
-        heard: when, by `time.monotonic`, each rank's record was last a new one.
-        answered: when the store last did.
-        lost: what went wrong with the store; None while it answers.
+    Every rank of the group, which carries CPU tensors, makes it at the same point of its program. A record is used only
+    with the signature of its rank, by a secret that the ranks have drawn and exchanged over the group.
     """
 
-    def __init__(
-        self, store: Any, name: str, rank: int, others: Sequence[int], compose: Callable[[], Record], pause: float
-    ) -> None:
-        self._store = _connection(store)
-        self._outbox = _connection(store)  # never waits for an answer
-        self._sending = threading.Lock()
-        self._name = name
-        self._rank = rank
-        self._others = tuple(others)
-        self._compose = compose
-        self.pause = pause
-        self.records: dict[int, Record] = {}
-        self.heard: dict[int, float] = {}
-        self.answered = time.monotonic()
-        self.lost: Exception | None = None
-        self.on_news: Callable[[], None] = nothing_to_do
-        self._asked = self._served = 0
-        self._stopping = False
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin to exchange records, after a pause."""
-        if self._thread is not None and self._thread.is_alive():
-            return  # it waits for a store that does not answer; `lost` says so
-        self.lost = None
-        self._stopping = False
-        self._served = self._asked
-        self.answered = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="pipeboost mail", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop; nothing is left running, unless the store does not answer."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(1.0)
-            if self._thread.is_alive():
-                self.lost = TimeoutError("the store where the ranks meet does not answer")
-
-    def exchange(self, limit: float = 2.0) -> bool:
-        """Send a new record and read what the others have to say now; whether that was done within `limit` seconds."""
-        with self._changed:
-            self._asked += 1
-            mine = self._asked
-            self._changed.notify_all()
-            return self._changed.wait_for(
-                lambda: self._served >= mine or self.lost is not None or self._stopping, limit
-            )
-
-    def send(self) -> None:
-        """Send a new record at once: should this process be killed in the next moment, the others will read it."""
-        if self.lost is None:
-            try:
-                self._send()
-            except RuntimeError as error:
-                self.lost = error
-
-    def hurry(self) -> None:
-        """Exchange records soon, without waiting for it."""
-        with self._changed:
-            self._asked += 1
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._asked > self._served or self._stopping, self.pause)
-                asked = self._asked
-                if self._stopping and asked == self._served:
-                    return
-            try:
-                self._exchange()
-            except RuntimeError as error:  # torch's errors of stores are among these
-                with self._changed:
-                    self.lost = error
-                    self._changed.notify_all()
-                self.on_news()
-                return
-            self.answered = time.monotonic()
-            with self._changed:
-                self._served = asked
-                self._changed.notify_all()
-            self.on_news()
-
-    def _send(self) -> None:
-        with self._sending:  # so that none is overwritten by an older one
-            self._outbox.set(self._key(self._rank), self._compose().to_bytes())
-
-    def _exchange(self) -> None:
-        self._send()
-        known = [rank for rank in self._others if rank in self.records or self._store.check([self._key(rank)])]
-        if not known:
+    def __init__(self, group: Group) -> None:
+        self.rank = group.ranks[group.rank]
+        self.records: dict[int, Record] = {}  # the latest of each other rank
+        self.heard: dict[int, float] = {}  # when, by `time.monotonic`, that came
+        self.neighbours: dict[int, Neighbour] = {}  # the processes of other ranks on this machine
+        self.gone: set[int] = set()  # ranks that may be dead: the system says so, or their connection broke
+        self._lock = threading.Lock()
+        self._unanswered: Counter[int] = Counter()
+        self._warned = False
+        self._others: dict[int, Any] = {}
+        if group.size == 1:
             return
-        now = time.monotonic()
-        for rank, text in zip(known, self._store.multi_get([self._key(rank) for rank in known]), strict=True):
-            record = Record.from_bytes(text)
-            before = self.records.get(rank)
-            if before is None or before.beat != record.beat:
-                self.heard[rank] = now
+        told = group.all_gather_objects((this_process(), secrets.token_bytes()))
+        self._secret = b"".join((shared_secret(), *(token for _, token in told)))
+        processes: dict[int, Process] = {rank: each for rank, (each, _) in zip(group.ranks, told, strict=True)}
+        self.neighbours = {rank: Neighbour(each) for rank, each in processes.items() if each.is_neighbour()}
+        self.gone |= {rank for rank, each in self.neighbours.items() if each.descriptor is None}  # to be looked at
+        host = "127.0.0.1" if len(self.neighbours) == group.size - 1 else _own_address()
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(place[:2], family=family)
+        here, port = listening.getsockname()[:2]
+        self._own: Any = dist.TCPStore(here, port, None, True, _CONNECTING, False, master_listen_fd=listening.detach())
+        self._own.set_timeout(timedelta(seconds=1))
+        for rank, theirs in zip(group.ranks, group.all_gather_objects((here, port)), strict=True):
+            if rank != self.rank:
+                self._others[rank] = dist.TCPStore(theirs[0], theirs[1], None, False, _CONNECTING, False)
+        self._send(Record())
+        group.all_gather_objects("connected")  # so that a record of each is there
+
+    def exchange(self, compose: Callable[[], Record]) -> None:
+        """Send what `compose` makes, and read the records of the others."""
+        with self._lock:  # so that none replaces a later one
+            self._send(compose())
+        self.receive()
+
+    def _send(self, record: Record) -> None:
+        message = sign(pickle.dumps(record), str(self.rank), self._secret)
+        for rank, store in self._others.items():
+            if rank not in self.gone and self._unanswered[rank] < _UNANSWERED:
+                self._unanswered[rank] += 1
+                try:
+                    store.set(str(self.rank), message)
+                except dist.DistError:
+                    self.gone.add(rank)
+
+    def receive(self) -> None:
+        """Read the records of the others."""
+        with self._lock, contextlib.suppress(dist.DistError):  # who removed one has forged silence, which counts too
+            for rank, message in zip(self._others, self._own.multi_get([*map(str, self._others)]), strict=True):
+                self._read(rank, message)
+
+    def _read(self, rank: int, message: bytes) -> None:
+        try:
+            record: Record = pickle.loads(verify(message, str(rank), self._secret))
+        except ForgeryError:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"rank {self.rank} ignores what somebody else says in rank {rank}'s name", stacklevel=2)
+            return
+        if rank not in self.records or record.beat > self.records[rank].beat:
+            self.heard[rank], self._unanswered[rank] = time.monotonic(), 0
             self.records[rank] = record
 
-    def _key(self, rank: int) -> str:
-        return f"{self._name} record {rank}"
+    def wait(self, seconds: float, woken: int) -> None:
+        """Wait until a neighbour dies, a descriptor becomes readable or the time is over."""
+        alive = {rank: each.descriptor for rank, each in self.neighbours.items() if rank not in self.gone}
+        ready = wait([woken, *filter(None, alive.values())], seconds)
+        self.gone |= {rank for rank, descriptor in alive.items() if descriptor in ready}
+
+    def close(self) -> None:
+        """Give up the connections."""
+        with self._lock:
+            self._others.clear()
+            self._own = None
+        for neighbour in self.neighbours.values():
+            neighbour.close()
 
 
-def _connection(store: Any) -> Any:
-    own = store.clone()
-    own.set_timeout(_ANSWER)
-    return own
-
-
-def nothing_to_do() -> None:
-    """What `Mail.on_news` is where nobody waits for news."""
+def _own_address() -> str:
+    """Where other machines reach this one: as gloo has it, which has connected the ranks already."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if not name:
+        return socket.gethostname()
+    with socket.socket() as asking:
+        told = fcntl.ioctl(asking.fileno(), _GET_ADDRESS, struct.pack("256s", name.encode()))
+    return socket.inet_ntoa(told[20:24])

@@ -83,9 +83,11 @@ class Neighbour:
         """
         facts = _facts(self.process.pid)
         if facts is not None and int(facts[_START]) == self.process.start:
-            return _death(int(facts[_EXIT_CODE])) if facts[_STATE] in "ZX" else None
+            if facts[_STATE] not in "ZX":
+                return None
+            return death_by(os.waitstatus_to_exitcode(int(facts[_EXIT_CODE])))
         status = self._status()
-        return Death("has died", None) if status is None else _death(status)
+        return Death("has died", None) if status is None else death_by(os.waitstatus_to_exitcode(status))
 
     def _status(self) -> int | None:
         if self.descriptor is None:
@@ -109,12 +111,12 @@ class Neighbour:
             self.descriptor = None
 
 
-def _death(status: int) -> Death:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+def death_by(code: int) -> Death:
+    """How a process died that has this exit code, which is negative for a signal."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return Death(f"was killed by {name}", name)
-    return Death(f"has exited with code {os.WEXITSTATUS(status)}", None)
+    return Death(f"has exited with code {code}", None)
 
 
 def _facts(pid: int) -> list[str] | None:

@@ -1,222 +1,255 @@
-"""`Watch`: what is kept of one mesh from call to call; it begins calls, ends them, and knows why one has failed."""
+"""`watched`: the guard around every call on several ranks. No rank waits for ever, and all learn why a call ended.
+
+Each rank tells the others where it is (`records`, by a `Heartbeat`), and a thread on each judges what they tell
+(`Monitor`). It ends the call where a rank raised and another waits for it, where a rank's process dies, where one gives
+no sign of life, and where ranks wait too long. To end a call it breaks the groups, which wakes whoever waits in them,
+and makes this rank raise `RankFailedError` at its next step; a rank that does not come ends its process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.collectives.collective_wait import busy_with, waited_for_by
-from pipeboost.distributed.collectives.mesh import Mesh
-from pipeboost.distributed.failure.abort import break_off
-from pipeboost.distributed.failure.heartbeat import Mail, nothing_to_do
-from pipeboost.distributed.failure.monitor import Guard
-from pipeboost.distributed.failure.progress import Progress
-from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, told_of
-from pipeboost.distributed.start import world
+from pipeboost.distributed.failure.abort import abort, end_process
+from pipeboost.distributed.failure.collective_wait import Operations, Waiting
+from pipeboost.distributed.failure.heartbeat import Heartbeat
+from pipeboost.distributed.failure.monitor import Monitor
+from pipeboost.distributed.failure.records import Ended, Failure, Record, failure_from, first_error, in_step
+from pipeboost.distributed.failure.suspend_timeout import suspended_for
+
+if TYPE_CHECKING:
+    from pipeboost.distributed.collectives.groups import Group
+    from pipeboost.distributed.collectives.mesh import Mesh
 
 _PAUSES = (0.05, 0.5)
-"""Seconds between two looks: the timeout by 60, but in these bounds."""
+"""Seconds between two signs of life: the timeout by 60, but in these bounds."""
 
 
-class Watch:
-    """One mesh and the calls it runs, one at a time.
+@contextlib.contextmanager
+def watched(mesh: Mesh, *, stage: Callable[[], str], timeout: float) -> Iterator[None]:
+    """Inside, the ranks of a mesh that share a sample run one call together; every rank enters this for every call.
 
-    Attributes:
-        turn: held by the thread whose call it is.
-        rank: of this process in the world.
-        others: ranks of the mesh that share its sample.
-        neighbours: the processes of those on this machine.
-        progress: of this rank.
-        mail: between this rank and the others.
-        call: number of the call that runs, or of the latest.
-        inside: whether it runs.
-        timeout: of that call, in seconds.
-        failure: why the mesh cannot be used any more.
+    An exception on one rank ends the call on all of them: that rank raises it, the others `RankFailedError`. Where all
+    raise at the same point, each raises its own, and the next call can have the groups; so it is wherever all ranks
+    have come equally far. Calls on one mesh take turns; one inside another is part of it.
+
+    Args:
+        mesh: whose ranks they are; nothing is done where it has one rank a sample.
+        stage: tells where the call is; called by another thread, so it must not ask for context variables.
+        timeout: seconds that ranks may wait in one operation while none loads, compiles or captures
+            (`suspend_timeout`), and that a rank may give no sign of life.
+
+    Raises:
+        RankFailedError: another rank has failed, or does not come.
+        PipeboostError: the ranks are out of step since an earlier call.
     """
+    if mesh.control.size == 1:
+        yield
+        return
+    watchdog = mesh.watchdog
+    with watchdog.turn:
+        if watchdog.inside:
+            yield
+            return
+        watchdog.enter(mesh.groups, stage, timeout)
+        try:
+            yield
+        except BaseException as error:
+            watchdog.leave(error)
+            raise
+        watchdog.leave(None)
 
-    def __init__(self, mesh: Mesh) -> None:
-        control = mesh.control
-        self.turn = threading.RLock()
-        self.inside = False
-        self.rank = control.ranks[control.rank]
-        self.others = tuple(rank for rank in control.ranks if rank != self.rank)
-        self._groups = [group for group in mesh.groups if group.size > 1 and set(group.ranks) <= set(control.ranks)]
-        self.neighbours = mesh.neighbours
-        self.mail = Mail(world().store, control.name, self.rank, self.others, self._record, _PAUSES[1])
-        self.timeout = 0.0
+
+def raise_if_failed(mesh: Mesh) -> None:
+    """Raise `RankFailedError` if another rank has failed; cheap, for places that a call passes often."""
+    mesh.watchdog.check()
+
+
+def tell_stage(mesh: Mesh) -> None:
+    """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second.
+
+    An exception is put down to the stage of which was told last.
+    """
+    mesh.watchdog.tell()
+
+
+class Watchdog:
+    """The calls of one mesh, one at a time; the ranks of `control`, which share a sample, make it at once."""
+
+    def __init__(self, control: Group, device: torch.device) -> None:
+        self.turn = threading.RLock()  # held by the thread whose call it is
+        self.inside = False  # a call
+        self._heartbeat = Heartbeat(control)
+        self._others = [rank for rank in control.ranks if rank != self._heartbeat.rank]
+        self._device = device
+        self._operations = Operations(self.check, self._find_out)
+        self._groups: list[Group] = []
         self._stage: Callable[[], str] = str
-        self.call = 0
-        self.progress = Progress(self.check, self._find_out)
-        self._told = ""
+        self._stage_told = ""
+        self._timeout = self._pause = 0.0
+        self._call = 0
         self._ended = Ended()
-        self.failure: Failure | None = None
-        self._failed = threading.Event()
-        self._failing = threading.Lock()
-        self._device = mesh.device
+        self._failure: Failure | None = None  # why the mesh cannot be used any more
+        self._failing, self._failed = threading.Lock(), threading.Event()
         self._latest: Any = None
 
-    def enter(self, stage: Callable[[], str], timeout: float) -> None:
-        """Begin a call."""
-        self._require_usable()
+    def enter(self, groups: list[Group], stage: Callable[[], str], timeout: float) -> None:
+        """Begin a call, which uses these groups."""
+        if self._failure is not None:
+            raise PipeboostError(
+                "the ranks of this pipeline are out of step since an earlier call failed "
+                f"({self._failure.description}); start the ranks again, or where all live call accelerate_pipeline "
+                "again on every one"
+            )
         if self._latest is not None:
             # Ranks write into each other's memory in the order of the calls, whatever stream each is on.
             torch.cuda.current_stream(self._device).wait_event(self._latest)
-        self._stage = stage
-        self.timeout = timeout
-        self.call += 1
-        self._told = ""
-        self.mail.pause = min(max(timeout / 60, _PAUSES[0]), _PAUSES[1])
-        self.inside = True
-        self._resources = contextlib.ExitStack()
-        self._guard = Guard(self)
-        self._resources.callback(self._guard.stop)
-        self._resources.callback(self.mail.stop)
-        self._resources.enter_context(waited_for_by(self.progress, [group.name for group in self._groups]))
-        self.mail.on_news = self._guard.wake
-        self.mail.send()
-        self.mail.start()
-        self._guard.start()
+        ranks = {self._heartbeat.rank, *self._others}
+        self._groups = [group for group in groups if group.size > 1 and ranks.issuperset(group.ranks)]
+        self._stage, self._stage_told, self._timeout = stage, "", timeout
+        self._pause = min(max(timeout / 60, _PAUSES[0]), _PAUSES[1])
+        self._call += 1
+        self.inside = self._judging = True
+        self._stopping = False
+        self._heartbeat.exchange(self._record)
+        self._woken, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="pipeboost watch", daemon=True)
+        self._running = contextlib.ExitStack()
+        self._running.callback(self._stop)
+        self._running.enter_context(self._operations.of(self._groups))
+        self._thread.start()
 
     def leave(self, error: BaseException | None) -> None:
-        """End the call: raise what another rank's failure makes this one raise, or return where its own counts.
-
-        Args:
-            error: what the call has raised here.
-        """
+        """End the call, which has raised `error` here: raise what another rank's failure makes this one raise."""
         try:
             if self._device.type == "cuda":
                 with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which the call raises
                     self._latest = torch.cuda.current_stream(self._device).record_event()
-            if error is not None and self.failure is None and _of_transport(error):
+            if error is not None and self._failure is None and _of_transport(error):
                 self._find_out(error)
-            own = error is not None and self.failure is None
-            # What the call had opened is closed by now, so it cannot tell any more where it was.
-            told = told_of(self.rank, self._told or self.where(), error) if own and error is not None else None
-            self._ended = Ended(self.call, dict(self.progress.counts), self.progress.open, time.time(), told)
+            own = None
+            if error is not None and self._failure is None:
+                # What the call had opened is closed by now, so it cannot tell any more where it was.
+                own = failure_from(error, self._heartbeat.rank, self._stage_told or self._where())
+            self._ended = Ended(self._call, dict(self._operations.counts), self._operations.open, time.time(), own)
+            with self._failing:  # nothing is left to judge, unless there is an error elsewhere
+                self._judging = error is not None
             self.inside = False
-            if error is None:
-                self.mail.on_news = (
-                    nothing_to_do  # the guard has nothing left to judge, unless there is an error elsewhere
-                )
-            self.mail.exchange()
-            if error is not None or self.failure is not None or first_error(self.records(), self.call):
-                self._compare(patience=self.timeout / 3 if isinstance(error, Exception | None) else 2.0)
-                reason = self.failure or first_error(self.records(), self.call)
-                if not own and reason is not None:
+            self._heartbeat.exchange(self._record)
+            if error is not None or self._failure is not None or first_error(self._records(), self._call):
+                self._compare(patience=self._timeout / 3 if isinstance(error, Exception | None) else 2.0)
+                reason = self._failure or first_error(self._records(), self._call)
+                if own is None and reason is not None:
                     raise reason.error() from error
         finally:
             self.inside = False
-            self._resources.close()
+            self._running.close()
 
     def check(self) -> None:
         """Raise if the call has failed elsewhere."""
-        if self.failure is not None:
-            raise self.failure.error()
+        if self._failure is not None:
+            raise self._failure.error()
 
     def tell(self) -> None:
         """Send a record at once."""
         if self.inside:
-            self._told = self.where()
-            self.mail.send()
+            self._stage_told = self._where()
+            self._heartbeat.exchange(self._record)
 
-    def records(self) -> dict[int, Record]:
-        """What is known of all ranks of the mesh, this one among them."""
-        return {**self.mail.records, self.rank: self._record()}
+    def close(self) -> None:
+        """Give up the connections to the other ranks."""
+        self._heartbeat.close()
+
+    def _records(self) -> dict[int, Record]:
+        return {**self._heartbeat.records, self._heartbeat.rank: self._record()}
 
     def _record(self) -> Record:
-        waiting = self.progress.waiting()
+        waiting = self._operations.waiting() or Waiting({}, "", 0.0)
         return Record(
             beat=time.monotonic_ns(),
-            call=self.call,
+            call=self._call,
             inside=self.inside,
-            stage=self.where(),
-            busy=busy_with(),
-            counts=dict(self.progress.counts),
-            waiting=self.progress.operations(),
-            what="" if waiting is None else waiting.what,
+            stage=self._where(),
+            busy=suspended_for(),
+            counts=dict(self._operations.counts),
+            waiting=waiting.operations,
+            description=waiting.description,
             ended=self._ended,
-            failure=self.failure,
+            failure=self._failure,
         )
 
-    def where(self) -> str:
-        """The stage that the call is in."""
+    def _where(self) -> str:
         try:
             return self._stage() if self.inside else "between calls"
         except Exception as error:
             return f"a stage that cannot be told ({error})"
 
-    def fail(self, failure: Failure) -> None:
+    def _run(self) -> None:
+        monitor = Monitor(self._heartbeat, self._operations, self._call, self._timeout, self._pause)
+        ends = float("inf")
+        try:
+            while not self._stopping:
+                self._heartbeat.wait(self._pause, self._woken)
+                self._heartbeat.exchange(self._record)
+                if self._failure is None and self._judging:
+                    self._operations.ask_gpu()
+                    failure = monitor.failure(self._record())
+                    if failure is not None:
+                        self._fail(failure)
+                if self._failure is not None and self.inside:
+                    ends = min(ends, time.monotonic() + min(5.0, self._timeout / 2))
+                    if time.monotonic() > ends:
+                        end_process(self._heartbeat.rank, self._failure)
+        except Exception:
+            description = f"rank {self._heartbeat.rank} cannot watch the others any more in {self._where()!r}"
+            self._fail(Failure(self._heartbeat.rank, self._where(), description, traceback=traceback.format_exc()))
+
+    def _stop(self) -> None:
+        self._stopping = True
+        os.write(self._wake, b".")
+        self._thread.join()
+        os.close(self._woken)
+        os.close(self._wake)
+
+    def _fail(self, failure: Failure) -> None:
         """The call has failed: tell it, and wake whoever waits. The first failure counts."""
         with self._failing:
-            if self.failure is not None:
+            if self._failure is not None or not self._judging:
                 return
-            self.failure = failure
+            self._failure = failure
         self._failed.set()
-        self.mail.hurry()
+        self._heartbeat.exchange(self._record)
         for group in self._groups:
-            break_off(group)
+            abort(group)
 
     def _find_out(self, error: BaseException) -> None:
-        """A connection broke: whoever broke it has failed, not this rank. Sets the failure."""
-        self.mail.hurry()
-        self._guard.wake()
-        if self._failed.wait(min(5.0, self.timeout / 2)):
-            return
-        # Nobody said anything, and no process of this machine has died: a rank of another machine has gone.
-        since = time.monotonic() - 4 * self.mail.pause
-        silent = [rank for rank in self.others if self.mail.heard.get(rank, 0.0) < since]
-        records = self.records()
-        if self.mail.lost is None and len(silent) == 1 and silent[0] in records:
-            rank, stage = silent[0], records[silent[0]].stage
-            what = f"rank {rank} has gone: a connection broke and it gives no sign of life; it was last in {stage!r}"
-            self.fail(Failure(rank, stage, what))
-        else:
-            where = self.where()
-            self.fail(Failure(None, where, f"the connection to another rank broke in {where!r}: {error}"))
+        """A connection broke: whoever broke it has failed, not this rank. Returns once there is a failure."""
+        if not self._failed.wait(min(5.0, self._timeout / 2)):
+            where = self._where()
+            self._fail(Failure(None, where, f"the connection to another rank broke in {where!r}: {error}"))
 
     def _compare(self, patience: float) -> None:
         """The call has failed here or elsewhere: find out whether the ranks are in step, and let all know if not."""
-        self.mail.on_news = self._guard.wake
+        self._judging = True
         until = time.monotonic() + patience
-        while self.failure is None:
-            records = self.records()
-            if all(rank in records and records[rank].has_ended(self.call) for rank in self.others):
+        while self._failure is None and time.monotonic() < until:
+            records = self._records()
+            if all(rank in records and records[rank].has_ended(self._call) for rank in self._others):
                 if in_step({rank: record.ended for rank, record in records.items()}):
                     return
                 break
-            if time.monotonic() > until:
-                break
             self._failed.wait(0.01)
-            self.mail.exchange()
-        self.fail(first_error(self.records(), self.call) or Failure(None, "", "the ranks are out of step"))
-        # This process may end now, and the store with it: the others must have heard, though one may be past hearing.
-        late = min(5.0, self.timeout)
-        until = time.monotonic()
-        while unaware := [rank for rank in self.others if not self._knows(rank)]:
-            failed = self.failure is not None and unaware == [self.failure.rank]
-            if time.monotonic() > until + (min(1.0, late) if failed else late):
-                break
-            time.sleep(0.01)
-            self.mail.exchange()
-
-    def _knows(self, rank: int) -> bool:
-        record = self.mail.records.get(rank)
-        gone = rank in self._guard.deaths or self.mail.lost is not None
-        return gone or record is None or record.failure is not None or record.has_ended(self.call)
-
-    def _require_usable(self) -> None:
-        if self.failure is not None:
-            raise PipeboostError(
-                f"the ranks of this pipeline are out of step since an earlier call failed ({self.failure.what}); "
-                "start the ranks again, or where all live call accelerate_pipeline again on every one"
-            )
+        self._fail(first_error(self._records(), self._call) or Failure(None, "", "the ranks are out of step"))
 
 
 def _of_transport(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ from pipeboost.contract.call import tracing_our_call
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.seams import stock_class
-from pipeboost.distributed.collectives.collective_wait import busy
+from pipeboost.distributed import suspend_timeout
 from pipeboost.features.compile.obstacles import hooks_in
 
 # Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
@@ -261,7 +261,7 @@ class _Compiler:
             region.make_room(model)
             start = time.perf_counter()
             sizes.scales, sizes.met_scale = model.scales_vary, False
-            with busy("compiling"):
+            with suspend_timeout("compiling"):
                 try:
                     try:
                         result = self.callback(frame, *details)

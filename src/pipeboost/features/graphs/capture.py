@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import busy
+from pipeboost.distributed import suspend_timeout
 from pipeboost.features.graphs.signature import Unfit, copied, exchanged
 
 _ALIGNMENT = 16
@@ -227,7 +227,7 @@ def _captured(
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
     output: Any = None
-    with busy("capturing"), _no_collection(), torch.cuda.stream(stream):
+    with suspend_timeout("capturing"), _no_collection(), torch.cuda.stream(stream):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             output = run(*args, **kwargs)

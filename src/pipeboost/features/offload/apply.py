@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeboost.contract.context import ApplyContext, Component
 from pipeboost.contract.decision import Decision
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import busy
+from pipeboost.distributed import suspend_timeout
 from pipeboost.features.offload.place import place
 
 
@@ -15,5 +15,5 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
     Raises:
         UnsupportedError: as `place`.
     """
-    with busy("placing weights"):
+    with suspend_timeout("placing weights"):
         place(component.path, component.object, decision.settings, context.family, ledger)

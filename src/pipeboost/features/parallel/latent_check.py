@@ -9,8 +9,8 @@ import torch
 
 from pipeboost.contract.call import current_call
 from pipeboost.core.ledger import Ledger
+from pipeboost.distributed import raise_if_failed
 from pipeboost.distributed.agreement.arguments import checked_latents
-from pipeboost.distributed.failure.watch import raise_if_failed
 
 # Outside what counts the steps, which has then counted this one.
 

@@ -27,8 +27,8 @@ from pipeboost.distributed import (
     require_same_state,
 )
 from pipeboost.distributed.agreement.arguments import agreed_arguments
-from pipeboost.distributed.failure.collective_errors import AllOrNone
-from pipeboost.distributed.failure.watch import watched
+from pipeboost.distributed.failure.collective_errors import CollectiveErrors
+from pipeboost.distributed.failure.watchdog import watched
 from pipeboost.features.parallel import (
     AcrossRanks,
     RunningState,
@@ -72,7 +72,7 @@ class RankTeam:
         self._shares_vae = layout.shares_vae(context.tier)
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        self._all_or_none = AllOrNone(self.mesh, "accelerate_pipeline")
+        self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
         try:
             with self.watched(lambda: "accelerate_pipeline"):
                 self._refuse_different_plans(context)
@@ -112,7 +112,7 @@ class RankTeam:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._all_or_none = AllOrNone(self.mesh, doing)
+        self._all_or_none = CollectiveErrors(self.mesh, doing)
         with self._all_or_none():
             yield
 

@@ -17,7 +17,7 @@ from pipeboost.core.fingerprint import digest, identity
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.tracked_module import TrackedModule, class_of, configuration_of, settings_of
-from pipeboost.distributed import busy
+from pipeboost.distributed import suspend_timeout
 from pipeboost.features.parallel.tensor import split_names
 
 PIPELINE = "pipeline"
@@ -51,7 +51,7 @@ class RunningState:
             if counts(name) and isinstance(component, nn.Module):
                 tracked = self._tracked(component)
                 if not tracked.is_current:
-                    with busy(f"comparing {name}"):
+                    with suspend_timeout(f"comparing {name}"):
                         tracked.digest()
                 found[name] = tracked.digest()
             elif counts(name):
