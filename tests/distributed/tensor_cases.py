@@ -275,7 +275,8 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     expected, whole = _outputs(model, inputs), _bytes(model)
-    split, floor = split_bytes(model, sharding), _floor(model, inputs)
+    split = split_bytes(model, sharding)
+    floor = group.all_reduce(torch.tensor([_floor(model, inputs) if group.rank == 0 else 0.0])).item()
     ledger = Ledger()
     report: ShardReport = shard_weights(model, sharding, group, ledger)
     own = _bytes(model)
