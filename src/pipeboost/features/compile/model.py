@@ -21,9 +21,9 @@ from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import UnsupportedError, not_one_of
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.obstacles import hooks_in, odd_weights_of
 from pipeboost.core.seams import Layer, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
-from pipeboost.features.compile.obstacles import hooks_in, odd_weights_of
 from pipeboost.features.compile.region import Found, Graphed, NotCaptured, Region, region_of
 
 # Innermost: whatever else stands in the door of a block is outside of the compiled function.

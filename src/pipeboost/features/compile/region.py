@@ -29,9 +29,9 @@ from torch.fx.experimental import _config as _shape_config
 from pipeboost.contract.call import tracing_our_call
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import PipeboostError
+from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import suspend_timeout
-from pipeboost.features.compile.obstacles import hooks_in
 
 # Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
 _UNLIMITED = 2**31 - 1

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.features.compile.obstacles import hook_of, odd_weights_of
+from pipeboost.core.obstacles import hook_of, odd_weights_of
 
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, type, types.BuiltinFunctionType),
