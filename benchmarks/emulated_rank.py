@@ -19,7 +19,8 @@ import torch
 from benchmarks.parallel import MODELS, Results, accelerated, everywhere
 from pipeboost.bench.full_size import build_pipeline, forward_inputs, full_size_named
 from pipeboost.contract.call import current_call
-from pipeboost.distributed import SEQUENCE, Group, Peers, local_device, peers
+from pipeboost.distributed import SEQUENCE, Group, Peers, local_device
+from pipeboost.distributed.collectives import symmetric_buffers as peers
 from pipeboost.quality.timing import time_runs
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import Mesh, Peers, peers_connect
+from pipeboost.distributed import Mesh, Peers
+from pipeboost.distributed.collectives import symmetric_connect as peers_connect
 
 
 def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) -> list[bool]:
@@ -17,7 +18,9 @@ def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, s
     The inboxes are poisoned before each; what each rank has is known to all, so that all can be compared.
     """
     with _on_cpus(folder, len(cases[0][1])) as mesh:
-        from pipeboost.distributed import peer_kernels  # which asks for the interpreter when it is imported
+        from pipeboost.distributed.collectives import (
+            symmetric_kernels as peer_kernels,  # which asks for the interpreter when it is imported
+        )
 
         # More blocks than programs: in the larger cases these go round.
         peer_kernels.HIDDEN = peer_kernels.HIDDEN._replace(block=1024, programs=2)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeboost import ParallelConfig, accelerate_pipeline, team
-from pipeboost.distributed import groups
+from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost.distributed.collectives import groups
+from pipeboost.features.parallel import rank_team as team
 from tests.gpu.parallel_gpu_cases import _difference, _exact_device, in_two_parts
 from tests.pipelines.tiny import TINY
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import local_device, peers_connect, world
-from pipeboost.features.parallel import attend
+from pipeboost.distributed import local_device, world
+from pipeboost.distributed.collectives import symmetric_connect as peers_connect
+from pipeboost.features.parallel import ulysses_ring as attend
 from tests.distributed import failing_pipeline_cases
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeboost.distributed import Peers, peers
+from pipeboost.distributed import Peers
+from pipeboost.distributed.collectives import symmetric_buffers as peers
 from pipeboost.kernels import KERNELS, available_kernels
 from tests.gpu.test_attention_gpu import detect_hardware, reference
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.features.parallel import attend
+from pipeboost.features.parallel import ulysses_ring as attend
 from pipeboost.features.parallel.shards import SHARDS, Shards
 
 CASES = {
