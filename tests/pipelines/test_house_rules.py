@@ -28,7 +28,7 @@ FLOORS = (
     ("families", "known_families", "patches"),
     ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse"),
     ("stages", "quality"),
-    ("facts", "plan", "team", "parts", "applied", "calls", "run_many", "acceleration"),
+    ("facts", "plan", "team", "parts", "applied", "calls", "requests", "acceleration"),
     ("generate",),
     ("serving", "cli"),
 )
