@@ -105,7 +105,10 @@ def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
 
 
 def attach(obj: Any, name: str, value: Any) -> None:
-    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it."""
+    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it.
+
+    A shallow copy has `value.of_copy(the copy)`.
+    """
     vars(obj)[_CHAINS].attached.add(name)
     setattr(obj, name, value)
 
@@ -249,6 +252,9 @@ def _reduce_as_stock(self: Any, protocol: Any) -> Any:
 def _copy(self: T) -> T:
     twin = copyreg.__newobj__(type(self))  # type: ignore[attr-defined]
     vars(twin).update(vars(self))
+    chains = vars(self).get(_CHAINS)
+    for name in vars(self).keys() & (chains.attached if chains is not None else ()):
+        vars(twin)[name] = vars(self)[name].of_copy(twin)
     return twin
 
 
