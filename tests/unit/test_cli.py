@@ -107,7 +107,7 @@ def test_a_damaged_pipeline_is_refused_by_plan(refused, stored, tmp_path, file, 
 
 def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_path):
     made = plan_of(str(stored), quality=None, hardware=detect_hardware("cpu"))
-    assert made.facts.dtype == torch.bfloat16
+    assert made.model.dtype == torch.bfloat16
     assert made.family.name == "flux"
     bare = shutil.copytree(stored, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     assumed = plan_of(str(bare), quality=None, hardware=detect_hardware("cpu"))
