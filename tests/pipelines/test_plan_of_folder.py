@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pipeboost.cli.plan import plan_of
-from pipeboost.contract.model_info import model_info
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.hardware import Hardware
+from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.pipelines.tiny import TINY
 

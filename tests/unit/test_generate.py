@@ -162,7 +162,7 @@ def test_a_request_that_the_model_cannot_serve_is_one_sentence(flux, arguments, 
 
 
 def test_all_requests_are_checked_before_the_first_one_runs(flux, monkeypatch):
-    monkeypatch.setattr(stock_class(flux.pipe), "__call__", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(stock_class(flux.pipe), "check_inputs", lambda *_, **__: pytest.fail("ran"))
     requests = make_requests([{"prompt": "a"}, {"prompt": "b", "width": 100}], {})
     with pytest.raises(ConfigurationError, match="width=100"):
         flux.generate(requests)

@@ -82,7 +82,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, new: bool =
         # A link stays one, and what is no file, such as /dev/null, is written to and not replaced.
         target = path if new else Path(os.path.realpath(path))
         if not new and target.exists() and not target.is_file():
-            target.write_bytes(_bytes_of(write))
+            buffer = io.BytesIO()
+            write(buffer)
+            target.write_bytes(buffer.getvalue())
             return path
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=target.parent)
@@ -112,12 +114,6 @@ def _reserved(path: Path) -> Path:
             os.close(os.open(each, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return each
     raise AssertionError("there is always a free number")
-
-
-def _bytes_of(write: Callable[[IO[bytes]], object]) -> bytes:
-    buffer = io.BytesIO()
-    write(buffer)
-    return buffer.getvalue()
 
 
 def _umask() -> int:
