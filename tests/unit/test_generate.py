@@ -620,11 +620,11 @@ def test_no_lora_may_be_said_as_none():
 def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):
     target, link, pipe = tmp_path / "a.txt", tmp_path / "link.txt", tmp_path / "pipe"
     link.symlink_to(target)
-    write_whole(link, lambda file: file.write(b"new"))
+    write_whole(link, b"new")
     assert (link.is_symlink(), target.read_bytes()) == (True, b"new")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(pipe, lambda file: file.write(b"new"))
+    write_whole(pipe, b"new")
     assert (os.read(reader, 9), pipe.is_fifo()) == (b"new", True)
     os.close(reader)
 
