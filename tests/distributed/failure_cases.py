@@ -11,7 +11,7 @@ import torch
 
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed import Group, Mesh, announce, suspend_timeout, tell_stage, watched, world
-from pipeboost.distributed.failure import neighbours
+from pipeboost.distributed.failure import local_processes as neighbours
 from pipeboost.distributed.failure.abort import abort
 
 TIMEOUT = 1.5

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.distributed import Group, Peers, groups
+from pipeboost.distributed import Group, Peers
+from pipeboost.distributed.collectives import groups
 from pipeboost.distributed.collectives.symmetric_buffers import rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES
 from pipeboost.distributed.failure import collective_wait

@@ -17,9 +17,10 @@ from pipeboost.contract.decision import Decision
 from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.families import Family, TensorSharding
+from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import (
     AXES,
     SEQUENCE,
