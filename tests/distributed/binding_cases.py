@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeboost import ParallelConfig, accelerate_pipeline, parts
-from pipeboost.distributed import groups as groups_module
+from pipeboost import ParallelConfig, accelerate_pipeline
+from pipeboost import apply as parts
+from pipeboost.distributed.collectives import groups as groups_module
 from tests.distributed.failure_cases import outcome
 from tests.pipelines.tiny import TINY
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
-from pipeboost.distributed import groups as groups_module
+from pipeboost.distributed.collectives import groups as groups_module
 from tests.floors import floor_of, is_rounding, once
 from tests.pipelines.tiny import TINY
 
