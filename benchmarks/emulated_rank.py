@@ -20,7 +20,7 @@ from benchmarks.parallel import MODELS, Results, accelerated, everywhere
 from pipeboost.bench.full_size import build_pipeline, forward_inputs, full_size_named
 from pipeboost.contract.call import current_call
 from pipeboost.distributed import SEQUENCE, Group, Peers, local_device
-from pipeboost.distributed.collectives import symmetric_buffers as peers
+from pipeboost.distributed.collectives import symmetric_buffers
 from pipeboost.quality.timing import time_runs
 
 
@@ -82,7 +82,9 @@ class _GroupOfMore:
         if self._peers is None:
             whole = self._group.peers(self.size * heads_bytes, self.size * tokens_bytes, device)
             assert whole is not None, self._group.unreachable
-            self._peers = _PeersOfMore(whole, self, peers.rounded(heads_bytes), peers.rounded(tokens_bytes))
+            self._peers = _PeersOfMore(
+                whole, self, symmetric_buffers.rounded(heads_bytes), symmetric_buffers.rounded(tokens_bytes)
+            )
         assert self.size * heads_bytes <= self._peers.heads_bytes, "one size at a time"
         return self._peers
 
@@ -96,8 +98,8 @@ class _PeersOfMore(Peers):
     def __init__(self, whole: Peers, group: _GroupOfMore, heads_bytes: int, tokens_bytes: int) -> None:
         vars(self).update(vars(whole))
         self._whole, self._group = whole, group  # type: ignore[assignment]
-        self._heads_inboxes = self._spread(peers.BOARD, heads_bytes)
-        self._tokens_inboxes = self._spread(peers.BOARD + whole.heads_bytes, tokens_bytes)
+        self._heads_inboxes = self._spread(symmetric_buffers.BOARD, heads_bytes)
+        self._tokens_inboxes = self._spread(symmetric_buffers.BOARD + whole.heads_bytes, tokens_bytes)
 
     def _spread(self, begin: int, stride: int) -> torch.Tensor:
         memories, here = self._whole._boards.tolist(), self._group.rank

@@ -2,8 +2,6 @@
 
 from pipeboost.core.families import (
     Activations,
-    Autoencoder,
-    BatchedBranches,
     BlockReturn,
     Blocks,
     Family,
@@ -11,14 +9,18 @@ from pipeboost.core.families import (
     Linear,
     Measured,
     PaddedText,
-    SplitLayers,
     StageDoor,
-    TensorSharding,
-    TokenArgument,
-    TokenSharding,
     prediction_of_latents,
     prediction_of_tokens,
     stage_doors,
+)
+from pipeboost.core.sharding import (
+    Autoencoder,
+    BatchedBranches,
+    SplitLayers,
+    TensorSharding,
+    TokenArgument,
+    TokenSharding,
 )
 
 __all__ = [

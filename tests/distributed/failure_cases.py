@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed import Group, Mesh, announce, suspend_timeout, tell_stage, watched, world
+from pipeboost.distributed import Group, Mesh, announce, suspend_timeout, world
 from pipeboost.distributed.failure import local_processes as neighbours
 from pipeboost.distributed.failure.abort import abort
 
@@ -74,9 +74,9 @@ def script(mesh: Mesh, trouble: Trouble) -> float:
     def enter(name: str) -> None:
         nonlocal stage
         stage = name
-        tell_stage(mesh)
+        mesh.watchdog.tell()
 
-    with watched(mesh, stage=lambda: stage, timeout=TIMEOUT):
+    with mesh.watchdog.watched(lambda: stage, timeout=TIMEOUT):
         group, ring = mesh.group("ulysses"), mesh.group("ring")
         trouble.at("start")
         mesh.control.all_gather_objects("prompt")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import pipeboost
 from pipeboost.cli import generate
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.distributed import Mesh, watched, world
+from pipeboost.distributed import Mesh, world
 from pipeboost.distributed.authentication import VARIABLE, sign
 from pipeboost.distributed.failure.records import Failure, Record
 from tests.distributed.failure_cases import Trouble, script
@@ -27,7 +27,7 @@ def greeting(word: str, *, mark: str = "!") -> dict[str, Any]:
     """Who this rank is, and the sum of all ranks' numbers."""
     here = world()
     mesh = Mesh({"ulysses": here.size}, device=torch.device("cpu"))
-    with watched(mesh, stage=lambda: "greeting", timeout=10):
+    with mesh.watchdog.watched(lambda: "greeting", timeout=10):
         total = mesh.group("ulysses").all_reduce(torch.tensor([here.rank + 1.0]))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
     return {"word": word + mark, "total": total, **{name: os.environ[name] for name in names}}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeboost.distributed import Mesh, Peers
-from pipeboost.distributed.collectives import symmetric_connect as peers_connect
+from pipeboost.distributed.collectives import symmetric_connect
 
 
 def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) -> list[bool]:
@@ -19,11 +19,11 @@ def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, s
     """
     with _on_cpus(folder, len(cases[0][1])) as mesh:
         from pipeboost.distributed.collectives import (
-            symmetric_kernels as peer_kernels,  # which asks for the interpreter when it is imported
+            symmetric_kernels,  # which asks for the interpreter when it is imported
         )
 
         # More blocks than programs: in the larger cases these go round.
-        peer_kernels.HIDDEN = peer_kernels.HIDDEN._replace(block=1024, programs=2)
+        symmetric_kernels.HIDDEN = symmetric_kernels.HIDDEN._replace(block=1024, programs=2)
         return [_exchanged(_connected(mesh, str(number)), mesh, *case) for number, case in enumerate(cases)]
 
 
@@ -32,20 +32,20 @@ def refusals(folder: str) -> list[Any]:
     found = []
     with _on_cpus(folder, 2) as mesh:
         for name, trouble in (("_room", RuntimeError("out of memory")), ("_addresses", RuntimeError("no access"))):
-            given = getattr(peers_connect, name)
+            given = getattr(symmetric_connect, name)
             if mesh.index("ulysses") == 1:
-                setattr(peers_connect, name, functools.partial(_raise, trouble))
+                setattr(symmetric_connect, name, functools.partial(_raise, trouble))
             found.append(_connected(mesh, name))
-            setattr(peers_connect, name, given)
-        given, peers_connect._addresses = peers_connect._addresses, lambda memory: [memory.data_ptr()] * 2
+            setattr(symmetric_connect, name, given)
+        given, symmetric_connect._addresses = symmetric_connect._addresses, lambda memory: [memory.data_ptr()] * 2
         meet, Peers._meet = Peers._meet, lambda _: None  # on such a machine it is the test's patience that ends it
         found.append(_connected(mesh, "own"))
-        peers_connect._addresses, Peers._meet = given, meet
+        symmetric_connect._addresses, Peers._meet = given, meet
     return found
 
 
 def _connected(mesh: Mesh, name: str) -> Any:
-    return peers_connect.connect(mesh.group("ulysses"), 2**18, 2**18, torch.device("cpu"), name)
+    return symmetric_connect.connect(mesh.group("ulysses"), 2**18, 2**18, torch.device("cpu"), name)
 
 
 def _raise(error: Exception, *_: Any) -> None:
@@ -74,14 +74,14 @@ def _on_cpus(folder: str, ranks: int) -> Iterator[Mesh]:
         others = [mapped(rank, memory.numel()).data_ptr() for rank in range(ranks)]
         return [memory.data_ptr() if rank == mesh.index("ulysses") else other for rank, other in enumerate(others)]
 
-    given = {name: getattr(peers_connect, name) for name in ("_registered", "_room", "_addresses")}
-    peers_connect._registered = lambda _, name: contextlib.nullcontext(name)
-    peers_connect._room, peers_connect._addresses = room, addresses
+    given = {name: getattr(symmetric_connect, name) for name in ("_registered", "_room", "_addresses")}
+    symmetric_connect._registered = lambda _, name: contextlib.nullcontext(name)
+    symmetric_connect._room, symmetric_connect._addresses = room, addresses
     try:
         yield mesh
     finally:
         for function, value in given.items():
-            setattr(peers_connect, function, value)
+            setattr(symmetric_connect, function, value)
         mesh.close()
 
 

@@ -16,9 +16,9 @@ from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import family_of, text_encoder_sharding
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import PipeboostError, UnsupportedError
-from pipeboost.core.families import TensorSharding
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.distributed.failure.abort import abort
 from pipeboost.features.compile import compile_model

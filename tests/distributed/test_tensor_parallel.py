@@ -8,7 +8,7 @@ import torch
 
 from pipeboost.contract.registry import families, family_of, text_encoder_sharding
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.core.families import TensorSharding
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.features.parallel.tensor import _reload, split_bytes, tensor_degrees
 from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pipeboost.contract.registry import families
-from pipeboost.core.families import Autoencoder
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.sharding import Autoencoder
 from pipeboost.features.parallel.vae import parallelize_vae
 from tests.distributed import vae_cases
 from tests.distributed.ranks import on_ranks

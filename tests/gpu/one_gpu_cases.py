@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed.collectives import groups
-from pipeboost.features.parallel import rank_team as team
+from pipeboost.features.parallel import own_device
 from tests.gpu.parallel_gpu_cases import _difference, _exact_device, in_two_parts
 from tests.pipelines.tiny import TINY
 
@@ -69,13 +69,13 @@ class ThroughHost:
 @contextlib.contextmanager
 def _sharing_one_gpu() -> Iterator[None]:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    device, backend = team.local_device, groups._backend
-    team.local_device = lambda: torch.device("cuda", 0)
+    device, backend = own_device.local_device, groups._backend
+    own_device.local_device = lambda: torch.device("cuda", 0)
     groups._backend = lambda kind, *where: (ThroughHost if kind == "cuda" else _gloo)(*where)
     try:
         yield
     finally:
-        team.local_device, groups._backend = device, backend
+        own_device.local_device, groups._backend = device, backend
 
 
 def _gloo(*where: Any) -> Any:

@@ -12,8 +12,8 @@ import torch
 
 from pipeboost import CompileConfig, ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device, world
-from pipeboost.distributed.collectives import symmetric_connect as peers_connect
-from pipeboost.features.parallel import ulysses_ring as attend
+from pipeboost.distributed.collectives import symmetric_connect
+from pipeboost.features.parallel import ulysses_ring
 from tests.distributed import failing_pipeline_cases
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 
@@ -21,13 +21,13 @@ from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora
 @contextlib.contextmanager
 def in_two_parts(wanted: bool) -> Iterator[None]:
     """Inside, heads are exchanged in two parts where there are two, as in models that fill a GPU."""
-    given = attend._parts
+    given = ulysses_ring._parts
     if wanted:
-        attend._parts = lambda batch, tokens, heads, *_, launched: min(heads, 2)
+        ulysses_ring._parts = lambda batch, tokens, heads, *_, launched: min(heads, 2)
     try:
         yield
     finally:
-        attend._parts = given
+        ulysses_ring._parts = given
 
 
 def layouts(name: str, degrees: list[Mapping[str, int]], parts: bool = False) -> list[dict[str, Any]]:
@@ -162,8 +162,8 @@ def after_unequal_pasts(name: str) -> dict[str, Any]:
     pipe = entry.build().to(device)
     if world().rank == 0:
         alone: Any = SimpleNamespace(name="a group of the first rank alone", rank=0, size=1)
-        with peers_connect._registered(alone, "peers 0") as registered:
-            peers_connect._addresses(peers_connect._room(2**20, device, registered))
+        with symmetric_connect._registered(alone, "peers 0") as registered:
+            symmetric_connect._addresses(symmetric_connect._room(2**20, device, registered))
     with torch.no_grad():
         stock = entry.call(pipe, output_type="latent")
         layout = ParallelConfig(ulysses=world().size)

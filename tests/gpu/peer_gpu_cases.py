@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeboost.distributed import Peers
-from pipeboost.distributed.collectives import symmetric_buffers as peers
+from pipeboost.distributed.collectives import symmetric_buffers
 from pipeboost.kernels import KERNELS, available_kernels
 from tests.gpu.test_attention_gpu import detect_hardware, reference
 
@@ -90,7 +90,7 @@ class _FourRanks:
         """Other numbers, and inboxes in which what is not written would be seen."""
         for tensor, rank in zip(self.given, self.team, strict=True):
             tensor.normal_(generator=torch.Generator("cuda").manual_seed(next(_seeds)))
-            rank._memory[peers.BOARD :] = 255  # NaN
+            rank._memory[symmetric_buffers.BOARD :] = 255  # NaN
         torch.cuda.synchronize()
 
     def run(self, attend: Attend, parts: int | None = None) -> list[torch.Tensor]:
@@ -166,8 +166,8 @@ def _give_streams_queues() -> None:
 
 def _team(nbytes: int) -> list[Peers]:
     """Ranks with inboxes of so many bytes."""
-    size = peers.rounded(nbytes)
-    memories = [torch.zeros(peers.BOARD + 2 * size, dtype=torch.uint8, device="cuda") for _ in range(RANKS)]
+    size = symmetric_buffers.rounded(nbytes)
+    memories = [torch.zeros(symmetric_buffers.BOARD + 2 * size, dtype=torch.uint8, device="cuda") for _ in range(RANKS)]
     addresses = [memory.data_ptr() for memory in memories]
     groups: list[Any] = [SimpleNamespace(name=f"rank {rank} alone", rank=rank, size=RANKS) for rank in range(RANKS)]
     return [Peers(group, (size, size), memory, addresses) for group, memory in zip(groups, memories, strict=True)]

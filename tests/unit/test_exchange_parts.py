@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeboost.features.parallel import ulysses_ring as attend
+from pipeboost.features.parallel import ulysses_ring
 from pipeboost.features.parallel.shards import SHARDS, Shards
 
 CASES = {
@@ -23,8 +23,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_two_parts_where_each_fills_the_gpu_and_that_costs_nothing(case):
     sizes, eager, captured = CASES[case]
-    assert attend._parts(*sizes, 132, launched=False) == eager
-    assert attend._parts(*sizes, 132, launched=True) == captured
+    assert ulysses_ring._parts(*sizes, 132, launched=False) == eager
+    assert ulysses_ring._parts(*sizes, 132, launched=True) == captured
 
 
 def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eagerly_too(monkeypatch):
@@ -41,9 +41,9 @@ def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eag
         "ring": SimpleNamespace(size=1, rank=0),
     }
     call = SimpleNamespace(mesh=SimpleNamespace(group=groups.get), captures=False, state={})
-    monkeypatch.setattr(attend, "current_call", lambda: call)
+    monkeypatch.setattr(ulysses_ring, "current_call", lambda: call)
     served = SimpleNamespace(attend=None)
-    across = attend.AcrossRanks()
+    across = ulysses_ring.AcrossRanks()
     monkeypatch.setattr(across, "_attend", lambda: served)
 
     def run(tokens, *, captures=False):

@@ -13,8 +13,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.families import Family, TensorSharding
+from pipeboost.core.families import Family
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import TensorSharding
 
 
 def text_encoder_sharding(encoder: Any) -> TensorSharding | None:

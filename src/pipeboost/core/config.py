@@ -6,15 +6,22 @@ config object or file, which wins over `PIPEBOOST_*` environment variables.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeboost.core.config_checks import (
+    checked_bins,
+    from_mapping,
+    is_number,
+    is_process_group,
+    require_integer,
+    require_one_of,
+)
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
-from pipeboost.core.errors import ConfigurationError, not_one_of, quoted
+from pipeboost.core.errors import ConfigurationError, quoted
 
 TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
@@ -44,8 +51,7 @@ class AttentionConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", *ATTENTION_BACKENDS):
-            raise not_one_of("attention", self.backend, ("auto", *ATTENTION_BACKENDS))
+        require_one_of("attention", self.backend, ("auto", *ATTENTION_BACKENDS))
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,12 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("replicas", "cfg", "ulysses", "ring", "tensor"):
-            _require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
+            require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
         for name in ("vae", "text_encoder"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
-                raise not_one_of(f"parallel.{name}", value, ("auto", True, False))
-        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
-        if not number or not 1 <= self.timeout < float("inf"):  # ranks hear from each other every twentieth of a second
+            require_one_of(f"parallel.{name}", getattr(self, name), ("auto", True, False))
+        if not is_number(self.timeout) or self.timeout < 1:  # ranks hear from each other every twentieth of a second
             raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
-        if self.group is not None and not _is_process_group(self.group):
+        if self.group is not None and not is_process_group(self.group):
             raise ConfigurationError(
                 f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"
             )
@@ -137,22 +140,20 @@ class CacheConfig:
     secondary: CacheConfig | None = None
 
     def __post_init__(self) -> None:
-        _require_integer("cache.fn", self.fn, minimum=1)
-        _require_integer("cache.bn", self.bn, minimum=0)
-        _require_integer("cache.warmup", self.warmup, minimum=0)
-        _require_integer("cache.max_continuous", self.max_continuous, minimum=1)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not 0 < self.threshold <= 1:
+        require_integer("cache.fn", self.fn, minimum=1)
+        require_integer("cache.bn", self.bn, minimum=0)
+        require_integer("cache.warmup", self.warmup, minimum=0)
+        require_integer("cache.max_continuous", self.max_continuous, minimum=1)
+        if not is_number(self.threshold) or not 0 < self.threshold <= 1:
             raise ConfigurationError(f"cache.threshold={self.threshold!r} must be a number in (0, 1]")
         if self.taylorseer_order is not None:
-            _require_integer("cache.taylorseer_order", self.taylorseer_order, minimum=1, maximum=4)
+            require_integer("cache.taylorseer_order", self.taylorseer_order, minimum=1, maximum=4)
         if isinstance(self.step_mask, str):
-            if self.step_mask not in STEP_MASKS:
-                raise not_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
+            require_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
         elif self.step_mask is not None:
-            object.__setattr__(self, "step_mask", _checked_bins(self.step_mask))
+            object.__setattr__(self, "step_mask", checked_bins("cache.step_mask", self.step_mask, STEP_MASKS))
         if isinstance(self.secondary, Mapping):
-            object.__setattr__(self, "secondary", _from_mapping(CacheConfig, "cache.secondary", self.secondary))
+            object.__setattr__(self, "secondary", from_mapping(CacheConfig, "cache.secondary", self.secondary))
         elif not isinstance(self.secondary, CacheConfig | None):
             raise ConfigurationError(f"cache.secondary={self.secondary!r} must be CacheConfig(...) or None")
 
@@ -178,10 +179,8 @@ class CompileConfig:
     graphs: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.scope is not None and self.scope not in COMPILE_SCOPES:
-            raise not_one_of("compile", self.scope, COMPILE_SCOPES)
-        if not isinstance(self.graphs, bool) and self.graphs != "auto":
-            raise not_one_of("compile.graphs", self.graphs, ("auto", True, False))
+        require_one_of("compile", self.scope, (*COMPILE_SCOPES, None))
+        require_one_of("compile.graphs", self.graphs, ("auto", True, False))
         if self.scope is None and self.graphs is not True:
             raise ConfigurationError(
                 "compile.scope=None compiles nothing and is for CUDA graphs alone; add graphs=True, or use compile=None"
@@ -191,9 +190,8 @@ class CompileConfig:
                 f"compile.backend={self.backend!r} must be a torch.compile backend: a name such as 'inductor', or a "
                 "function"
             )
-        if not isinstance(self.dynamic, bool):
-            raise not_one_of("compile.dynamic", self.dynamic, (True, False))
-        _require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
+        require_one_of("compile.dynamic", self.dynamic, (True, False))
+        require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,7 @@ class QuantizeConfig:
     scheme: str = "fp8"
 
     def __post_init__(self) -> None:
-        if self.scheme not in QUANTIZE_SCHEMES:
-            raise not_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
+        require_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
 
 
 @dataclass(frozen=True)
@@ -227,13 +224,10 @@ class OffloadConfig:
     memory: float | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in ("auto", *OFFLOAD_POLICIES):
-            raise not_one_of("offload", self.policy, ("auto", *OFFLOAD_POLICIES))
+        require_one_of("offload", self.policy, ("auto", *OFFLOAD_POLICIES))
         for kind in OFFLOAD_KINDS:
-            if getattr(self, kind) not in (None, *OFFLOAD_POLICIES):
-                raise not_one_of(f"offload.{kind}", getattr(self, kind), (None, *OFFLOAD_POLICIES))
-        number = isinstance(self.memory, (int, float)) and not isinstance(self.memory, bool)
-        if self.memory is not None and (not number or not 0 < self.memory < float("inf")):
+            require_one_of(f"offload.{kind}", getattr(self, kind), (None, *OFFLOAD_POLICIES))
+        if self.memory is not None and (not is_number(self.memory) or self.memory <= 0):
             raise ConfigurationError(f"offload.memory={self.memory!r} must be a number of GiB above 0, or None")
 
     @property
@@ -254,7 +248,7 @@ class ReuseConfig:
     max_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        _require_integer("reuse.max_bytes", self.max_bytes, minimum=1)
+        require_integer("reuse.max_bytes", self.max_bytes, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -271,8 +265,7 @@ class AccelerationConfig:
     reuse: ReuseConfig | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.quality not in TIERS:
-            raise not_one_of("quality", self.quality, TIERS)
+        require_one_of("quality", self.quality, TIERS)
         for feature in FEATURES:
             object.__setattr__(self, feature, _feature_setting(feature, getattr(self, feature)))
 
@@ -330,7 +323,7 @@ def resolve_config(
         except ConfigurationError as error:
             raise ConfigurationError(f"environment variable {variable_of(name)}: {error}") from error
     if isinstance(config, AccelerationConfig):
-        settings.update({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        settings.update(vars(config))
     elif isinstance(config, (str, os.PathLike)):
         settings.update(file_settings(Path(config), _SETTINGS))
     elif config is not None:
@@ -344,52 +337,14 @@ def resolve_config(
 def _feature_setting(feature: str, value: Any) -> Any:
     cls = _CLASSES[feature]
     field, names = _SHORT_NAMES.get(feature, ("", ()))
-    if value is None or value is False:
+    word = value if isinstance(value, str) else ""
+    if value is None or value is False or word == "off":
         return None
-    if isinstance(value, cls):
+    if isinstance(value, cls) or word == "auto":
         return value
     if isinstance(value, Mapping):
-        return _from_mapping(cls, feature, value)
-    if isinstance(value, str):
-        if value == "off":
-            return None
-        if value == "auto":
-            return "auto"
-        if value in names:
-            return cls(**{field: value})
+        return from_mapping(cls, feature, value)
+    if word in names:
+        return cls(**{field: value})
     allowed = ", ".join(map(repr, ("auto", *names, None, False)))
     raise ConfigurationError(f"{feature}={quoted(value)} is not allowed; use one of {allowed} or {cls.__name__}(...)")
-
-
-def _from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ConfigurationError(f"{argument} has no setting {quoted(key)}; it has {', '.join(known)}")
-    return cls(**values)
-
-
-def _checked_bins(mask: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    try:
-        compute, cache = (tuple(bins) for bins in mask)
-    except (TypeError, ValueError):
-        compute = cache = ()
-    every = (*compute, *cache)
-    if not compute or not cache or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in every):
-        raise ConfigurationError(
-            f"cache.step_mask={mask!r} must be one of {', '.join(map(repr, STEP_MASKS))} or "
-            "([compute bins], [cache bins]) with positive integers in both"
-        )
-    return compute, cache
-
-
-def _require_integer(argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > (maximum or value):
-        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ConfigurationError(f"{argument}={quoted(value)} must be an integer {allowed}")
-
-
-def _is_process_group(group: Any) -> bool:
-    import torch.distributed
-
-    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)

@@ -7,13 +7,12 @@ from pipeboost.distributed.agreement.arguments import (
     require_same_state,
 )
 from pipeboost.distributed.agreement.broadcast import shared
-from pipeboost.distributed.collectives.groups import Group, Pending
+from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
-from pipeboost.distributed.failure.collective_wait import follow
+from pipeboost.distributed.failure.collective_wait import Pending, follow
 from pipeboost.distributed.failure.rendezvous import announce, decline, meet
 from pipeboost.distributed.failure.suspend_timeout import suspend_timeout
-from pipeboost.distributed.failure.watchdog import raise_if_failed, tell_stage, watched
 from pipeboost.distributed.start import World, local_device, world, world_size
 
 __all__ = [
@@ -33,12 +32,9 @@ __all__ = [
     "follow",
     "local_device",
     "meet",
-    "raise_if_failed",
     "require_same_state",
     "shared",
     "suspend_timeout",
-    "tell_stage",
-    "watched",
     "world",
     "world_size",
 ]

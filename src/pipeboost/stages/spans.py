@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from pipeboost.contract.call import Call
-from pipeboost.distributed import tell_stage
 
 DENOISING = "denoising"
 WHOLE_CALL = "other"
@@ -114,7 +113,7 @@ class Recorder:
         if what in ("stage", "step"):
             self._entered = stage
             if self._call.watched is not None:
-                tell_stage(self._call.watched)
+                self._call.watched.watchdog.tell()
         if what == "stage" and stage != WHOLE_CALL:
             self._tell(stage, None)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))

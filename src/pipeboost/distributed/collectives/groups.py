@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 
 from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
-from pipeboost.distributed.failure.collective_wait import Transfer, finish
+from pipeboost.distributed.failure.collective_wait import Pending, finish
 from pipeboost.distributed.start import world
 
 LIMIT = timedelta(minutes=30)
@@ -102,7 +102,7 @@ class Group:
         if self.device == "cuda":
             works = [self.backend._end_coalescing()]
         ranks = [rank for _, rank in sent], [rank for _, rank in received]
-        return Pending(Transfer(works, self, *ranks, f"exchange on {device}"))
+        return Pending(works, self, *ranks, f"exchange on {device}")
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Write the contiguous tensor of rank `source` of the group into the others' in place."""
@@ -170,17 +170,6 @@ class Group:
         if self.backend is not None:
             self.backend.shutdown()
             self.backend = None
-
-
-class Pending:
-    """A transfer that has begun."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-
-    def wait(self) -> None:
-        """Go on once it is done; on a GPU the stream goes on then, not the host. Once only."""
-        self._transfer.finish()
 
 
 def _numbered(transfers: Sequence[tuple[torch.Tensor, int]]) -> list[tuple[int, tuple[torch.Tensor, int]]]:

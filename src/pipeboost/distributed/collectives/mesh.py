@@ -80,7 +80,7 @@ class Mesh:
         made.append(self.control)
         self.forward = Group(self._members(FORWARD), "cpu")
         made.append(self.forward)
-        self.watchdog = Watchdog(self.control, self.device)
+        self.watchdog = Watchdog(self.control, self.groups, self.device)
 
     def __repr__(self) -> str:
         return f"<Mesh {self._in_words() or 'of one rank'}, here {self._here}>"

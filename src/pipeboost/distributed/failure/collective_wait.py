@@ -1,6 +1,6 @@
 """Waiting for other ranks: the one place where collectives are waited for.
 
-While a call is watched (`watchdog`), its `Operations` stand here; otherwise waiting is torch's own.
+While a call is watched (`watchdog`), its `Operations` stand here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 _watched: dict[str, Operations] = {}
 
 
+def operations_of(group: Group) -> Operations:
+    """Return where a group's operations are counted; outside a watched call nobody asks for what they count."""
+    return _watched.get(group.name) or Operations()
+
+
 def finish(work: Any, group: Group, description: str) -> None:
     """Wait for a collective that has just begun: on a CPU until it is done, on a GPU the current stream does.
 
     Raises:
         RankFailedError: inside a watched call, another rank will not do its part.
     """
-    operations = _watched.get(group.name)
-    if operations is None:
-        work.wait()
-    else:
-        operations.finish((work,), operations.begin(group), group, description)
+    operations = operations_of(group)
+    operations.finish((work,), operations.begin(group), group, description)
+
+
+def follow(group: Group, description: str) -> None:
+    """Watch what was just put on the current stream and takes all ranks of a CUDA group, such as a replayed graph."""
+    operations = operations_of(group)
+    operations.finish((), operations.begin(group), group, description)
 
 
 @contextlib.contextmanager
@@ -43,43 +51,26 @@ def expecting(group: Group, description: str) -> Iterator[Callable[[], None]]:
     Yields:
         Raises `RankFailedError` where another rank has failed; to be called now and then.
     """
-    operations = _watched.get(group.name)
-    if operations is None:
-        yield _no_news
-        return
-    with operations.expecting(group, description):
+    operations = operations_of(group)
+    begun, _ = operations.counts.get(group.name, (0, ()))
+    with operations.waiting_for({group.name: (begun + 1, group.ranks)}, description):
         yield operations.check
 
 
-def _no_news() -> None:
-    return None
-
-
-def follow(group: Group, description: str) -> None:
-    """Watch what was just put on the current stream and takes all ranks of a CUDA group, such as a replayed graph."""
-    operations = _watched.get(group.name)
-    if operations is not None:
-        operations.finish((), operations.begin(group), group, description)
-
-
-class Transfer:
+class Pending:
     """A transfer between some ranks of a group that has begun: `sent` and `received` have a rank for each tensor."""
 
     def __init__(
         self, works: Sequence[Any], group: Group, sent: Sequence[int], received: Sequence[int], description: str
     ) -> None:
         self._works, self._group, self._description = works, group, description
-        self._operations = _watched.get(group.name)
-        self._begun = {} if self._operations is None else self._operations.begin_transfer(group, sent, received)
+        self._operations = operations_of(group)
+        self._begun = self._operations.begin_transfer(group, sent, received)
 
-    def finish(self) -> None:
-        """Wait for it, as `finish` does, and raise the same."""
-        if self._operations is not None:
-            self._operations.finish(self._works, self._begun, self._group, self._description)
-            self._operations.end_transfer()
-        else:
-            for work in self._works:
-                work.wait()
+    def wait(self) -> None:
+        """Go on once it is done; on a GPU the stream goes on then, not the host. Once only; raises as `finish` does."""
+        self._operations.finish(self._works, self._begun, self._group, self._description)
+        self._operations.end_transfer()
 
 
 class Waiting(NamedTuple):
@@ -96,7 +87,9 @@ class Operations:
     `check` raises if the call has failed elsewhere, and does so after `broken` was called with what a backend raised.
     """
 
-    def __init__(self, check: Callable[[], None], broken: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, check: Callable[[], None] = lambda: None, broken: Callable[[BaseException], None] = lambda error: None
+    ) -> None:
         self.check = check
         self._broken = broken
         self.counts: Counts = {}  # since the mesh was made
@@ -159,20 +152,17 @@ class Operations:
                 self._given.append((event, begun, description))
             return
         try:
-            with self._waiting_for(begun, description):
+            with self.waiting_for(begun, description):
                 for work in works:
                     work.wait()
         except RuntimeError as error:
             self._broken(error)
             self.check()
-
-    def expecting(self, group: Group, description: str) -> contextlib.AbstractContextManager[None]:
-        """Inside, this thread waits for what a group does next."""
-        begun, _ = self.counts.get(group.name, (0, ()))
-        return self._waiting_for({group.name: (begun + 1, group.ranks)}, description)
+            raise
 
     @contextlib.contextmanager
-    def _waiting_for(self, operations: Counts, description: str) -> Iterator[None]:
+    def waiting_for(self, operations: Counts, description: str) -> Iterator[None]:
+        """Inside, this thread waits for these operations."""
         thread = threading.get_ident()
         self._waiting[thread] = Waiting(operations, description, time.monotonic())
         try:

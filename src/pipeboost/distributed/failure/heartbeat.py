@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -53,7 +53,6 @@ class Heartbeat:
         self.gone: set[int] = set()  # ranks that may be dead: the system says so, or their connection broke
         self._lock = threading.Lock()
         self._unanswered: Counter[int] = Counter()
-        self._warned = False
         self._others: dict[int, Any] = {}
         if group.size == 1:
             return
@@ -100,19 +99,18 @@ class Heartbeat:
         try:
             record: Record = pickle.loads(verify(message, str(rank), self._secret))
         except ForgeryError:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"rank {self.rank} ignores what somebody else says in rank {rank}'s name", stacklevel=2)
+            warnings.warn(f"rank {self.rank} ignores what somebody else says in rank {rank}'s name", stacklevel=2)
             return
         if rank not in self.records or record.beat > self.records[rank].beat:
             self.heard[rank], self._unanswered[rank] = time.monotonic(), 0
             self.records[rank] = record
 
-    def wait(self, seconds: float, woken: int) -> None:
-        """Wait until a neighbour dies, a descriptor becomes readable or the time is over."""
+    def wait(self, seconds: float, woken: Connection) -> bool:
+        """Wait until a neighbour dies, the other end of `woken` is closed or the time is over; whether it is closed."""
         alive = {rank: each.descriptor for rank, each in self.neighbours.items() if rank not in self.gone}
         ready = wait([woken, *filter(None, alive.values())], seconds)
         self.gone |= {rank for rank, descriptor in alive.items() if descriptor in ready}
+        return woken in ready
 
     def close(self) -> None:
         """Give up the connections."""

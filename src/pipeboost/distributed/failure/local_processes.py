@@ -99,11 +99,6 @@ class Neighbour:
             return None
         return told[-1] if told[0] & _INFO_EXIT else None
 
-    def is_stopped(self) -> bool:
-        """Whether someone has stopped it (SIGSTOP)."""
-        facts = _facts(self.process.pid)
-        return facts is not None and facts[_STATE] in "Tt"
-
     def close(self) -> None:
         """Give it up."""
         if self.descriptor is not None:

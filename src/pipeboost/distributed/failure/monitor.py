@@ -62,18 +62,12 @@ class Monitor:
 
     def _silent(self, others: Mapping[int, Record], now: float) -> Failure | None:
         """Whether a rank in the call gives no sign of life, whatever it said last that it was busy with."""
-        heard, neighbours = self._heartbeat.heard, self._heartbeat.neighbours
-        silent = [
-            rank
-            for rank, record in others.items()
-            if record.inside and record.call == self._call and now - max(heard[rank], self._awake) > self._patience
-        ]
-        if not silent:
-            return None
-        rank = next((rank for rank in silent if rank in neighbours and neighbours[rank].is_stopped()), silent[0])
-        stage = others[rank].stage
-        description = f"rank {rank} has given no sign of life for {self._patience:g} s; it was last in {stage!r}"
-        return Failure(rank, stage, description)
+        for rank, record in others.items():
+            silence = now - max(self._heartbeat.heard[rank], self._awake)
+            if record.inside and record.call == self._call and silence > self._patience:
+                how = f"rank {rank} has given no sign of life for {self._patience:g} s"
+                return Failure(rank, record.stage, f"{how}; it was last in {record.stage!r}")
+        return None
 
     def _stalled(self, records: Mapping[int, Record], now: float) -> Failure | None:
         here = self._heartbeat.rank

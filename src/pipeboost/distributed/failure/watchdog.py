@@ -1,4 +1,4 @@
-"""`watched`: the guard around every call on several ranks. No rank waits for ever, and all learn why a call ended.
+"""`Watchdog`: the guard around every call on several ranks. No rank waits for ever, and all learn why a call ended.
 
 Each rank tells the others where it is (`records`, by a `Heartbeat`), and a thread on each judges what they tell
 (`Monitor`). It ends the call where a rank raised and another waits for it, where a rank's process dies, where one gives
@@ -9,11 +9,12 @@ and makes this rank raise `RankFailedError` at its next step; a rank that does n
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,71 +30,22 @@ from pipeboost.distributed.failure.suspend_timeout import suspended_for
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
-    from pipeboost.distributed.collectives.mesh import Mesh
 
 _PAUSES = (0.05, 0.5)
 """Seconds between two signs of life: the timeout by 60, but in these bounds."""
 
 
-@contextlib.contextmanager
-def watched(mesh: Mesh, *, stage: Callable[[], str], timeout: float) -> Iterator[None]:
-    """Inside, the ranks of a mesh that share a sample run one call together; every rank enters this for every call.
-
-    An exception on one rank ends the call on all of them: that rank raises it, the others `RankFailedError`. Where all
-    raise at the same point, each raises its own, and the next call can have the groups; so it is wherever all ranks
-    have come equally far. Calls on one mesh take turns; one inside another is part of it.
-
-    Args:
-        mesh: whose ranks they are; nothing is done where it has one rank a sample.
-        stage: tells where the call is; called by another thread, so it must not ask for context variables.
-        timeout: seconds that ranks may wait in one operation while none loads, compiles or captures
-            (`suspend_timeout`), and that a rank may give no sign of life.
-
-    Raises:
-        RankFailedError: another rank has failed, or does not come.
-        PipeboostError: the ranks are out of step since an earlier call.
-    """
-    if mesh.control.size == 1:
-        yield
-        return
-    watchdog = mesh.watchdog
-    with watchdog.turn:
-        if watchdog.inside:
-            yield
-            return
-        watchdog.enter(mesh.groups, stage, timeout)
-        try:
-            yield
-        except BaseException as error:
-            watchdog.leave(error)
-            raise
-        watchdog.leave(None)
-
-
-def raise_if_failed(mesh: Mesh) -> None:
-    """Raise `RankFailedError` if another rank has failed; cheap, for places that a call passes often."""
-    mesh.watchdog.check()
-
-
-def tell_stage(mesh: Mesh) -> None:
-    """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second.
-
-    An exception is put down to the stage of which was told last.
-    """
-    mesh.watchdog.tell()
-
-
 class Watchdog:
     """The calls of one mesh, one at a time; the ranks of `control`, which share a sample, make it at once."""
 
-    def __init__(self, control: Group, device: torch.device) -> None:
-        self.turn = threading.RLock()  # held by the thread whose call it is
-        self.inside = False  # a call
+    def __init__(self, control: Group, groups: Sequence[Group], device: torch.device) -> None:
+        self._turn = threading.RLock()  # held by the thread whose call it is
+        self._inside = False  # a call
         self._heartbeat = Heartbeat(control)
         self._others = [rank for rank in control.ranks if rank != self._heartbeat.rank]
+        self._groups = [each for each in groups if each.size > 1 and set(control.ranks).issuperset(each.ranks)]
         self._device = device
         self._operations = Operations(self.check, self._find_out)
-        self._groups: list[Group] = []
         self._stage: Callable[[], str] = str
         self._stage_told = ""
         self._timeout = self._pause = 0.0
@@ -103,8 +55,39 @@ class Watchdog:
         self._failing, self._failed = threading.Lock(), threading.Event()
         self._latest: Any = None
 
-    def enter(self, groups: list[Group], stage: Callable[[], str], timeout: float) -> None:
-        """Begin a call, which uses these groups."""
+    @contextlib.contextmanager
+    def watched(self, stage: Callable[[], str], *, timeout: float) -> Iterator[None]:
+        """Inside, the ranks that share a sample run one call together; every rank enters this for every call.
+
+        An exception on one rank ends the call on all of them: that rank raises it, the others `RankFailedError`. Where
+        all raise at the same point, each raises its own, and the next call can have the groups; so it is wherever all
+        ranks have come equally far. Calls on one mesh take turns; one inside another is part of it.
+
+        Args:
+            stage: tells where the call is; called by another thread, so it must not ask for context variables.
+            timeout: seconds that ranks may wait in one operation while none loads, compiles or captures
+                (`suspend_timeout`), and that a rank may give no sign of life.
+
+        Raises:
+            RankFailedError: another rank has failed, or does not come.
+            PipeboostError: the ranks are out of step since an earlier call.
+        """
+        if not self._others:
+            yield
+            return
+        with self._turn:
+            if self._inside:
+                yield
+                return
+            self._enter(stage, timeout)
+            try:
+                yield
+            except BaseException as error:
+                self._leave(error)
+                raise
+            self._leave(None)
+
+    def _enter(self, stage: Callable[[], str], timeout: float) -> None:
         if self._failure is not None:
             raise PipeboostError(
                 "the ranks of this pipeline are out of step since an earlier call failed "
@@ -114,28 +97,27 @@ class Watchdog:
         if self._latest is not None:
             # Ranks write into each other's memory in the order of the calls, whatever stream each is on.
             torch.cuda.current_stream(self._device).wait_event(self._latest)
-        ranks = {self._heartbeat.rank, *self._others}
-        self._groups = [group for group in groups if group.size > 1 and ranks.issuperset(group.ranks)]
         self._stage, self._stage_told, self._timeout = stage, "", timeout
         self._pause = min(max(timeout / 60, _PAUSES[0]), _PAUSES[1])
         self._call += 1
-        self.inside = self._judging = True
-        self._stopping = False
+        self._inside = self._judging = True
         self._heartbeat.exchange(self._record)
-        self._woken, self._wake = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="pipeboost watch", daemon=True)
         self._running = contextlib.ExitStack()
-        self._running.callback(self._stop)
         self._running.enter_context(self._operations.of(self._groups))
-        self._thread.start()
+        woken, wake = Pipe(duplex=False)
+        self._running.enter_context(woken)
+        thread = threading.Thread(target=self._run, args=(woken,), name="pipeboost watch", daemon=True)
+        self._running.callback(thread.join)
+        self._running.enter_context(wake)
+        thread.start()
 
-    def leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         """End the call, which has raised `error` here: raise what another rank's failure makes this one raise."""
         try:
             if self._device.type == "cuda":
                 with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which the call raises
                     self._latest = torch.cuda.current_stream(self._device).record_event()
-            if error is not None and self._failure is None and _of_transport(error):
+            if error is not None and _of_transport(error):
                 self._find_out(error)
             own = None
             if error is not None and self._failure is None:
@@ -144,7 +126,7 @@ class Watchdog:
             self._ended = Ended(self._call, dict(self._operations.counts), self._operations.open, time.time(), own)
             with self._failing:  # nothing is left to judge, unless there is an error elsewhere
                 self._judging = error is not None
-            self.inside = False
+            self._inside = False
             self._heartbeat.exchange(self._record)
             if error is not None or self._failure is not None or first_error(self._records(), self._call):
                 self._compare(patience=self._timeout / 3 if isinstance(error, Exception | None) else 2.0)
@@ -152,17 +134,20 @@ class Watchdog:
                 if own is None and reason is not None:
                     raise reason.error() from error
         finally:
-            self.inside = False
+            self._inside = False
             self._running.close()
 
     def check(self) -> None:
-        """Raise if the call has failed elsewhere."""
+        """Raise `RankFailedError` if another rank has failed; cheap, for places that a call passes often."""
         if self._failure is not None:
             raise self._failure.error()
 
     def tell(self) -> None:
-        """Send a record at once."""
-        if self.inside:
+        """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second.
+
+        An exception is put down to the stage of which was told last.
+        """
+        if self._inside:
             self._stage_told = self._where()
             self._heartbeat.exchange(self._record)
 
@@ -178,7 +163,7 @@ class Watchdog:
         return Record(
             beat=time.monotonic_ns(),
             call=self._call,
-            inside=self.inside,
+            inside=self._inside,
             stage=self._where(),
             busy=suspended_for(),
             counts=dict(self._operations.counts),
@@ -190,36 +175,28 @@ class Watchdog:
 
     def _where(self) -> str:
         try:
-            return self._stage() if self.inside else "between calls"
+            return self._stage() if self._inside else "between calls"
         except Exception as error:
             return f"a stage that cannot be told ({error})"
 
-    def _run(self) -> None:
+    def _run(self, woken: Connection) -> None:
         monitor = Monitor(self._heartbeat, self._operations, self._call, self._timeout, self._pause)
         ends = float("inf")
         try:
-            while not self._stopping:
-                self._heartbeat.wait(self._pause, self._woken)
+            while not self._heartbeat.wait(self._pause, woken):
                 self._heartbeat.exchange(self._record)
                 if self._failure is None and self._judging:
                     self._operations.ask_gpu()
                     failure = monitor.failure(self._record())
                     if failure is not None:
                         self._fail(failure)
-                if self._failure is not None and self.inside:
+                if self._failure is not None and self._inside:
                     ends = min(ends, time.monotonic() + min(5.0, self._timeout / 2))
                     if time.monotonic() > ends:
                         end_process(self._heartbeat.rank, self._failure)
         except Exception:
             description = f"rank {self._heartbeat.rank} cannot watch the others any more in {self._where()!r}"
             self._fail(Failure(self._heartbeat.rank, self._where(), description, traceback=traceback.format_exc()))
-
-    def _stop(self) -> None:
-        self._stopping = True
-        os.write(self._wake, b".")
-        self._thread.join()
-        os.close(self._woken)
-        os.close(self._wake)
 
     def _fail(self, failure: Failure) -> None:
         """The call has failed: tell it, and wake whoever waits. The first failure counts."""

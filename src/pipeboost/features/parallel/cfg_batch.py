@@ -16,9 +16,10 @@ import torch
 from diffusers.utils import BaseOutput
 
 from pipeboost.contract.call import current_call
-from pipeboost.core.families import BatchedBranches, Family
+from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import BatchedBranches
 from pipeboost.distributed import Group
 
 # Outside all that a forward does, which then knows a rank's samples only.

@@ -9,7 +9,6 @@ import torch
 
 from pipeboost.contract.call import current_call
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import raise_if_failed
 from pipeboost.distributed.agreement.arguments import checked_latents
 
 # Outside what counts the steps, which has then counted this one.
@@ -32,7 +31,7 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is not None and call.mesh is not None:
-        raise_if_failed(call.mesh)
+        call.mesh.watchdog.check()
     result = call_next(*args, **kwargs)
     if call is None or call.mesh is None or call.step != 1:
         return result

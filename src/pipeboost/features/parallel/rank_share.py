@@ -11,7 +11,8 @@ from pipeboost.contract.model_info import ComponentSize, ModelInfo, Split
 from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.families import Activations, Family, Linear, TensorSharding
+from pipeboost.core.families import Activations, Family, Linear
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.features.parallel.tensor import bytes_on_other_ranks, split_bytes, tensor_degrees
 
 _UNSHARED = 0.2

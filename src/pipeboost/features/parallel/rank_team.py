@@ -17,9 +17,10 @@ from pipeboost.contract.decision import Decision
 from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.families import Family, TensorSharding
+from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import (
     AXES,
     SEQUENCE,
@@ -28,7 +29,6 @@ from pipeboost.distributed import (
 )
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.distributed.failure.watchdog import watched
 from pipeboost.features.parallel import (
     AcrossRanks,
     RunningState,
@@ -102,7 +102,7 @@ class RankTeam:
 
     def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
-        return watched(self.mesh, stage=stage, timeout=self._layout.timeout)
+        return self.mesh.watchdog.watched(stage, timeout=self._layout.timeout)
 
     @contextlib.contextmanager
     def all_or_none(self, doing: str) -> Iterator[None]:

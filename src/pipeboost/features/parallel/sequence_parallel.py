@@ -15,9 +15,10 @@ import torch
 
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.families import Family, TokenArgument, TokenSharding
+from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import TokenArgument, TokenSharding
 from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.core.families import TokenArgument
+from pipeboost.core.sharding import TokenArgument
 
 SHARDS = "token shards"
 """Where a call's state keeps the `Shards` of the forward that runs."""

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pipeboost.core.errors import PipeboostError, UnsupportedError
-from pipeboost.core.families import TensorSharding
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group
 from pipeboost.features.parallel.tensor_guards import guard_model
 from pipeboost.features.parallel.tensor_layers import become_share, become_whole

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.core.families import SplitLayers, TensorSharding
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import SplitLayers, TensorSharding
 
 Role = Literal["column", "row", "gathered", "norm", "head_bias"]
 _KINDS: dict[Role, tuple[type[nn.Module], ...]] = {

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from pipeboost.contract.call import Call, current_call
-from pipeboost.core.families import Autoencoder
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import Autoencoder
 from pipeboost.distributed import SAMPLE, Group
 from pipeboost.features.parallel.vae_layers import share_attention, share_convolution, share_group_norm
 from pipeboost.features.parallel.vae_strip import Strip, current_strip, working_on

@@ -6,8 +6,8 @@ import math
 
 from torch import nn
 
-from pipeboost.core.families import Autoencoder
 from pipeboost.core.seams import stock_class
+from pipeboost.core.sharding import Autoencoder
 from pipeboost.features.parallel.vae_layers import why_not_shared
 
 _PER_PIXEL = (
