@@ -404,18 +404,14 @@ def test_a_config_file_may_say_save_output_true_and_begin_with_a_byte_order_mark
 
 
 def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch):
-    count = iter(range(3))
-    write = writing.write_image
+    make = writing.tempfile.mkstemp
 
-    def fill_the_disk(image: Image.Image, path: Path, **settings: bool) -> Path:
-        if next(count) == 2:
-            monkeypatch.setattr(writing.tempfile, "mkstemp", no_space)
-        return write(image, path, **settings)
+    def fill_the_disk(*, prefix: str, **settings: object) -> tuple[int, str]:
+        if prefix == ".c-seed3-":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(prefix=prefix, **settings)
 
-    def no_space(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("pipeboost.generate.outputs.write_image", fill_the_disk)
+    monkeypatch.setattr(writing.tempfile, "mkstemp", fill_the_disk)
     result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
     assert (result.code, result.err.count("\n"), result.out.count(".png")) == (2, 1, 2)
     assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err

@@ -143,10 +143,7 @@ def accelerated_by(settings: Any, **flags: Any) -> dict[str, Any]:
     """
     if not isinstance(settings, Mapping | None):
         raise ConfigurationError(f"acceleration: {quoted(settings)} in the config file must be a mapping of settings")
-    if flags["compile"] is True:
-        flags["compile"] = "regional"
-    elif flags["compile"] is False:
-        flags["compile"] = "off"
+    flags["compile"] = {True: "regional", False: "off", None: None}[flags["compile"]]
     return {**(settings or {}), **{name: value for name, value in flags.items() if value is not None}}
 
 
