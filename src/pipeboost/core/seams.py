@@ -52,6 +52,12 @@ class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
         return _Chains()
 
 
+@functools.cache
+def signature_of(cls: type, method: str) -> inspect.Signature:
+    """Return the signature of a method of a class, `self` among its parameters."""
+    return inspect.signature(getattr(cls, method))
+
+
 def stock_class(obj: object) -> type:
     """The class the object had before pipeboost stood in its doors."""
     return _stock_of(type(obj))

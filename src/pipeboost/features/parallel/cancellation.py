@@ -28,11 +28,7 @@ def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
     Raises:
         Cancelled: in a step, on all ranks alike.
     """
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, place="scheduler.cancellation")
-
-    ledger.share(scheduler, "stops", None, apply)
+    ledger.share_middleware(scheduler, "step", _step, place="scheduler.cancellation", kind="stops")
 
 
 def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:

@@ -21,11 +21,7 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
         RankFailedError: in a step, where another rank has failed.
         DisagreementError: in that step, on all ranks alike.
     """
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, place="scheduler.latents")
-
-    ledger.share(scheduler, "first step", None, apply)
+    ledger.share_middleware(scheduler, "step", _step, place="scheduler.latents", kind="first step")
 
 
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
