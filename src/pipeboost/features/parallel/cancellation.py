@@ -17,7 +17,6 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending
 
-# Outside what counts the steps and compares the ranks, for which the step is over then.
 _STATE = "stops"
 _INTERRUPTED = "interrupted"
 

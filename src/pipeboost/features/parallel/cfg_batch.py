@@ -21,8 +21,6 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.core.sharding import BatchedBranches
 from pipeboost.distributed import Group
 
-# Outside all that a forward does, which then knows a rank's samples only.
-
 
 def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's `"cfg"` group compute a part of each batch.

@@ -25,8 +25,6 @@ from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import disguised_subclass, signature_of, stock_class
 
-# Outside all that a forward does, so that a call left to another rank does none of it.
-# Outside the layers that look at a step's input and output.
 _STATE = "branches"
 _APART = "forwards that are no branch"
 Prediction = Callable[[Any, torch.Tensor], torch.Tensor]

@@ -11,8 +11,6 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed.agreement.arguments import checked_latents
 
-# Outside what counts the steps, which has then counted this one.
-
 
 def check_first_step(scheduler: Any, ledger: Ledger) -> None:
     """Compare the ranks' latents after the first step of each new size of latents on a mesh; later calls do not wait.

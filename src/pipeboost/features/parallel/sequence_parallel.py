@@ -21,9 +21,6 @@ from pipeboost.core.sharding import TokenArgument, TokenSharding
 from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 
-# Inside what trims padded text (50), which reads whole masks.
-# Outside caches (-100) and compiled code (100), which then know a rank's own tokens only.
-
 
 def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's sequence group share the tokens of a transformer.
