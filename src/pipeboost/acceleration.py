@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,9 @@ from pipeboost.core.seams import attach
 from pipeboost.features.parallel.cfg_parallel import apart
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
-from pipeboost.requests import run_list
+from pipeboost.requests import Request, Requests
 from pipeboost.runner import Calls, weakly
-from pipeboost.stages import Progress, Report, Stage, unreported, weights_of
+from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
 
 P = TypeVar("P")
 
@@ -121,10 +122,13 @@ class Acceleration:
 
     def __init__(self, pipe: Any, plan: Plan, config: AccelerationConfig) -> None:
         self.config = config
+        self._pipe = weakref.ref(pipe)
+        self._of: Acceleration | None = None
         self._ledger = Ledger()
         self._lock = _lock_of(pipe)
         self._applied = AppliedPlan(pipe, plan, config)
         self._calls = Calls(self._applied)
+        self._requests = Requests(self._calls)
         self.stages = self._applied.stages
         # The handle comes first and goes last, so that what an interrupt leaves can be removed.
         with self._ledger:
@@ -136,6 +140,12 @@ class Acceleration:
     def __repr__(self) -> str:
         state = "active" if self._applied.active else "removed"
         return f"<Acceleration of {self.plan.model.pipeline}, quality={self.plan.quality!r}, {state}>"
+
+    def of_copy(self, view: Any) -> Acceleration:
+        """The handle of a shallow copy of the pipeline: the same, but that what it runs is the copy."""
+        handle = copy.copy(self)
+        handle._pipe, handle._of = weakref.ref(view), self
+        return handle
 
     @property
     def plan(self) -> Plan:
@@ -159,22 +169,14 @@ class Acceleration:
         return self._applied.pipe is pipe
 
     def report(self) -> Report:
-        """Where the time of the latest finished call went.
+        """Where the time of the latest call went that has returned, or request whose result was taken.
 
         Raises:
             PipeboostError: no call has finished yet.
         """
-        finished, pipe = self._calls.finished, self._applied.pipe
-        team = self._applied.team
-        if finished is None:
+        if self._calls.finished is None:
             raise PipeboostError("there is nothing to report yet: call the pipeline first")
-        return finished.report(
-            pipeline=self.plan.model.pipeline,
-            components={} if pipe is None else weights_of(pipe.components),
-            compiled=self._applied.counters("compile"),
-            graphs=self._applied.counters("graphs"),
-            ulysses="" if team is None else team.carrier,
-        )
+        return self._calls.report_of(self._calls.finished)
 
     def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
         """Put a stage of your own right before or right after another one; from the next call on.
@@ -212,6 +214,20 @@ class Acceleration:
         """
         self.stages.remove(name)
 
+    def submit(self, **call: Any) -> Request:
+        """Let `pipe(**call)` run in another thread, after what was submitted before it.
+
+        Requests that overlap in `run_many` do so here; the others run one after the other. A plain call waits for those
+        submitted before it. On several ranks each submits the same requests in the same order.
+
+        Returns:
+            The request: its result, progress and report, and the way to cancel it.
+
+        Raises:
+            PipeboostError: the acceleration was removed.
+        """
+        return self._requests.submit(self._alive_pipe(), call)
+
     def run_many(self, requests: Sequence[Mapping[str, Any]], *, overlap: bool = True) -> Iterator[Any]:
         """Run `pipe(**request)` for each request and yield what they return, in order.
 
@@ -228,11 +244,11 @@ class Acceleration:
             PipeboostError: the acceleration was removed. What a request raises comes up in its turn; the requests after
                 it are not run.
         """
-        yield from run_list(self._calls, self._alive_pipe(), requests, overlap=overlap)
+        yield from self._requests.run_many(self._alive_pipe(), requests, overlap=overlap)
 
     def warm_up(self, **call: Any) -> None:
         """Run `pipe(**call)` without reporting it, so that what comes after is compiled and loaded."""
-        with unreported():
+        with recorded_by(CallRecord(kept=True)):
             self._alive_pipe()(**call)
 
     def profiled(self) -> contextlib.AbstractContextManager[None]:
@@ -265,23 +281,25 @@ class Acceleration:
     @contextlib.contextmanager
     def open(self) -> Iterator[Call]:
         """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
-        pipe = self._alive_pipe()
-        device = self._applied.follow_device(pipe)
-        self._applied.bind_on_all_ranks(pipe, "open()")
-        with self._calls.opened(pipe, {}, device) as call, apart(call):
-            yield call
+        pipe, record = self._alive_pipe(), CallRecord()
+        with self._calls.in_turn(record, pipe):
+            device = self._applied.follow_device(pipe)
+            self._applied.bind_on_all_ranks(pipe, "open()")
+            with self._calls.opened(pipe, {}, device, record) as call, apart(call):
+                yield call
 
     def cancel(self, call: Call | None = None) -> None:
-        """Make all calls that run or wait for their turn, or one, raise `Cancelled` at their next denoising step."""
+        """Make all calls and requests that run or wait, or one call, raise `Cancelled` at their next denoising step."""
         self._calls.cancel(call)
 
     def remove(self) -> None:
         """Make the pipeline stock again, to the bit; what the user changed meanwhile stays. Harmless when repeated.
 
         Raises:
-            PipeboostError: a call is running.
+            PipeboostError: a call is running, or a request waits.
         """
         with self._lock:
+            self._requests.refuse_while_under_way()
             self._applied.begin_removal()
             self._ledger.undo()
 
@@ -296,12 +314,13 @@ class Acceleration:
                 "this pipeline is a shallow copy of an accelerated one and shares its acceleration; accelerate the "
                 "original, or a copy.deepcopy"
             )
+        self._requests.refuse_while_under_way()
         self._applied.refuse_while_running()
 
     def _alive_pipe(self) -> Any:
         if self._applied.removed:
             raise PipeboostError("this acceleration was removed; call accelerate_pipeline again")
-        pipe = self._applied.pipe
+        pipe = self._pipe()
         if pipe is None:
             raise PipeboostError("the pipeline that was accelerated is gone; only shallow copies of it are left")
         return pipe

@@ -23,16 +23,18 @@ from pipeboost.stages import (
     RECORDER,
     TURN,
     WHOLE_CALL,
+    Admission,
+    CallRecord,
     FinishedCall,
     Progress,
     Recorder,
-    current_turn,
+    Report,
     follow_trajectory,
-    latest_after,
+    take_record,
+    weights_of,
     with_trajectory,
     without_trajectory,
 )
-from pipeboost.stages.admission import Turns
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
@@ -48,22 +50,25 @@ class Calls:
 
     Attributes:
         progress: told of each stage and denoising step; None where nobody is.
-        finished: the latest call that has ended, for a report.
+        finished: the latest call that has returned, or request whose result was taken, for a report.
+        admission: the order of the calls of the pipeline itself, and of its requests; on several ranks, of all calls.
+        records: of the calls and requests that wait or run.
     """
 
     def __init__(self, applied: AppliedPlan) -> None:
         self.applied = applied
         self.progress: Callable[[Progress], None] | None = None
         self.finished: FinishedCall | None = None
-        self._cancellations = 0
+        self.admission = Admission()
+        self.records: set[CallRecord] = set()
 
     def run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
         if not self.applied.active or self.are_paused:
             with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
-        cancellations = self._cancellations
-        with _alone_with(pipe):
+        record = take_record()
+        with self.in_turn(record, pipe), _alone_with(pipe):
             if not self.applied.active:  # while this call waited
                 return self.run(call_next, pipe, *args, **kwargs)
             signature = signature_of(pipe)
@@ -79,9 +84,7 @@ class Calls:
                     args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
                 arguments = dict(bound.arguments)
-                with self.opened(pipe, arguments, device) as call:
-                    if self._cancellations != cancellations:  # while this call waited
-                        call.cancel()
+                with self.opened(pipe, arguments, device, record) as call:
                     call.raise_if_cancelled()
                     if self.applied.plan.family.pipelines:
                         self.applied.stages.verify_arguments(arguments)
@@ -90,46 +93,77 @@ class Calls:
                         result = call_next(*args, **kwargs)
                     if trajectory is not None:
                         result = with_trajectory(result, trajectory)
-        self.finished = latest_after(call, self.finished)
+        if not record.kept:
+            self.finished = record.finished
         return result
 
     @contextlib.contextmanager
-    def opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device) -> Iterator[Call]:
+    def in_turn(self, record: CallRecord, pipe: Any) -> Iterator[None]:
+        """Inside, it is this call's turn; one inside another call, and one of a view on one rank, need not wait.
+
+        Raises:
+            Cancelled: it was cancelled while it waited.
+        """
+        together = self.applied.team is not None
+        waits = record.turn is None and current_call() is None and (together or pipe is self.applied.pipe)
+        if waits:
+            record.turn = self.admission.enter(alone=True, must_run=together)
+        self.records.add(record)
+        try:
+            with record.turn if waits and record.turn is not None else contextlib.nullcontext():
+                yield
+        finally:
+            self.records.discard(record)
+
+    @contextlib.contextmanager
+    def opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device, record: CallRecord) -> Iterator[Call]:
         """Inside, a call is open on this rank."""
-        applied, outer = self.applied, current_call()
+        applied = self.applied
         mesh = None if applied.team is None else applied.team.mesh
-        with (
-            open_call(
-                pipe, owner=applied, arguments=arguments, features=applied.plan.features, device=device, mesh=mesh
-            ) as call,
-            applied.used_by(call),
-        ):
-            call.rebind = functools.partial(applied.bind, pipe)
-            call.state[COMPOSITION] = applied.stages
-            call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=self.progress)
-            turn = current_turn()
-            if turn is not None and (outer is None or outer.state.get(TURN) is not turn):
-                call.state[TURN] = turn
-            try:
-                with residing(pipe):
-                    yield call
-            finally:
-                # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
-                call.state.pop(RECORDER)
+        if self.progress is not None:
+            record.listeners.append(self.progress)
+        tell = record.tell if record.kept or record.listeners else None
+        try:
+            features = applied.plan.features
+            opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
+            with opening as call, applied.used_by(call):
+                call.rebind = functools.partial(applied.bind, pipe)
+                call.state[COMPOSITION] = applied.stages
+                call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=tell)
+                if record.turn is not None and not record.turn.alone:
+                    call.state[TURN] = record.turn
+                record.call = call
+                if record.cancelled:  # while it waited
+                    call.cancel()
+                try:
+                    with residing(pipe):
+                        yield call
+                finally:
+                    # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
+                    call.state.pop(RECORDER)
+        finally:
+            ended, record.call = record.call, None
+            if ended is not None and ended.events:
+                record.finished = FinishedCall.of(ended)
 
     def cancel(self, call: Call | None = None) -> None:
         """Make all calls that run or wait for their turn, or one, raise `Cancelled` at their next denoising step."""
-        if call is None:
-            self._cancellations += 1
+        for record in tuple(self.records) if call is None else ():
+            record.cancel()
         for running in tuple(self.applied.running):
             if call is None or running is call:
                 running.cancel()
 
-    def cancel_turns(self, turns: Turns) -> None:
-        """Cancel the calls that run in these turns."""
-        for call in tuple(self.applied.running):
-            if TURN in call.state and call.state[TURN].turns is turns:
-                call.cancel()
+    def report_of(self, finished: FinishedCall) -> Report:
+        """Return the report of a call that has ended."""
+        applied, pipe = self.applied, self.applied.pipe
+        return finished.report(
+            pipeline=applied.plan.model.pipeline,
+            components={} if pipe is None else weights_of(pipe.components),
+            compiled=applied.counters("compile"),
+            graphs=applied.counters("graphs"),
+            ulysses="" if applied.team is None else applied.team.carrier,
+        )
 
     @property
     def are_paused(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost import Cancelled, ParallelConfig, accelerate_pipeline
+from pipeboost.distributed import DisagreementError
 from tests.pipelines.tiny import TINY
 
 STEPS = 6
@@ -27,6 +28,39 @@ def cancelled(name: str, rank: int, step: int, /, **layout: Any) -> dict[str, An
     second = _difference(_latents(entry, pipe), stock)
     pipe.acceleration.remove()
     return {"first": first, "steps": steps, "second": second}
+
+
+def submitted(name: str, rank: int, /, **layout: Any) -> dict[str, Any]:
+    """Four requests and a call, of which one rank cancels the second before it begins.
+
+    The third one's prompt is another on each rank.
+
+    Returns:
+        `"found"`: the difference to stock of each, or what it raised; `"after"`: of a call after them.
+    """
+    entry = TINY[name]
+    pipe = entry.build()
+    stock = _latents(entry, pipe)
+    accelerate_pipeline(pipe, parallel=ParallelConfig(**layout, timeout=10.0))
+    call = {**entry.call_kwargs(steps=STEPS), "output_type": "latent"}
+    prompts = {2: {"prompt": f"rank {dist.get_rank()}"}}
+
+    def request(number: int) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipe.acceleration.submit(**{**call, "generator": generator, **prompts.get(number, {})})
+
+    requests = [request(number) for number in range(4)]
+    if dist.get_rank() == rank:
+        requests[1].cancel()
+    after = _difference(_latents(entry, pipe), stock)
+    found = []
+    for each in requests:
+        try:
+            found.append(_difference(each.result(60.0)[0], stock))
+        except (Cancelled, DisagreementError) as error:
+            found.append(type(error).__name__)
+    pipe.acceleration.remove()
+    return {"found": found, "after": after}
 
 
 def _told_of_steps(pipe: Any, rank: int, step: int, then: Callable[[], None]) -> list[int]:

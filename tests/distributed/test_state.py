@@ -6,14 +6,14 @@ from tests.distributed import state_cases as cases
 from tests.distributed.ranks import on_ranks
 
 LORA = {
-    "load": "rank 1's transformer differs from rank 0's: adapters ['a'] against nothing",
+    "load": "rank 1's transformer differs from rank 0's: adapters a against none",
     "hotswap": "other values of transformer_blocks.0.attn.to_q.lora_A.a.weight, ",
     "scale": "scaling {'a': 0.5} against {'a': 1.0}",
     "disable": "_disable_adapters True against False",
     "enable": "_disable_adapters False against True",
     "fuse": "rank 1's transformer differs from rank 0's: lora_scale 1.0 against nothing",
     "unfuse": "merged_adapters nothing against ['a']",
-    "unload": "adapters nothing against ['a']",
+    "unload": "adapters none against a",
 }
 WEIGHTS = {
     "set_shift": "rank 1's scheduler differs from rank 0's: _shift 5.0 against 3.0; ranks",

@@ -36,3 +36,8 @@ def test_an_interrupt_from_outside_on_one_rank_stops_all_at_the_same_step(rank):
     assert torch.equal(first["latents"], second["latents"])
     assert first["steps"] == second["steps"] <= 4
     assert first["second"] == second["second"] == 0.0
+
+
+def test_requests_run_in_order_on_all_ranks_and_each_is_cancelled_or_refused_by_itself():
+    for found in on_ranks(2, stop_cases.submitted, NAME, 1, **LAYOUT):
+        assert found == {"found": [0.0, "Cancelled", "DisagreementError", 0.0], "after": 0.0}

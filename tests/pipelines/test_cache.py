@@ -442,7 +442,7 @@ def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:
     refused(UnsupportedError, "no family says", CacheConfig(), family=dataclasses.replace(family, blocks=()))
     assert everything_global(pipe) == before
     pipe.transformer._is_cached = True
-    refused(UnsupportedError, "cache-dit is on this FluxTransformer2DModel already", CacheConfig())
+    refused(UnsupportedError, "cache-dit is on this FluxTransformer2DModel; take it off", CacheConfig())
 
 
 THEIR_CACHES = {

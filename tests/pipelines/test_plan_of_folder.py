@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pipeboost.cli.plan import plan_of
-from pipeboost.contract.model_info import model_info
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.hardware import Hardware
+from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.pipelines.tiny import TINY
 
@@ -24,7 +24,7 @@ def test_a_folder_has_the_plan_of_its_loaded_pipeline_line_by_line(name, tmp_pat
     pipe.save_pretrained(tmp_path)
     family = family_of(pipe)
     for hardware in (CPU, H100):
-        monkeypatch.setattr("pipeboost.contract.model_info.has_cuda", lambda: False)
+        monkeypatch.setattr("pipeboost.model_reader.has_cuda", lambda: False)
         for ranks in (1, 2):
             info = model_info(pipe, family, torch.device(hardware.device), ranks=ranks)
             for quality in TIERS if ranks == 1 else ("lossless",):

@@ -26,7 +26,7 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.runner import _alone_with
 from pipeboost.stages import StageVerificationError
-from pipeboost.stages.admission import Turns
+from pipeboost.stages.admission import Admission
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
@@ -511,15 +511,17 @@ def test_overlapped_requests_do_overlap_and_denoise_two_at_a_time():
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_request_denoises_once_few_enough_before_it_do(at_once):
-    turns = Turns(at_once=at_once)
-    for position in range(at_once):
-        turns.begin(position)
-    next_one = threading.Thread(target=turns.begin, args=(at_once,), daemon=True)
+def test_a_request_denoises_once_few_enough_before_it_do(monkeypatch, at_once):
+    monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", at_once)
+    admission = Admission()
+    *first, last = [admission.enter(alone=False) for _ in range(at_once + 1)]
+    for turn in first:
+        turn.begin()
+    next_one = threading.Thread(target=last.begin, daemon=True)
     next_one.start()
     next_one.join(0.1)
     assert next_one.is_alive()
-    turns.end(0)
+    first[0].end()
     next_one.join(10)
     assert not next_one.is_alive()
 
@@ -646,7 +648,7 @@ def test_a_call_that_waits_while_the_acceleration_is_removed_runs_stock_and_leav
 
 
 def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypatch):
-    monkeypatch.setattr("pipeboost.stages.overlap.AT_ONCE", 1)
+    monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", 1)
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     forwards = []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(current_call()))

@@ -55,7 +55,7 @@ def test_no_decision_is_averaged_over_the_world(monkeypatch: pytest.MonkeyPatch)
     blocks = [Block(), Block(), Block()]
     cache = BlockRow("blocks", "image").cache(blocks, CacheConfig(warmup=1, max_continuous=2), steps=5, mask=None)
     states = torch.ones(1, 4, 8)
-    skipped = [cache.forward(states, states)[1] for _ in range(5)]
+    skipped = [cache(states, states)[1] for _ in range(5)]
     assert skipped == [False, True, True, False, True]
 
 

@@ -65,14 +65,14 @@ def stored(tmp_path_factory):
     ("words", "sentence"),
     [
         (["plan", "flux.1-dev", "--quality", "perfect"], "quality='perfect' is not allowed; use one of 'exact'"),
-        (["plan", "flux.1-dev", "--device", "tpu"], "--device tpu is not allowed; use auto, cpu or cuda"),
+        (["plan", "flux.1-dev", "--device", "tpu"], "device='tpu' is not allowed; use one of 'auto', 'cpu', 'cuda'"),
         (["plan", "nothing"], "'nothing' is neither a folder, nor a hub id, nor one of flux.1-dev"),
         (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
-        (["demo", "--device", "tpu"], "--device tpu is not allowed"),
+        (["demo", "--device", "tpu"], "device='tpu' is not allowed"),
         (["bench", "nope"], "model='nope' is not allowed; use one of 'flux.1-dev'"),
         (["bench", "list", "nope"], "`pipeboost bench list` takes no other name"),
         (["bench", "flux.1-dev", "--tier", "turbo"], "tier='turbo' is not allowed"),
-        (["bench", "flux.1-dev", "--device", "tpu"], "--device tpu is not allowed"),
+        (["bench", "flux.1-dev", "--device", "tpu"], "device='tpu' is not allowed"),
         (["bench", "flux.1-dev", "--repeats", "1"], "repeats=1 is too few"),
     ],
 )
@@ -82,7 +82,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(refused, words, sentence):
 
 @pytest.mark.parametrize(
     ("index", "sentence"),
-    [("{", "cannot be read as JSON"), ("[]", "must hold a mapping of components"), ("{}", "has no _class_name")],
+    [
+        ("{", "model_index.json is not valid JSON"),
+        ("[]", "must hold a mapping of components"),
+        ("{}", "has no _class_name"),
+    ],
 )
 def test_a_broken_index_is_refused_by_plan(refused, tmp_path, index, sentence):
     (tmp_path / "model_index.json").write_text(index)
@@ -93,7 +97,7 @@ def test_a_broken_index_is_refused_by_plan(refused, tmp_path, index, sentence):
     ("file", "content", "sentence"),
     [
         ("transformer/diffusion_pytorch_model.safetensors", "no weights", "cannot be read as safetensors"),
-        ("transformer/config.json", "{", "config.json cannot be read as JSON"),
+        ("transformer/config.json", "{", "config.json is not valid JSON"),
         ("transformer/config.json", '{"quantization_config": {"quant_method": "x"}}', "is stored quantised"),
         ("model_index.json", '{"_class_name": "NoPipeline"}', "a NoPipeline, which this version of Diffusers does not"),
         ("model_index.json", '{"_class_name": "FluxPipeline"}', "cannot be loaded"),
@@ -107,7 +111,7 @@ def test_a_damaged_pipeline_is_refused_by_plan(refused, stored, tmp_path, file, 
 
 def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_path):
     made = plan_of(str(stored), quality=None, hardware=detect_hardware("cpu"))
-    assert made.facts.dtype == torch.bfloat16
+    assert made.model.dtype == torch.bfloat16
     assert made.family.name == "flux"
     bare = shutil.copytree(stored, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     assumed = plan_of(str(bare), quality=None, hardware=detect_hardware("cpu"))
@@ -210,7 +214,7 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(refused, tmp_path, 
 
 
 def test_bench_refuses_what_is_too_large_before_building_anything(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "device_hardware", lambda device: Hardware("cpu", "a CPU", None, 2**33, 1, False, True))
+    monkeypatch.setattr(bench, "detect_hardware", lambda device: Hardware("cpu", "a CPU", None, 2**33, 1, False, True))
     monkeypatch.setattr(bench, "measure_sizes", lambda *args, **kwargs: pytest.fail("measured"))
     line = refused("bench", "wan2.1-1.3b", "flux.1-dev", "--output", tmp_path / "results")
     assert "flux.1-dev has 44 GiB of weights in fp32, more than a CPU (8 GiB) holds" in line

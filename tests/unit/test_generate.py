@@ -24,6 +24,7 @@ import pipeboost
 from pipeboost import ParallelConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError, quoted
 from pipeboost.core.hardware import device_of
+from pipeboost.core.seams import stock_class
 from pipeboost.features.offload import execution_device
 from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate import functions, inputs, loading
@@ -161,7 +162,7 @@ def test_a_request_that_the_model_cannot_serve_is_one_sentence(flux, arguments, 
 
 
 def test_all_requests_are_checked_before_the_first_one_runs(flux, monkeypatch):
-    monkeypatch.setattr(type(flux.pipe), "__call__", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(stock_class(flux.pipe), "check_inputs", lambda *_, **__: pytest.fail("ran"))
     requests = make_requests([{"prompt": "a"}, {"prompt": "b", "width": 100}], {})
     with pytest.raises(ConfigurationError, match="width=100"):
         flux.generate(requests)
@@ -619,11 +620,11 @@ def test_no_lora_may_be_said_as_none():
 def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):
     target, link, pipe = tmp_path / "a.txt", tmp_path / "link.txt", tmp_path / "pipe"
     link.symlink_to(target)
-    write_whole(link, lambda file: file.write(b"new"))
+    write_whole(link, b"new")
     assert (link.is_symlink(), target.read_bytes()) == (True, b"new")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(pipe, lambda file: file.write(b"new"))
+    write_whole(pipe, b"new")
     assert (os.read(reader, 9), pipe.is_fifo()) == (b"new", True)
     os.close(reader)
 

@@ -409,7 +409,7 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
 
     def fill_the_disk(image: Image.Image, path: Path, **settings: bool) -> Path:
         if next(count) == 2:
-            monkeypatch.setattr(Image.Image, "save", no_space)
+            monkeypatch.setattr(writing.tempfile, "mkstemp", no_space)
         return write(image, path, **settings)
 
     def no_space(*_: object, **__: object) -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -278,3 +279,22 @@ def test_a_disguised_class_has_the_instances_and_registry_entries_of_its_stock_c
     assert ours.other(Greeter()) == "other"
     assert type(copy.copy(thing)).__dict__["other"] is ours.__dict__["other"]
     assert type(copy.deepcopy(thing)) is Greeter
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+def test_a_mock_on_the_class_of_a_seamed_object_leaves_the_stock_class_as_it_was(removed_first):
+    class Child(Greeter):
+        pass
+
+    def mocked(self):
+        return "mocked"
+
+    seamed, before = Child(), Child.__call__
+    add_layer(seamed, "__call__", shout, place="component.stages")
+    with mock.patch.object(type(seamed), "__call__", mocked):
+        assert seamed() == "MOCKED"
+        if removed_first:
+            remove_layer(seamed, "__call__", shout)
+    assert Child.__call__ is before
+    assert "__call__" not in vars(Child)
+    assert Child()() == "hello world!"

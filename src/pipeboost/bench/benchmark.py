@@ -27,7 +27,7 @@ from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.families import FullSize
 from pipeboost.core.hardware import detect_hardware
 from pipeboost.quality import tuned_stock
-from pipeboost.quality.parity import relative_error
+from pipeboost.quality.metrics import relative_error
 from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_runs
 
 _MINIMUM_REPEATS = 5
@@ -66,7 +66,9 @@ def benchmark(
     """
     check_counts(repeats=repeats, steps=steps)
     tuned_stock.require_native_default()
-    place = _with_index(torch.device(device))
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
     current = torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), seeded(place), current:
         return _Session(size, place, accelerate, repeats, steps, report).run(tiers, command)
@@ -82,12 +84,6 @@ def check_counts(*, repeats: int, steps: int) -> None:
         raise ConfigurationError(f"repeats={repeats} is too few for a median; use at least {_MINIMUM_REPEATS}")
     if steps < 0:
         raise ConfigurationError(f"steps={steps} must be 0 (no pipeline call) or more")
-
-
-def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 @dataclass
@@ -284,6 +280,9 @@ class _Session:
         if self.reference is None:
             self.reference = sample
         self.report(f"{name}: {timing.median:.1f} ms")
+        error = relative_error(sample, self.reference)
+        if error == float("inf"):
+            raise PipeboostError(f"{name} gives an output that is not finite")
         return Variant(
             name=name,
             what=how.what,
@@ -292,7 +291,7 @@ class _Session:
             peak_bytes=peak,
             apply_seconds=apply_seconds,
             cold_start_seconds=cold_start,
-            relative_error=self._finite(name, relative_error(sample, self.reference)),
+            relative_error=error,
             max_error=float((sample - self.reference).abs().max()),
             call_seconds=call_seconds,
         )
@@ -322,9 +321,3 @@ class _Session:
     @staticmethod
     def _sample(output: torch.Tensor) -> torch.Tensor:
         return output.detach().double().cpu()
-
-    @staticmethod
-    def _finite(name: str, error: float) -> float:
-        if error == float("inf"):
-            raise PipeboostError(f"{name} gives an output that is not finite")
-        return error

@@ -122,14 +122,6 @@ class BenchmarkResult:
         """All fields."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> BenchmarkResult:
-        """Read what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        rows: list[dict[str, Any]] = fields.pop("variants")
-        variants = tuple(Variant(**_with_tuples(row)) for row in rows)
-        return cls(**_with_tuples(fields), variants=variants)
-
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write the JSON and the Markdown file into `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,10 +195,6 @@ class BenchmarkResult:
             ),
         ]
         return "\n\n".join(section.strip() for section in sections) + "\n"
-
-
-def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:

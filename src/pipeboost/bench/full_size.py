@@ -44,16 +44,11 @@ def full_sizes() -> dict[str, FullSize]:
 
 def parameter_count(size: FullSize) -> int:
     """The parameters of its transformer, counted without building any."""
-    return sum(parameter.numel() for parameter in meta_transformer(size, torch.float32).parameters())
-
-
-def meta_transformer(size: FullSize, dtype: torch.dtype) -> torch.nn.Module:
-    """Its transformer without memory, for what can be told of the shapes alone."""
     import diffusers
 
-    with _default_dtype(dtype), torch.device("meta"):
-        transformer: torch.nn.Module = getattr(diffusers, size.transformer)(**size.config)
-    return transformer
+    with torch.device("meta"):
+        transformer = getattr(diffusers, size.transformer)(**size.config)
+    return sum(parameter.numel() for parameter in transformer.parameters())
 
 
 def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) -> Any:

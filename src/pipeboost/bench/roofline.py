@@ -42,18 +42,14 @@ class Ceilings:
 def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure both ceilings in the model's own dtype."""
     size = 8192 if device.type == "cuda" else 1024
-    gemm = 2 * size**3 / (_gemm_ms(size, device=device, dtype=dtype) / 1e3)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing, _ = time_runs(lambda: left @ right, device, repeats=_REPEATS)
+    gemm = 2 * size**3 / (timing.median / 1e3)
     shape = work.main_attention
     if shape is None:
         return Ceilings(gemm, size, gemm, "none")
     kernel, milliseconds = _fastest_attention(shape, device=device, dtype=dtype)
     return Ceilings(gemm, size, shape.flops / (milliseconds / 1e3), kernel)
-
-
-def _gemm_ms(size: int, *, device: torch.device, dtype: torch.dtype) -> float:
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing, _ = time_runs(lambda: left @ right, device, repeats=_REPEATS)
-    return timing.median
 
 
 def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:

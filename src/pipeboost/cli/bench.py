@@ -15,11 +15,11 @@ from rich.markup import escape
 from pipeboost.bench.benchmark import benchmark, check_counts
 from pipeboost.bench.benchmark_result import BenchmarkResult
 from pipeboost.bench.full_size import full_size_named, full_sizes, parameter_count
-from pipeboost.cli.flags import device_hardware, make_output_folder
 from pipeboost.core.config import TIERS
 from pipeboost.core.errors import ConfigurationError, not_one_of
 from pipeboost.core.families import FullSize
-from pipeboost.core.hardware import Hardware
+from pipeboost.core.hardware import Hardware, detect_hardware, device_type
+from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.quality.tuned_stock import forget_compiled
 
 
@@ -55,10 +55,11 @@ def run_bench(
         if tier not in TIERS:
             raise not_one_of("tier", tier, TIERS)
     check_counts(repeats=repeats, steps=steps)
-    hardware = device_hardware(device)
+    hardware = detect_hardware(device_type(device))
     for size in sizes:
         _require_room(size, hardware)
-    output = make_output_folder(output)
+    output = user_path(output, "--output")
+    make_folder(output, f"--output {output}")
     return measure_sizes(
         sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
     )
@@ -108,7 +109,6 @@ def measure_sizes(
     repeats: int,
     output: Path,
     device: str,
-    measure: Callable[..., BenchmarkResult] = run_benchmark,
 ) -> int:
     """Measure each size and write its files as soon as it is done.
 
@@ -120,7 +120,9 @@ def measure_sizes(
         result = None
         with _Progress() as progress:
             try:
-                result = measure(size, tiers=tiers, repeats=repeats, steps=steps, device=device, report=progress.report)
+                result = run_benchmark(
+                    size, tiers=tiers, repeats=repeats, steps=steps, device=device, report=progress.report
+                )
             except Exception as error:
                 failures.append(f"{size.name}: {type(error).__name__}: {error}")
                 traceback.print_exc()

@@ -18,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeboost import accelerate_pipeline
-from pipeboost.cli.flags import device_hardware, make_output_folder
 from pipeboost.cli.picture import picture_grid
+from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
-from pipeboost.core.hardware import Hardware
+from pipeboost.core.hardware import Hardware, detect_hardware, device_type
+from pipeboost.core.user_files import make_folder, user_path
+from pipeboost.generate.loading import demo_weights
 from pipeboost.generate.writing import write_image
 from pipeboost.quality import psnr
 
@@ -56,11 +58,12 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     """
     if steps < 1:
         raise ConfigurationError(f"--steps {steps} must be at least 1")
-    hardware = device_hardware(device)
-    output = make_output_folder(output)
+    hardware = detect_hardware(device_type(device))
+    output = user_path(output, "--output")
+    make_folder(output, f"--output {output}")
     console = Console()
     pipe, prompts, score = _load(hardware)
-    variants = _variants(hardware, steps)
+    variants = _variants(hardware)
     console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(prompts)} prompts, {steps} steps, {PIXELS}x{PIXELS}")
     runs: list[Run] = []
     with Progress(
@@ -74,20 +77,16 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
         console.print(f"[dim]{line}[/]")
     for run in runs:
         for index, image in enumerate(run.images):
-            write_image(image, output / f"{_slug(run.name)}_{index}.png")
+            write_image(image, output / f"{run.name.replace(' + ', '_')}_{index}.png")
     rows = [(run.name, f"{run.seconds:.2f} s ({runs[0].seconds / run.seconds:.2f}x)", run.images) for run in runs]
     write_image(picture_grid(rows, [prompt.text for prompt in prompts]), output / "demo.png")
     console.print(f"Pictures: {output / 'demo.png'}")
 
 
 def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
-    from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
+    from pipeboost.demo_model.prompts import DEMO_PROMPTS
 
-    if not (WEIGHTS / "model_index.json").is_file():
-        raise ConfigurationError(
-            f"the demo model's weights are not in {WEIGHTS}; check them out, or train them with "
-            f"`python -m examples.demo_model.train --out {WEIGHTS}`"
-        )
+    weights = demo_weights()
     try:
         from pipeboost.demo_model.score import score_images
     except ImportError as error:
@@ -96,24 +95,19 @@ def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
         raise MissingPackageError(
             f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
         ) from error
-    import transformers
     from diffusers import FluxPipeline
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    pipe = FluxPipeline.from_pretrained(str(WEIGHTS), local_files_only=True).to(hardware.device)
+    with quiet_libraries():
+        pipe = FluxPipeline.from_pretrained(str(weights), local_files_only=True).to(hardware.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, list(DEMO_PROMPTS), score_images
 
 
-def _variants(hardware: Hardware, steps: int) -> list[tuple[str, dict[str, Any] | None]]:
+def _variants(hardware: Hardware) -> list[tuple[str, dict[str, Any] | None]]:
     """Name → arguments of `accelerate_pipeline`; None is stock."""
+    tiers = [tier for tier in TIERS if tier != "balanced" or hardware.device == "cuda"]
     variants: list[tuple[str, dict[str, Any] | None]] = [("stock", None)]
-    for tier in TIERS:
-        if tier == "balanced" and hardware.device == "cpu":
-            continue
-        variants.append((tier, {"quality": tier}))
+    variants += [(tier, {"quality": tier}) for tier in tiers]
     if hardware.device == "cpu" and hardware.compiler:
         variants.append(("fast + compile", {"quality": "fast", "compile": CompileConfig()}))
     return variants
@@ -175,12 +169,13 @@ def _print_table(console: Console, runs: list[Run], scenes: list[Any], score: Ca
     stock = runs[0]
     reference = _stack(stock.images)
     for run in runs:
+        ratio = psnr(_stack(run.images), reference, peak=1.0)
         table.add_row(
             run.name,
             f"{run.seconds:.2f}",
             f"{stock.seconds / run.seconds:.2f}x",
             f"{run.warm_up:.1f} s",
-            "identical" if np.array_equal(_stack(run.images), reference) else _decibels(run.images, reference),
+            "identical" if ratio == float("inf") else f"{ratio:.1f} dB",
             f"{score(run.images, scenes):.0%}",
             run.note,
         )
@@ -191,13 +186,5 @@ def _print_table(console: Console, runs: list[Run], scenes: list[Any], score: Ca
     )
 
 
-def _decibels(images: list[Image.Image], reference: np.ndarray) -> str:
-    return f"{psnr(_stack(images), reference, peak=1.0):.1f} dB"
-
-
 def _stack(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
-
-
-def _slug(name: str) -> str:
-    return "_".join(word for word in name.replace("+", " ").split())

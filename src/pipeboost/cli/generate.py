@@ -111,7 +111,7 @@ def _make_all(
         warm_up=warm_up,
     )
     results = Results(model, len(requests))
-    progress.finished_loading(model.loaded_line)
+    progress.print(model.loaded_line)
     try:
         for made in outputs:
             path, line = output.save(made)

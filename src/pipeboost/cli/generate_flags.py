@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +14,12 @@ from typer.core import TyperCommand
 from pipeboost.core.config_sources import file_settings
 from pipeboost.core.errors import ConfigurationError, quoted, shortened
 
-_MODEL = "Model"
-_REQUEST = "What to make"
-_OUTPUT = "Output"
-_SPEED = "Speed"
-_GPUS = "Several GPUs"
+# Options, by their panel of the help.
+_model = partial(typer.Option, rich_help_panel="Model")
+_request = partial(typer.Option, rich_help_panel="What to make")
+_output = partial(typer.Option, rich_help_panel="Output")
+_speed = partial(typer.Option, rich_help_panel="Speed")
+_gpus = partial(typer.Option, rich_help_panel="Several GPUs")
 
 ACCELERATION_KEY = "acceleration"
 
@@ -73,17 +75,13 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 def generate(
     ctx: typer.Context,
     model_path: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=_MODEL, help="folder of a Diffusers pipeline or a hub id; else the demo model"),
+        str | None, _model(help="folder of a Diffusers pipeline or a hub id; else the demo model")
     ] = None,
-    vae_path: Annotated[
-        str | None, typer.Option(rich_help_panel=_MODEL, help="folder or hub id of another VAE for it")
-    ] = None,
+    vae_path: Annotated[str | None, _model(help="folder or hub id of another VAE for it")] = None,
     lora_path: Annotated[
-        list[str] | None,
-        typer.Option(rich_help_panel=_MODEL, help="a LoRA, PATH or PATH=SCALE; may be given several times"),
+        list[str] | None, _model(help="a LoRA, PATH or PATH=SCALE; may be given several times")
     ] = None,
-    device: Annotated[str, typer.Option(rich_help_panel=_MODEL, help="auto, cpu or cuda")] = "auto",
+    device: Annotated[str, _model(help="auto, cpu or cuda")] = "auto",
     config: Annotated[
         Path | None,
         typer.Option(
@@ -92,73 +90,43 @@ def generate(
             help="YAML or JSON file: these flags with underscores, and `acceleration:`; flags given here win",
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(rich_help_panel=_REQUEST, help="what to show; may be given several times")
-    ] = None,
+    prompt: Annotated[list[str] | None, _request(help="what to show; may be given several times")] = None,
     prompt_file: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=_REQUEST, help="a prompt a line; JSONL, JSON or YAML with values of each"),
+        Path | None, _request(help="a prompt a line; JSONL, JSON or YAML with values of each")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=_REQUEST, help="what not to show")] = None,
+    negative_prompt: Annotated[str | None, _request(help="what not to show")] = None,
     image_path: Annotated[
-        list[str] | None,
-        typer.Option(rich_help_panel=_REQUEST, help="path or URL of a picture to edit or animate; several where taken"),
+        list[str] | None, _request(help="path or URL of a picture to edit or animate; several where taken")
     ] = None,
-    width: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="pixels")] = None,
-    height: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="pixels")] = None,
-    num_frames: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="frames of a video")] = None,
-    fps: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="frames a second of a video (16)")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(rich_help_panel=_REQUEST, help="denoising steps")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(rich_help_panel=_REQUEST, help="how closely to follow the prompt")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(rich_help_panel=_REQUEST, help="of the first request; the next ones count up")
-    ] = None,
+    width: Annotated[int | None, _request(help="pixels")] = None,
+    height: Annotated[int | None, _request(help="pixels")] = None,
+    num_frames: Annotated[int | None, _request(help="frames of a video")] = None,
+    fps: Annotated[int | None, _request(help="frames a second of a video (16)")] = None,
+    num_inference_steps: Annotated[int | None, _request(help="denoising steps")] = None,
+    guidance_scale: Annotated[float | None, _request(help="how closely to follow the prompt")] = None,
+    seed: Annotated[int | None, _request(help="of the first request; the next ones count up")] = None,
     call: Annotated[
-        list[str] | None,
-        typer.Option(rich_help_panel=_REQUEST, help="NAME=VALUE, a further argument of the pipeline's own call"),
+        list[str] | None, _request(help="NAME=VALUE, a further argument of the pipeline's own call")
     ] = None,
     save_output: Annotated[
-        str | None,
-        typer.Option(metavar="[PATH]", rich_help_panel=_OUTPUT, help="save, to this file or folder; the default"),
+        str | None, _output(metavar="[PATH]", help="save, to this file or folder; the default")
     ] = None,
-    no_save_output: Annotated[
-        bool, typer.Option("--no-save-output", rich_help_panel=_OUTPUT, help="save nothing, only report")
-    ] = False,
-    output_path: Annotated[
-        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="folder that outputs go to (outputs)")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="JSON: each output's seed, path, times and memory")
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Chrome trace of stages and steps, with exact memory")
-    ] = None,
-    quality: Annotated[
-        str | None,
-        typer.Option("--quality", "--tier", rich_help_panel=_SPEED, help="exact, lossless, balanced or fast"),
-    ] = None,
-    attention_backend: Annotated[
-        str | None, typer.Option(rich_help_panel=_SPEED, help="attention kernel; `pipeboost doctor` lists them")
-    ] = None,
+    no_save_output: Annotated[bool, _output("--no-save-output", help="save nothing, only report")] = False,
+    output_path: Annotated[Path | None, _output(help="folder that outputs go to (outputs)")] = None,
+    report: Annotated[Path | None, _output(help="JSON: each output's seed, path, times and memory")] = None,
+    profile: Annotated[Path | None, _output(help="Chrome trace of stages and steps, with exact memory")] = None,
+    quality: Annotated[str | None, _speed("--quality", "--tier", help="exact, lossless, balanced or fast")] = None,
+    attention_backend: Annotated[str | None, _speed(help="attention kernel; `pipeboost doctor` lists them")] = None,
     compile: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", rich_help_panel=_SPEED, help="torch.compile; else the tier decides"),
+        bool | None, _speed("--compile/--no-compile", help="torch.compile; else the tier decides")
     ] = None,
-    offload: Annotated[
-        str | None, typer.Option(rich_help_panel=_SPEED, help="where components wait: resident, stage, layerwise")
-    ] = None,
-    warmup: Annotated[
-        bool, typer.Option("--warmup", rich_help_panel=_SPEED, help="first make an output that is not reported")
-    ] = False,
-    num_gpus: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs to share the work among")] = None,
-    enable_cfg_parallel: Annotated[
-        bool, typer.Option("--enable-cfg-parallel", rich_help_panel=_GPUS, help="one guidance branch a GPU")
-    ] = False,
-    ulysses_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the heads")] = None,
-    ring_degree: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the tokens")] = None,
-    tp_size: Annotated[int | None, typer.Option(rich_help_panel=_GPUS, help="GPUs that share the weights")] = None,
+    offload: Annotated[str | None, _speed(help="where components wait: resident, stage, layerwise")] = None,
+    warmup: Annotated[bool, _speed("--warmup", help="first make an output that is not reported")] = False,
+    num_gpus: Annotated[int | None, _gpus(help="GPUs to share the work among")] = None,
+    enable_cfg_parallel: Annotated[bool, _gpus("--enable-cfg-parallel", help="one guidance branch a GPU")] = False,
+    ulysses_degree: Annotated[int | None, _gpus(help="GPUs that share the heads")] = None,
+    ring_degree: Annotated[int | None, _gpus(help="GPUs that share the tokens")] = None,
+    tp_size: Annotated[int | None, _gpus(help="GPUs that share the weights")] = None,
 ) -> None:
     """Make images or videos from prompts; without any flag, an image of the model we ship."""
     from pipeboost.cli.generate import accelerated_by, generate_on_ranks, parallel_by
@@ -166,11 +134,7 @@ def generate(
     from pipeboost.generate.loading import ModelSettings
 
     layout, ranks = parallel_by(
-        gpus=num_gpus,
-        cfg=enable_cfg_parallel,
-        ulysses=ulysses_degree,
-        ring=ring_degree,
-        tensor=tp_size,
+        gpus=num_gpus, cfg=enable_cfg_parallel, ulysses=ulysses_degree, ring=ring_degree, tensor=tp_size
     )
     output = Output.of(save=save_output, no_save=no_save_output, folder=output_path, report=report, profile=profile)
     settings = ModelSettings.of(
@@ -179,12 +143,7 @@ def generate(
         lora_path=lora_path or (),
         device=device,
         acceleration=accelerated_by(
-            ctx.obj,
-            quality=quality,
-            attention=attention_backend,
-            compile=compile,
-            offload=offload,
-            parallel=layout,
+            ctx.obj, quality=quality, attention=attention_backend, compile=compile, offload=offload, parallel=layout
         ),
         ranks=ranks,
     )

@@ -142,9 +142,8 @@ class Results:
         trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
         for path, content in ((output.report, self._whole), (output.profile, trace)):
             if path is not None:
-                text = json.dumps(content, indent=2).encode()
                 try:
-                    write_whole(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+                    write_whole(path, json.dumps(content, indent=2).encode())
                 except PipeboostError as error:
                     error.args = (f"{error}{self.kept}",)
                     raise

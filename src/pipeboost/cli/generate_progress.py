@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -44,10 +42,6 @@ class BatchProgress:
         """Say what is being done before the first output."""
         self._bar.update(self._task, description=escape(text))
 
-    def finished_loading(self, line: str) -> None:
-        """The model is loaded."""
-        self._print(line)
-
     def step(self, progress: StageProgress) -> None:
         """What the running call tells."""
         which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""
@@ -59,32 +53,28 @@ class BatchProgress:
     def finished(self, line: str) -> None:
         """One output is done."""
         self._done += 1
-        self._print(line)
+        self.print(line)
 
     def note(self, text: str, *, about: str) -> None:
         """Something about the output before it, said once for each prompt."""
         if (text, about) not in self._noted:
             self._noted.add((text, about))
-            self._print(f"  note: {text}", sys.stderr)
+            self.print(f"  note: {text}", sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.stop()
 
-    def _print(self, line: str, file: TextIO | None = None) -> None:
+    def print(self, line: str, file: TextIO | None = None) -> None:
+        """A line above the bar."""
         # Rich would wrap a long path at the width of a terminal.
         if self._silent:
             return
-        with self._hidden():
-            print(line, flush=True, file=file)
-
-    @contextlib.contextmanager
-    def _hidden(self) -> Iterator[None]:
         running = self._bar.live.is_started
         if running:
             self._bar.stop()
         try:
-            yield
+            print(line, flush=True, file=file)
         finally:
             if running:
                 self._bar.start()

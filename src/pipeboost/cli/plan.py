@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from pipeboost.bench.full_size import build_pipeline, full_sizes
-from pipeboost.cli.flags import device_hardware
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.cli.skeleton import skeleton
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import resolve_config
 from pipeboost.core.errors import ConfigurationError, one_line, quoted
-from pipeboost.core.hardware import Hardware
+from pipeboost.core.hardware import Hardware, detect_hardware, device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.model_reader import model_info
 from pipeboost.plan import Plan, make_plan
@@ -40,7 +39,8 @@ def print_plan(model: str, *, quality: str | None, device: str, config: Path | N
     """
     if ranks < 1:
         raise ConfigurationError(f"--num-gpus {ranks} must be at least 1")
-    plan = str(plan_of(model, quality=quality, hardware=device_hardware(device), config=config, ranks=ranks))
+    hardware = detect_hardware(device_type(device))
+    plan = str(plan_of(model, quality=quality, hardware=hardware, config=config, ranks=ranks))
     # Whatever reads a pipe wants a line a feature.
     print(wrapped(plan, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plan)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.user_files import parse_json, read_text
+from pipeboost.generate.locations import one_sentence
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -41,18 +44,16 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
             dtype = _stored_dtype(folder / name)
             known = known and dtype is not None
             models[name] = model.to(dtype or torch.bfloat16)
-    try:
+    with one_sentence("model", str(folder)):
         # Asked by the base class, Diffusers loads components that are optional whether or not they are given.
         return pipeline.from_pretrained(folder, local_files_only=True, **models), known
-    except (OSError, ValueError, ImportError, AttributeError, TypeError, RuntimeError, KeyError) as error:
-        raise ConfigurationError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.exists():
         raise ConfigurationError(f"{folder} is not a Diffusers pipeline: it has no model_index.json")
-    index = _read(path)
+    index = parse_json(read_text(path, "file"), f"file {path}")
     if not isinstance(index, dict):
         raise ConfigurationError(f"{path} must hold a mapping of components, not a {type(index).__name__}")
     if not isinstance(index.get("_class_name"), str):
@@ -69,57 +70,36 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
     named = library in ("diffusers", "transformers")
     module = importlib.import_module(library) if named else getattr(pipelines, library, None)
     cls: Any = getattr(module, class_name, None)
-    is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
-    if not is_model:
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
-    config = _read(folder / "config.json")
+    path = folder / "config.json"
+    config = parse_json(read_text(path, "file"), f"file {path}")
     if config.get("quantization_config"):
         raise UnsupportedError(
             f"{folder} is stored quantised, and only loading tells what becomes of it; load the pipeline, and print "
             "accelerate_pipeline(pipe).acceleration.plan"
         )
-    try:
-        with torch.device("meta"):
-            own = issubclass(cls, ModelMixin)
-            model: nn.Module = cls.from_config(config) if own else cls(cls.config_class.from_pretrained(folder))
-            return model
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{folder} does not configure a {class_name}: {reason}") from error
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read as JSON: {error}") from error
+    with one_sentence("model", str(folder)), torch.device("meta"):
+        own = issubclass(cls, ModelMixin)
+        model: nn.Module = cls.from_config(config) if own else cls(cls.config_class.from_pretrained(folder))
+        return model
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that most of a model's bytes are stored in, by the headers of its files."""
-    nbytes: Counter[str] = Counter()
+    """The dtype that most of a model's numbers are stored in, by the headers of its files."""
+    numbers: Counter[str] = Counter()
     for file in _weight_files(folder):
-        for name, entry in _header(file).items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                nbytes[entry["dtype"]] += last - first
-    return _DTYPES.get(nbytes.most_common(1)[0][0], torch.float32) if nbytes else None
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                    weight = weights.get_slice(name)
+                    numbers[weight.get_dtype()] += math.prod(weight.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
+    return _DTYPES.get(numbers.most_common(1)[0][0], torch.float32) if numbers else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that Diffusers loads: without variants (`model.fp16.safetensors`) where there are others."""
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if file.name.count(".") == 1] or files
-
-
-def _header(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):  # checks the file
-            pass
-        with file.open("rb") as stream:
-            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
-    return header

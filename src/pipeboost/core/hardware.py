@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.errors import ConfigurationError, UnsupportedError, not_one_of
 from pipeboost.core.seams import layers_of
 
 
@@ -47,7 +48,7 @@ def detect_hardware(device: str | torch.device | None = None) -> Hardware:
     Raises:
         UnsupportedError: a device that is neither a CPU nor one of CUDA.
     """
-    chosen = torch.device(device) if device is not None else torch.device("cuda" if has_cuda() else "cpu")
+    chosen = torch.device(device_type("auto") if device is None else device)
     if chosen.type == "cuda":
         index = chosen.index if chosen.index is not None else torch.cuda.current_device()
         properties = torch.cuda.get_device_properties(index)
@@ -60,7 +61,7 @@ def detect_hardware(device: str | torch.device | None = None) -> Hardware:
             memory=properties.total_memory,
             count=count,
             peer_links=bool(pairs) and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs),
-            compiler=_importable("triton"),
+            compiler=importlib.util.find_spec("triton") is not None,
         )
     if chosen.type != "cpu":
         raise UnsupportedError(f"pipeboost runs on cpu and cuda devices, not on {chosen.type!r}; use pipe.to('cuda')")
@@ -87,10 +88,17 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _importable(package: str) -> bool:
-    import importlib.util
+def device_type(name: str) -> str:
+    """`"cpu"` or `"cuda"`: what a user named, or for `"auto"` what is here.
 
-    return importlib.util.find_spec(package) is not None
+    Raises:
+        ConfigurationError: another name, or there is no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise not_one_of("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not has_cuda():
+        raise ConfigurationError("device='cuda': this torch sees no CUDA device; use device='cpu'")
+    return name if name != "auto" else "cuda" if has_cuda() else "cpu"
 
 
 def device_of(pipe: Any) -> torch.device:

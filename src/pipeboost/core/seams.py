@@ -15,6 +15,7 @@ import copyreg
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -33,6 +34,9 @@ _COPYING = frozenset(("__dict__", "__copy__", "__deepcopy__", "__reduce_ex__"))
 """What `copy` and `pickle` must find on our class."""
 
 _members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
+_ABSENT = object()
+_replaced: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""Stock class → what it had of its own before others set something on a subclass of ours."""
 _seamed_classes: dict[tuple[type, frozenset[str]], type] = {}
 _lock = threading.RLock()
 
@@ -107,7 +111,10 @@ def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
 
 
 def attach(obj: Any, name: str, value: Any) -> None:
-    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it."""
+    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it.
+
+    A shallow copy has `value.of_copy(the copy)`.
+    """
     vars(obj)[_CHAINS].attached.add(name)
     setattr(obj, name, value)
 
@@ -157,10 +164,18 @@ def _passing(stock_metaclass: Any) -> type:
         return stock_metaclass.__getattribute__(cls, name)
 
     def write(cls: type, name: str, value: Any) -> None:
-        if _MADE in _members(cls):
-            setattr(_stock_of(cls), name, value)
-        else:
+        if _MADE not in _members(cls):
             stock_metaclass.__setattr__(cls, name, value)
+            return
+        stock = _stock_of(cls)
+        if value is not _members(cls).get(name):
+            _replaced.setdefault(stock, {}).setdefault(name, _members(stock).get(name, _ABSENT))
+            setattr(stock, name, value)
+        # What reads `cls.__dict__` to put it back later, as `unittest.mock` does, finds our own member there.
+        elif (before := _replaced.get(stock, {}).pop(name, None)) is _ABSENT:
+            delattr(stock, name)
+        elif before is not None:
+            setattr(stock, name, before)
 
     members = {
         "__eq__": lambda cls, other: _stock_of(cls) is _stock_of(other),
@@ -243,6 +258,9 @@ def _reduce_as_stock(self: Any, protocol: Any) -> Any:
 def _copy(self: T) -> T:
     twin = copyreg.__newobj__(type(self))  # type: ignore[attr-defined]
     vars(twin).update(vars(self))
+    chains = vars(self).get(_CHAINS)
+    for name in vars(self).keys() & (chains.attached if chains is not None else ()):
+        vars(twin)[name] = vars(self)[name].of_copy(twin)
     return twin
 
 

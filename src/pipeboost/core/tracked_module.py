@@ -152,7 +152,7 @@ def class_of(value: Any) -> str:
 def _settings_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     root = modules[""]
     found: dict[str, Any] = {"class": class_of(root), **configuration_of(root)}
-    found["adapters"] = sorted(getattr(root, "peft_config", None) or {})
+    found["adapters"] = ", ".join(getattr(root, "peft_config", None) or ()) or "none"
     found["dtype"] = sorted(
         {str(each.dtype) for module in modules.values() for each in module._parameters.values() if each is not None}
     )

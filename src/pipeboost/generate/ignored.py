@@ -201,10 +201,6 @@ def _value(name: str, parameters: Mapping[str, inspect.Parameter], arguments: Ma
 
 
 def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
-    if value is None or value is parameter.default:
-        return True
-    return (
-        type(value) is type(parameter.default)
-        and isinstance(value, (bool, int, float, str))
-        and (value == parameter.default)
-    )
+    default = parameter.default
+    plain = type(value) is type(default) and isinstance(value, (bool, int, float, str))
+    return value is None or value is default or (plain and value == default)

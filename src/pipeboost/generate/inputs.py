@@ -97,7 +97,8 @@ def _download(url: str) -> bytes:
 def _body(url: str, until: float) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
     data = bytearray()
-    with _web().open(request, timeout=SECONDS_TO_WAIT) as response:
+    web = urllib.request.build_opener(_ToTheWebAlone)
+    with web.open(request, timeout=SECONDS_TO_WAIT) as response:
         while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):
             data += part
     if time.monotonic() >= until:
@@ -105,18 +106,10 @@ def _body(url: str, until: float) -> bytes:
     return bytes(data)
 
 
-def _web() -> Any:
-    """What opens http(s) and nothing else, wherever a server redirects to."""
-    opener = urllib.request.OpenerDirector()
-    proxies = {scheme: address for scheme, address in urllib.request.getproxies().items() if scheme.startswith("http")}
-    opener.add_handler(urllib.request.ProxyHandler(proxies))
-    for handler in (
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
+class _ToTheWebAlone(urllib.request.HTTPRedirectHandler):
+    """urllib itself follows a redirection to ftp, too."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if newurl.startswith("ftp:"):
+            raise urllib.error.URLError("unknown url type: ftp")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

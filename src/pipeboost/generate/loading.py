@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
-from pipeboost.core.errors import (
-    ConfigurationError,
-    MissingPackageError,
-    PipeboostError,
-    UnsupportedError,
-    not_one_of,
-    one_line,
-    quoted,
-    shortened,
-)
-from pipeboost.core.hardware import has_cuda
+from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, shortened
+from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.generate.locations import is_hub_id, require_pipeline
+from pipeboost.generate.locations import is_hub_id, one_sentence, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
 
 _ACCELERATION = ("quality", *FEATURES, "config")
@@ -67,12 +57,9 @@ class ModelSettings:
         Raises:
             PipeboostError: a path is missing, or a setting is not allowed.
         """
-        path = str(_demo_weights()) if model_path is None else str(user_path(model_path, "model_path"))
+        path = str(demo_weights()) if model_path is None else str(user_path(model_path, "model_path"))
         require_pipeline(path)
-        if device not in ("auto", "cpu", "cuda"):
-            raise not_one_of("device", device, ("auto", "cpu", "cuda"))
-        if device == "cuda" and not has_cuda():
-            raise ConfigurationError("device='cuda': this torch sees no CUDA device; use device='cpu'")
+        device = device_type(device)
         given = dict(acceleration or {})
         for name in given:
             if name not in _ACCELERATION:
@@ -89,7 +76,7 @@ class ModelSettings:
             model_path=path,
             vae_path=None if vae_path is None else _checked_vae(user_path(vae_path, "vae_path")),
             loras=tuple(Lora.of(each) for each in adapters if each is not None),
-            device=("cuda" if has_cuda() else "cpu") if device == "auto" else device,
+            device=device,
             acceleration=settings,
         )
 
@@ -122,7 +109,7 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
     dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     tell(f"loading {settings.model_path}")
     parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, dtype)}
-    with _one_sentence("model_path", settings.model_path):
+    with one_sentence("model_path", settings.model_path):
         pipe = DiffusionPipeline.from_pretrained(
             settings.model_path,
             local_files_only=Path(settings.model_path).is_dir(),
@@ -131,7 +118,7 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
         )
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
-    with _one_sentence("model_path", settings.model_path):
+    with one_sentence("model_path", settings.model_path):
         acceleration = _put_on_device(pipe, settings)
     tell("accelerating")
     return accelerate_pipeline(pipe, config=acceleration)
@@ -164,11 +151,19 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
     return settings.acceleration
 
 
-def _demo_weights() -> Path:
+def demo_weights() -> Path:
+    """The folder of the demo model.
+
+    Raises:
+        ConfigurationError: this checkout has it not.
+    """
     from pipeboost.demo_model.prompts import WEIGHTS
 
     if not (WEIGHTS / "model_index.json").is_file():
-        raise ConfigurationError(f"the demo model's weights are not in {WEIGHTS}; check them out, or give a model_path")
+        raise ConfigurationError(
+            f"the demo model's weights are not in {WEIGHTS}; check them out, or train them with "
+            f"`python -m examples.demo_model.train --out {WEIGHTS}`"
+        )
     return WEIGHTS
 
 
@@ -186,7 +181,7 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
     import diffusers
 
     assert settings.vae_path is not None
-    with _one_sentence("model_path", settings.model_path):
+    with one_sentence("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
         own = index.get("vae")
         if not isinstance(own, list):
@@ -195,7 +190,7 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
         own = cls.load_config(settings.model_path, subfolder="vae")
     folder = Path(settings.vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
-    with _one_sentence("vae_path", settings.vae_path):
+    with one_sentence("vae_path", settings.vae_path):
         stored = cls.load_config(settings.vae_path, **nested)
         for name in ("_class_name", "latent_channels", "z_dim"):
             if stored.get(name) != own.get(name):
@@ -204,29 +199,6 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
                     f"vae_path={settings.vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
                 )
         return cls.from_pretrained(settings.vae_path, **nested, **{_dtype_argument(): dtype})
-
-
-@contextlib.contextmanager
-def _one_sentence(argument: str, path: str) -> Iterator[None]:
-    """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
-    import torch
-    from safetensors import SafetensorError
-
-    what = f"{argument}={path!r}"
-    try:
-        yield
-    except PipeboostError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
-    except ImportError as error:
-        raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
-        raise ConfigurationError(f"{what} cannot be loaded{_from_where(path)}: {one_line(error)}") from error
-
-
-def _from_where(path: str) -> str:
-    return "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
 
 
 def _dtype_argument() -> str:

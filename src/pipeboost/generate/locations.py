@@ -1,11 +1,13 @@
-"""Where models come from: a folder on this machine or the hub, told apart before anything is loaded."""
+"""Where models come from, a folder on this machine or the hub, and what is told when one does not load."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, one_line, quoted
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -36,3 +38,23 @@ def require_pipeline(model: str) -> None:
         raise ConfigurationError(
             f"model_path={quoted(model)} does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
         )
+
+
+@contextlib.contextmanager
+def one_sentence(argument: str, path: str) -> Iterator[None]:
+    """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
+    import torch
+    from safetensors import SafetensorError
+
+    what = f"{argument}={quoted(path)}"
+    try:
+        yield
+    except PipeboostError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
+    except ImportError as error:
+        raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
+        where = "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
+        raise ConfigurationError(f"{what} cannot be loaded{where}: {one_line(error)}") from error

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, one_line, quoted
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, quoted
 from pipeboost.core.user_files import user_path
-from pipeboost.generate.locations import is_hub_id
+from pipeboost.generate.locations import is_hub_id, one_sentence
 from pipeboost.generate.requests import is_finite
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
@@ -72,14 +72,10 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
 
 
 def _load(pipe: Any, lora: Lora, name: str) -> None:
-    from safetensors import SafetensorError
-
     path = Path(lora.path)
     where = {"weight_name": path.name} if path.is_file() else {}
-    try:
+    with one_sentence("lora_path", lora.path):
         pipe.load_lora_weights(str(path.parent if path.is_file() else lora.path), adapter_name=name, **where)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ConfigurationError(f"lora_path={quoted(lora.path)} cannot be loaded: {one_line(error)}") from error
     loaded = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
     if name not in loaded:
         raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")

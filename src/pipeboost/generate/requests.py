@@ -66,7 +66,8 @@ class Request:
             if value is not None and not (_is_integer(value) and value >= 1):
                 raise ConfigurationError(f"{name}={quoted(value)} must be an integer of at least 1")
         scale = self.guidance_scale
-        if scale is not None and not (_is_number(scale) and is_finite(scale) and scale >= 0):
+        is_number = isinstance(scale, float) or _is_integer(scale)
+        if scale is not None and not (is_number and is_finite(scale) and scale >= 0):
             raise ConfigurationError(f"guidance_scale={quoted(scale)} must be a number of at least 0")
         if not _is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigurationError(f"seed={quoted(self.seed)} must be an integer from 0 to {LARGEST_SEED}")
@@ -170,7 +171,3 @@ def _is_unicode(text: str) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

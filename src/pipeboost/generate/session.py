@@ -114,8 +114,27 @@ class LoadedModel:
         check_fps(fps)
         # As numbers, since a picture shows one that is not finite as black.
         signature = CallSignature(self.pipe)
-        calls = [{**signature.arguments(request), "output_type": "np"} for request in requests]
-        return self._run(list(requests), calls, fps=fps, progress=progress, profiled=profiled, warm_up=warm_up)
+        calls = [(request, {**signature.arguments(request), "output_type": "np"}) for request in requests]
+
+        def outputs() -> Iterator[Generated]:
+            for index, (request, call) in enumerate(calls):
+                # Not held between outputs: whoever stops reading must not keep the model from others.
+                with self._lock:
+                    acceleration = self.pipe.acceleration
+                    peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
+                    acceleration.progress = progress
+                    self._truncations.begin(call, CallSignature(self.pipe).text_limit(call))
+                    try:
+                        with peaks, _one_sentence(self.pipe, call):
+                            if warm_up and index == 0:
+                                acceleration.warm_up(**call, generator=_generator(request.seed))
+                            output = self.pipe(**call, generator=_generator(request.seed))
+                    finally:
+                        acceleration.progress = None
+                    report, cut = acceleration.report(), self._truncations.notes()
+                yield self._made(request, call, output, report=report, cut=cut, fps=fps)
+
+        return outputs()
 
     def close(self) -> None:
         """Free the model's memory. Harmless when repeated."""
@@ -138,33 +157,6 @@ class LoadedModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _run(
-        self,
-        requests: list[Request],
-        calls: list[dict[str, Any]],
-        *,
-        fps: int,
-        progress: Callable[[Progress], None] | None,
-        profiled: bool,
-        warm_up: bool,
-    ) -> Iterator[Generated]:
-        for index, (request, call) in enumerate(zip(requests, calls, strict=True)):
-            # Not held between outputs: whoever stops reading must not keep the model from others.
-            with self._lock:
-                acceleration = self.pipe.acceleration
-                peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
-                acceleration.progress = progress
-                self._truncations.begin(call, CallSignature(self.pipe).text_limit(call))
-                try:
-                    with peaks, _one_sentence(self.pipe, call):
-                        if warm_up and index == 0:
-                            acceleration.warm_up(**call, generator=_generator(request.seed))
-                        output = self.pipe(**call, generator=_generator(request.seed))
-                finally:
-                    acceleration.progress = None
-                report, cut = acceleration.report(), self._truncations.notes()
-            yield self._made(request, call, output, report=report, cut=cut, fps=fps)
 
     def _made(
         self, request: Request, call: Mapping[str, Any], output: Any, *, report: Any, cut: tuple[str, ...], fps: int

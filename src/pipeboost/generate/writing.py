@@ -9,13 +9,13 @@ import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
 
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, one_line
 from pipeboost.core.user_files import user_path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -23,10 +23,19 @@ VIDEO_FORMATS = {".mp4": "mp4"}
 
 
 def write_image(image: Image.Image, path: Path, *, new: bool = False) -> Path:
-    """Write a picture in the format that the file's name asks for, as `write_whole` does."""
+    """Write a picture in the format that the file's name asks for, as `write_whole` does.
+
+    Raises:
+        PipeboostError: it is too large for the format, or the file cannot be written.
+    """
     settings: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
     kind = IMAGE_FORMATS[path.suffix.lower()]
-    return write_whole(path, lambda file: image.save(file, format=kind, **settings), new=new)
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, format=kind, **settings)
+    except (OSError, ValueError) as error:
+        raise PipeboostError(f"{path} cannot be written as {kind}: {one_line(error)}") from error
+    return write_whole(path, buffer.getvalue(), new=new)
 
 
 def write_video(frames: Any, path: Path, *, fps: int, new: bool = False) -> Path:
@@ -37,8 +46,7 @@ def write_video(frames: Any, path: Path, *, fps: int, new: bool = False) -> Path
     """
     require_pyav()
     # Encoded in memory, since PyAV hides what a write to a full disk raises.
-    video = _encoded(frames, fps=fps)
-    return write_whole(path, lambda file: file.write(video), new=new)
+    return write_whole(path, _encoded(frames, fps=fps), new=new)
 
 
 def require_pyav() -> None:
@@ -65,7 +73,7 @@ def _encoded(frames: Any, *, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, new: bool = False) -> Path:
+def write_whole(path: Path, content: bytes, *, new: bool = False) -> Path:
     """Write to a temporary file beside `path` and rename it, so that no half of a file is ever seen under its name.
 
     Args:
@@ -82,13 +90,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, new: bool =
         # A link stays one, and what is no file, such as /dev/null, is written to and not replaced.
         target = path if new else Path(os.path.realpath(path))
         if not new and target.exists() and not target.is_file():
-            target.write_bytes(_bytes_of(write))
+            target.write_bytes(content)
             return path
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=".part", dir=target.parent)
         left.append(temporary)
-        with os.fdopen(handle, "w+b") as file:
-            write(file)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o666 & ~_umask())
         if new:
             path = target = _reserved(path)
@@ -112,12 +120,6 @@ def _reserved(path: Path) -> Path:
             os.close(os.open(each, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return each
     raise AssertionError("there is always a free number")
-
-
-def _bytes_of(write: Callable[[IO[bytes]], object]) -> bytes:
-    buffer = io.BytesIO()
-    write(buffer)
-    return buffer.getvalue()
 
 
 def _umask() -> int:

@@ -5,7 +5,6 @@ from pipeboost.kernels.merge import merge_partial
 from pipeboost.kernels.table import (
     KERNELS,
     Kernel,
-    Package,
     accepted_dtypes,
     available_kernels,
     installed_package,
@@ -21,7 +20,6 @@ __all__ = [
     "Attended",
     "Kernel",
     "MaskKind",
-    "Package",
     "accepted_dtypes",
     "available_kernels",
     "compact_keys",

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,73 +22,6 @@ from pipeboost.kernels.torch_native import Attended
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 FLASH3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-
-
-def flash2(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """FlashAttention 2 (`flash-attn`); key-padding masks."""
-    k, v, lengths = _unmasked(k, v, mask, right_padded)
-    out, lse = torch.ops.pipeboost.flash2(q, k, v, lengths, _scale(q, scale))
-    return _attended(out, lse, lengths, return_lse)
-
-
-def flash3(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """FlashAttention 3 (`flash_attn_interface` or `fa3-fwd`); key-padding masks."""
-    k, v, lengths = _unmasked(k, v, mask, right_padded)
-    out, lse = torch.ops.pipeboost.flash3(q, k, v, lengths, None, None, None, _scale(q, scale))
-    return _attended(out, lse, lengths, return_lse)
-
-
-def flash3_fp8(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """FlashAttention 3 on float8_e4m3fn, quantised here with one scale per sample and head; key-padding masks."""
-    k, v, lengths = _unmasked(k, v, mask, right_padded)
-    q8, q_descale = quantize_heads(q)
-    k8, k_descale = quantize_heads(k, lengths)
-    v8, v_descale = quantize_heads(v, lengths)
-    out, lse = torch.ops.pipeboost.flash3(q8, k8, v8, lengths, q_descale, k_descale, v_descale, _scale(q, scale))
-    return _attended(out.to(q.dtype), lse, lengths, return_lse)
-
-
-def flash4(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """FlashAttention 4 (`flash_attn.cute`), for Blackwell; key-padding masks."""
-    k, v, lengths = _unmasked(k, v, mask, right_padded)
-    out, lse = torch.ops.pipeboost.flash4(q, k, v, lengths, _scale(q, scale))
-    return _attended(out, lse, lengths, return_lse)
 
 
 def quantize_heads(x: torch.Tensor, lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,22 +39,6 @@ def quantize_heads(x: torch.Tensor, lengths: torch.Tensor | None = None) -> tupl
     descale = (x.abs().amax(dim=(1, 3)).to(torch.float32) / _FP8_MAX).clamp(min=1e-12)
     scaled = x.to(torch.float32) / descale[:, None, :, None]
     return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(_FP8), descale
-
-
-def _unmasked(
-    k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, right_padded: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return (k, v, None) if mask is None else compact_keys(k, v, mask, right_padded=right_padded)
-
-
-def _attended(out: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor | None, return_lse: bool) -> Attended:
-    if not return_lse:
-        return out
-    return out, lse if lengths is None else torch.where((lengths > 0)[:, None, None], lse, -torch.inf)
-
-
-def _scale(q: torch.Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 @torch.library.custom_op("pipeboost::flash2", mutates_args=())
@@ -143,10 +61,10 @@ def _flash3(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor | None,
-    q_descale: torch.Tensor | None,
-    k_descale: torch.Tensor | None,
-    v_descale: torch.Tensor | None,
     scale: float,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Without new keys the "cache" entry is the plain forward, and in every version it can return the log-sum-exp.
     out, lse, *_ = _flash3_interface().flash_attn_with_kvcache(
@@ -180,29 +98,11 @@ def _flash4(
 
 
 @_flash2.register_fake
-@_flash4.register_fake
-def _flash_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _output_shapes(q, q.dtype)
-
-
 @_flash3.register_fake
-def _flash3_shapes(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: torch.Tensor | None,
-    q_descale: torch.Tensor | None,
-    k_descale: torch.Tensor | None,
-    v_descale: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _output_shapes(q, torch.bfloat16 if q.dtype == _FP8 else q.dtype)
-
-
-def _output_shapes(q: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+@_flash4.register_fake
+def _output_shapes(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, _ = q.shape
+    dtype = torch.bfloat16 if q.dtype == _FP8 else q.dtype
     return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
@@ -210,3 +110,44 @@ def _output_shapes(q: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 def _flash3_interface() -> Any:
     found = next(name for name in FLASH3_MODULES if importlib.util.find_spec(name) is not None)
     return importlib.import_module(found)
+
+
+def _attend(
+    operator: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    lengths = None
+    if mask is not None:
+        k, v, lengths = compact_keys(k, v, mask, right_padded=right_padded)
+    out, lse = operator(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
+    if not return_lse:
+        return out
+    return out, lse if lengths is None else torch.where((lengths > 0)[:, None, None], lse, -torch.inf)
+
+
+def _in_eight_bits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q8, q_descale = quantize_heads(q)
+    k8, k_descale = quantize_heads(k, lengths)
+    v8, v_descale = quantize_heads(v, lengths)
+    out, lse = torch.ops.pipeboost.flash3(q8, k8, v8, lengths, scale, q_descale, k_descale, v_descale)
+    return out.to(q.dtype), lse
+
+
+# `Kernel.function` says what they take; all honour key-padding masks.
+flash2 = functools.partial(_attend, torch.ops.pipeboost.flash2)
+"""FlashAttention 2 (`flash-attn`)."""
+flash3 = functools.partial(_attend, torch.ops.pipeboost.flash3)
+"""FlashAttention 3 (`flash_attn_interface` or `fa3-fwd`)."""
+flash3_fp8 = functools.partial(_attend, _in_eight_bits)
+"""FlashAttention 3 on float8_e4m3fn, quantised here with one scale per sample and head."""
+flash4 = functools.partial(_attend, torch.ops.pipeboost.flash4)
+"""FlashAttention 4 (`flash_attn.cute`), for Blackwell."""

@@ -17,8 +17,6 @@ from pipeboost.kernels.key_padding import MaskKind
 from pipeboost.kernels.sage import sage
 from pipeboost.kernels.torch_native import Attended, cudnn, sdpa
 
-_HALF = (torch.bfloat16, torch.float16)
-_ALL = (torch.float32, torch.bfloat16, torch.float16)
 _MASK_ORDER: tuple[MaskKind, ...] = ("none", "key padding", "any")
 
 
@@ -37,43 +35,41 @@ class Package:
     dtypes: tuple[torch.dtype, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One attention kernel.
 
     Attributes:
         name: a name of `ATTENTION_BACKENDS`.
         tier: the quality tier from which it may run.
-        devices: device types.
-        dtypes: dtypes of queries, keys and values.
-        head_dims: smallest and largest head dimension, and what it must be a multiple of.
-        capabilities: smallest CUDA compute capability, and the first one too large (None: no end).
-        masks: the most that it honours.
-        lse: whether it can return the log-sum-exp, which ring attention needs.
-        packages: any one of them will do; the first that is installed is used.
         function: `(q, k, v, mask, return_lse, *, scale, right_padded)` with q, k and v of shape
             `(batch, tokens, heads, head_dim)`; returns the output of the queries' shape and dtype, with `return_lse`
-            also the natural log-sum-exp, float32 `(batch, heads, tokens)`.
+            also the natural log-sum-exp, float32 `(batch, heads, tokens)`, which ring attention needs.
+        head_dims: smallest and largest head dimension, and what it must be a multiple of.
+        capabilities: smallest CUDA compute capability, and the first one too large (None: no end).
+        devices: device types.
+        dtypes: dtypes of queries, keys and values.
+        masks: the most that it honours.
+        packages: any one of them will do; the first that is installed is used.
     """
 
     name: str
     tier: str
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
+    function: Callable[..., Attended]
     head_dims: tuple[int, int, int]
     capabilities: tuple[tuple[int, int], tuple[int, int] | None]
-    masks: MaskKind
-    lse: bool
-    packages: tuple[Package, ...]
-    function: Callable[..., Attended]
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    masks: MaskKind = "key padding"
+    packages: tuple[Package, ...] = ()
 
 
-_FLASH_ATTN = Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation")
+_ANYWHERE = ("cpu", "cuda")
+_ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLASH_3 = (
     Package("flash_attn_interface", "pip install . (in flash-attention/hopper)"),
     Package("fa3_fwd_interface", "pip install fa3-fwd", dtypes=(torch.bfloat16,)),
 )
-_CUDA = ("cuda",)
 
 KERNELS: Mapping[str, Kernel] = {
     kernel.name: kernel
@@ -81,98 +77,69 @@ KERNELS: Mapping[str, Kernel] = {
         Kernel(
             name="sdpa",
             tier="lossless",
-            devices=("cpu", "cuda"),
-            dtypes=_ALL,
+            function=sdpa,
             head_dims=(1, 1024, 1),
             capabilities=((0, 0), None),
+            devices=_ANYWHERE,
+            dtypes=_ALL_DTYPES,
             masks="any",
-            lse=True,
-            packages=(),
-            function=sdpa,
         ),
         Kernel(
             name="cudnn",
             tier="lossless",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=cudnn,
             head_dims=(8, 128, 8),
             capabilities=((8, 0), None),
             masks="any",
-            lse=True,
-            packages=(),
-            function=cudnn,
         ),
         Kernel(
             name="flash2",
             tier="lossless",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=flash2,
             head_dims=(8, 256, 8),
             capabilities=((8, 0), None),
-            masks="key padding",
-            lse=True,
-            packages=(_FLASH_ATTN,),
-            function=flash2,
+            packages=(Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),),
         ),
         Kernel(
             name="flash3",
             tier="lossless",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=flash3,
             head_dims=(8, 256, 8),
             capabilities=((9, 0), (10, 0)),
-            masks="key padding",
-            lse=True,
             packages=_FLASH_3,
-            function=flash3,
         ),
         Kernel(
             name="flash3_fp8",
             tier="balanced",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=flash3_fp8,
             head_dims=(16, 256, 16),
             capabilities=((9, 0), (10, 0)),
-            masks="key padding",
-            lse=True,
             packages=_FLASH_3,
-            function=flash3_fp8,
         ),
         Kernel(
             name="flash4",
             tier="lossless",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=flash4,
             head_dims=(64, 128, 32),
             capabilities=((10, 0), None),
-            masks="key padding",
-            lse=True,
             packages=(Package("flash_attn.cute", "pip install --pre flash-attn-4"),),
-            function=flash4,
         ),
         Kernel(
             name="sage",
             tier="balanced",
-            devices=_CUDA,
-            dtypes=_HALF,
+            function=sage,
             head_dims=(64, 128, 64),
             capabilities=((8, 0), None),
-            masks="key padding",
-            lse=True,
             packages=(Package("sageattention", "pip install sageattention"),),
-            function=sage,
         ),
         Kernel(
             name="flex",
             tier="lossless",
-            devices=("cpu", "cuda"),
-            dtypes=_ALL,
+            function=flex,
             head_dims=(16, 256, 1),
             capabilities=((7, 5), None),
-            masks="key padding",
-            lse=True,
-            packages=(),
-            function=flex,
+            devices=_ANYWHERE,
+            dtypes=_ALL_DTYPES,
         ),
     )
 }
@@ -230,7 +197,6 @@ def refuses(
     dtype: torch.dtype,
     head_dim: int,
     mask: MaskKind,
-    lse: bool = False,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> str | None:
     """Why a kernel will not take a call, in a few words; None if it takes it.
@@ -243,7 +209,6 @@ def refuses(
         dtype: their dtype.
         head_dim: width of one head.
         mask: the kind of mask.
-        lse: whether the log-sum-exp is asked for.
         dtypes: what `accepted_dtypes` says (looked up where not given).
     """
     smallest, largest, multiple = kernel.head_dims
@@ -255,8 +220,6 @@ def refuses(
         return "it does not have this head dimension"
     if _MASK_ORDER.index(mask) > _MASK_ORDER.index(kernel.masks):
         return "it does not honour this mask"
-    if lse and not kernel.lse:
-        return "it returns no log-sum-exp"
     return None
 
 

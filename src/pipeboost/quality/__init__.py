@@ -1,5 +1,6 @@
 """Judges a whole generation: how far it is from stock, and how fast."""
 
-from pipeboost.quality.parity import Verification, psnr, relative_error, verify_acceleration
+from pipeboost.quality.metrics import psnr, relative_error
+from pipeboost.quality.verify import Verification, verify_acceleration
 
 __all__ = ["Verification", "psnr", "relative_error", "verify_acceleration"]

@@ -25,16 +25,6 @@ class Timing:
         """The middle one."""
         return statistics.median(self.milliseconds)
 
-    @property
-    def fastest(self) -> float:
-        """The shortest."""
-        return min(self.milliseconds)
-
-    @property
-    def slowest(self) -> float:
-        """The longest."""
-        return max(self.milliseconds)
-
 
 def time_runs(
     run: Callable[[], Any], device: torch.device, *, repeats: int, warm_ups: int = WARM_UPS

@@ -1,76 +1,102 @@
-"""Turns: of several calls that overlap, so many denoise at a time, in the order of the requests."""
+"""Admission: in which order the calls of one pipeline start, and how many of them denoise at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from pipeboost.core.errors import Cancelled
 
 TURN = "turn"
-"""Where a call's state keeps its `Turn`."""
+"""Where the state of a call that overlaps with others keeps its `Turn`."""
+AT_ONCE = 2
+"""Calls in their loops at a time: the kernels of one fill the gaps between those of the other."""
 
 
-class Turns:
-    """The order of a list of requests. Each request has a `Turn`, by its position.
+class Admission:
+    """The calls of one pipeline that wait or run, in the order in which they came."""
 
-    Args:
-        at_once: requests that may denoise at a time.
-    """
-
-    def __init__(self, *, at_once: int) -> None:
-        self._at_once = at_once
+    def __init__(self) -> None:
+        self._at_once = AT_ONCE
+        self._turns: list[Turn] = []
         self._changed = threading.Condition()
-        self._begun = -1
-        self._ended: set[int] = set()
-        self._stopped = False
 
-    def wait_to_start(self, position: int) -> None:
-        """Wait until the request before this one denoises: what comes before and after a loop overlaps with it."""
-        self._wait(lambda: self._begun >= position - 1)
+    def enter(self, *, alone: bool, must_run: bool = False) -> Turn:
+        """The turn of a call that comes now; to be entered around the call, which gives it up.
 
-    def begin(self, position: int) -> None:
-        """Wait until few enough of the requests before this one still denoise."""
-        self._wait(lambda: position - len(self._ended) < self._at_once)
+        Args:
+            alone: the call starts once all before it have left, and those after it once it has left; otherwise what
+                comes before and after the loops of neighbours overlaps with them.
+            must_run: the call starts even when it is cancelled, since other ranks make it too.
+        """
+        turn = Turn(self, alone=alone, must_run=must_run)
         with self._changed:
-            self._begun = max(self._begun, position)
-            self._changed.notify_all()
-
-    def end(self, position: int) -> None:
-        """This request needs the denoiser no longer."""
-        with self._changed:
-            self._begun = max(self._begun, position)
-            self._ended.add(position)
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        """Make everyone who waits, now or later, raise `Cancelled`."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or ready())
-            if self._stopped:
-                raise Cancelled("the call was cancelled while it waited for its turn")
+            self._turns.append(turn)
+        return turn
 
 
 class Turn:
-    """One request's place in the order of `turns`."""
+    """The place of one call in an `Admission`."""
 
-    def __init__(self, turns: Turns, position: int) -> None:
-        self.turns = turns
-        self.position = position
+    def __init__(self, admission: Admission, *, alone: bool, must_run: bool) -> None:
+        self.alone = alone
+        self._must_run = must_run
+        self._admission = admission
+        self._begun = self._ended = self._cancelled = False
 
-    def wait_to_start(self) -> None:
-        """Wait until the request before this one denoises."""
-        self.turns.wait_to_start(self.position)
+    def __enter__(self) -> Turn:
+        """Wait until the call may start.
+
+        Raises:
+            Cancelled: it was cancelled meanwhile.
+        """
+        try:
+            if self.alone:
+                self._wait(lambda before: not before)
+            else:
+                self._wait(lambda before: all(each._begun and not each.alone for each in before))
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
 
     def begin(self) -> None:
-        """Wait until few enough of the requests before this one still denoise."""
-        self.turns.begin(self.position)
+        """Wait until few enough of the calls before this one still denoise.
+
+        Raises:
+            Cancelled: it was cancelled meanwhile.
+        """
+        self._wait(lambda before: sum(not each._ended for each in before) < self._admission._at_once)
+        with self._admission._changed:
+            self._begun = True
+            self._admission._changed.notify_all()
 
     def end(self) -> None:
-        """Let the next request denoise; harmless when repeated."""
-        self.turns.end(self.position)
+        """Let the next call denoise; harmless when repeated."""
+        with self._admission._changed:
+            self._begun = self._ended = True
+            self._admission._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Let the call raise `Cancelled` where it waits, now or later."""
+        with self._admission._changed:
+            self._cancelled = not self._must_run
+            self._admission._changed.notify_all()
+
+    def _leave(self) -> None:
+        with self._admission._changed:
+            self._admission._turns.remove(self)
+            self._admission._changed.notify_all()
+
+    def _wait(self, ready: Callable[[Sequence[Turn]], bool]) -> None:
+        turns = self._admission._turns
+        with self._admission._changed:
+            self._admission._changed.wait_for(lambda: self._cancelled or ready(turns[: turns.index(self)]))
+            if self._cancelled:
+                raise Cancelled("the call was cancelled while it waited for its turn")

@@ -1,20 +1,20 @@
-"""What is kept of a call that is over, and for whom: its report, the caller of several requests, or nobody."""
+"""`CallRecord`: one call from before it starts until after it has ended, and what is kept of it for its report."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeboost.contract.call import Call
 from pipeboost.features.cache import CacheCount
+from pipeboost.stages.admission import Turn
 from pipeboost.stages.report import Load, Report
-from pipeboost.stages.spans import Span
+from pipeboost.stages.spans import Progress, Span
 
-_unreported: ContextVar[bool] = ContextVar("pipeboost_unreported", default=False)
-_collected: ContextVar[list[FinishedCall] | None] = ContextVar("pipeboost_collected", default=None)
+_given: ContextVar[CallRecord | None] = ContextVar("pipeboost_call_record", default=None)
 
 
 @dataclass(frozen=True)
@@ -69,34 +69,58 @@ class FinishedCall:
         )
 
 
-def latest_after(call: Call, latest: FinishedCall | None) -> FinishedCall | None:
-    """Which finished call to report once `call` has ended: it, or `latest` where nobody or another asks for it."""
-    collected = _collected.get()
-    if _unreported.get():
-        return latest
-    if collected is None:
-        return FinishedCall.of(call)
-    collected.append(FinishedCall.of(call))
-    return latest
+@dataclass(eq=False)
+class CallRecord:
+    """The state of one call that others than its own thread ask for.
+
+    Attributes:
+        kept: whether somebody else has it, so that it is not what the pipeline's own report tells of.
+        turn: its place among the calls of its pipeline; None where it has none.
+        listeners: told of each stage and denoising step; what they raise ends the call.
+        progress: what they were told last.
+        call: the call while it runs.
+        cancelled: whether it is to be.
+        finished: what a report needs of the call, once it has ended.
+    """
+
+    kept: bool = False
+    turn: Turn | None = None
+    listeners: list[Callable[[Progress], None]] = field(default_factory=list)
+    progress: Progress | None = None
+    call: Call | None = None
+    cancelled: bool = False
+    finished: FinishedCall | None = None
+
+    def tell(self, progress: Progress) -> None:
+        """Note where the call is, and tell the listeners."""
+        self.progress = progress
+        for listener in tuple(self.listeners):
+            listener(progress)
+
+    def cancel(self) -> None:
+        """Make the call raise `Cancelled` where it waits for its turn, or at its next denoising step."""
+        self.cancelled = True
+        if self.turn is not None:
+            self.turn.cancel()
+        call = self.call
+        if call is not None:
+            call.cancel()
 
 
 @contextlib.contextmanager
-def unreported() -> Iterator[None]:
-    """Calls inside leave no report."""
-    token = _unreported.set(True)
+def recorded_by(record: CallRecord) -> Iterator[None]:
+    """Inside, the next call of this thread has this record, which is kept."""
+    token = _given.set(record)
     try:
         yield
     finally:
-        _unreported.reset(token)
+        _given.reset(token)
 
 
-def with_what_finished(view: Any, request: Mapping[str, Any]) -> tuple[Any, FinishedCall | None]:
-    """One of several overlapping requests: what it returns, and its finished call; None where it ran stock."""
-    finished: list[FinishedCall] = []
-    token = _collected.set(finished)
-    try:
-        # Calls inside this one, from a callback, finish before it.
-        output = view(**request)
-        return output, finished[-1] if finished else None
-    finally:
-        _collected.reset(token)
+def take_record() -> CallRecord:
+    """The record for a call that begins; calls inside it get their own."""
+    record = _given.get()
+    if record is None:
+        return CallRecord()
+    _given.set(None)
+    return record

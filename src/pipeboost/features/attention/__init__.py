@@ -1,10 +1,8 @@
 """Attention on one device: which kernel runs, chosen per call, inside the blocks' own processors."""
 
-from pipeboost.features.attention.choice import KernelChoice, choose_kernel, explain_choice
-from pipeboost.features.attention.dispatcher import Dispatcher
+from pipeboost.features.attention.choice import choose_kernel, explain_choice
 from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.attention.swap import (
-    SwapReport,
     dispatcher_of,
     rebind_attention,
     refuse_stock_processors,
@@ -13,9 +11,6 @@ from pipeboost.features.attention.swap import (
 )
 
 __all__ = [
-    "Dispatcher",
-    "KernelChoice",
-    "SwapReport",
     "choose_kernel",
     "dispatcher_of",
     "explain_choice",

@@ -15,7 +15,7 @@ from pipeboost.contract.call import current_call, is_tracing_our_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.features.attention.choice import choose_kernel, refusal
-from pipeboost.kernels import KERNELS, Attended, Kernel, accepted_dtypes, available_kernels, mask_kind, refuses
+from pipeboost.kernels import KERNELS, Attended, accepted_dtypes, available_kernels, mask_kind, refuses
 
 
 class AttendAcross(Protocol):
@@ -158,38 +158,20 @@ class Dispatcher:
         Raises:
             UnsupportedError: the kernel that the user named cannot take the call.
         """
-        kernel, against = self.kernel_for(q, k, mask, return_lse=return_lse)
-        if against is not None:
-            out, lse = _refuse(q, against)
-            return (out, lse) if return_lse else out
-        return kernel.function(q, k, v, mask, return_lse, scale=scale, right_padded=self.settings.right_padded)
-
-    def kernel_for(
-        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, *, return_lse: bool = False
-    ) -> tuple[Kernel, str | None]:
-        """The kernel of one call, from shapes, dtype and device alone, and why it will not take it, if so."""
-        kind = mask_kind(mask, q, k)
-        device, head_dim = q.device.type, q.shape[-1]
-        backend = self.settings.backend
+        kind, device, head_dim = mask_kind(mask, q, k), q.device.type, q.shape[-1]
+        backend, tier = self.settings.backend, self.settings.tier
         if backend == "auto":
             hardware, installed = self._devices[device]
-            tier = self.settings.tier
-            return choose_kernel(
-                q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, tier, installed
-            ).kernel, None
-        kernel = KERNELS[backend]
-        against = refuses(
-            kernel,
-            device=device,
-            dtype=q.dtype,
-            head_dim=head_dim,
-            mask=kind,
-            lse=return_lse,
-            dtypes=self._dtypes[backend],
-        )
-        if against is None:
-            return kernel, None
-        return kernel, refusal(backend, against, f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}")
+            choice = choose_kernel(q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, tier, installed)
+            kernel = choice.kernel
+        else:
+            kernel, dtypes = KERNELS[backend], self._dtypes[backend]
+            against = refuses(kernel, device=device, dtype=q.dtype, head_dim=head_dim, mask=kind, dtypes=dtypes)
+            if against is not None:
+                call = f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}"
+                out, lse = _refuse(q, refusal(backend, against, call))
+                return (out, lse) if return_lse else out
+        return kernel.function(q, k, v, mask, return_lse, scale=scale, right_padded=self.settings.right_padded)
 
 
 @torch.library.custom_op("pipeboost::refuse", mutates_args=())

@@ -78,7 +78,9 @@ class _Swap:
         with _lock:
             subclass = self.dispatcher.subclasses.get(stock)
             if subclass is None:
-                members = {"__call__": _rebuilt_call(stock, self.dispatcher), _OURS: self.dispatcher}
+                function: Any = stock.__call__
+                call = _rebuilt(function, self.dispatcher, _reaching(function))
+                members = {"__call__": call, _OURS: self.dispatcher}
                 if self.dispatcher.settings.across is not None:
                     members["_parallel_config"] = ACROSS_RANKS
                 subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
@@ -255,12 +257,6 @@ def _names(code: types.CodeType) -> set[str]:
         elif isinstance(constant, tuple):
             found.update(each for each in constant if isinstance(each, str))
     return found
-
-
-def _rebuilt_call(stock: type, dispatcher: Dispatcher) -> types.FunctionType:
-    function = stock.__call__
-    assert isinstance(function, types.FunctionType)
-    return _rebuilt(function, dispatcher, _reaching(function))
 
 
 def _rebuilt(function: types.FunctionType, dispatcher: Dispatcher, reaching: set[Any]) -> types.FunctionType:

@@ -3,7 +3,7 @@
 `attach_cache` is the verb. cache-dit is imported when a cache is attached, not before.
 """
 
-from pipeboost.features.cache.attach import attach_cache, refuse_other_caches
-from pipeboost.features.cache.state import CacheCount, CallCache
+from pipeboost.features.cache.attach import attach_cache
+from pipeboost.features.cache.state import CacheCount
 
-__all__ = ["CacheCount", "CallCache", "attach_cache", "refuse_other_caches"]
+__all__ = ["CacheCount", "attach_cache"]

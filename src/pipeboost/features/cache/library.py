@@ -9,8 +9,8 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -42,8 +42,10 @@ with _process_kept():
     from cache_dit.caching import CachedBlocks, CachedContextManager
     from cache_dit.caching.cache_blocks import pattern_base
 
-__all__ = ["BlockRow", "BranchCache", "steps_mask"]
+__all__ = ["BlockRow", "Cache", "steps_mask"]
 
+Cache: TypeAlias = Callable[..., tuple[Any, bool]]
+"""Runs a row of blocks for one step: what its last block would have returned, and whether the middle was skipped."""
 _PATTERNS: dict[BlockReturn, ForwardPattern] = {
     "image_text": ForwardPattern.Pattern_0,
     "text_image": ForwardPattern.Pattern_1,
@@ -110,7 +112,7 @@ class BlockRow:
         steps: int | None,
         mask: list[int] | None,
         tokens: Group | None = None,
-    ) -> BranchCache:
+    ) -> Cache:
         """A cache with a fresh context over these blocks; `tokens` are the ranks that share them."""
         contexts = _Contexts(name=self._wrapper.cache_prefix, tokens=tokens)
         contexts.new_context(
@@ -134,25 +136,13 @@ class BlockRow:
         wrapper._modules = {"transformer_blocks": nn.ModuleList(blocks)}
         wrapper.transformer = None
         wrapper.context_manager = contexts
-        return BranchCache(wrapper, contexts)
 
+        def run(*args: Any, **kwargs: Any) -> tuple[Any, bool]:
+            output = wrapper(*args, **kwargs)
+            context = contexts.get_context(_CONTEXT)
+            return output, context.get_current_step() in context.get_cached_steps()
 
-class BranchCache:
-    """The cache of one guidance branch of one call."""
-
-    def __init__(self, wrapper: nn.Module, contexts: _Contexts) -> None:
-        self._wrapper = wrapper
-        self._contexts = contexts
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
-        """Run the row of blocks for one step.
-
-        Returns:
-            What its last block would have returned, and whether the middle blocks were skipped.
-        """
-        output = self._wrapper(*args, **kwargs)
-        context = self._contexts.get_context(_CONTEXT)
-        return output, context.get_current_step() in context.get_cached_steps()
+        return run
 
 
 @contextlib.contextmanager

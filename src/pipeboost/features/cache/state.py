@@ -16,7 +16,7 @@ from pipeboost.distributed import Group
 from pipeboost.features.cache.steps import computed_steps, settings_of, steps_of_experts
 
 if TYPE_CHECKING:
-    from pipeboost.features.cache.library import BlockRow, BranchCache
+    from pipeboost.features.cache.library import BlockRow, Cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Branch:
     mask: list[int] | None
     skipped: list[bool] = field(default_factory=list)
     computing: bool = False
-    _cache: BranchCache | None = None
+    _cache: Cache | None = None
     _output: Any = None
 
     @property
@@ -76,7 +76,7 @@ class Branch:
         assert self._cache is not None
         self.computing = True
         try:
-            self._output, skipped = self._cache.forward(*args, **kwargs)
+            self._output, skipped = self._cache(*args, **kwargs)
         finally:
             self.computing = False
         self.skipped.append(skipped)
@@ -126,18 +126,15 @@ class CallCache:
         """What was computed and skipped so far; remains after the call."""
         return tuple(
             CacheCount(self._denoisers[position], branch, blocks, tuple(state.skipped))
-            for (position, blocks, branch), state in sorted(self._branches.items(), key=_by_expert_and_branch)
+            for (position, blocks, branch), state in sorted(
+                self._branches.items(), key=lambda item: (item[0][0], item[0][2])
+            )
         )
 
     def release(self) -> None:
         """Drop all contexts with their tensors; the counts stay. A forward after this starts afresh."""
         for state in self._branches.values():
             state.release()
-
-
-def _by_expert_and_branch(item: tuple[tuple[int, str, int], Branch]) -> tuple[int, int]:
-    (position, _, branch), _ = item
-    return position, branch
 
 
 def call_cache(call: Call, settings: CacheConfig, family: Family) -> CallCache:

@@ -1,20 +1,18 @@
-"""How far apart two results are, and whether an acceleration keeps the promise of its tier."""
+"""`verify_acceleration`: whether an acceleration keeps the promise of its tier."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pipeboost.core.seams import add_layer, remove_layer
+from pipeboost.quality.metrics import outputs_on_host, psnr, relative_error
 from pipeboost.quality.tuned_stock import stock_compile
 
 FLOOR_MARGIN = 1.2
@@ -23,52 +21,6 @@ BALANCED_PSNR = 30.0
 """`balanced`: PSNR to stock of the finished result, dB."""
 FAST_PSNR = 25.0
 """`fast`: the stated budget, PSNR to stock of the finished result, dB."""
-
-
-def relative_error(ours: torch.Tensor, stock: torch.Tensor) -> float:
-    """‖ours - stock‖ / ‖stock‖ in float64; infinite where ours is not finite."""
-    ours, stock = ours.double(), stock.double()
-    if not bool(torch.isfinite(ours).all()):
-        return math.inf
-    return float((ours - stock).norm() / stock.norm().clamp_min(1e-30))
-
-
-def psnr(ours: np.ndarray, stock: np.ndarray, *, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal arrays. `peak` defaults to the range of `stock`."""
-    error = float(np.mean((ours.astype(np.float64) - stock.astype(np.float64)) ** 2))
-    if error == 0:
-        return math.inf
-    spread = float(stock.max() - stock.min()) if peak is None else peak
-    return 10 * math.log10(spread**2 / error)
-
-
-def outputs_of(result: Any) -> dict[str, Any]:
-    """What a pipeline or a transformer returned, by name where it has names, else by position."""
-    if isinstance(result, Mapping):
-        named: dict[str, Any] = dict(result)
-    else:
-        named = (
-            {str(index): value for index, value in enumerate(result)} if isinstance(result, tuple) else {"0": result}
-        )
-    return {name: value for name, value in named.items() if _samples(value)}
-
-
-def _samples(output: Any) -> list[torch.Tensor]:
-    """The tensors, arrays or images of one output, which may be lists of them, as tensors."""
-    if isinstance(output, (list, tuple)):
-        return [sample for each in output for sample in _samples(each)]
-    if isinstance(output, torch.Tensor):
-        return [output.detach()]
-    if isinstance(output, np.ndarray):
-        return [torch.from_numpy(output)] if output.dtype.kind in "fiu" else []
-    if isinstance(output, Image.Image):
-        return [torch.from_numpy(np.asarray(output, dtype=np.float32) / 255)]
-    return []
-
-
-def flat(output: Any) -> torch.Tensor:
-    """All numbers of one output in a row: of batches whose samples differ in size, too."""
-    return torch.cat([sample.reshape(-1) for sample in _samples(output)])
 
 
 @dataclass(frozen=True)
@@ -126,9 +78,9 @@ def verify_acceleration(
     """
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
     with _rewound_generators(pipe, call) as rewind, paused(), _first_forwards(denoisers, first):
-        stock = _flat_outputs(pipe(**rewind()))
+        stock = outputs_on_host(pipe(**rewind()))
     with _rewound_generators(pipe, call) as rewind:
-        ours = _flat_outputs(pipe(**rewind()))
+        ours = outputs_on_host(pipe(**rewind()))
     whole = {}
     for name, expected in stock.items():
         difference = float((ours[name].double() - expected.double()).abs().max())
@@ -189,7 +141,7 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
                 return call_next(*args, **kwargs)
             inputs = copy.deepcopy((args, kwargs))
             output = call_next(*args, **kwargs)
-            into[name] = (*inputs, _flat_outputs(output))
+            into[name] = (*inputs, outputs_on_host(output))
             return output
 
         return layer
@@ -204,12 +156,7 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
             remove_layer(denoisers[name], "__call__", layer)
 
 
-def _flat_outputs(result: Any) -> dict[str, torch.Tensor]:
-    """A copy of each output of a call on the host."""
-    return {name: flat(output).float().cpu().clone() for name, output in outputs_of(result).items()}
-
-
 def _errors(path: str, result: Any, stock: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    ours = _flat_outputs(result)
+    ours = outputs_on_host(result)
     names = {name: path if len(stock) == 1 else f"{path}.{name}" for name in stock}
     return {names[name]: relative_error(ours[name], expected) for name, expected in stock.items()}
