@@ -186,5 +186,5 @@ def _named(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @functools.cache
-def _positions(cls: type[torch.nn.Module]) -> dict[str, int]:
+def _positions(cls: type) -> dict[str, int]:
     return {name: position for position, name in enumerate([*signature_of(cls, "forward").parameters][1:])}

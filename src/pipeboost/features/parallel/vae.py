@@ -10,7 +10,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,22 +28,9 @@ PARTS = ("encoder", "decoder")
 STATE = "vae"
 
 
-@dataclass(frozen=True)
-class VaeReport:
-    """What `parallelize_vae` did.
-
-    Attributes:
-        shared: `"encoder"`, `"decoder"` or both: those whose forwards the ranks share.
-        left: the others, each with the reason.
-    """
-
-    shared: tuple[str, ...]
-    left: tuple[tuple[str, str], ...]
-
-
 def parallelize_vae(
     vae: nn.Module, autoencoder: Autoencoder | None, ledger: Ledger, *, owner: object | None = None
-) -> VaeReport:
+) -> dict[str, str]:
     """Let the ranks that work on one sample share the encoder's and the decoder's forwards.
 
     Acts in calls that have `"parallel"` and a mesh with several such ranks; gradients are not for it. All ranks end
@@ -56,6 +42,9 @@ def parallelize_vae(
         autoencoder: what it is made of; None where no family says so.
         ledger: takes the inverse.
         owner: the acceleration in whose calls ranks share; it is not kept alive. None: in all.
+
+    Returns:
+        Encoder and decoder as far as ranks do not share them, each with the reason.
     """
     left = {part: reason for part in PARTS if (reason := why_not_parallel(getattr(vae, part, None), autoencoder))}
     shared = tuple(part for part in PARTS if part not in left)
@@ -71,7 +60,7 @@ def parallelize_vae(
             ledger.add_layer(
                 getattr(vae, part), "__call__", _Divide(getattr(vae, part), part, owner), place="component.strips"
             )
-    return VaeReport(shared, tuple(left.items()))
+    return left
 
 
 def _share_modules(part: nn.Module, autoencoder: Autoencoder, ledger: Ledger) -> None:
