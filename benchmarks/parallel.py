@@ -225,7 +225,7 @@ def vae(device: torch.device, results: Results) -> None:
     from pipeboost.contract.registry import families
     from pipeboost.core.ledger import Ledger
     from pipeboost.distributed import Mesh
-    from pipeboost.features.parallel import parallelize_vae
+    from pipeboost.features.parallel.vae import parallelize_vae
 
     family = next(family for family in families() if family.name == "wan")
     with torch.device(device):

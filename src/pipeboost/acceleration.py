@@ -15,7 +15,7 @@ from pipeboost.core.config import AccelerationConfig, resolve_config
 from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import attach
-from pipeboost.features.parallel import apart
+from pipeboost.features.parallel.cfg_parallel import apart
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests

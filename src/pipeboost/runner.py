@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from pipeboost.apply import AppliedPlan
 from pipeboost.contract.call import Call, current_call, no_call, open_call
 from pipeboost.core.errors import PipeboostError
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
 from pipeboost.stages import (
     COMPOSITION,
@@ -71,7 +70,7 @@ class Calls:
         with self.in_turn(record, pipe), _alone_with(pipe):
             if not self.applied.active:  # while this call waited
                 return self.run(call_next, pipe, *args, **kwargs)
-            signature = signature_of(pipe)
+            signature = signature_of(stock_class(pipe), "__call__")
             kwargs, wants_trajectory = without_trajectory(signature, kwargs)
             device = self.applied.follow_device(pipe)
             team = self.applied.team
@@ -195,11 +194,6 @@ class Calls:
         return next((recorder.stage for recorder in recorders if recorder is not None), "the call's start")
 
 
-def signature_of(pipe: Any) -> inspect.Signature:
-    """What the stock pipeline's `__call__` takes."""
-    return _signature(stock_class(pipe))
-
-
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A bound method that does not keep its object alive, so that no cycle delays the freeing of a dropped pipeline."""
     reference = weakref.WeakMethod(method)
@@ -217,8 +211,3 @@ def _alone_with(pipe: Any) -> threading.RLock:
     """The lock of a pipeline's scheduler, whose state a call goes through: calls that share one run in turn."""
     with _call_locks_lock:
         return _call_locks.setdefault(getattr(pipe, "scheduler", None) or pipe, threading.RLock())
-
-
-@functools.cache
-def _signature(pipeline_class: type) -> inspect.Signature:
-    return inspect.signature(pipeline_class.__call__)

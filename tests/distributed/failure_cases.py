@@ -149,7 +149,10 @@ def killed_before_meeting() -> dict[str, Any]:
     """Rank 1 dies after it has begun, and before it meets the other."""
     announce()
     if world().rank == 1:
+        world().store.wait(["rank 0 comes"])
+        time.sleep(0.5)  # it has looked which process this is
         os.kill(os.getpid(), signal.SIGKILL)
+    world().store.set("rank 0 comes", "")
     return outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu")))
 
 

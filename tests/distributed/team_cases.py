@@ -18,7 +18,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import DisagreementError, Mesh, checked_latents
 from pipeboost.distributed.collectives import groups as groups_module
-from pipeboost.features.parallel import share_branches
+from pipeboost.features.parallel.cfg_parallel import share_branches
 from tests.pipelines.tiny import TINY
 
 

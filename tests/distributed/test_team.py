@@ -5,7 +5,7 @@ import pytest
 from pipeboost import ParallelConfig
 from pipeboost.contract.registry import family_of
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.features.parallel import Ranks, check_layout
+from pipeboost.features.parallel.layout import Ranks, check_layout
 from tests.distributed.ranks import on_ranks
 from tests.distributed.team_cases import (
     callback_differences,

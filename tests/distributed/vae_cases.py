@@ -80,7 +80,7 @@ class Results:
     counts: list[dict[str, int]]
     again: torch.Tensor
     outside: torch.Tensor
-    left: tuple[tuple[str, str], ...]
+    left: dict[str, str]
     traces: list[str]
 
 
@@ -135,7 +135,7 @@ def share(name: str, maps: list[Map]) -> Results:
     ledger = Ledger()
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     try:
-        report = parallelize_vae(vae, family.autoencoder, ledger)
+        left = parallelize_vae(vae, family.autoencoder, ledger)
         outputs, counts = [], []
         for what in maps:
             with open_call(None, owner=None, mesh=mesh) as call, poisoned():
@@ -146,7 +146,7 @@ def share(name: str, maps: list[Map]) -> Results:
         with open_call(None, owner=None, mesh=mesh):
             again = result_of(vae, name, maps[0])
         traces = [key for module in vae.modules() for key in vars(module) if "pipeboost" in key]
-        return Results(outputs, counts, again, outside, report.left, traces)
+        return Results(outputs, counts, again, outside, left, traces)
     finally:
         mesh.close()
 

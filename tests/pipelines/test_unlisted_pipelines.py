@@ -8,7 +8,7 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.parallel import Ranks, check_layout
+from pipeboost.features.parallel.layout import Ranks, check_layout
 from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.pipelines.tiny import TINY

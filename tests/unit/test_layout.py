@@ -5,7 +5,7 @@ import pytest
 from pipeboost.contract.registry import family_named
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.features.parallel import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.features.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
 
 GIB = 2**30
 # Qwen-Image: 38 GiB of transformer, of which a rank then has 19.5 or 10.25, and 15 GiB of text encoder.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from pipeboost.core.seams import add_layer, attach, has_layer, layers_of, remove_layer, stock_class
+from pipeboost.core.seams import add_layer, attach, disguised_subclass, has_layer, layers_of, remove_layer, stock_class
 from tests.floors import python_calls
 
 
@@ -298,3 +298,12 @@ def test_a_mock_on_the_class_of_a_seamed_object_leaves_the_stock_class_as_it_was
     assert Child.__call__ is before
     assert "__call__" not in vars(Child)
     assert Child()() == "hello world!"
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_compiled_code_runs_the_method_that_a_disguised_class_shows(method):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    ours = {method: lambda self, states: torch.full_like(states, 7.0)}
+    model[0].__class__ = disguised_subclass(torch.nn.Linear, ours, shown=frozenset([method]))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(1, 2)), torch.full((1, 2), 7.0))

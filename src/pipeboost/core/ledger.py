@@ -121,6 +121,12 @@ class Ledger:
             change.holders.add(self)
         return True
 
+    def share_middleware(
+        self, obj: Any, door: str, layer: Layer, *, place: str, kind: str, settings: Hashable = None
+    ) -> None:
+        """`add_layer` for an object that several accelerations may hold; see `share`."""
+        self.share(obj, kind, settings, lambda inner: inner.add_layer(obj, door, layer, place=place))
+
     def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
         with _lock:
             obj = reference()

@@ -27,6 +27,7 @@ T = TypeVar("T")
 _CHAINS = "_pipeboost_chains"
 _STOCK = "__pipeboost_stock_class__"
 _DOORS = "__pipeboost_doors__"
+_SHOWN = "__pipeboost_shown__"
 _MADE = "__pipeboost_made__"
 """On a class of ours that is complete: while it is made, what its metaclass sets on it is its own."""
 
@@ -56,20 +57,30 @@ class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
         return _Chains()
 
 
+@functools.cache
+def signature_of(cls: type, method: str) -> inspect.Signature:
+    """Return the signature of a method of a class, `self` among its parameters."""
+    return inspect.signature(getattr(cls, method))
+
+
 def stock_class(obj: object) -> type:
     """The class the object had before pipeboost stood in its doors."""
     return _stock_of(type(obj))
 
 
-def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
+def disguised_subclass(base: type, namespace: Mapping[str, Any], *, shown: frozenset[str] = frozenset()) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
     It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`, and equals `base`. Its attributes, as others
     read, set and delete them, are those of `base`, which it also constructs; only its instances have `namespace`. Deep
     copies and pickles of them are instances of `base`; `copy.copy` keeps the subclass.
+
+    Args:
+        shown: members that the class has for its readers too, as `forward`, which Dynamo reads there.
     """
     members = {
         _STOCK: base,
+        _SHOWN: shown | _COPYING,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -153,7 +164,7 @@ def _passing(stock_metaclass: Any) -> type:
 
     def read(cls: type, name: str) -> Any:
         members = _members(cls)
-        if name in members and name not in _COPYING:
+        if name in members and name not in members[_SHOWN]:
             return getattr(members[_STOCK], name)
         return stock_metaclass.__getattribute__(cls, name)
 

@@ -13,7 +13,7 @@ from pipeboost.distributed.collectives.symmetric_buffers import Peers
 from pipeboost.distributed.failure.collective_wait import Pending, follow
 from pipeboost.distributed.failure.rendezvous import announce, decline, meet
 from pipeboost.distributed.failure.suspend_timeout import suspend_timeout
-from pipeboost.distributed.start import World, local_device, world, world_size
+from pipeboost.distributed.start import local_device, world, world_size
 
 __all__ = [
     "AXES",
@@ -24,7 +24,6 @@ __all__ = [
     "Mesh",
     "Peers",
     "Pending",
-    "World",
     "agreed_arguments",
     "announce",
     "checked_latents",

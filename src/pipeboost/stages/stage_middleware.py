@@ -18,7 +18,7 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.families import StageDoor
 from pipeboost.core.seams import Layer, stock_class
-from pipeboost.features.parallel import apart
+from pipeboost.features.parallel.cfg_parallel import apart
 from pipeboost.stages.composition import FRAMES, Composition, Slot
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import WAITING, recorder_of

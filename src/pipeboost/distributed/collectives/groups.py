@@ -6,6 +6,7 @@ torch.distributed's process-wide registry, and are gone once closed. What runs i
 
 from __future__ import annotations
 
+import pickle
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 
+from pipeboost.distributed.authentication import shared_secret, sign, verify
 from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
 from pipeboost.distributed.failure.collective_wait import Pending, finish
@@ -115,9 +117,11 @@ class Group:
         """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
         if self.size == 1:
             return [value]
-        from pipeboost.distributed.collectives.objects import gather
-
-        return gather(self, value)
+        signed = sign(pickle.dumps(value), self.name, shared_secret())
+        own = torch.frombuffer(bytearray(signed), dtype=torch.uint8)
+        lengths = self.all_gather(torch.tensor([own.numel()]), 0, [1] * self.size).tolist()
+        messages = [part.numpy().tobytes() for part in self.all_gather(own, 0, lengths).split(lengths)]
+        return [pickle.loads(verify(message, self.name, shared_secret())) for message in messages]
 
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
         """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them.

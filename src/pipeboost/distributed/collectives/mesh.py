@@ -106,11 +106,6 @@ class Mesh:
         return self._here[axis]
 
     @property
-    def size(self) -> int:
-        """How many ranks there are in all."""
-        return len(self.ranks)
-
-    @property
     def main(self) -> bool:
         """Whether this is the first of the ranks that work on its sample."""
         return self.control.rank == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from pipeboost.distributed.collectives.mesh import Mesh
 from pipeboost.distributed.failure.records import failure_from
 
@@ -59,10 +57,7 @@ class CollectiveErrors:
         self._over = True  # should this raise
         rank = self._control.ranks[self._control.rank]
         own = None if error is None else failure_from(error, rank, self._stage)
-        failed = self._control.all_gather(torch.tensor([own is not None]), 0, [1] * self._control.size)
-        if not bool(failed.any()):
-            self._over = False
-            return
-        failures = self._control.all_gather_objects(own)
-        if error is None:
-            raise next(failure for failure in failures if failure is not None).error()
+        first = next(filter(None, self._control.all_gather_objects(own)), None)
+        self._over = first is not None
+        if error is None and first is not None:
+            raise first.error()

@@ -83,7 +83,9 @@ class _Swap:
                 members = {"__call__": call, _OURS: self.dispatcher}
                 if self.dispatcher.settings.across is not None:
                     members["_parallel_config"] = ACROSS_RANKS
-                subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members)
+                # Dynamo reads the `__call__` of a processor that is a module, as adapters' are, from its class.
+                shown = frozenset(["__call__"] if issubclass(stock, torch.nn.Module) else ())
+                subclass = self.dispatcher.subclasses[stock] = disguised_subclass(stock, members, shown=shown)
             self.changed.add(processor)
             processor.__class__ = subclass
             self.accelerated = _ids(self.dispatcher)

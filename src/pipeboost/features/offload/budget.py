@@ -49,11 +49,8 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSi
     for path, module in modules.items():
         new = [tensor for tensor in weights_of(module) if id(tensor) not in seen]
         seen.update(map(id, new))
-        blocks = [
-            sum(tensor.numel() * tensor.element_size() for tensor in weights_of(block))
-            for block in repeated_blocks(path, module, family)
-        ]
-        total = sum(tensor.numel() * tensor.element_size() for tensor in new)
+        blocks = [sum(tensor.nbytes for tensor in weights_of(block)) for block in repeated_blocks(path, module, family)]
+        total = sum(tensor.nbytes for tensor in new)
         found.append(
             ComponentSize(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0))
         )
@@ -147,7 +144,7 @@ def cheapest(
 def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
     """Bytes of the weights that are on a device now."""
     unique = {id(tensor): tensor for module in modules for tensor in weights_of(module) if tensor.device == device}
-    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+    return sum(tensor.nbytes for tensor in unique.values())
 
 
 def _needed(stage: str, activations: Activations | None, unmeasured: int) -> int:

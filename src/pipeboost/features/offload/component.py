@@ -14,7 +14,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -97,13 +97,6 @@ class StagedComponent:
                 if self._depth == 0 and self.session is None:
                     self.unload()
 
-    @contextlib.contextmanager
-    def entered_block(self, index: int) -> Iterator[None]:
-        """Inside, the weights of one streamed block are on the device."""
-        assert self._stream is not None
-        with self.entered(), self._stream.holding(index):
-            yield
-
     def unload(self) -> None:
         """Take the weights off the device. Nothing is copied back but what was changed there."""
         if self._buffers is None:
@@ -149,11 +142,17 @@ class StagedComponent:
             device = self._lane.device
             return call_next(*_on(device, args), **_on(device, kwargs))
 
+    def block_door(self, index: int, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer on the call of a streamed block, whose weights are on the device inside."""
+        assert self._stream is not None
+        with self.entered(), self._stream.holding(index):
+            return call_next(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StagedComponent:
         return self
 
 
-class Stage:
+class Stage(NamedTuple):
     """When a component is used, which says what need not be on the device with it.
 
     Attributes:
@@ -161,9 +160,8 @@ class Stage:
         part: unless both name a part of the stage, and not the same one, as two experts do.
     """
 
-    def __init__(self, name: str, part: str | None = None) -> None:
-        self.name = name
-        self.part = part
+    name: str
+    part: str | None = None
 
     def beside(self, other: Stage) -> bool:
         """Whether the two may be needed at once."""

@@ -56,7 +56,7 @@ class Lane:
         pairs = list(pairs)
         call = current_call()
         if call is not None:
-            moved = sum(target.numel() * target.element_size() for target, _ in pairs)
+            moved = sum(target.nbytes for target, _ in pairs)
             call.state[BYTES_MOVED] = call.state.get(BYTES_MOVED, 0) + moved
         with torch.inference_mode(False):
             if self._stream is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,6 @@ DOORS = ("__call__", "encode", "decode", "_encode", "generate", "get_text_featur
 EXECUTION_DEVICE = "_execution_device"
 """The pipeline's property that says where its inputs and latents belong."""
 
-# Within the doors of stages, which time the loading too, and outside of what computes.
-# Within a cache's layer, which may skip the block, and outside of its compiled code.
-
 _placed: weakref.WeakKeyDictionary[nn.Module, StagedComponent] = weakref.WeakKeyDictionary()
 
 
@@ -49,10 +46,6 @@ class Placement:
     text_encoders: str
     transformers: str
     vae: str
-
-    def policy(self, kind: str) -> str:
-        """The policy of a kind of component."""
-        return str(getattr(self, kind))
 
 
 def placed_components(pipe: Any) -> dict[str, nn.Module]:
@@ -113,12 +106,12 @@ def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Led
         UnsupportedError: the host cannot pin the memory, or another pipeline placed this component otherwise.
     """
     if not path:
-        ledger.add_layer(obj, EXECUTION_DEVICE, _device_layer(placement.device), place="pipe.offload")
+        ledger.add_layer(obj, EXECUTION_DEVICE, lambda call_next, owner: placement.device, place="pipe.offload")
         return
     if not isinstance(obj, nn.Module):
         return
     kind, part = kind_of(path, family)
-    policy = placement.policy(kind)
+    policy: str = getattr(placement, kind)
 
     def apply(inner: Ledger) -> None:
         if policy == "resident":
@@ -157,13 +150,6 @@ def residing(pipe: Any) -> Iterator[None]:
             session.end()
 
 
-def _device_layer(device: torch.device) -> Callable[..., Any]:
-    def execution_device(call_next: Callable[..., Any], owner: Any) -> torch.device:
-        return device
-
-    return execution_device
-
-
 def _make_resident(module: nn.Module, device: torch.device, ledger: Ledger) -> None:
     homes = [(tensor, tensor.device) for tensor in weights_of(module)]
     ledger.record("weights on the device", functools.partial(_send_home, homes, device, weakref.ref(module)))
@@ -193,15 +179,7 @@ def _stage(
         if callable(getattr(stock_class(module), door, None)):
             ledger.add_layer(module, door, component.door, place="component.offload")
     for index, block in enumerate(blocks):
-        ledger.add_layer(block, "__call__", _block_layer(component, index), place="block.offload")
-
-
-def _block_layer(component: StagedComponent, index: int) -> Callable[..., Any]:
-    def streamed(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with component.entered_block(index):
-            return call_next(*args, **kwargs)
-
-    return streamed
+        ledger.add_layer(block, "__call__", functools.partial(component.block_door, index), place="block.offload")
 
 
 def _release(reference: weakref.ref[nn.Module]) -> None:

@@ -17,7 +17,6 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending
 
-# Outside what counts the steps and compares the ranks, for which the step is over then.
 _STATE = "stops"
 _INTERRUPTED = "interrupted"
 
@@ -28,11 +27,7 @@ def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
     Raises:
         Cancelled: in a step, on all ranks alike.
     """
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, place="scheduler.cancellation")
-
-    ledger.share(scheduler, "stops", None, apply)
+    ledger.share_middleware(scheduler, "step", _step, place="scheduler.cancellation", kind="stops")
 
 
 def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:

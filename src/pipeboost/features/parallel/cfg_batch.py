@@ -8,7 +8,6 @@ kernels and less padding, so rounding changes.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,11 +17,9 @@ from diffusers.utils import BaseOutput
 from pipeboost.contract.call import current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.core.sharding import BatchedBranches
 from pipeboost.distributed import Group
-
-# Outside all that a forward does, which then knows a rank's samples only.
 
 
 def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -33,13 +30,11 @@ def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
         family: knows which arguments have an entry for each sample.
         ledger: takes the inverse.
     """
-    batched = family.batched
-    assert batched is not None
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, batched), place="component.cfg")
-
-    ledger.share(model, "guidance branches", batched, apply)
+    assert family.batched is not None
+    forward = functools.partial(_forward, family.batched)
+    ledger.share_middleware(
+        model, "__call__", forward, place="component.cfg", kind="guidance branches", settings=family.batched
+    )
 
 
 def _forward(
@@ -49,7 +44,7 @@ def _forward(
     if call is None or call.mesh is None or call.mesh.degree("cfg") == 1:
         return call_next(*args, **kwargs)
     group = call.mesh.group("cfg")
-    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     batch = _batch(batched, bound.arguments)
     if batch is None or batch % group.size:
         return call_next(*args, **kwargs)
@@ -100,9 +95,3 @@ def _gathered(value: Any, group: Group, share: int) -> Any:
         return type(value)(**{name: _gathered(part, group, share) for name, part in value.items()})
     assert isinstance(value, tuple), f"a forward returned {type(value).__name__}"
     return tuple(_gathered(part, group, share) for part in value)
-
-
-@functools.cache
-def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
-    forward: Any = cls
-    return inspect.signature(forward.forward)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,10 +23,8 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import disguised_subclass, stock_class
+from pipeboost.core.seams import disguised_subclass, signature_of, stock_class
 
-# Outside all that a forward does, so that a call left to another rank does none of it.
-# Outside the layers that look at a step's input and output.
 _STATE = "branches"
 _APART = "forwards that are no branch"
 Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -44,21 +41,15 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
         ledger: takes the inverse.
     """
     assert family.prediction is not None
-    prediction = family.prediction
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, prediction), place="component.cfg")
-
-    ledger.share(model, "guidance branches", prediction, apply)
+    forward = functools.partial(_forward, family.prediction)
+    ledger.share_middleware(
+        model, "__call__", forward, place="component.cfg", kind="guidance branches", settings=family.prediction
+    )
 
 
 def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
     """Fill what is still to be filled before this method of a scheduler or guider reads it."""
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(reader, door, _settle, place="scheduler.cfg")
-
-    ledger.share(reader, "guidance branches", door, apply)
+    ledger.share_middleware(reader, door, _settle, place="scheduler.cfg", kind="guidance branches", settings=door)
 
 
 @contextlib.contextmanager
@@ -162,7 +153,7 @@ def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
     """A forward's `hidden_states`, and whether it returns a tuple."""
-    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     bound.apply_defaults()
     states = bound.arguments["hidden_states"]
     if not isinstance(states, torch.Tensor):
@@ -171,9 +162,3 @@ def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"{type(states).__name__}; use ParallelConfig(cfg=1)"
         )
     return states, not bound.arguments.get("return_dict", True)
-
-
-@functools.cache
-def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
-    forward: Any = cls
-    return inspect.signature(forward.forward)

@@ -11,8 +11,6 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed.agreement.arguments import checked_latents
 
-# Outside what counts the steps, which has then counted this one.
-
 
 def check_first_step(scheduler: Any, ledger: Ledger) -> None:
     """Compare the ranks' latents after the first step of each new size of latents on a mesh; later calls do not wait.
@@ -21,11 +19,7 @@ def check_first_step(scheduler: Any, ledger: Ledger) -> None:
         RankFailedError: in a step, where another rank has failed.
         DisagreementError: in that step, on all ranks alike.
     """
-
-    def apply(inner: Ledger) -> None:
-        inner.add_layer(scheduler, "step", _step, place="scheduler.latents")
-
-    ledger.share(scheduler, "first step", None, apply)
+    ledger.share_middleware(scheduler, "step", _step, place="scheduler.latents", kind="first step")
 
 
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -66,7 +66,8 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
     cfg, tensor = _sharing_weights(ranks, cfg)
     rest = ranks.count // cfg
-    ulysses = _largest(ranks, "ulysses", rest // tensor, tensor=tensor)
+    degrees = reversed(_divisors(rest // tensor))
+    ulysses = next(each for each in degrees if each == 1 or _against(ranks, "ulysses", each, tensor=tensor) is None)
     layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
     refusal = _refusal(layout, ranks)
     if refusal is not None:
@@ -134,12 +135,20 @@ def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
         return ConfigurationError(
             "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
         )
+    objection = _objection(layout, ranks)
+    if objection is None:
+        return None
+    error = ConfigurationError if "quality" in objection else UnsupportedError
+    return error(f"ParallelConfig({degrees}): {objection}{_way_out(ranks)}")
+
+
+def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:
+    """The first degree that something speaks against, and what."""
     for axis in DEGREES[1:]:
         degree = getattr(layout, axis)
         against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
         if against is not None:
-            error = ConfigurationError if "quality" in against else UnsupportedError
-            return error(f"ParallelConfig({degrees}): {axis}={degree} {against}{_way_out(ranks)}")
+            return f"{axis}={degree} {against}"
     return None
 
 
@@ -190,23 +199,11 @@ def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | 
     return None
 
 
-def _largest(ranks: Ranks, axis: str, limit: int, *, tensor: int = 1) -> int:
-    degrees = _divisors(limit)[:0:-1]
-    return next((degree for degree in degrees if _against(ranks, axis, degree, tensor=tensor) is None), 1)
-
-
 def _way_out(ranks: Ranks) -> str:
-    fitting = [layout_in_words(layout) for layout in _layouts(ranks.count) if _fits(layout, ranks)]
+    fitting = [layout_in_words(layout) for layout in _layouts(ranks.count) if _objection(layout, ranks) is None]
     if ranks.count == 1:
         return "; start more (torchrun --nproc-per-node), or use parallel=None"
     return f"; use {' or '.join(fitting[:4])}" if fitting else "; use parallel=None, then every rank runs by itself"
-
-
-def _fits(layout: ParallelConfig, ranks: Ranks) -> bool:
-    degrees = {axis: getattr(layout, axis) for axis in DEGREES[1:]}
-    return all(
-        degree == 1 or _against(ranks, axis, degree, tensor=layout.tensor) is None for axis, degree in degrees.items()
-    )
 
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:

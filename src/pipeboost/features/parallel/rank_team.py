@@ -29,22 +29,17 @@ from pipeboost.distributed import (
 )
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.features.parallel import (
-    AcrossRanks,
-    RunningState,
-    agree_on_interrupts,
-    agree_on_stops,
-    callback_apart,
-    check_first_step,
-    guard_pipeline,
-    parallelize_vae,
-    settle_branches,
-    shard_tokens,
-    shard_weights,
-    share_batch,
-    share_branches,
-)
+from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_stops
+from pipeboost.features.parallel.cfg_batch import share_batch
+from pipeboost.features.parallel.cfg_parallel import callback_apart, settle_branches, share_branches
+from pipeboost.features.parallel.latent_check import check_first_step
 from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
+from pipeboost.features.parallel.running_state import RunningState
+from pipeboost.features.parallel.sequence_parallel import shard_tokens
+from pipeboost.features.parallel.tensor import shard_weights
+from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.ulysses_ring import AcrossRanks
+from pipeboost.features.parallel.vae import parallelize_vae
 
 
 class RankTeam:

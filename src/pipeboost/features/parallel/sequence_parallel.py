@@ -6,7 +6,6 @@ All stand outside compiled code. Only attention looks beyond a rank's own tokens
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,13 +16,10 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.core.sharding import TokenArgument, TokenSharding
 from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
-
-# Inside what trims padded text (50), which reads whole masks.
-# Outside caches (-100) and compiled code (100), which then know a rank's own tokens only.
 
 
 def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -190,6 +186,5 @@ def _named(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @functools.cache
-def _positions(cls: type[torch.nn.Module]) -> dict[str, int]:
-    forward: Any = cls
-    return {name: position for position, name in enumerate(list(inspect.signature(forward.forward).parameters)[1:])}
+def _positions(cls: type) -> dict[str, int]:
+    return {name: position for position, name in enumerate([*signature_of(cls, "forward").parameters][1:])}

@@ -82,8 +82,7 @@ def shard_weights(
     def apply(inner: Ledger) -> None:
         layout = layout_of(model, sharding)
         layout.check(group.size)
-        if ready is not None:
-            ready()
+        ready()
         _refuse_different_weights(model, group)
         guards = Ledger()
         with guards:

@@ -35,7 +35,9 @@ def become_share(layer: nn.Module, role: Role, group: Group) -> None:
         if subclass is None:
             # A copy would have the share without the code that knows it is one.
             no_copy = dict.fromkeys(("__deepcopy__", "__reduce_ex__"), _refuse_copy)
-            subclass = disguised_subclass(stock, {"forward": make(stock, group), **no_copy})
+            subclass = disguised_subclass(
+                stock, {"forward": make(stock, group), **no_copy}, shown=frozenset(["forward"])
+            )
             _classes[stock, role, group.name] = subclass
     layer.__class__ = subclass
 

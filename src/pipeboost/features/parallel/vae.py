@@ -10,7 +10,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,22 +28,9 @@ PARTS = ("encoder", "decoder")
 STATE = "vae"
 
 
-@dataclass(frozen=True)
-class VaeReport:
-    """What `parallelize_vae` did.
-
-    Attributes:
-        shared: `"encoder"`, `"decoder"` or both: those whose forwards the ranks share.
-        left: the others, each with the reason.
-    """
-
-    shared: tuple[str, ...]
-    left: tuple[tuple[str, str], ...]
-
-
 def parallelize_vae(
     vae: nn.Module, autoencoder: Autoencoder | None, ledger: Ledger, *, owner: object | None = None
-) -> VaeReport:
+) -> dict[str, str]:
     """Let the ranks that work on one sample share the encoder's and the decoder's forwards.
 
     Acts in calls that have `"parallel"` and a mesh with several such ranks; gradients are not for it. All ranks end
@@ -56,6 +42,9 @@ def parallelize_vae(
         autoencoder: what it is made of; None where no family says so.
         ledger: takes the inverse.
         owner: the acceleration in whose calls ranks share; it is not kept alive. None: in all.
+
+    Returns:
+        Encoder and decoder as far as ranks do not share them, each with the reason.
     """
     left = {part: reason for part in PARTS if (reason := why_not_parallel(getattr(vae, part, None), autoencoder))}
     shared = tuple(part for part in PARTS if part not in left)
@@ -69,12 +58,9 @@ def parallelize_vae(
         ledger.share(vae, "VAE parallelism", autoencoder, apply)
         for part in shared:
             ledger.add_layer(
-                getattr(vae, part),
-                "__call__",
-                _Divide.around(getattr(vae, part), part, owner),
-                place="component.strips",
+                getattr(vae, part), "__call__", _Divide(getattr(vae, part), part, owner), place="component.strips"
             )
-    return VaeReport(shared, tuple(left.items()))
+    return left
 
 
 def _share_modules(part: nn.Module, autoencoder: Autoencoder, ledger: Ledger) -> None:
@@ -88,28 +74,15 @@ def _share_modules(part: nn.Module, autoencoder: Autoencoder, ledger: Ledger) ->
 
 
 class _Divide:
-    """The layer on an encoder or a decoder.
+    """The layer on an encoder or a decoder, which is called `part`; see `parallelize_vae`."""
 
-    Args:
-        part: its name.
-        unit: pixels of its input that are one row of the latent map.
-        reach: how far its largest convolution looks.
-        owner: see `parallelize_vae`.
-    """
-
-    def __init__(self, part: str, *, unit: int, reach: int, owner: object | None) -> None:
-        self.part = part
-        self.unit = unit
-        self.reach = reach
-        self._owner = None if owner is None else weakref.ref(owner)
-
-    @classmethod
-    def around(cls, module: nn.Module, part: str, owner: object | None) -> _Divide:
-        """The layer for a module, measured by its convolutions."""
+    def __init__(self, module: nn.Module, part: str, owner: object | None) -> None:
         convolutions = [each for each in module.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
-        unit = math.prod(each.stride[-1] for each in convolutions)
-        reach = max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1))
-        return cls(part, unit=unit, reach=reach, owner=owner)
+        self.part = part
+        # Pixels of its input that are one row of the latent map, and how far its largest convolution looks.
+        self.unit = math.prod(each.stride[-1] for each in convolutions)
+        self.reach = max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1))
+        self._owner = None if owner is None else weakref.ref(owner)
 
     def __call__(
         self, call_next: Callable[..., torch.Tensor], owner: nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 
 from pipeboost.contract.call import Call
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.reuse.content import PLAIN, NotKeyable, content
 from pipeboost.features.reuse.names import names_in
 from pipeboost.features.reuse.snapshots import Snapshots
@@ -58,7 +56,7 @@ class Keys:
         """The key of a call, or None where it must not be reused."""
         cls = stock_class(pipe)
         try:
-            bound = _signature(cls).bind(pipe, *args, **kwargs)
+            bound = signature_of(cls, DOOR).bind(pipe, *args, **kwargs)
         except TypeError:
             return None  # stock says what is wrong
         bound.apply_defaults()
@@ -92,11 +90,6 @@ class Keys:
         configuration = {name: value for name, value in pipe.config.items() if name not in components}
         digest.add("config", {name: value for name, value in configuration.items() if type(value) in PLAIN})
         return digest
-
-
-@functools.cache
-def _signature(pipeline_class: type) -> inspect.Signature:
-    return inspect.signature(getattr(pipeline_class, DOOR))
 
 
 def _dtype_of(denoiser: Any) -> torch.dtype:
