@@ -7,6 +7,7 @@ of all files, and the same on any machine; processor time is less disturbed by o
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ def main() -> None:
     pipes = {"stock": _demo_pipeline(settings.device), "exact": _demo_pipeline(settings.device)}
     accelerate_pipeline(pipes["exact"], quality="exact")
 
-    calls = {name: python_calls(lambda pipe=pipe: _call(pipe, 2)).total() for name, pipe in pipes.items()}
+    calls = {name: python_calls(functools.partial(_call, pipe, 2)).total() for name, pipe in pipes.items()}
     print(f"Python calls: {calls['stock']} stock, {calls['exact'] - calls['stock']:+d} exact")
     clock: dict[str, list[float]] = {name: [] for name in pipes}
     processor: dict[str, list[float]] = {name: [] for name in pipes}
@@ -66,7 +67,7 @@ def python_calls(run: Callable[[], Any]) -> Counter[tuple[str, str]]:
     return counts
 
 
-_prompts = Counter[int]()
+_prompts: Counter[int] = Counter()
 
 
 def _call(pipe: Any, steps: int) -> None:

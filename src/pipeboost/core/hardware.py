@@ -118,7 +118,7 @@ def _modules_of(pipe: Any) -> list[torch.nn.Module]:
 
 
 def _where_they_run(components: list[torch.nn.Module]) -> torch.device | None:
-    devices = set()
+    devices: set[torch.device] = set()
     for component in components:
         weights = [w for part in modules_of(component) for w in part._parameters.values() if w is not None]
         devices |= {weight.device for weight in weights[:1]}
