@@ -48,6 +48,7 @@ APPLY: dict[str, Any] = {
     "offload": offload,  # moves finished modules
     "reuse": reuse,  # stands before the encoders, whatever they have become
 }
+REBIND = {name: feature for name, feature in APPLY.items() if hasattr(feature, "rebind")}
 
 
 @dataclass
@@ -85,8 +86,8 @@ def apply_to(component: Component, applied: Applied, context: ApplyContext) -> N
 
 def rebind(component: Component, context: ApplyContext) -> None:
     """Take in what the user has replaced inside a component that features were applied to."""
-    for name, feature in APPLY.items():
-        if context.decisions[name].on and hasattr(feature, "rebind"):
+    for name, feature in REBIND.items():
+        if context.decisions[name].on:
             feature.rebind(component, context.decisions[name], context)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, not_one_of
+from pipeboost.core.obstacles import hooks_in, modules_of
 from pipeboost.core.seams import layers_of
 
 
@@ -109,24 +110,25 @@ def device_of(pipe: Any) -> torch.device:
     """
     if layers_of(pipe, "_execution_device"):
         return pipe._execution_device
-    devices = set()
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            if any("_hf_hook" in vars(part) or "_diffusers_hook" in vars(part) for part in component.modules()):
-                return pipe._execution_device
-            first = next(component.parameters(), None)
-            if first is not None:
-                devices.add(first.device)
-    return _where_they_run(devices) or pipe._execution_device
+    components = _modules_of(pipe)
+    if any(hooks_in(component) is not None for component in components):
+        return pipe._execution_device
+    return _where_they_run(components) or pipe._execution_device
 
 
 def device_of_weights(pipe: Any) -> torch.device | None:
     """The one device that components' weights are on, beside the host where some may wait; None if there is none."""
-    components = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
-    parameters = (next(component.parameters(), None) for component in components)
-    return _where_they_run({parameter.device for parameter in parameters if parameter is not None})
+    return _where_they_run(_modules_of(pipe))
 
 
-def _where_they_run(devices: set[torch.device]) -> torch.device | None:
+def _modules_of(pipe: Any) -> list[torch.nn.Module]:
+    return [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+
+
+def _where_they_run(components: list[torch.nn.Module]) -> torch.device | None:
+    devices: set[torch.device] = set()
+    for component in components:
+        weights = [w for part in modules_of(component) for w in part._parameters.values() if w is not None]
+        devices |= {weight.device for weight in weights[:1]}
     candidates = devices if len(devices) == 1 else {device for device in devices if device.type != "cpu"}
     return next(iter(candidates)) if len(candidates) == 1 else None

@@ -1,4 +1,4 @@
-"""What keeps a module from being captured as a graph, as its own attributes show."""
+"""What keeps a module from being captured as a graph, as the attributes of all inside it show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` yields, in its order, for calls that cannot afford its Python frames for each module."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting += reversed(module._modules.values())
+    return list(found.values())
 
 
 def hook_of(members: Mapping[str, Any]) -> str | None:
@@ -22,7 +34,8 @@ def hook_of(members: Mapping[str, Any]) -> str | None:
 
 def hooks_in(module: nn.Module) -> str | None:
     """As `hook_of`, of a module and all inside it."""
-    return next((hook for each in module.modules() if (hook := hook_of(vars(each))) is not None), None)
+    marked = [vars(each) for each in modules_of(module) if "_hf_hook" in vars(each) or "_diffusers_hook" in vars(each)]
+    return next(filter(None, map(hook_of, marked)), None)
 
 
 def odd_weights_of(module: nn.Module) -> str | None:

@@ -220,35 +220,24 @@ def _door(stock: type, name: str) -> Any:
 
     @functools.wraps(getattr(stock, name))
     def through_the_chain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chain = vars(self).get(_CHAINS, {}).get(name, ())
-        return _descend(chain, 0, self, getattr(stock, name), args, kwargs)
+        return _chained(self, name, getattr(stock, name))(*args, **kwargs)
 
     return through_the_chain
 
 
 def _property_door(stock: type, static: property, name: str) -> property:
     def through_the_chain(self: Any) -> Any:
-        chain = vars(self).get(_CHAINS, {}).get(name, ())
-        return _descend(chain, 0, self, lambda owner: getattr(stock, name).__get__(owner), (), {})
+        return _chained(self, name, lambda owner: getattr(stock, name).__get__(owner))()
 
     return property(through_the_chain, static.fset, static.fdel, static.__doc__)
 
 
-def _descend(
-    chain: tuple[tuple[int, Layer], ...],
-    depth: int,
-    owner: Any,
-    stock_method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    if depth == len(chain):
-        return stock_method(owner, *args, **kwargs)
-
-    def call_next(*next_args: Any, **next_kwargs: Any) -> Any:
-        return _descend(chain, depth + 1, owner, stock_method, next_args, next_kwargs)
-
-    return chain[depth][1](call_next, owner, *args, **kwargs)
+def _chained(owner: Any, name: str, stock_method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method as its layers make it."""
+    call_next = functools.partial(stock_method, owner)
+    for _, layer in reversed(vars(owner).get(_CHAINS, {}).get(name, ())):
+        call_next = functools.partial(layer, call_next, owner)
+    return call_next
 
 
 def _reduce_as_stock(self: Any, protocol: Any) -> Any:

@@ -22,6 +22,7 @@ from pipeboost.core.config import AttentionConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.obstacles import modules_of
 from pipeboost.core.seams import disguised_subclass, stock_class
 from pipeboost.features.attention.choice import check_choice
 from pipeboost.features.attention.dispatcher import (
@@ -180,7 +181,7 @@ def refuse_stock_processors(model: torch.nn.Module, paths: Sequence[str]) -> Non
     """
     for path in paths:
         for block in operator.attrgetter(path)(model):
-            for module in block.modules():
+            for module in modules_of(block):
                 processor = getattr(module, "processor", None)
                 if processor is not None and _OURS not in type(processor).__dict__:
                     reason = _why_not(stock_class(processor), across=True)

@@ -8,6 +8,7 @@ them, and a call that finds its graph pays nothing for it.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import threading
 import time
@@ -154,7 +155,9 @@ class Region:
         entry = _entry_of(module_class)
         self._code = entry.__code__
         self._sizes = _Sizes(learn_sizes)
-        self._state_key = pgo.CodeId.make(entry.__code__, entry.__closure__)
+        # torch 2.11 knows code by where it is written, later versions by what it closes over too.
+        known_by = (entry.__code__, entry.__closure__)[: len(inspect.signature(pgo.CodeId.make).parameters)]
+        self._state_key = pgo.CodeId.make(*known_by)
         self._made: weakref.WeakKeyDictionary[Any, Found] = weakref.WeakKeyDictionary()
         context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)

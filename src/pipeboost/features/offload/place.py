@@ -16,6 +16,7 @@ from pipeboost.core.config import OffloadConfig
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of_weights, has_cuda
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.features.offload.budget import STAGES, kind_of, repeated_blocks
 from pipeboost.features.offload.component import Session, Stage, StagedComponent
@@ -69,8 +70,8 @@ def stock_offload(pipe: Any) -> bool:
     """Whether Diffusers' own offload (model, sequential or group) is on."""
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
-    modules = placed_components(pipe).values()
-    return any(hasattr(module, "_hf_hook") or _is_group_offload_enabled(module) for module in modules)
+    hooked = [module for module in placed_components(pipe).values() if hooks_in(module) is not None]
+    return any(hasattr(module, "_hf_hook") or _is_group_offload_enabled(module) for module in hooked)
 
 
 def execution_device(pipe: Any, offload: OffloadConfig | str | None) -> torch.device:
@@ -130,7 +131,7 @@ def residing(pipe: Any) -> Iterator[None]:
 
     Calls that use the same components run one after the other, since one would unload what the other computes with.
     """
-    modules = placed_components(pipe).values()
+    modules = placed_components(pipe).values() if _placed else ()
     components = sorted({_placed[module] for module in modules if module in _placed}, key=id)
     with contextlib.ExitStack() as stack:
         for component in components:  # in one order everywhere, so that two calls never wait for each other
