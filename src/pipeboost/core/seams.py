@@ -57,6 +57,11 @@ def stock_class(obj: object) -> type:
     return _stock_of(type(obj))
 
 
+def signature_of(cls: type, method: str) -> inspect.Signature:
+    """Return what a method of a stock class takes, `self` first; of the present one, where it has been replaced."""
+    return _signature(getattr(cls, method))
+
+
 def disguised_subclass(base: type, namespace: Mapping[str, Any]) -> type:
     """A subclass of `base` with the members of `namespace` that passes for `base`.
 
@@ -130,6 +135,11 @@ def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
 def has_layer(obj: Any, door: str, layer: Layer) -> bool:
     """Whether `layer` hangs on `door` and would be called."""
     return any(present is layer for present in layers_of(obj, door)) and door in _members(type(obj)).get(_DOORS, ())
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _stock_of(cls: Any) -> Any:
