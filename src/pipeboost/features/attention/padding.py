@@ -7,8 +7,6 @@ cutting them changes no output but for rounding.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import torch
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family, PaddedText
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 
 # Inside whatever merges or splits a batch on the same door, outside whatever runs the forward itself.
 _STATE = "padded text"
@@ -65,7 +63,7 @@ def _trim_text(padded: PaddedText, key: int, at_least: int) -> Callable[..., Any
         call = current_call()
         if torch.compiler.is_compiling() or call is None or not call.has("attention"):
             return call_next(*args, **kwargs)
-        bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+        bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
         embeds, mask = bound.arguments.get(padded.embeds), bound.arguments.get(padded.mask)
         if embeds is None or mask is None or mask.ndim != 2 or mask.shape[1] != embeds.shape[1]:
             return call_next(*args, **kwargs)
@@ -93,7 +91,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
             return call_next(*args, **kwargs)
         if block_mask in kwargs:
             return call_next(*args, **{**kwargs, block_mask: None})
-        position = list(_signature(stock_class(owner)).parameters).index(block_mask) - 1
+        position = list(signature_of(stock_class(owner), "forward").parameters).index(block_mask) - 1
         return call_next(*args[:position], None, *args[position + 1 :], **kwargs)
 
     return unmask_block
@@ -114,8 +112,3 @@ def _read(mask: torch.Tensor, call: Call, at_least: int) -> _Text:
             known.pop(next(iter(known)))
         known[identity] = _Text(kept, bool(real[:, :kept].all()), mask)
     return known[identity]
-
-
-@functools.cache
-def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)

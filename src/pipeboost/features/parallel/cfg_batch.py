@@ -8,7 +8,6 @@ kernels and less padding, so rounding changes.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from diffusers.utils import BaseOutput
 from pipeboost.contract.call import current_call
 from pipeboost.core.families import BatchedBranches, Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import Group
 
 # Outside all that a forward does, which then knows a rank's samples only.
@@ -48,7 +47,7 @@ def _forward(
     if call is None or call.mesh is None or call.mesh.degree("cfg") == 1:
         return call_next(*args, **kwargs)
     group = call.mesh.group("cfg")
-    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     batch = _batch(batched, bound.arguments)
     if batch is None or batch % group.size:
         return call_next(*args, **kwargs)
@@ -99,9 +98,3 @@ def _gathered(value: Any, group: Group, share: int) -> Any:
         return type(value)(**{name: _gathered(part, group, share) for name, part in value.items()})
     assert isinstance(value, tuple), f"a forward returned {type(value).__name__}"
     return tuple(_gathered(part, group, share) for part in value)
-
-
-@functools.cache
-def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
-    forward: Any = cls
-    return inspect.signature(forward.forward)

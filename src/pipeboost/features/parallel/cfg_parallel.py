@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import disguised_subclass, stock_class
+from pipeboost.core.seams import disguised_subclass, signature_of, stock_class
 
 # Outside all that a forward does, so that a call left to another rank does none of it.
 # Outside the layers that look at a step's input and output.
@@ -162,7 +161,7 @@ def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
     """A forward's `hidden_states`, and whether it returns a tuple."""
-    bound = _signature(stock_class(owner)).bind(owner, *args, **kwargs)
+    bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     bound.apply_defaults()
     states = bound.arguments["hidden_states"]
     if not isinstance(states, torch.Tensor):
@@ -171,9 +170,3 @@ def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"{type(states).__name__}; use ParallelConfig(cfg=1)"
         )
     return states, not bound.arguments.get("return_dict", True)
-
-
-@functools.cache
-def _signature(cls: type[torch.nn.Module]) -> inspect.Signature:
-    forward: Any = cls
-    return inspect.signature(forward.forward)

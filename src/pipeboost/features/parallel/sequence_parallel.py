@@ -6,7 +6,6 @@ All stand outside compiled code. Only attention looks beyond a rank's own tokens
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family, TokenArgument, TokenSharding
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 
@@ -188,7 +187,5 @@ def _named(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@functools.cache
 def _positions(cls: type[torch.nn.Module]) -> dict[str, int]:
-    forward: Any = cls
-    return {name: position for position, name in enumerate(list(inspect.signature(forward.forward).parameters)[1:])}
+    return {name: position for position, name in enumerate(list(signature_of(cls, "forward").parameters)[1:])}
