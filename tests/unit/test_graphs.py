@@ -17,12 +17,13 @@ from peft import LoraConfig
 from torch import nn
 
 from pipeboost.contract.call import alone, open_call
+from pipeboost.core.fingerprint import numerics
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from pipeboost.features.graphs.capture import Inputs, aligned
 from pipeboost.features.graphs.model_fingerprint import Frozen
-from pipeboost.features.graphs.signature import Unfit, copied, read, surroundings
+from pipeboost.features.graphs.signature import NotCapturable, copied, read
 from tests.pipelines.tiny import TINY, load_tiny_ip_adapter, load_tiny_lora
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_numbers_in_tensors_leave_the_signature_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, iter([]), torch.nn.Linear(1, 1)])
 def test_an_argument_that_cannot_be_compared_has_no_signature(value: Any) -> None:
-    with pytest.raises(Unfit, match=type(value).__name__):
+    with pytest.raises(NotCapturable, match=type(value).__name__):
         read((), {"extra": [value]})
 
 
@@ -139,7 +140,7 @@ def test_what_a_forward_returns_has_memory_of_its_own() -> None:
     held["sample"].zero_()
     assert given["sample"].tolist() == [1, 1]
     assert given["others"][1:] == (None, 3)
-    with pytest.raises(Unfit, match="returns a Linear"):
+    with pytest.raises(NotCapturable, match="returns a Linear"):
         copied((nn.Linear(1, 1),))
 
 
@@ -160,12 +161,12 @@ def test_inputs_keep_their_strides_and_are_written_even_where_they_are_expanded(
 
 
 def test_settings_of_torch_belong_to_the_signature() -> None:
-    before = surroundings(CPU)
+    before = numerics("cpu")
     with torch.inference_mode():
-        assert surroundings(CPU) != before
+        assert numerics("cpu") != before
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert surroundings(CPU) != before
-    assert surroundings(CPU) == before
+        assert numerics("cpu") != before
+    assert numerics("cpu") == before
 
 
 def test_the_second_forward_is_captured_and_later_ones_replay_on_fresh_inputs(model: Scaled) -> None:

@@ -12,22 +12,17 @@ from torch import nn
 
 from pipeboost import ReuseConfig, accelerate_pipeline
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.features.reuse.content import NotKeyable, Serials, content
-from pipeboost.features.reuse.names import names_in
-from pipeboost.features.reuse.sample import MOST_SAMPLES, sample_of
-from pipeboost.features.reuse.snapshots import Snapshots
-from pipeboost.features.reuse.state import StateDigest
-from pipeboost.features.reuse.store import Entry, Store
+from pipeboost.features.reuse.encoders import Encoders, spread
+from pipeboost.features.reuse.key import content, names_in
+from pipeboost.features.reuse.store import Entry, Store, Uncacheable
 
 
 def entry(elements: int = 10) -> Entry:
     return Entry.of((torch.ones(elements), None), {})
 
 
-def digest(model: object, snapshots: Snapshots, *, placed: bool = True) -> bytes:
-    state = StateDigest(snapshots, placed=placed)
-    state.add("model", model)
-    return state.digest()
+def digest(model: object, encoders: Encoders) -> bytes:
+    return encoders.digest({"model": model}, placed=True)
 
 
 def test_the_store_drops_the_least_recently_used_and_never_holds_more_than_its_bound():
@@ -78,7 +73,7 @@ def test_what_was_made_in_inference_mode_can_be_used_outside_and_the_other_way_r
     "returned", [object(), torch.ones(2, requires_grad=True), (torch.ones(2).to_sparse(),), {"a": iter(())}]
 )
 def test_what_is_not_a_plain_value_or_tensor_is_not_kept(returned):
-    with pytest.raises(NotKeyable):
+    with pytest.raises(Uncacheable):
         Entry.of(returned, {})
 
 
@@ -95,17 +90,17 @@ def test_arguments_are_equal_by_content():
     assert len(set(told)) == len(values)
     assert told == [repr(content(copy.deepcopy(value))) for value in values]
     for value in (object(), torch.Generator(), [lambda: None], np.array([object()]), torch.ones(2, device="meta")):
-        with pytest.raises(NotKeyable):
+        with pytest.raises(Uncacheable):
             content(value)
 
 
-def test_a_serial_is_never_given_twice():
-    serials = Serials()
+def test_a_number_is_never_given_twice():
+    encoders = Encoders()
     seen = set()
     for _ in range(50):
         one = nn.Parameter(torch.ones(2))
-        assert serials.of(one) == serials.of(one)
-        seen.add(serials.of(one))
+        assert encoders.number(one) == encoders.number(one)
+        seen.add(encoders.number(one))
         del one
     assert len(seen) == 50
 
@@ -131,10 +126,10 @@ def _replace_buffer(model: Encoder) -> None:
 
 @pytest.mark.parametrize("keep", [_swap, _replace_buffer, lambda model: model.to("cpu")])
 def test_the_state_survives_what_offload_does(keep):
-    model, snapshots = Encoder(), Snapshots()
-    before = digest(model, snapshots)
+    model, encoders = Encoder(), Encoders()
+    before = digest(model, encoders)
     keep(model)
-    assert digest(model, snapshots) == before
+    assert digest(model, encoders) == before
 
 
 CHANGES = {
@@ -157,29 +152,29 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_state_changes_with(change):
-    model, snapshots = Encoder(), Snapshots()
-    before = digest(model, snapshots)
-    assert digest(model, snapshots) == before
+    model, encoders = Encoder(), Encoders()
+    before = digest(model, encoders)
+    assert digest(model, encoders) == before
     with torch.no_grad():
         CHANGES[change](model)
-    assert digest(model, snapshots) != before
+    assert digest(model, encoders) != before
 
 
 def test_an_attribute_under_another_name_or_on_another_class_is_another_state():
     class Subclass(nn.Linear):
         pass
 
-    model, snapshots = Encoder(), Snapshots()
+    model, encoders = Encoder(), Encoders()
     model.linear.first = print
-    seen = {digest(model, snapshots)}
+    seen = {digest(model, encoders)}
     model.linear.second = model.linear.__dict__.pop("first")
-    seen.add(digest(model, snapshots))
+    seen.add(digest(model, encoders))
     model.linear.__class__ = Subclass
-    seen.add(digest(model, snapshots))
+    seen.add(digest(model, encoders))
     model.more = nn.ModuleDict({"a": nn.ReLU()}).eval()
-    seen.add(digest(model, snapshots))
+    seen.add(digest(model, encoders))
     model.more["b"] = model.more.pop("a")
-    seen.add(digest(model, snapshots))
+    seen.add(digest(model, encoders))
     assert len(seen) == 5
 
 
@@ -187,76 +182,63 @@ def test_an_attribute_that_took_the_address_of_a_dead_one_is_another_state():
     class Rule:
         pass
 
-    model, snapshots = Encoder(), Snapshots()
+    model, encoders = Encoder(), Encoders()
     seen = set()
     for _ in range(50):
         model.linear.rule = None
         model.linear.rule = Rule()
-        seen.add(digest(model, snapshots))
+        seen.add(digest(model, encoders))
     assert len(seen) == 50
 
 
-def test_snapshots_keep_no_model_and_nothing_on_it_alive():
-    model, snapshots = Encoder(), Snapshots()
+def test_encoders_keep_no_model_and_nothing_on_it_alive():
+    model, encoders = Encoder(), Encoders()
     model.linear.forward = model.linear.forward
     model.linear.owner = [model]
-    before = digest(model, snapshots)
-    snapshots.clear()
-    assert digest(model, snapshots) == before
+    before = digest(model, encoders)
+    encoders.clear()
+    assert digest(model, encoders) == before
     alive = weakref.ref(model.linear.weight)
     del model
     gc.collect()
     assert alive() is None
 
 
-def _trace(model: object, snapshots: Snapshots) -> object:
-    state = StateDigest(snapshots, placed=True, sampled=False)
-    state.add("model", model)
-    return state.trace()
-
-
-def test_a_trace_shows_every_change_but_those_through_data_of_weights():
-    unseen = {name for name in CHANGES if "through .data" in name}
+def test_what_python_and_torch_show_is_seen_without_reading_weights():
+    unseen = {name for name in CHANGES if "through .data" in name} | {"buffer"}
     for name, change in CHANGES.items():
-        model, snapshots = Encoder(), Snapshots()
-        before = _trace(model, snapshots)
-        assert _trace(model, snapshots) == before
+        model, encoders = Encoder(), Encoders()
+        digest(model, encoders)
+        assert encoders.shows_no_change({"model": model})
         with torch.no_grad():
             change(model)
-        if name not in unseen | {"buffer"}:
-            assert _trace(model, snapshots) != before, name
-    model, snapshots = Encoder(), Snapshots()
-    before = _trace(model, snapshots)
+        assert name in unseen or not encoders.shows_no_change({"model": model}), name
+    model, encoders = Encoder(), Encoders()
+    digest(model, encoders)
     _swap(model)
-    assert _trace(model, snapshots) == before
+    assert encoders.shows_no_change({"model": model})
     model.positions.add_(1)
-    assert _trace(model, snapshots) != before
+    assert not encoders.shows_no_change({"model": model})
 
 
 def test_training_mode_and_weights_that_are_not_there_have_no_state():
-    with pytest.raises(NotKeyable, match="training mode"):
-        digest(Encoder().train(), Snapshots())
-    with pytest.raises(NotKeyable, match="meta"):
-        digest(Encoder().to("meta"), Snapshots())
+    with pytest.raises(Uncacheable, match="training mode"):
+        digest(Encoder().train(), Encoders())
+    with pytest.raises(Uncacheable, match="meta"):
+        digest(Encoder().to("meta"), Encoders())
     with torch.inference_mode():
         model = Encoder()
-    with pytest.raises(NotKeyable, match="inference mode"):
-        digest(model, Snapshots())
+    with pytest.raises(Uncacheable, match="inference mode"):
+        digest(model, Encoders())
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_a_sample_meets_every_column_and_every_row_of_the_largest_vocabularies(by_row):
+def test_a_sample_meets_every_column_and_every_row_of_the_largest_vocabularies():
     for rows, width in ((256_384, 4), (1000, 300), (300, 1000), (512, 512)):
-        marked = torch.arange(rows * width, dtype=torch.int32).view(rows, width)
-        sample = sample_of(marked, by_row=by_row)
+        count, stride = spread(torch.Size((rows, width)))
+        sample = torch.arange(rows * width).as_strided((count,), (stride,))
         assert set((sample % width).tolist()) == set(range(width))
-        if by_row:
-            assert set((sample // width).tolist()) == set(range(rows))
-        elif rows > width:
-            assert sample.numel() < rows
-        transposed = marked.t().contiguous().t()
-        assert torch.equal(sample_of(transposed, by_row=by_row), sample)
-    assert sample_of(torch.empty(8 * MOST_SAMPLES, 1), by_row=by_row).numel() <= MOST_SAMPLES
+        assert set((sample // width).tolist()) == set(range(rows))
+    assert spread(torch.Size((2**21, 1)))[0] <= 2**18
 
 
 def test_the_names_a_method_touches_are_found_through_helpers_properties_and_super():
@@ -279,7 +261,7 @@ def test_the_names_a_method_touches_are_found_through_helpers_properties_and_sup
         def unrelated(self):
             return self.something
 
-    names = names_in(Derived, "encode_prompt")
+    names = names_in(Derived)
     assert {"template", "_scale", "_helper"} <= names.read
     assert names.written == {"_written"}
     assert "something" not in names.read

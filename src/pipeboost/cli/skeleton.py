@@ -80,8 +80,8 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
             "accelerate_pipeline(pipe).acceleration.plan"
         )
     with one_sentence("model", str(folder)), torch.device("meta"):
-        own = issubclass(cls, ModelMixin)
-        model: nn.Module = cls.from_config(config) if own else cls(cls.config_class.from_pretrained(folder))
+        own, built = issubclass(cls, ModelMixin), cls
+        model: nn.Module = built.from_config(config) if own else built(built.config_class.from_pretrained(folder))
         return model
 
 

@@ -36,7 +36,7 @@ def identity(value: Any) -> Hashable:
     version, dtype and shape; torch counts no write through `.data`, and none to an inference tensor, so neither shows
     here. Any other object counts by who it is; nothing is kept alive that can be referred to weakly.
     """
-    return structure(value, tensor=_tensor_identity, other=lambda each, _: Identity(each))
+    return structure(value, tensor=_tensor_identity, other=lambda each, _: _state_of(each) or Identity(each))
 
 
 def digest(value: Any) -> bytes:
@@ -60,46 +60,51 @@ def structure(
 
     Args:
         tensor: what a tensor becomes.
-        other: what an object becomes that is neither plain nor a container, array, picture or generator. It is given
+        other: what an object becomes that is neither plain nor a container, array or picture. It is given
             the walk itself, to go on inside the object. What it raises comes through.
     """
-    inside: set[int] = set()
+    return _Walk(tensor, other)(value)
 
-    def walk(value: Any) -> Hashable:
+
+class _Walk:
+    """A walk through one value; unlike functions that call each other, it is gone as soon as it has ended."""
+
+    def __init__(self, tensor: Callable[..., Hashable], other: Callable[..., Hashable]) -> None:
+        self._tensor = tensor
+        self._other = other
+        self._inside: set[int] = set()
+
+    def __call__(self, value: Any) -> Hashable:
         if isinstance(value, PLAIN):
             # As text: 1, 1.0 and True are equal, as are 0.0 and -0.0, and NaN equals nothing.
             return (type(value).__name__, repr(value))
         if isinstance(value, torch.Tensor):
-            return ("tensor", tensor(value))
-        if isinstance(value, torch.Generator):
-            return ("generator", value.device.type, _hash(value.get_state().numpy()))
+            return ("tensor", self._tensor(value))
         if isinstance(value, Image.Image):
             palette = value.getpalette() if value.mode in ("P", "PA") else None
             transparency = repr(value.info.get("transparency"))
             return ("picture", value.mode, value.size, repr(palette), transparency, _hash(value.tobytes()))
         if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
             return ("array", str(value.dtype), value.shape, _hash(np.ascontiguousarray(value).tobytes()))
-        if id(value) in inside:
+        if id(value) in self._inside:
             return ("itself",)
-        inside.add(id(value))
+        self._inside.add(id(value))
         try:
-            return opened(value)
+            return self._opened(value)
         finally:
-            inside.discard(id(value))
+            self._inside.discard(id(value))
 
-    def opened(value: Any) -> Hashable:
+    def _opened(self, value: Any) -> Hashable:
         if isinstance(value, Mapping):
             items = sorted(value.items(), key=lambda item: repr(item[0]))
-            return ("mapping", *[(walk(key), walk(item)) for key, item in items])
+            return ("mapping", *[(self(key), self(item)) for key, item in items])
         if isinstance(value, (list, tuple)):
-            return (_name(value), *map(walk, value))
+            return (_name(value), *map(self, value))
         if isinstance(value, (set, frozenset)):
-            return ("set", *sorted(map(walk, value), key=repr))
+            return ("set", *sorted(map(self, value), key=repr))
         if isinstance(value, np.ndarray):  # of objects, whose bytes are addresses
-            return ("array", value.shape, *map(walk, value.ravel().tolist()))
-        return other(value, walk)
-
-    return walk(value)
+            return ("array", value.shape, *map(self, value.ravel().tolist()))
+        return self._other(value, self)
 
 
 class Identity:
@@ -122,6 +127,23 @@ class Identity:
             return True
         known = isinstance(other, Identity) and self._id == other._id
         return known and self._object() is not None and self._object() is other._object()  # type: ignore[attr-defined]
+
+
+def numerics(kind: str) -> Hashable:
+    """Return the settings of torch and of this thread by which the same code computes otherwise on a kind of device."""
+    cuda, precision = torch.backends.cuda, torch._C._get_fp32_precision_getter
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
+        (precision("generic", "all"), precision("mkldnn", "matmul"), torch._C._get_mkldnn_enabled()),
+        (precision("cuda", "matmul"), precision("cuda", "conv")),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        (cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
@@ -207,7 +229,15 @@ def _tensor_identity(tensor: torch.Tensor) -> Hashable:
     return Identity(tensor), version_of(tensor), tensor.dtype, tensor.shape
 
 
+def _state_of(value: Any) -> Hashable:
+    if isinstance(value, torch.Generator):
+        return ("generator", value.device.type, _hash(value.get_state().numpy()))
+    return None
+
+
 def _content(value: Any, walk: Callable[[Any], Hashable]) -> Hashable:
+    if state := _state_of(value):
+        return state
     if callable(value):
         return ("callable",)
     if attributes := getattr(value, "__dict__", None):

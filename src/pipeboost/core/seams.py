@@ -59,8 +59,8 @@ class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
 
 @functools.cache
 def signature_of(cls: type, method: str) -> inspect.Signature:
-    """Return the signature of a method of a class, `self` among its parameters."""
-    return inspect.signature(getattr(cls, method))
+    """Return what a method of a class takes, `self` first; of the present one, where it has been replaced."""
+    return _signature(getattr(cls, method))
 
 
 def stock_class(obj: object) -> type:
@@ -148,6 +148,11 @@ def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
 def has_layer(obj: Any, door: str, layer: Layer) -> bool:
     """Whether `layer` hangs on `door` and would be called."""
     return any(present is layer for present in layers_of(obj, door)) and door in _members(type(obj)).get(_DOORS, ())
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _stock_of(cls: Any) -> Any:

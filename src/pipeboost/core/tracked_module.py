@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeboost.core.fingerprint import PLAIN, kind_of, place_weights, sums, version_of
+from pipeboost.core.fingerprint import PLAIN, kind_of, sums, version_of
+from pipeboost.core.sample import Sample, can_be_sampled
 from pipeboost.core.seams import stock_class
 
 SAMPLED = 512
@@ -26,7 +27,6 @@ _VALUES = 8
 _OF_ADAPTERS = ("_active_adapter", "_disable_adapters")
 _CONFIGURATION = "_internal_dict"
 _ORDINARY = (nn.Parameter, torch.Tensor)
-_DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
 class Weight(NamedTuple):
@@ -186,7 +186,7 @@ class _Look:
         self._tensors = [weakref.ref(each) for each in _tensors(modules, modules)]
         self._state = self._now()
         self._state[-2:] = copy.deepcopy(self._state[-2:])  # which may change in place
-        sampled = [each for each in tensors if _has_plain_memory(each)]
+        sampled = [each for each in tensors if type(each) in _ORDINARY and can_be_sampled(each)]
         count = -(-len(sampled) // SAMPLED) or 1
         self._turns = [_Turn(sampled[number::count]) for number in range(count)]
         self._next = 0
@@ -224,77 +224,29 @@ class _Look:
 
 
 class _Turn:
-    """Tensors of which some values are looked at in one call, whichever device each of them lies on at the time."""
+    """Tensors of which some values are looked at in one call."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = [weakref.ref(each) for each in tensors]
         self._ids = list(map(id, tensors))
-        self._sizes = [(min(each.numel(), _VALUES),) for each in tensors]
-        self._strides = [(_stride(each.numel()),) for each in tensors]
-        self._lie: list[Any] = []
-        self._groups: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
-        self._found = self._sums()
+        self._sample = Sample(tensors, _spread)
+        self._found = self._sample.sums()
 
     def written(self) -> list[int]:
         """Ids of those whose values are not what they were; those that are gone are none of them."""
         try:
-            now = self._sums()
+            now = self._sample.sums()
         except RuntimeError:  # the memory of one has another form
             return self._ids
         if now == self._found:
             return []
         return [key for key, one, other in zip(self._ids, now, self._found, strict=True) if one not in (None, other)]
 
-    @torch.no_grad()
-    def _sums(self) -> list[int | None]:
-        tensors = [each() for each in self._tensors]
-        lie = [None if each is None else (each.device, each.dtype) for each in tensors]
-        if lie != self._lie:
-            self._lie, self._groups = lie, self._grouped(lie)
-        views = [
-            None if each is None else each.as_strided(size, stride)
-            for each, size, stride in zip(tensors, self._sizes, self._strides, strict=True)
-        ]
-        result: list[int | None] = [None] * len(tensors)
-        for places, owners, weights in self._groups:
-            values = torch.cat([view for place in places if (view := views[place]) is not None])
-            terms = values.view(_WORDS[values.itemsize]) * weights
-            sums = terms.new_zeros(len(places)).index_add_(0, owners, terms).tolist()
-            for place, value in zip(places, sums, strict=True):
-                result[place] = value
-        return result
 
-    def _grouped(self, lie: list[Any]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """What one copy takes: which tensors, and for each of their values whose it is and its weight."""
-        groups: dict[Any, list[int]] = {}
-        for place, kind in enumerate(lie):
-            if kind is not None:
-                groups.setdefault(kind, []).append(place)
-        result = []
-        for (device, _), places in groups.items():
-            owners = [owner for owner, place in enumerate(places) for _ in range(self._sizes[place][0])]
-            numbers = [number for place in places for number in range(self._sizes[place][0])]
-            weights = place_weights(torch.tensor(numbers, device=device))
-            result.append((places, torch.tensor(owners, device=device), weights))
-        return result
-
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _stride(elements: int) -> int:
-    """The stride of a view on some of the elements, the first among them; odd, to meet many columns of a matrix."""
+def _spread(shape: torch.Size) -> tuple[int, int]:
+    """A few of the elements, the first among them; the stride is odd, to meet many columns of a matrix."""
+    elements = shape.numel()
     stride = (elements - 1) // (_VALUES - 1)
-    return max(stride - (stride % 2 == 0), 1)
-
-
-def _has_plain_memory(tensor: torch.Tensor) -> bool:
-    if type(tensor) not in _ORDINARY or tensor.layout is not torch.strided or tensor.device.type == "meta":
-        return False
-    if tensor.numel() == 0 or tensor.dtype.itemsize not in _WORDS:
-        return False
-    forms = [form for form in _DENSE if form is torch.contiguous_format or tensor.ndim == 4 + (form is _DENSE[2])]
-    return any(tensor.is_contiguous(memory_format=form) for form in forms)
+    return min(elements, _VALUES), max(stride - (stride % 2 == 0), 1)
 
 
 def _is_of_torch(module: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def _flash4(
 @_flash2.register_fake
 @_flash3.register_fake
 @_flash4.register_fake
-def _output_shapes(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _output_shapes(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, _ = q.shape
     dtype = torch.bfloat16 if q.dtype == _FP8 else q.dtype
     return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)

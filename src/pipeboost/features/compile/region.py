@@ -156,7 +156,7 @@ class Region:
         self._code = entry.__code__
         self._sizes = _Sizes(learn_sizes)
         # torch 2.11 knows code by where it is written, later versions by what it closes over too.
-        known_by = (entry.__code__, entry.__closure__)[: len(inspect.signature(pgo.CodeId.make).parameters)]
+        known_by: Any = (entry.__code__, entry.__closure__)[: len(inspect.signature(pgo.CodeId.make).parameters)]
         self._state_key = pgo.CodeId.make(*known_by)
         self._made: weakref.WeakKeyDictionary[Any, Found] = weakref.WeakKeyDictionary()
         context: Any = torch._dynamo.optimize(settings.backend, nopython=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipeboost.distributed import suspend_timeout
-from pipeboost.features.graphs.signature import Unfit, copied, exchanged
+from pipeboost.features.graphs.signature import NotCapturable, copied, exchanged
 
 _ALIGNMENT = 16
 _SYNCHRONISES = "synchronizing CUDA operation"
@@ -148,7 +148,7 @@ def capture(
     tensors: Sequence[torch.Tensor],
     device: torch.device,
     pool: Any,
-) -> tuple[Any, CapturedForward | Unfit]:
+) -> tuple[Any, CapturedForward | NotCapturable]:
     """Run a forward once, and capture it for the next time. No other thread may be using torch meanwhile.
 
     The run is a rehearsal on the graph's stream and inputs, in which whatever waits for the device raises: in a capture
@@ -166,7 +166,7 @@ def capture(
         try:
             rehearsed = _rehearse(run, own_args, own_kwargs, shared.stream, current)
             result = copied(rehearsed)
-        except Unfit as reason:
+        except NotCapturable as reason:
             return None, reason
         # Its memory goes back to the graph's stream, which must not write there before it was read.
         shared.stream.wait_stream(current)
@@ -174,7 +174,7 @@ def capture(
         inputs.fill(tensors)
         try:
             return result, _captured(run, own_args, own_kwargs, inputs, shared.stream, device, pool)
-        except Unfit as reason:
+        except NotCapturable as reason:
             return result, reason
         finally:
             shared.latest.record(current)
@@ -194,7 +194,9 @@ def _rehearse(
     except RuntimeError as error:
         if _SYNCHRONISES not in str(error):
             raise
-        raise Unfit("its forward waits for the device, to read a value back or to copy one from the host") from error
+        raise NotCapturable(
+            "its forward waits for the device, to read a value back or to copy one from the host"
+        ) from error
     finally:
         current.wait_stream(stream)
 
@@ -244,7 +246,7 @@ def _captured(
     if not isinstance(failure, Exception):
         raise failure
     reason = (str(failure).splitlines() or [type(failure).__name__])[0]
-    raise Unfit(f"its capture failed: {reason}") from failure
+    raise NotCapturable(f"its capture failed: {reason}") from failure
 
 
 @contextlib.contextmanager

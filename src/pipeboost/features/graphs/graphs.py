@@ -19,11 +19,12 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pipeboost.contract.call import Call, alone, current_call
+from pipeboost.core.fingerprint import numerics
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import SEQUENCE, Group, follow
 from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.features.graphs.model_fingerprint import Frozen
-from pipeboost.features.graphs.signature import Arguments, Unfit, read, surroundings
+from pipeboost.features.graphs.signature import Arguments, NotCapturable, read
 
 MOST_GRAPHS = 8
 """Graphs of one model; the least recently used goes first."""
@@ -103,10 +104,10 @@ class Graphs:
         try:
             arguments = read(args, kwargs)
             device = _fit(arguments)
-        except Unfit as reason:
+        except NotCapturable as reason:
             self.counts.eager[str(reason)] += 1
             return call_next(*args, **kwargs)
-        signature = (arguments.key, _decided(call), surroundings(device))
+        signature = (arguments.key, _decided(call), numerics(device.type))
         with self._lock:
             graph = self._graph_of(model, signature, device)
             if graph is not None:
@@ -196,11 +197,11 @@ class Graphs:
                 output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
             finally:
                 call.captures = False
-            against = _of_ranks(ranks, str(graph) if isinstance(graph, Unfit) else None)
-            if isinstance(graph, Unfit) or any(against):
+            against = _of_ranks(ranks, str(graph) if isinstance(graph, NotCapturable) else None)
+            if isinstance(graph, NotCapturable) or any(against):
                 seen.off = next(filter(None, against))
                 self.counts.eager[seen.off] += 1
-                if not isinstance(graph, Unfit):
+                if not isinstance(graph, NotCapturable):
                     graph.close()
                 return call_next(*args, **kwargs) if output is None else output
             self._graphs[signature] = graph
@@ -261,23 +262,23 @@ def _fit(arguments: Arguments) -> torch.device:
     """The device that the forward runs on.
 
     Raises:
-        Unfit: it cannot be captured, whatever the model.
+        NotCapturable: it cannot be captured, whatever the model.
     """
     devices = {tensor.device for tensor in arguments.tensors}
     others = [str(device) for device in devices if device.type != "cuda"]
     if others or len(devices) != 1:
-        raise Unfit(f"its arguments are on {' and '.join(sorted(map(str, devices))) or 'no device'}")
+        raise NotCapturable(f"its arguments are on {' and '.join(sorted(map(str, devices))) or 'no device'}")
     (device,) = devices
     if torch.is_grad_enabled():
-        raise Unfit("gradients are on")
+        raise NotCapturable("gradients are on")
     if _get_current_dispatch_mode() is not None or torch._C._len_torch_function_stack() > 0:
-        raise Unfit("a mode of torch looks at each operation")
+        raise NotCapturable("a mode of torch looks at each operation")
     if torch.cuda.is_current_stream_capturing():
-        raise Unfit("it is being captured already")
+        raise NotCapturable("it is being captured already")
     if device.index != torch.cuda.current_device():
-        raise Unfit("the current device is another one")
+        raise NotCapturable("the current device is another one")
     if not aligned(arguments.tensors):
-        raise Unfit("an argument begins in the middle of a memory word")
+        raise NotCapturable("an argument begins in the middle of a memory word")
     return device
 
 
@@ -288,7 +289,7 @@ def _first(
     output = run(*args, **kwargs)
     try:
         after = read(args, kwargs)
-    except Unfit:
+    except NotCapturable:
         after = Arguments(None, ())
     if after.key != arguments.key or _versions(after) != versions:
         seen.off = "it writes to its arguments"

@@ -18,7 +18,7 @@ _PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.la
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-class Unfit(Exception):  # noqa: N818 - not an error: the forward runs without a graph
+class NotCapturable(Exception):  # noqa: N818 - not an error: the forward runs without a graph
     """Why a forward cannot be captured, in words that follow "eager: "."""
 
 
@@ -39,7 +39,7 @@ def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """Read the arguments of a forward; tensors may stand in tuples, lists and dicts.
 
     Raises:
-        Unfit: one is of a type whose value cannot be compared.
+        NotCapturable: one is of a type whose value cannot be compared.
     """
     tensors: list[torch.Tensor] = []
     key = (tuple([_key(value, tensors) for value in args]), _keys(kwargs, tensors))
@@ -57,30 +57,11 @@ def exchanged(value: Any, tensors: Callable[[torch.Tensor], torch.Tensor]) -> An
     return value
 
 
-def surroundings(device: torch.device) -> Hashable:
-    """The settings of torch by which the same Python code launches other kernels."""
-    backends = torch.backends
-    kind = device.type
-    return (
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.get_default_dtype(),
-        torch._C._get_fp32_precision_getter("cuda", "matmul"),
-        torch._C._get_fp32_precision_getter("cuda", "conv"),
-        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
-        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
-        torch.are_deterministic_algorithms_enabled(),
-        (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()),
-        (backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
-        (backends.cuda.math_sdp_enabled(), backends.cuda.cudnn_sdp_enabled()),
-    )
-
-
 def copied(output: Any) -> Any:
     """What a forward returned, with tensors of its own.
 
     Raises:
-        Unfit: something in it may hold a tensor out of sight.
+        NotCapturable: something in it may hold a tensor out of sight.
     """
     return pytree.tree_map(_copied_leaf, output)
 
@@ -90,7 +71,7 @@ def _copied_leaf(leaf: Any) -> Any:
         return leaf.clone()
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return leaf
-    raise Unfit(f"it returns a {type(leaf).__name__}")
+    raise NotCapturable(f"it returns a {type(leaf).__name__}")
 
 
 def _keys(values: Mapping[Any, Any], tensors: list[torch.Tensor]) -> Hashable:
@@ -111,4 +92,4 @@ def _key(value: Any, tensors: list[torch.Tensor]) -> Hashable:
         return (kind, tuple([_key(item, tensors) for item in value]))
     if kind is dict:
         return (kind, _keys(value, tensors))
-    raise Unfit(f"it is given a {kind.__name__}, whose value cannot be compared")
+    raise NotCapturable(f"it is given a {kind.__name__}, whose value cannot be compared")

@@ -7,6 +7,7 @@ left all of that as it was, drew no random number, and returned nothing but tens
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +18,8 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.config import ReuseConfig
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.features.reuse.content import NotKeyable
-from pipeboost.features.reuse.key import DOOR, Key, Keys
-from pipeboost.features.reuse.names import names_in
-from pipeboost.features.reuse.store import Entry, Store
-
-# Inside the layer that takes the time of the stage, which is shown for a hit too.
+from pipeboost.features.reuse.key import METHOD, Key, Keys, names_in
+from pipeboost.features.reuse.store import Entry, Store, Uncacheable
 
 
 class PromptReuse:
@@ -56,7 +53,7 @@ class PromptReuse:
             return call_next(*args, **kwargs)
         counts = call.state.setdefault("reuse", {"hits": 0, "misses": 0, "passed": 0})
         key = self._keys.of(call, pipe, args, kwargs)
-        if key is None or key.digest is None:
+        if key is None:
             counts["passed"] += 1
             return call_next(*args, **kwargs)
         entry = self.store.get(key.digest)
@@ -75,29 +72,17 @@ class PromptReuse:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        attributes, random = dict(vars(pipe)), _random_state(call.device)
+        written = names_in(stock_class(pipe)).written
+        before, random = _others(pipe, written), _random_state(call.device)
         returned = call_next(*args, **kwargs)
-        written = names_in(stock_class(pipe), DOOR).written & vars(pipe).keys()
-        for name in written:
-            attributes.pop(name, None)
-        others = {name: value for name, value in vars(pipe).items() if name not in written}
-        untouched = attributes.keys() == others.keys() and all(attributes[name] is others[name] for name in others)
+        after = _others(pipe, written)
+        untouched = before.keys() == after.keys() and all(before[name] is after[name] for name in after)
         drawn = _random_state(call.device) != random
-        if key.digest is not None and untouched and not drawn and self._is_as_it_was(call, pipe, key, args, kwargs):
-            try:
-                entry = Entry.of(returned, {name: vars(pipe)[name] for name in written})
-            except NotKeyable:
-                return returned
-            self.store.put(key.digest, entry)
+        if untouched and not drawn and self._keys.is_as_it_was(call, pipe, key, args, kwargs):
+            with contextlib.suppress(Uncacheable):
+                left = {name: value for name, value in vars(pipe).items() if name in written}
+                self.store.put(key.digest, Entry.of(returned, left))
         return returned
-
-    def _is_as_it_was(self, call: Call, pipe: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        after = self._keys.of(call, pipe, args, kwargs, sampled=False)
-        if after is not None and after.touched(key):
-            # An offloader may have put buffers of the same content in place of others.
-            after = self._keys.of(call, pipe, args, kwargs)
-            return after is not None and after.digest == key.digest
-        return after is not None
 
 
 def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
@@ -110,7 +95,11 @@ def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
     Raises:
         AttributeError: the pipeline has no `encode_prompt`.
     """
-    ledger.add_layer(pipe, DOOR, prompts, place="pipe.reuse")
+    ledger.add_layer(pipe, METHOD, prompts, place="pipe.reuse")
+
+
+def _others(pipe: Any, written: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(pipe).items() if name not in written}
 
 
 def _random_state(device: torch.device) -> tuple[bytes, ...]:

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import hashlib
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 
 from pipeboost.contract.call import Call
+from pipeboost.core.fingerprint import PLAIN, numerics, structure, sums
 from pipeboost.core.seams import signature_of, stock_class
-from pipeboost.features.reuse.content import PLAIN, NotKeyable, content
-from pipeboost.features.reuse.names import names_in
-from pipeboost.features.reuse.snapshots import Snapshots
-from pipeboost.features.reuse.state import StateDigest
+from pipeboost.features.reuse.encoders import Encoders
+from pipeboost.features.reuse.store import Uncacheable
 
-DOOR = "encode_prompt"
+METHOD = "encode_prompt"
 
 
 class Key(NamedTuple):
     """What a result depends on.
 
     Attributes:
-        digest: all of it; None where the content of weights was left out.
-        asked: the arguments and numerical settings.
-        state: what encodes.
+        digest: all of it.
+        asked: the arguments, plain attributes and numerical settings.
     """
 
-    digest: bytes | None
-    asked: bytes
-    state: StateDigest
-
-    def touched(self, before: Key) -> bool:
-        """Whether anything was replaced or changed since, in a way that Python or torch shows."""
-        return self.asked != before.asked or self.state.trace() != before.state.trace()
+    digest: bytes
+    asked: str
 
 
 class Keys:
@@ -44,52 +42,107 @@ class Keys:
 
     def __init__(self, denoisers: tuple[str, ...]) -> None:
         self._denoisers = denoisers
-        self._snapshots = Snapshots()
+        self._encoders = Encoders()
 
     def clear(self) -> None:
         """Free all memory; keys taken later can still be compared with those taken before."""
-        self._snapshots.clear()
+        self._encoders.clear()
 
-    def of(
-        self, call: Call, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, sampled: bool = True
-    ) -> Key | None:
-        """The key of a call, or None where it must not be reused."""
+    def of(self, call: Call, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
+        """Return the key of a call, or None where it must not be reused."""
+        try:
+            asked, found = self._dependencies(call, pipe, args, kwargs)
+            state = self._encoders.digest(found, placed=not call.has("offload"))
+        except Uncacheable:
+            return None
+        return Key(hashlib.blake2b(asked.encode() + state, digest_size=20).digest(), asked)
+
+    def is_as_it_was(self, call: Call, pipe: Any, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the key of a call is still that one."""
+        try:
+            asked, found = self._dependencies(call, pipe, args, kwargs)
+        except Uncacheable:
+            return False
+        if asked == key.asked and self._encoders.shows_no_change(found):
+            return True
+        # An offloader may have put buffers of the same content in place of others.
+        now = self.of(call, pipe, args, kwargs)
+        return now is not None and now.digest == key.digest
+
+    def _dependencies(
+        self, call: Call, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        from diffusers import ModelMixin, SchedulerMixin
+
         cls = stock_class(pipe)
         try:
-            bound = signature_of(cls, DOOR).bind(pipe, *args, **kwargs)
-        except TypeError:
-            return None  # stock says what is wrong
+            bound = signature_of(cls, METHOD).bind(pipe, *args, **kwargs)
+        except TypeError as error:  # stock says what is wrong
+            raise Uncacheable(str(error)) from error
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[1:])
         if any("embeds" in name and value is not None for name, value in arguments.items()):
-            return None
-        try:
-            asked = content(arguments)
-            state = self._state(call, pipe, sampled=sampled)
-        except NotKeyable:
-            return None
-        told = repr((cls.__module__, cls.__qualname__, asked, str(call.device), _numerics(call.device.type))).encode()
-        digest = hashlib.blake2b(told + state.digest(), digest_size=20).digest() if sampled else None
-        return Key(digest, told, state)
-
-    def _state(self, call: Call, pipe: Any, *, sampled: bool = True) -> StateDigest:
-        from diffusers import ModelMixin, SchedulerMixin
-
-        names = names_in(stock_class(pipe), DOOR)
-        digest = StateDigest(self._snapshots, placed=not call.has("offload"), sampled=sampled)
-        components = pipe.components
+            raise Uncacheable("it is given embeddings")
+        components, read = pipe.components, names_in(cls).read
+        found: dict[str, Any] = {"config": pipe.config}
         for name, component in components.items():
             if name in self._denoisers:
-                digest.add(name, (_dtype_of(component), component.config) if component is not None else None)
+                if component is not None:
+                    found |= {f"{name} dtype": _dtype_of(component), f"{name} config": component.config}
             # An encoder may be reached by a name that its code puts together; Diffusers' own models are not encoders.
-            elif name in names.read or not isinstance(component, (ModelMixin, SchedulerMixin)):
-                digest.add(name, component)
-        for name, value in vars(pipe).items():
-            if name in names.read and name not in components and name != "_internal_dict":
-                digest.add(name, value)
-        configuration = {name: value for name, value in pipe.config.items() if name not in components}
-        digest.add("config", {name: value for name, value in configuration.items() if type(value) in PLAIN})
-        return digest
+            elif name in read or not isinstance(component, (ModelMixin, SchedulerMixin)):
+                found[name] = component
+        own = {name: value for name, value in vars(pipe).items() if name in read and name not in components}
+        plain = {name: value for name, value in own.items() if isinstance(value, PLAIN)}
+        found |= {name: value for name, value in own.items() if name not in plain}
+        asked = (
+            cls.__module__,
+            cls.__qualname__,
+            content(arguments),
+            repr(plain),
+            str(call.device),
+            numerics(call.device.type),
+        )
+        return repr(asked), found
+
+
+class Names(NamedTuple):
+    """The attributes that a method reads, and those that it sets."""
+
+    read: frozenset[str]
+    written: frozenset[str]
+
+
+@functools.cache
+def names_in(pipeline_class: type) -> Names:
+    """Return what `encode_prompt` and the methods and properties it mentions, overridden ones included, touch.
+
+    An embedding depends on more than arguments and encoders: a template, a maximal length, a scale set by the script.
+    The names are an upper bound: one of the same name on another object counts too, and then only costs a miss.
+    """
+    from diffusers import DiffusionPipeline
+
+    own = [cls for cls in pipeline_class.__mro__ if cls not in DiffusionPipeline.__mro__]
+    names: dict[bool, set[str]] = {False: set(), True: set()}
+    waiting, seen = [METHOD], {METHOD}
+    while waiting:
+        name = waiting.pop()
+        for code in (code for cls in own for code in _code_of(vars(cls).get(name))):
+            for instruction in dis.get_instructions(code):
+                if instruction.opname.endswith(("_ATTR", "_METHOD")):
+                    names[instruction.opname == "STORE_ATTR"].add(instruction.argval)
+        waiting += names[False] - seen
+        seen |= names[False]
+    return Names(frozenset(names[False]), frozenset(names[True]))
+
+
+def _code_of(member: Any) -> Iterator[CodeType]:
+    member = getattr(member, "fget", getattr(member, "__func__", member))
+    waiting = [getattr(inspect.unwrap(member), "__code__", None)] if callable(member) else []
+    while waiting:
+        if isinstance(code := waiting.pop(), CodeType):
+            yield code
+            waiting += code.co_consts
 
 
 def _dtype_of(denoiser: Any) -> torch.dtype:
@@ -97,31 +150,34 @@ def _dtype_of(denoiser: Any) -> torch.dtype:
     dtypes: set[torch.dtype] = set()
     waiting = [denoiser]
     while waiting:
-        members = waiting.pop().__dict__
-        if "_diffusers_hook" in members:
+        if (module := waiting.pop()) is None:
+            continue
+        members = vars(module)
+        if "_diffusers_hook" in members and members["_diffusers_hook"].hooks:
             return denoiser.dtype
-        if weights := members["_parameters"]:
-            dtypes.update([weight.dtype for weight in weights.values() if weight is not None])
-        if modules := members["_modules"]:
-            waiting += [module for module in modules.values() if module is not None]
+        for weight in members["_parameters"].values():
+            if weight is not None:
+                dtypes.add(weight.dtype)
+        waiting += [*members["_modules"].values()]
     # Of several, Diffusers has rules which one it is.
     only = dtypes.pop() if len(dtypes) == 1 else None
     return only if only is not None and only.is_floating_point else denoiser.dtype
 
 
-def _numerics(device: str) -> tuple[Any, ...]:
-    """The settings of torch and of this thread that change how an encoder rounds."""
-    backends: Any = torch.backends
-    matmul = backends.cuda.matmul
-    return (
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        (backends.fp32_precision, matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
-        backends.mkldnn.matmul.fp32_precision,
-        (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
-        (backends.cudnn.enabled, backends.cudnn.deterministic, backends.cudnn.benchmark, backends.mkldnn.enabled),
-        (backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),
-        (backends.cuda.math_sdp_enabled(), backends.cuda.cudnn_sdp_enabled()),
-    )
+def content(value: Any) -> Hashable:
+    """Return what is equal, and has an equal `repr`, exactly where two arguments are.
+
+    Raises:
+        Uncacheable: it is, or holds, something whose content is unknown or dear to read, such as a tensor on a GPU.
+    """
+    return structure(value, tensor=_tensor_content, other=_refuse)
+
+
+def _tensor_content(tensor: torch.Tensor) -> Hashable:
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise Uncacheable(f"a tensor on {tensor.device} is dear to read")
+    return (tensor.dtype, tuple(tensor.shape), *sums([tensor]))
+
+
+def _refuse(value: Any, walk: Callable[[Any], Hashable]) -> Hashable:
+    raise Uncacheable(f"a {type(value).__name__} cannot be told from another")

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pipeboost.features.reuse.content import PLAIN, NotKeyable
+from pipeboost.core.fingerprint import PLAIN
+
+
+class Uncacheable(ValueError):  # noqa: N818 - a reason to run stock, not a failure
+    """Nothing tells two values apart cheaply and surely, so what depends on them must not be reused."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class Entry:
         """Keep copies, which share nothing with the originals.
 
         Raises:
-            NotKeyable: something in it is not a plain value or tensor.
+            Uncacheable: something in it is not a plain value or tensor.
         """
         if any(type(value) not in PLAIN for value in written.values()):
-            raise NotKeyable("it left more than plain values on the pipeline")
+            raise Uncacheable("it left more than plain values on the pipeline")
         copies: dict[int, torch.Tensor] = {}
         # A tensor made in inference mode could not be used by a call outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -106,7 +110,7 @@ def _copied(value: Any, copies: dict[int, torch.Tensor], *, lent: bool = False) 
     if type(value) is dict:
         return {key: _copied(item, copies, lent=lent) for key, item in value.items()}
     if not isinstance(value, torch.Tensor) or not _copyable(value):
-        raise NotKeyable(f"a {type(value).__name__} is not kept")
+        raise Uncacheable(f"a {type(value).__name__} is not kept")
     if id(value) not in copies:
         if lent and value.device.type == "cuda":
             # The store may drop it while this stream still reads.
