@@ -30,7 +30,7 @@ from pipeboost.bench.environment import gpu_state, versions
 from pipeboost.contract.registry import family_of
 from pipeboost.core.families import Activations, Linear
 from pipeboost.core.hardware import detect_hardware
-from pipeboost.core.seams import add_layer, remove_layer
+from pipeboost.core.seams import add_middleware, remove_middleware
 from pipeboost.features.offload import bytes_on, choose_policies, placed_components, predict, weigh
 
 PARTS = ("activations", "peaks", "resident", "capped", "wan")
@@ -259,7 +259,7 @@ class Run:
 
         doors = [(pipe.transformer, "__call__", begins("denoising")), (pipe.vae, "decode", begins("decoding"))]
         for owner, door, layer in doors:
-            add_layer(owner, door, layer, place="component.stages")
+            add_middleware(owner, door, layer, place="component.stages")
         _free()
         _reset_peak(self._device)
         try:
@@ -267,7 +267,7 @@ class Run:
             enter(None)
         finally:
             for owner, door, layer in doors:
-                remove_layer(owner, door, layer)
+                remove_middleware(owner, door, layer)
         return peaks
 
 

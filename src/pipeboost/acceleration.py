@@ -133,7 +133,7 @@ class Acceleration:
         # The handle comes first and goes last, so that what an interrupt leaves can be removed.
         with self._ledger:
             self._ledger.record("pipe.acceleration", weakly(self._detach))
-            self._ledger.add_layer(pipe, "__call__", weakly(self._calls.run), place="pipe.call")
+            self._ledger.add_middleware(pipe, "__call__", weakly(self._calls.run), place="pipe.call")
             attach(pipe, "acceleration", self)
             self._applied.apply(pipe, self._ledger)
 

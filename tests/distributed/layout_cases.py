@@ -236,7 +236,7 @@ def replicas() -> float:
 
 def run_twice_inside(layout: Mapping[str, Any]) -> float:
     """Each forward run twice by a layer inside the sharding of tokens, as the capture of a graph does."""
-    from pipeboost.core.seams import add_layer
+    from pipeboost.core.seams import add_middleware
 
     def twice(call_next: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
         call_next(*args, **kwargs)
@@ -247,7 +247,7 @@ def run_twice_inside(layout: Mapping[str, Any]) -> float:
     with torch.no_grad():
         stock = entry.call(pipe, output_type="latent")
         accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
-        add_layer(pipe.transformer, "__call__", twice, place="component.graphs")
+        add_middleware(pipe.transformer, "__call__", twice, place="component.graphs")
         return _difference(entry.call(pipe, output_type="latent"), stock)
 
 
@@ -266,7 +266,7 @@ def told(layout: Mapping[str, Any]) -> dict[str, Any]:
 
 def drifting() -> str:
     """What a call says whose second rank has come to other latents in the first step."""
-    from pipeboost.core.seams import add_layer
+    from pipeboost.core.seams import add_middleware
     from pipeboost.distributed import world
     from pipeboost.distributed.agreement.arguments import DisagreementError
 
@@ -277,7 +277,7 @@ def drifting() -> str:
     entry = TINY["qwen_image"]
     pipe = entry.build()
     accelerate_pipeline(pipe, parallel=ParallelConfig(cfg=2), reuse=None)
-    add_layer(pipe.scheduler, "step", drift, place="component.stages")
+    add_middleware(pipe.scheduler, "step", drift, place="component.stages")
     try:
         with torch.no_grad():
             entry.call(pipe, output_type="latent")

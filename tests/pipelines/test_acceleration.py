@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
-from pipeboost.core.seams import add_layer
+from pipeboost.core.seams import add_middleware
 from tests.floors import is_rounding
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
@@ -717,7 +717,7 @@ def test_verify_judges_each_output_whether_a_list_of_samples_or_a_video_with_its
     assert all(f"{output}: PSNR" in str(result) for output in outputs if len(outputs) > 1)
     # What the transformer returns last is spoiled, in our calls alone.
     accelerate_pipeline(pipe, quality="exact")
-    add_layer(pipe.transformer, "__call__", spoil_last)
+    add_middleware(pipe.transformer, "__call__", spoil_last)
     broken = pipe.acceleration.verify(**call)
     assert not broken.passed
     assert broken.outputs[outputs[-1]][1] > 0

@@ -19,7 +19,7 @@ from pipeboost import accelerate_pipeline
 from pipeboost.contract.call import open_call, tracing_our_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import add_layer, remove_layer, stock_class
+from pipeboost.core.seams import add_middleware, remove_middleware, stock_class
 from pipeboost.features.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
 from pipeboost.features.attention.swap import refuse_stock_processors
 from tests.floors import floor_of, is_rounding, python_calls
@@ -69,14 +69,14 @@ def attended(monkeypatch):
             count.append(owner)
             return call_next(*args, **kwargs)
 
-        add_layer(dispatcher, "attend", layer, place="component.stages")
+        add_middleware(dispatcher, "attend", layer, place="component.stages")
         undo.append((dispatcher, layer))
         return count
 
     undo = []
     yield watch
     for dispatcher, layer in undo:
-        remove_layer(dispatcher, "attend", layer)
+        remove_middleware(dispatcher, "attend", layer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -202,11 +202,11 @@ def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
 
     with a_call(), tracing_our_call():
         plain = forward(model, inputs)
-        add_layer(dispatcher_of(model), "attend", doubled, place="component.stages")
+        add_middleware(dispatcher_of(model), "attend", doubled, place="component.stages")
         try:
             layered = forward(model, inputs)
         finally:
-            remove_layer(dispatcher_of(model), "attend", doubled)
+            remove_middleware(dispatcher_of(model), "attend", doubled)
         again = forward(model, inputs)
     assert is_rounding(float((plain - expected).abs().max()), floor)
     assert (layered - expected).abs().max() > 1e-2

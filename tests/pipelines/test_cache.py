@@ -57,9 +57,9 @@ class Acceleration:
             for name, model in family.models(pipe).items():
                 position = family.denoisers.index(name)
                 attach_cache(model, settings, family, self.ledger, owner=self, position=position)
-                self.ledger.add_layer(model, "__call__", self._denoise, place="component.stages")
-            self.ledger.add_layer(pipe, "__call__", self._run, place="component.stages")
-            self.ledger.add_layer(pipe.scheduler, "step", self._advance, place="component.stages")
+                self.ledger.add_middleware(model, "__call__", self._denoise, place="component.stages")
+            self.ledger.add_middleware(pipe, "__call__", self._run, place="component.stages")
+            self.ledger.add_middleware(pipe.scheduler, "step", self._advance, place="component.stages")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Acceleration":
         return self
@@ -178,7 +178,7 @@ def test_a_layer_that_compile_hangs_on_a_block_later_sees_the_computed_steps_onl
     with cached(pipe, EVERY_OTHER) as acceleration:
         for _, _, blocks in rows(pipe):
             for block in blocks:
-                acceleration.ledger.add_layer(block, "__call__", compiled, place="block.compile")
+                acceleration.ledger.add_middleware(block, "__call__", compiled, place="block.compile")
         TINY["flux_dev"].call(pipe, steps=4)
     # Of 3 and 4 blocks, two steps ran all and two the first alone.
     assert (seen.count("FluxTransformerBlock"), seen.count("FluxSingleTransformerBlock")) == (2 * 3 + 2 * 1, 2 * 4)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeboost import ReuseConfig, accelerate_pipeline
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.seams import layers_of
+from pipeboost.core.seams import middleware_of
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora, picture
 from tests.pipelines.tiny_flux import parts
 
@@ -357,7 +357,7 @@ def test_the_bound_is_kept():
 @pytest.mark.parametrize("off", [None, False, "off"])
 def test_the_argument_turns_it_off(off):
     pipe, runs = accelerated(reuse=off)
-    assert not layers_of(pipe, "encode_prompt") or len(layers_of(pipe, "encode_prompt")) == 1
+    assert not middleware_of(pipe, "encode_prompt") or len(middleware_of(pipe, "encode_prompt")) == 1
     assert "turned off" in pipe.acceleration.plan["reuse"].why
     assert encoded(ENTRY, pipe, runs) == encoded(ENTRY, pipe, runs) > 0
 
@@ -425,7 +425,7 @@ def test_views_in_threads_share_what_is_kept_and_each_gets_its_own_prompt():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(layers_of(pipe, "encode_prompt")) == 2
+    assert len(middleware_of(pipe, "encode_prompt")) == 2
     for prompt in prompts:
         assert encoded(ENTRY, pipe, runs, prompt=prompt) == 0
 

@@ -43,7 +43,7 @@ def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eag
     call = SimpleNamespace(mesh=SimpleNamespace(group=groups.get), captures=False, state={})
     monkeypatch.setattr(ulysses_ring, "current_call", lambda: call)
     served = SimpleNamespace(attend=None)
-    across = ulysses_ring.AcrossRanks()
+    across = ulysses_ring.UlyssesRing()
     monkeypatch.setattr(across, "_attend", lambda: served)
 
     def run(tokens, *, captures=False):

@@ -41,7 +41,7 @@ def test_a_failure_half_way_rolls_everything_back():
     def fail_half_way() -> None:
         with Ledger() as ledger:
             set_value(ledger, thing, "ours")
-            ledger.add_layer(thing, "__call__", loud, place="component.stages")
+            ledger.add_middleware(thing, "__call__", loud, place="component.stages")
             assert thing() == "STOCK"
             raise RuntimeError("half-way")
 
@@ -67,7 +67,10 @@ def test_a_shared_change_stays_until_its_last_holder_leaves():
     first, second = Ledger(), Ledger()
     for ledger in (first, second):
         ledger.share(
-            thing, "voice", "loud", lambda inner: inner.add_layer(thing, "__call__", loud, place="component.stages")
+            thing,
+            "voice",
+            "loud",
+            lambda inner: inner.add_middleware(thing, "__call__", loud, place="component.stages"),
         )
     assert first.share(thing, "voice", "loud", lambda inner: pytest.fail("applied again")) is False
     first.undo()
@@ -90,7 +93,7 @@ def test_a_failed_shared_change_is_not_held():
     ledger = Ledger()
 
     def fail(inner):
-        inner.add_layer(thing, "__call__", loud, place="component.stages")
+        inner.add_middleware(thing, "__call__", loud, place="component.stages")
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
@@ -102,7 +105,7 @@ def test_a_failed_shared_change_is_not_held():
 def test_the_ledger_does_not_keep_replaced_objects_alive():
     ledger = Ledger()
     thing = Thing()
-    ledger.add_layer(thing, "__call__", loud, place="component.stages")
+    ledger.add_middleware(thing, "__call__", loud, place="component.stages")
     del thing
     gc.collect()
     assert ledger.changes == ()

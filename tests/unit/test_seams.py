@@ -9,7 +9,15 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from pipeboost.core.seams import add_layer, attach, disguised_subclass, has_layer, layers_of, remove_layer, stock_class
+from pipeboost.core.seams import (
+    add_middleware,
+    attach,
+    disguised_subclass,
+    has_middleware,
+    middleware_of,
+    remove_middleware,
+    stock_class,
+)
 from tests.floors import python_calls
 
 
@@ -39,7 +47,7 @@ def star(call_next, owner, *args, **kwargs):
 
 def test_only_the_seamed_instance_changes():
     seamed, other = Greeter(), Greeter()
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     assert seamed() == "HELLO WORLD!"
     assert other() == "hello world!"
     assert type(other) is Greeter
@@ -47,21 +55,21 @@ def test_only_the_seamed_instance_changes():
 
 def test_layers_run_in_order_and_come_off_one_by_one():
     seamed = Greeter()
-    add_layer(seamed, "__call__", star, place="component.compile")
-    add_layer(seamed, "__call__", shout, place="component.stages")
-    assert layers_of(seamed, "__call__") == (shout, star)
+    add_middleware(seamed, "__call__", star, place="component.compile")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
+    assert middleware_of(seamed, "__call__") == (shout, star)
     assert seamed("hi", mark="?") == "*HI WORLD?*"
-    remove_layer(seamed, "__call__", shout)
+    remove_middleware(seamed, "__call__", shout)
     assert seamed() == "*hello world!*"
-    remove_layer(seamed, "__call__", star)
-    remove_layer(seamed, "__call__", star)
+    remove_middleware(seamed, "__call__", star)
+    remove_middleware(seamed, "__call__", star)
     assert type(seamed) is Greeter
     assert vars(seamed) == {"name": "world"}
 
 
 def test_a_seamed_object_passes_for_its_stock_class():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     assert isinstance(seamed, Greeter)
     assert stock_class(seamed) is Greeter
     assert (type(seamed).__name__, type(seamed).__qualname__, type(seamed).__module__) == (
@@ -80,7 +88,7 @@ def test_a_shallow_copy_calls_the_layers_with_itself_as_owner():
         return call_next(*args, **kwargs)
 
     seamed = Greeter()
-    add_layer(seamed, "__call__", remember, place="component.stages")
+    add_middleware(seamed, "__call__", remember, place="component.stages")
     view = copy.copy(seamed)
     view.name = "view"
     assert view() == "hello view!"
@@ -95,7 +103,7 @@ def test_a_deep_copy_is_a_stock_object():
         steps.append(owner)
         return call_next(*args, **kwargs)
 
-    add_layer(scheduler, "step", count, place="component.stages")
+    add_middleware(scheduler, "step", count, place="component.stages")
     attach(scheduler, "note", "ours")
     twin = copy.deepcopy(scheduler)
     assert type(twin) is FlowMatchEulerDiscreteScheduler
@@ -112,14 +120,14 @@ def test_a_deep_copy_is_a_stock_object():
 
 def test_constructing_through_a_seamed_class_gives_a_stock_object():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     assert type(seamed) in (int, Greeter)
     assert type(type(seamed)("you")) is Greeter
 
 
 def test_pickling_gives_the_stock_class_without_layers():
     seamed = Greeter("you")
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     loaded = pickle.loads(pickle.dumps(seamed))
     assert type(loaded) is Greeter
     assert loaded() == "hello you!"
@@ -143,7 +151,7 @@ def test_a_module_seam_stands_outside_module_compile():
         calls.append(owner)
         return call_next(*args, **kwargs)
 
-    add_layer(module, "__call__", note, place="component.stages")
+    add_middleware(module, "__call__", note, place="component.stages")
     assert torch.equal(module(sample), reference)
     assert calls == [module]
     assert len(graphs) == 1
@@ -155,7 +163,7 @@ def test_a_module_seam_stands_outside_accelerate_hooks_and_survives_their_rewrap
     module = torch.nn.Linear(3, 3)
     sample = torch.randn(2, 3)
     reference = module(sample)
-    add_layer(module, "__call__", lambda call_next, owner, *args: call_next(*args) + 1, place="component.stages")
+    add_middleware(module, "__call__", lambda call_next, owner, *args: call_next(*args) + 1, place="component.stages")
     for _ in range(2):
         add_hook_to_module(module, ModelHook())
         assert torch.equal(module(sample), reference + 1)
@@ -165,7 +173,7 @@ def test_a_module_seam_stands_outside_accelerate_hooks_and_survives_their_rewrap
 
 def test_a_module_with_a_seam_saves_and_loads_its_state_as_stock():
     module = torch.nn.Linear(3, 3)
-    add_layer(module, "__call__", shout, place="component.stages")
+    add_middleware(module, "__call__", shout, place="component.stages")
     assert set(module.state_dict()) == {"weight", "bias"}
     loaded = pickle.loads(pickle.dumps(module))
     assert type(loaded) is torch.nn.Linear
@@ -174,17 +182,17 @@ def test_a_module_with_a_seam_saves_and_loads_its_state_as_stock():
 
 def test_removing_from_the_original_leaves_a_view_stock():
     seamed = Greeter()
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     view = copy.copy(seamed)
-    remove_layer(seamed, "__call__", shout)
+    remove_middleware(seamed, "__call__", shout)
     assert view() == "hello world!"
-    assert not has_layer(view, "__call__", shout)
+    assert not has_middleware(view, "__call__", shout)
 
 
 def test_an_unknown_door_is_refused_and_changes_nothing():
     seamed = Greeter()
     with pytest.raises(AttributeError, match="Greeter has no method 'nothing'"):
-        add_layer(seamed, "nothing", shout, place="component.stages")
+        add_middleware(seamed, "nothing", shout, place="component.stages")
     assert type(seamed) is Greeter
     assert vars(seamed) == {"name": "world"}
 
@@ -206,7 +214,7 @@ class Placed:
 def test_a_property_is_a_door_whose_layers_see_the_owner_and_the_stock_answer():
     placed, other = Placed(), Placed()
     layer = lambda call_next, owner: f"{call_next()} of {owner.where}, ours"  # noqa: E731
-    add_layer(placed, "device", layer, place="component.stages")
+    add_middleware(placed, "device", layer, place="component.stages")
     placed.device = "gpu"
     view = copy.copy(placed)
     view.where = "view"
@@ -215,7 +223,7 @@ def test_a_property_is_a_door_whose_layers_see_the_owner_and_the_stock_answer():
     assert other.device == "cpu"
     assert type(placed).device.__doc__ == "Where it is."
     assert copy.deepcopy(placed).device == pickle.loads(pickle.dumps(placed)).device == "gpu"
-    remove_layer(placed, "device", layer)
+    remove_middleware(placed, "device", layer)
     assert type(placed) is Placed
     assert placed.device == "gpu"
 
@@ -227,7 +235,7 @@ def test_a_layer_costs_eight_python_calls_at_most_and_each_further_one_a_call():
 
     one, two = Silent(), Silent()
     for seamed in (one, two, two):
-        add_layer(seamed, "__call__", lambda call_next, owner: call_next(), place="component.stages")
+        add_middleware(seamed, "__call__", lambda call_next, owner: call_next(), place="component.stages")
     assert python_calls(one) - python_calls(Silent()) <= 8
     assert python_calls(two) - python_calls(one) == 1
 
@@ -238,7 +246,7 @@ def test_what_others_set_on_the_class_of_a_seamed_object_is_on_the_stock_class(r
         pass
 
     seamed, other = Stock(), Stock()
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     cls, before = type(seamed), Stock.__call__
     assert cls is not Stock
     assert cls.__call__ is before
@@ -249,7 +257,7 @@ def test_what_others_set_on_the_class_of_a_seamed_object_is_on_the_stock_class(r
     assert seamed() == "<HELLO WORLD!>"
     assert other() == "<hello world!>"
     if removed_first:
-        remove_layer(seamed, "__call__", shout)
+        remove_middleware(seamed, "__call__", shout)
     assert seamed() == ("<hello world!>" if removed_first else "<HELLO WORLD!>")
     del type(seamed).__call__, type(seamed).mark
     assert not hasattr(other, "mark")
@@ -262,7 +270,7 @@ def test_a_layer_on_a_module_ends_in_the_forward_that_its_class_has_now():
         pass
 
     module, sample = Tripler(), torch.ones(1)
-    add_layer(module, "forward", lambda call_next, owner, sample: call_next(sample) + 1, place="component.stages")
+    add_middleware(module, "forward", lambda call_next, owner, sample: call_next(sample) + 1, place="component.stages")
     type(module).forward = lambda self, sample: sample * 3
     assert module(sample) == 4
     assert Tripler()(sample) == 3
@@ -292,11 +300,11 @@ def test_a_mock_on_the_class_of_a_seamed_object_leaves_the_stock_class_as_it_was
         return "mocked"
 
     seamed, before = Child(), Child.__call__
-    add_layer(seamed, "__call__", shout, place="component.stages")
+    add_middleware(seamed, "__call__", shout, place="component.stages")
     with mock.patch.object(type(seamed), "__call__", mocked):
         assert seamed() == "MOCKED"
         if removed_first:
-            remove_layer(seamed, "__call__", shout)
+            remove_middleware(seamed, "__call__", shout)
     assert Child.__call__ is before
     assert "__call__" not in vars(Child)
     assert Child()() == "hello world!"

@@ -80,8 +80,12 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
             "accelerate_pipeline(pipe).acceleration.plan"
         )
     with one_sentence("model", str(folder)), torch.device("meta"):
-        own, built = issubclass(cls, ModelMixin), cls
-        model: nn.Module = built.from_config(config) if own else built(built.config_class.from_pretrained(folder))
+        built: Any = cls
+        model: nn.Module = (
+            built.from_config(config)
+            if issubclass(cls, ModelMixin)
+            else built(built.config_class.from_pretrained(folder))
+        )
         return model
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, not_one_of
 from pipeboost.core.obstacles import hooks_in, modules_of
-from pipeboost.core.seams import layers_of
+from pipeboost.core.seams import middleware_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def device_of(pipe: Any) -> torch.device:
     Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
     Where some are on a GPU, the others wait on the host for their turn.
     """
-    if layers_of(pipe, "_execution_device"):
+    if middleware_of(pipe, "_execution_device"):
         return pipe._execution_device
     components = _modules_of(pipe)
     if any(hooks_in(component) is not None for component in components):

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.core.seams import Layer, add_layer, has_layer, remove_layer
+from pipeboost.core.seams import Middleware, add_middleware, has_middleware, remove_middleware
 
 _lock = threading.RLock()
 _shared_changes: weakref.WeakKeyDictionary[Any, dict[str, _SharedChange]] = weakref.WeakKeyDictionary()
@@ -52,21 +52,21 @@ class Ledger:
         """
         self._changes.append(Change(what, undo))
 
-    def add_layer(self, obj: Any, door: str, layer: Layer, *, place: str) -> None:
+    def add_middleware(self, obj: Any, door: str, layer: Middleware, *, place: str) -> None:
         """Hang a layer on a door, once: a layer that is already there stays where it is."""
-        if has_layer(obj, door, layer):
+        if has_middleware(obj, door, layer):
             return
 
         def undo() -> None:
             target = reference()
             if target is not None:
-                remove_layer(target, door, layer)
+                remove_middleware(target, door, layer)
 
         change = Change(f"layer on {type(obj).__name__}.{door}", undo)
         # A user may replace a scheduler on every call: what is gone needs no undoing, nor may the ledger keep it alive.
         reference = weakref.ref(obj, lambda _: self._forget(change))
         self._changes.append(change)
-        add_layer(obj, door, layer, place=place)
+        add_middleware(obj, door, layer, place=place)
 
     def _forget(self, change: Change) -> None:
         with contextlib.suppress(ValueError):
@@ -122,10 +122,10 @@ class Ledger:
         return True
 
     def share_middleware(
-        self, obj: Any, door: str, layer: Layer, *, place: str, kind: str, settings: Hashable = None
+        self, obj: Any, door: str, layer: Middleware, *, place: str, kind: str, settings: Hashable = None
     ) -> None:
-        """`add_layer` for an object that several accelerations may hold; see `share`."""
-        self.share(obj, kind, settings, lambda inner: inner.add_layer(obj, door, layer, place=place))
+        """`add_middleware` for an object that several accelerations may hold; see `share`."""
+        self.share(obj, kind, settings, lambda inner: inner.add_middleware(obj, door, layer, place=place))
 
     def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
         with _lock:

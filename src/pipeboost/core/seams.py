@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 
 from pipeboost.core.nesting import order_of
 
-Layer = Callable[..., Any]
+Middleware = Callable[..., Any]
 T = TypeVar("T")
 
 _CHAINS = "_pipeboost_chains"
 _STOCK = "__pipeboost_stock_class__"
-_DOORS = "__pipeboost_doors__"
+_WRAPPED = "__pipeboost_doors__"
 _SHOWN = "__pipeboost_shown__"
 _MADE = "__pipeboost_made__"
 """On a class of ours that is complete: while it is made, what its metaclass sets on it is its own."""
@@ -42,7 +42,7 @@ _seamed_classes: dict[tuple[type, frozenset[str]], type] = {}
 _lock = threading.RLock()
 
 
-class _Chains(dict[str, tuple[tuple[int, Layer], ...]]):
+class _Chains(dict[str, tuple[tuple[int, Middleware], ...]]):
     """The layers of one object: door name → ((order, layer), …), outermost first.
 
     Attributes:
@@ -94,7 +94,7 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any], *, shown: froze
     return subclass
 
 
-def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
+def add_middleware(obj: Any, door: str, layer: Middleware, *, place: str) -> None:
     """Hang `layer` on the method or property `door` of this one object.
 
     `place` is where it nests (`nesting.py`); among equals the first added is outermost. Adding a layer twice is an
@@ -112,7 +112,7 @@ def add_layer(obj: Any, door: str, layer: Layer, *, place: str) -> None:
         chain = chains.get(door, ())
         assert all(present is not layer for _, present in chain), f"layer is already on {door}"
         chains[door] = tuple(sorted((*chain, (order, layer)), key=lambda entry: entry[0]))
-        _set_doors(obj, frozenset(chains))
+        _set_wrapped(obj, frozenset(chains))
 
 
 def attach(obj: Any, name: str, value: Any) -> None:
@@ -124,7 +124,7 @@ def attach(obj: Any, name: str, value: Any) -> None:
     setattr(obj, name, value)
 
 
-def remove_layer(obj: Any, door: str, layer: Layer) -> None:
+def remove_middleware(obj: Any, door: str, layer: Middleware) -> None:
     """Take `layer` off again; when the last one goes the object has its stock class back. Absent layers are ignored."""
     with _lock:
         chains = vars(obj).get(_CHAINS)
@@ -135,19 +135,21 @@ def remove_layer(obj: Any, door: str, layer: Layer) -> None:
             chains[door] = chain
         else:
             chains.pop(door, None)
-        _set_doors(obj, frozenset(chains))
+        _set_wrapped(obj, frozenset(chains))
         if not chains:
             del vars(obj)[_CHAINS]
 
 
-def layers_of(obj: Any, door: str) -> tuple[Layer, ...]:
+def middleware_of(obj: Any, door: str) -> tuple[Middleware, ...]:
     """The layers on `door`, outermost first."""
     return tuple(layer for _, layer in vars(obj).get(_CHAINS, {}).get(door, ()))
 
 
-def has_layer(obj: Any, door: str, layer: Layer) -> bool:
+def has_middleware(obj: Any, door: str, layer: Middleware) -> bool:
     """Whether `layer` hangs on `door` and would be called."""
-    return any(present is layer for present in layers_of(obj, door)) and door in _members(type(obj)).get(_DOORS, ())
+    return any(present is layer for present in middleware_of(obj, door)) and door in _members(type(obj)).get(
+        _WRAPPED, ()
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -200,7 +202,7 @@ def _passing(stock_metaclass: Any) -> type:
     return type(stock_metaclass.__name__, (stock_metaclass,), members)
 
 
-def _set_doors(obj: Any, doors: frozenset[str]) -> None:
+def _set_wrapped(obj: Any, doors: frozenset[str]) -> None:
     stock = stock_class(obj)
     wanted = _seamed_class(stock, doors) if doors else stock
     if type(obj) is not wanted:
@@ -211,15 +213,15 @@ def _seamed_class(stock: type, doors: frozenset[str]) -> type:
     """One subclass per stock class and set of doors, so that objects of one class stay of one class (dynamo guards)."""
     key = (stock, doors)
     if key not in _seamed_classes:
-        members = {_DOORS: doors, **{door: _door(stock, door) for door in doors}}
+        members = {_WRAPPED: doors, **{door: _wrapped_method(stock, door) for door in doors}}
         _seamed_classes[key] = disguised_subclass(stock, members)
     return _seamed_classes[key]
 
 
-def _door(stock: type, name: str) -> Any:
+def _wrapped_method(stock: type, name: str) -> Any:
     static = inspect.getattr_static(stock, name)
     if isinstance(static, property):
-        return _property_door(stock, static, name)
+        return _wrapped_property(stock, static, name)
     if isinstance(static, (staticmethod, classmethod)):
         raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so no layer can stand in it")
 
@@ -230,7 +232,7 @@ def _door(stock: type, name: str) -> Any:
     return through_the_chain
 
 
-def _property_door(stock: type, static: property, name: str) -> property:
+def _wrapped_property(stock: type, static: property, name: str) -> property:
     def through_the_chain(self: Any) -> Any:
         return _chained(self, name, lambda owner: getattr(stock, name).__get__(owner))()
 

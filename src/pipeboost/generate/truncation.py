@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from pipeboost.core.errors import quoted
-from pipeboost.core.seams import add_layer, remove_layer
+from pipeboost.core.seams import add_middleware, remove_middleware
 
 _KEPT = 256
 
@@ -29,12 +29,12 @@ class Truncations:
                     tokenizers.setdefault(id(each), (name, each))
         self._middleware = [(each, partial(self._tokenize, name)) for name, each in tokenizers.values()]
         for tokenizer, middleware in self._middleware:
-            add_layer(tokenizer, "__call__", middleware, place="component.verify")
+            add_middleware(tokenizer, "__call__", middleware, place="component.verify")
 
     def remove(self) -> None:
         """Leave the tokenizers as they were."""
         while self._middleware:
-            remove_layer(self._middleware[-1][0], "__call__", self._middleware[-1][1])
+            remove_middleware(self._middleware[-1][0], "__call__", self._middleware[-1][1])
             self._middleware.pop()
 
     def begin(self, call: Mapping[str, Any], limit: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.core.seams import add_layer, remove_layer
+from pipeboost.core.seams import add_middleware, remove_middleware
 from pipeboost.quality.metrics import outputs_on_host, psnr, relative_error
 from pipeboost.quality.tuned_stock import stock_compile
 
@@ -148,12 +148,12 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
 
     layers = {name: keep(name) for name in denoisers}
     for name, layer in layers.items():
-        add_layer(denoisers[name], "__call__", layer, place="component.verify")
+        add_middleware(denoisers[name], "__call__", layer, place="component.verify")
     try:
         yield
     finally:
         for name, layer in layers.items():
-            remove_layer(denoisers[name], "__call__", layer)
+            remove_middleware(denoisers[name], "__call__", layer)
 
 
 def _errors(path: str, result: Any, stock: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.stages.admission import TURN
 from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
 from pipeboost.stages.stage import Values
-from pipeboost.stages.stage_middleware import door_layer, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.stages.stage_middleware import middleware_of_stage, named_results, rebuilt, run_user_stage, user_stages
 from pipeboost.stages.trajectory import note_step
 
 COMPANIONS = ("controlnet",)
@@ -31,7 +31,7 @@ def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
 def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
     """Stand in the doors of one object; pipelines that share it share the layers."""
     doors = tuple(door for door in family.doors if door.component == path)
-    layers = [(door.method, door_layer(door)) for door in doors]
+    layers = [(door.method, middleware_of_stage(door)) for door in doors]
     if path in family.denoisers:
         layers.append(("__call__", _denoise))
     elif path in COMPANIONS:
@@ -44,7 +44,7 @@ def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
     def apply(inner: Ledger) -> None:
         for method, layer in layers:
             if callable(getattr(obj, method, None)):
-                inner.add_layer(obj, method, layer, place=f"{kind}.stages")
+                inner.add_middleware(obj, method, layer, place=f"{kind}.stages")
 
     ledger.share(obj, "watch", (path, doors), apply)
 

@@ -17,7 +17,7 @@ from torch.nn import Module
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.families import StageDoor
-from pipeboost.core.seams import Layer, stock_class
+from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.parallel.cfg_parallel import apart
 from pipeboost.stages.composition import FRAMES, Composition, Slot
 from pipeboost.stages.ranks import on_ranks
@@ -61,7 +61,7 @@ def _alone_with_what_it_shares(call: Call, door: StageDoor, owner: Any) -> Itera
 
 
 @functools.cache
-def door_layer(door: StageDoor) -> Layer:
+def middleware_of_stage(door: StageDoor) -> Middleware:
     """The layer for a door, one object for all that stand in the same."""
 
     def pass_through(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -50,10 +50,10 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger, *, 
 
     def apply(inner: Ledger) -> None:
         unmasked = _unmask_blocks(padded.block_mask, id(model))
-        inner.add_layer(model, "__call__", _trim_text(padded, id(model), at_least), place="component.padding")
+        inner.add_middleware(model, "__call__", _trim_text(padded, id(model), at_least), place="component.padding")
         for path in layers:
             for block in getattr(model, path):
-                inner.add_layer(block, "__call__", unmasked, place="block.padding")
+                inner.add_middleware(block, "__call__", unmasked, place="block.padding")
 
     ledger.share(model, "padded text", (padded, at_least), apply)
 

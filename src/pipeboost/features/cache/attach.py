@@ -62,7 +62,7 @@ def attach_cache(
         _check(model, span, own)
     for span in spans:
         for block in span.blocks:
-            ledger.add_layer(block, "__call__", span, place="block.cache")
+            ledger.add_middleware(block, "__call__", span, place="block.cache")
 
 
 def _rows(model: nn.Module, family: Family) -> list[tuple[Blocks, ...]]:

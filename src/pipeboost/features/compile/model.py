@@ -22,7 +22,7 @@ from pipeboost.core.errors import UnsupportedError, not_one_of
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.obstacles import hooks_in, odd_weights_of
-from pipeboost.core.seams import Layer, stock_class
+from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
 from pipeboost.features.compile.region import Found, Graphed, NotCaptured, Region, region_of
 
@@ -95,13 +95,13 @@ def compile_model(
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
         compiled = CompiledModel(model, str(settings.scope), len(targets), tuple(names))
-        layers: dict[Any, Layer] = {}
+        layers: dict[Any, Middleware] = {}
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))
             if key not in layers:
                 region = region_of(module, settings, learn_sizes=not family.blocks)
                 layers[key] = _layer(region, module, text_dims, compiled)
-            inner.add_layer(module, "__call__", layers[key], place=place)
+            inner.add_middleware(module, "__call__", layers[key], place=place)
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
         _compiled_models[model] = compiled
 
@@ -121,7 +121,7 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _compiled_models.pop(model, None)
 
 
-def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Layer:
+def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Middleware:
     text = text_arguments(module, text_dims)
 
     failed: weakref.WeakKeyDictionary[nn.Module, tuple[str, Found]] = weakref.WeakKeyDictionary()

@@ -241,7 +241,7 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
     """
     graphs = Graphs(owner, wanted)
     ledger.record("CUDA graphs", graphs.close)
-    ledger.add_layer(model, "__call__", graphs, place="component.graphs")
+    ledger.add_middleware(model, "__call__", graphs, place="component.graphs")
     return graphs
 
 

@@ -107,7 +107,7 @@ def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Led
         UnsupportedError: the host cannot pin the memory, or another pipeline placed this component otherwise.
     """
     if not path:
-        ledger.add_layer(obj, EXECUTION_DEVICE, lambda call_next, owner: placement.device, place="pipe.offload")
+        ledger.add_middleware(obj, EXECUTION_DEVICE, lambda call_next, owner: placement.device, place="pipe.offload")
         return
     if not isinstance(obj, nn.Module):
         return
@@ -178,9 +178,9 @@ def _stage(
         torch.cuda.empty_cache()  # where single weights were, no large buffer fits
     for door in DOORS:
         if callable(getattr(stock_class(module), door, None)):
-            ledger.add_layer(module, door, component.door, place="component.offload")
+            ledger.add_middleware(module, door, component.door, place="component.offload")
     for index, block in enumerate(blocks):
-        ledger.add_layer(block, "__call__", functools.partial(component.block_door, index), place="block.offload")
+        ledger.add_middleware(block, "__call__", functools.partial(component.block_door, index), place="block.offload")
 
 
 def _release(reference: weakref.ref[nn.Module]) -> None:

@@ -21,7 +21,7 @@ _STATE = "stops"
 _INTERRUPTED = "interrupted"
 
 
-def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
+def agree_on_cancellation(scheduler: Any, ledger: Ledger) -> None:
     """Let the ranks of a call hear at each step whether one of them is to end it.
 
     Raises:
@@ -33,7 +33,7 @@ def agree_on_stops(scheduler: Any, ledger: Ledger) -> None:
 def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:
     """Make the `interrupt` that a script reads before each step the same on all ranks of a call."""
     if isinstance(getattr(type(pipe), "interrupt", None), property):
-        ledger.add_layer(pipe, "interrupt", _interrupt, place="pipe.parallel")
+        ledger.add_middleware(pipe, "interrupt", _interrupt, place="pipe.parallel")
 
 
 class _Told(NamedTuple):

@@ -47,7 +47,7 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     )
 
 
-def settle_branches(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
+def flush_deferred(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
     """Fill what is still to be filled before this method of a scheduler or guider reads it."""
     ledger.share_middleware(reader, door, _settle, place="scheduler.cfg", kind="guidance branches", settings=door)
 
@@ -63,7 +63,7 @@ def apart(call: Call) -> Iterator[None]:
         call.state[_APART] = before
 
 
-def callback_apart(callback: Callable[..., Any]) -> Callable[..., Any]:
+def callback_without_cfg_parallel(callback: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a callback of the script: forwards that it makes are its own.
 
     Scripts look at the class of Diffusers' own callbacks, so one of them has a twin of its class, and of its state.

@@ -12,7 +12,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.distributed.agreement.arguments import checked_latents
 
 
-def check_first_step(scheduler: Any, ledger: Ledger) -> None:
+def check_latents(scheduler: Any, ledger: Ledger) -> None:
     """Compare the ranks' latents after the first step of each new size of latents on a mesh; later calls do not wait.
 
     Raises:

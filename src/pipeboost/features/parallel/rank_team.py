@@ -29,16 +29,16 @@ from pipeboost.distributed import (
 )
 from pipeboost.distributed.agreement.arguments import agreed_arguments
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_stops
+from pipeboost.features.parallel.cancellation import agree_on_cancellation, agree_on_interrupts
 from pipeboost.features.parallel.cfg_batch import share_batch
-from pipeboost.features.parallel.cfg_parallel import callback_apart, settle_branches, share_branches
-from pipeboost.features.parallel.latent_check import check_first_step
+from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel, flush_deferred, share_branches
+from pipeboost.features.parallel.latent_check import check_latents
 from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
 from pipeboost.features.parallel.running_state import RunningState
-from pipeboost.features.parallel.sequence_parallel import shard_tokens
+from pipeboost.features.parallel.sequence_parallel import shard_sequence
 from pipeboost.features.parallel.tensor import shard_weights
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
-from pipeboost.features.parallel.ulysses_ring import AcrossRanks
+from pipeboost.features.parallel.ulysses_ring import UlyssesRing
 from pipeboost.features.parallel.vae import parallelize_vae
 
 
@@ -74,7 +74,7 @@ class RankTeam:
         except BaseException:
             self.mesh.close()
             raise
-        self.across = AcrossRanks() if self.token_ranks > 1 else None
+        self.across = UlyssesRing() if self.token_ranks > 1 else None
 
     @property
     def token_ranks(self) -> int:
@@ -124,7 +124,7 @@ class RankTeam:
         bound = agreed_arguments(self.mesh, signature.bind_partial(pipe, *args, **kwargs), self.mesh.device)
         callback = bound.arguments.get("callback_on_step_end")
         if callable(callback):
-            bound.arguments["callback_on_step_end"] = callback_apart(callback)
+            bound.arguments["callback_on_step_end"] = callback_without_cfg_parallel(callback)
         return bound
 
     def require_same_state(self, pipe: Any, counts: Callable[[str], bool]) -> None:
@@ -156,7 +156,7 @@ class RankTeam:
             if mesh.degree("cfg") > 1:
                 (share_branches if family.batched is None else share_batch)(obj, family, ledger)
             if self.across is not None:
-                shard_tokens(obj, family, ledger)
+                shard_sequence(obj, family, ledger)
         if not path and mesh.degree("tensor") > 1:
             guard_pipeline(obj, mesh.group("tensor"), ledger)
         if not path:
@@ -164,11 +164,11 @@ class RankTeam:
         if not path and not mesh.main:
             _hide_progress_bar(obj, ledger)
         if path == "scheduler":
-            settle_branches(obj, ledger)
-            check_first_step(obj, ledger)
-            agree_on_stops(obj, ledger)
+            flush_deferred(obj, ledger)
+            check_latents(obj, ledger)
+            agree_on_cancellation(obj, ledger)
         if path and path == family.guider:
-            settle_branches(obj, ledger, door="__call__")
+            flush_deferred(obj, ledger, door="__call__")
         if path == "vae" and self._shares_vae:
             parallelize_vae(obj, family.autoencoder, ledger, owner=owner)
         if path in self.text_encoders:

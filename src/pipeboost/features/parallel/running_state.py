@@ -84,7 +84,7 @@ class RunningState:
 
         for method, layer in (*((each, forget) for each in _WRITING), ("to", convert), ("load_lora_adapter", load)):
             if callable(getattr(stock_class(module), method, None)):
-                ledger.add_layer(module, method, layer, place="component.writes")
+                ledger.add_middleware(module, method, layer, place="component.writes")
 
     def _tracked(self, module: nn.Module) -> TrackedModule:
         tracked = self._modules.get(module)

@@ -22,7 +22,7 @@ from pipeboost.distributed import SEQUENCE
 from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
 
 
-def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
+def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's sequence group share the tokens of a transformer.
 
     Args:
@@ -35,21 +35,23 @@ def shard_tokens(model: torch.nn.Module, family: Family, ledger: Ledger) -> None
     name = stock_class(model).__name__
 
     def apply(inner: Ledger) -> None:
-        inner.add_layer(model, "__call__", functools.partial(_forward, sharding), place="component.sequence")
+        inner.add_middleware(model, "__call__", functools.partial(_forward, sharding), place="component.sequence")
         first = True
         for blocks in family.blocks:
             for block in operator.attrgetter(blocks.path)(model):
                 layer = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_layer(block, "__call__", layer, place="block.sequence")
+                inner.add_middleware(block, "__call__", layer, place="block.sequence")
                 first = False
         for path, outputs in sharding.outputs.items():
-            inner.add_layer(
+            inner.add_middleware(
                 operator.attrgetter(path)(model),
                 "__call__",
                 functools.partial(_output, outputs),
                 place="submodule.sequence",
             )
-        inner.add_layer(operator.attrgetter(sharding.gathered)(model), "__call__", _gather, place="submodule.sequence")
+        inner.add_middleware(
+            operator.attrgetter(sharding.gathered)(model), "__call__", _gather, place="submodule.sequence"
+        )
 
     ledger.share(model, "token sharding", family.name, apply)
 

@@ -11,7 +11,7 @@ from torch import nn
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import Layer, stock_class
+from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.distributed import Group
 
 _LOAD_FIRST = "load and fuse it before accelerate_pipeline(), or call pipe.acceleration.remove() first"
@@ -30,11 +30,11 @@ _OF_PIPELINES = {
 
 def guard_model(model: nn.Module, group: Group, ledger: Ledger) -> None:
     """Make a model whose weights are split raise where it is called outside a call of ours, saved, loaded or fused."""
-    ledger.add_layer(model, "__call__", functools.partial(_only_in_a_call, group.size), place="component.guard")
+    ledger.add_middleware(model, "__call__", functools.partial(_only_in_a_call, group.size), place="component.guard")
     for door, way_out in _present(model, _OF_MODELS):
-        ledger.add_layer(model, door, _refusing(door, group.size, way_out), place="component.guard")
+        ledger.add_middleware(model, door, _refusing(door, group.size, way_out), place="component.guard")
     if hasattr(stock_class(model), "set_attn_processor"):
-        ledger.add_layer(
+        ledger.add_middleware(
             model, "set_attn_processor", functools.partial(_only_without_weights, group.size), place="component.guard"
         )
 
@@ -42,7 +42,7 @@ def guard_model(model: nn.Module, group: Group, ledger: Ledger) -> None:
 def guard_pipeline(pipe: Any, group: Group, ledger: Ledger) -> None:
     """Make what would load, fuse or save split weights raise at the pipeline, before it has changed anything."""
     for door, way_out in _present(pipe, _OF_PIPELINES):
-        ledger.add_layer(pipe, door, _refusing(door, group.size, way_out), place="pipe.parallel")
+        ledger.add_middleware(pipe, door, _refusing(door, group.size, way_out), place="pipe.parallel")
 
 
 def _present(owner: Any, doors: dict[str, str]) -> Iterable[tuple[str, str]]:
@@ -60,7 +60,7 @@ def _only_in_a_call(ranks: int, call_next: Callable[..., Any], model: Any, *args
     return call_next(*args, **kwargs)
 
 
-def _refusing(door: str, ranks: int, way_out: str) -> Layer:
+def _refusing(door: str, ranks: int, way_out: str) -> Middleware:
     def refuse(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
             f"{type(owner).__name__}.{door}() cannot work on weights that are split over {ranks} ranks; {way_out}"

@@ -30,10 +30,10 @@ _FILLED = 0.75
 _LONG = 1e12
 """Operations of an attention that take a GPU longer than the host takes to launch it in parts."""
 _serials = itertools.count()
-_across: weakref.WeakValueDictionary[int, AcrossRanks] = weakref.WeakValueDictionary()
+_across: weakref.WeakValueDictionary[int, UlyssesRing] = weakref.WeakValueDictionary()
 
 
-class AcrossRanks:
+class UlyssesRing:
     """Attention over the tokens of all ranks of a call's sequence group, by way of attention on one.
 
     One is like another, so pipelines with meshes of their own can share a transformer.
@@ -45,10 +45,10 @@ class AcrossRanks:
         _across[self._number] = self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AcrossRanks)
+        return isinstance(other, UlyssesRing)
 
     def __hash__(self) -> int:
-        return hash(AcrossRanks)
+        return hash(UlyssesRing)
 
     def serve(self, attend: Attend) -> None:
         """Use the bound method `attend(q, k, v, mask, *, scale, return_lse)` for attention on one rank."""

@@ -57,7 +57,7 @@ def parallelize_vae(
 
         ledger.share(vae, "VAE parallelism", autoencoder, apply)
         for part in shared:
-            ledger.add_layer(
+            ledger.add_middleware(
                 getattr(vae, part), "__call__", _Divide(getattr(vae, part), part, owner), place="component.strips"
             )
     return left

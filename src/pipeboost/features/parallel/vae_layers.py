@@ -25,12 +25,12 @@ _PIECES = 8
 def share_convolution(module: Convolution, ledger: Ledger) -> None:
     """Make a convolution see its neighbours' border pixels; see `why_not_shared` for which can."""
     # Causal convolutions of video VAEs pad in their own `forward`; this door lies behind it.
-    ledger.add_layer(module, "_conv_forward", _convolve, place="submodule.strips")
+    ledger.add_middleware(module, "_conv_forward", _convolve, place="submodule.strips")
 
 
 def share_group_norm(module: nn.GroupNorm, ledger: Ledger) -> None:
     """Make a group norm take its statistics from the whole map."""
-    ledger.add_layer(module, "__call__", _normalise, place="submodule.strips")
+    ledger.add_middleware(module, "__call__", _normalise, place="submodule.strips")
 
 
 def share_attention(module: nn.Module, ledger: Ledger) -> None:
@@ -39,7 +39,7 @@ def share_attention(module: nn.Module, ledger: Ledger) -> None:
     Tokens are in the order (frames, rows, columns). A mask of its own depends on nothing but the frames of query and
     key.
     """
-    ledger.add_layer(module, "__call__", _attend, place="submodule.strips")
+    ledger.add_middleware(module, "__call__", _attend, place="submodule.strips")
 
 
 def why_not_shared(module: Convolution) -> str | None:

@@ -95,7 +95,7 @@ def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
     Raises:
         AttributeError: the pipeline has no `encode_prompt`.
     """
-    ledger.add_layer(pipe, METHOD, prompts, place="pipe.reuse")
+    ledger.add_middleware(pipe, METHOD, prompts, place="pipe.reuse")
 
 
 def _others(pipe: Any, written: frozenset[str]) -> dict[str, Any]:
