@@ -169,5 +169,7 @@ def _team(nbytes: int) -> list[Peers]:
     size = symmetric_buffers.rounded(nbytes)
     memories = [torch.zeros(symmetric_buffers.BOARD + 2 * size, dtype=torch.uint8, device="cuda") for _ in range(RANKS)]
     addresses = [memory.data_ptr() for memory in memories]
-    groups: list[Any] = [SimpleNamespace(name=f"rank {rank} alone", rank=rank, size=RANKS) for rank in range(RANKS)]
+    groups: list[Any] = [
+        SimpleNamespace(name=f"rank {rank} alone", rank=rank, size=RANKS, ranks=range(RANKS)) for rank in range(RANKS)
+    ]
     return [Peers(group, (size, size), memory, addresses) for group, memory in zip(groups, memories, strict=True)]
