@@ -31,7 +31,10 @@ _locks_lock = threading.Lock()
 def _lock_of(pipe: Any) -> threading.RLock:
     """One pipeline is accelerated, or made stock again, by one thread at a time."""
     with _locks_lock:
-        return _locks.setdefault(pipe, threading.RLock())
+        try:
+            return _locks.setdefault(pipe, threading.RLock())
+        except TypeError:  # no pipeline, as planning for it says
+            return threading.RLock()
 
 
 class _Default:

@@ -32,7 +32,7 @@ from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.features.quantize import apply as quantize
 from pipeboost.features.reuse import apply as reuse
 from pipeboost.plan import Plan, agreed_plan
-from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watch, watched_components
+from pipeboost.stages import TEXT_ENCODING, Composition, Stage, StageParallelism, watch, watched_components
 
 JOIN: dict[str, Any] = {
     "parallel": parallel,  # ranks come together before anything is changed that they might not agree on
@@ -129,7 +129,7 @@ class AppliedPlan:
         Args:
             ledger: takes what undoes all of it; what fails half-way is undone with it.
         """
-        ledger.record("what was joined", self._joined.undo)
+        ledger.record("what was joined", self._leave)
         self._join(pipe)
         ledger.record("components", self._undo_all)
         self.bind_on_all_ranks(pipe, "accelerate_pipeline", compare=False)
@@ -205,7 +205,7 @@ class AppliedPlan:
                 return device
             plan = agreed_plan(pipe, replace(self._config, offload=None) if taken_over else self._config, anew=True)
             self._undo_all()
-            self._joined.undo()
+            self._leave()
             self.plan, self.context = plan, self._context(plan)
             self._join(pipe)
         return device_of(pipe)
@@ -288,7 +288,6 @@ class AppliedPlan:
 
     def _join(self, pipe: Any) -> None:
         """Let the features join; each rank is at this point of its program."""
-        self._joined.record("context", self._forget_joined)
         for name, feature in JOIN.items():
             if self.plan[name].on:
                 result = feature.join(pipe, self.plan[name], self.context, self._joined)
@@ -296,11 +295,15 @@ class AppliedPlan:
         if self.team is not None:
             self.context = replace(self.context, ranks=self.team.ranks)
             if self.team.text_encoders and TEXT_ENCODING in self.stages:
-                self._joined.record("text encoding", functools.partial(self._encode_on, StageParallelism.MAIN_RANK))
-                self._encode_on(StageParallelism.TENSOR_PARALLEL)
+                # None of these changes may hold on to this plan: a dropped pipeline frees its memory at once.
+                stage = self.stages[TEXT_ENCODING]
+                self._joined.record("text encoding", functools.partial(_run_as, stage, StageParallelism.MAIN_RANK))
+                _run_as(stage, StageParallelism.TENSOR_PARALLEL)
 
-    def _forget_joined(self) -> None:
+    def _leave(self) -> None:
+        self._joined.undo()
         self.context = self._context(self.plan)
 
-    def _encode_on(self, parallelism: StageParallelism) -> None:
-        self.stages[TEXT_ENCODING].parallelism = parallelism
+
+def _run_as(stage: Stage, parallelism: StageParallelism) -> None:
+    stage.parallelism = parallelism

@@ -717,7 +717,7 @@ def test_verify_judges_each_output_whether_a_list_of_samples_or_a_video_with_its
     assert all(f"{output}: PSNR" in str(result) for output in outputs if len(outputs) > 1)
     # What the transformer returns last is spoiled, in our calls alone.
     accelerate_pipeline(pipe, quality="exact")
-    add_middleware(pipe.transformer, "__call__", spoil_last)
+    add_middleware(pipe.transformer, "__call__", spoil_last, place="component.stages")
     broken = pipe.acceleration.verify(**call)
     assert not broken.passed
     assert broken.outputs[outputs[-1]][1] > 0

@@ -53,6 +53,7 @@ class Heartbeat:
         self.gone: set[int] = set()  # ranks that may be dead: the system says so, or their connection broke
         self._lock = threading.Lock()
         self._unanswered: Counter[int] = Counter()
+        self._forged: set[int] = set()
         self._others: dict[int, Any] = {}
         if group.size == 1:
             return
@@ -99,6 +100,9 @@ class Heartbeat:
         try:
             record: Record = pickle.loads(verify(message, str(rank), self._secret))
         except ForgeryError:
+            if rank in self._forged:
+                return
+            self._forged.add(rank)
             warnings.warn(f"rank {self.rank} ignores what somebody else says in rank {rank}'s name", stacklevel=2)
             return
         if rank not in self.records or record.beat > self.records[rank].beat:
