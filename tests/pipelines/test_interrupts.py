@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import linecache
 import sys
 import threading
 from pathlib import Path
@@ -33,7 +34,10 @@ def interrupted(action, moment):
         nonlocal left
         if not frame.f_code.co_filename.startswith(_OURS):
             return None
-        if event == "line":
+        # Between the body of a `with` and its exit, Python looks at no signal, but traces the line again.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with "
+        ):
             left -= 1
             if left < 0:
                 raise KeyboardInterrupt
