@@ -198,3 +198,9 @@ def test_the_cost_of_a_module_that_has_not_changed_is_told(capsys):
     tensors, modules = len(module.state_dict()), len(list(module.modules()))
     with capsys.disabled():
         print(f" unchanged: {min(took):.2f} to {max(took):.2f} ms for {tensors} tensors in {modules} modules ", end="")
+
+
+def test_ranks_may_have_devices_of_their_own_of_one_kind():
+    here, there = ({"device_map": {"": torch.device("cuda", index)}} for index in (0, 1))
+    assert digest(here) == digest(there)
+    assert digest(here) != digest({"device_map": {"": torch.device("cpu")}})
