@@ -204,3 +204,14 @@ def test_ranks_may_have_devices_of_their_own_of_one_kind():
     here, there = ({"device_map": {"": torch.device("cuda", index)}} for index in (0, 1))
     assert digest(here) == digest(there)
     assert digest(here) != digest({"device_map": {"": torch.device("cpu")}})
+    modules = [torch.nn.Linear(2, 2) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    blocks = [torch.nn.ModuleList([module]) for module in modules]
+
+    class Adapter(torch.nn.Module):
+        pass
+
+    for index, block in enumerate(blocks):
+        block.append(Adapter())
+        block[1].kwargs = {"device_map": {"": torch.device("cuda", index)}}
+    assert TrackedModule(blocks[0]).digest() == TrackedModule(blocks[1]).digest()

@@ -48,8 +48,12 @@ def digest(value: Any) -> bytes:
     its attributes; one that keeps none counts by its pickle, or by its class where it has no pickle.
     """
     told = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
-    # Each rank has a device of its own, which adapters also keep in their settings.
-    content = re.sub(r"(device\(type='\w+'), index=\d+\)", r"\1)", repr(told))
+    return hashed(repr(told))
+
+
+def hashed(content: str) -> bytes:
+    """Return sixteen bytes of a text. The number of a device in it does not count: each rank has one of its own."""
+    content = re.sub(r"(device\(type=\\*'\w+\\*'), index=\d+\)", r"\1)", content)
     return hashlib.blake2b(content.encode(errors="backslashreplace"), digest_size=16).digest()
 
 

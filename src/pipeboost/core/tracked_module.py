@@ -8,7 +8,6 @@ walked anew, and only weights that are new or were written to are read.
 from __future__ import annotations
 
 import copy
-import hashlib
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeboost.core.fingerprint import PLAIN, kind_of, sums, version_of
+from pipeboost.core.fingerprint import PLAIN, hashed, kind_of, sums, version_of
 from pipeboost.core.sample import Sample, can_be_sampled
 from pipeboost.core.seams import stock_class
 
@@ -105,7 +104,7 @@ class TrackedModule:
         counted = {name: tensor for name, tensor in tensors.items() if name not in self._left_out}
         self._facts = _settings_of(modules) | self._contents(counted)
         self._names = {name: id(tensor) for name, tensor in counted.items()}
-        self._digest = hashlib.blake2b(repr(sorted(self._facts.items())).encode(), digest_size=16).digest()
+        self._digest = hashed(repr(sorted(self._facts.items())))
         self._look, self._forgotten = _Look(modules.values(), counted.values()), False
 
     def _contents(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
