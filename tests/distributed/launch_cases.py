@@ -5,9 +5,9 @@ import os
 import pickle
 import signal
 import socket
-import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import pipeboost
 from pipeboost.cli import generate
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.distributed import Mesh, world
+from pipeboost.distributed import Mesh, suspend_timeout, world
 from pipeboost.distributed.authentication import VARIABLE, sign
 from pipeboost.distributed.failure.records import Failure, Record
 from tests.distributed.failure_cases import Trouble, script
@@ -48,8 +48,10 @@ def failing_outside() -> None:
 def attacked() -> dict[str, Any]:
     """A call during which rank 1 writes what others could to everything that rank 0 listens at, and garbage."""
     forged = Failure(1, "denoising", "the forger's text")
-    for serial in range(4):  # before there is a mesh
-        world().store.set(f"pipeboost meeting of (0, 1) about a mesh {serial}: 1", json.dumps(forged._asdict()))
+    if world().rank == 1:  # before there is a mesh, and for long enough that rank 0 reads it
+        for serial in range(4):
+            world().store.set(f"pipeboost meeting of (0, 1) about a mesh {serial}: 1", json.dumps(forged._asdict()))
+        time.sleep(0.1)
     mesh = Mesh({"ulysses": 2}, device=torch.device("cpu"))
     heartbeat = mesh.watchdog._heartbeat
 
@@ -64,18 +66,30 @@ def attacked() -> dict[str, Any]:
                 b"garbage",
                 pickle.dumps(forged),
             ):
-                for _ in range(40):  # for longer than between two looks, since the rank itself writes over it
+                until = time.monotonic() + 0.6  # longer than between two looks, and the rank itself writes over it
+                while time.monotonic() < until:
                     store.set("1", message)
                     time.sleep(0.005)
-                time.sleep(0.2)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if world().rank == 1:
-            attacking = threading.Timer(0.1, attack)
-            attacking.start()
-        returned = script(mesh, Trouble("compile", 1, "middle"))
+        returned = script(mesh, _Interlude(attack))
     return {"returned": returned, "warnings": sum("in rank 1's name" in str(each.message) for each in caught)}
+
+
+class _Interlude(Trouble):
+    """In the middle, rank 1 does something that is known to take a while."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        super().__init__("interlude", 1, "middle")
+        self._action = action
+
+    def at(self, place: str) -> None:
+        """Happens here, if this is the rank and the place, once."""
+        if place == self.place and world().rank == self.rank:
+            self.place = ""
+            with suspend_timeout("compiling"):
+                self._action()
 
 
 def launching(folder: str) -> None:
