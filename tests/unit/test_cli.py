@@ -16,10 +16,10 @@ from PIL import Image
 from pipeboost.cli import bench, demo, doctor, generate, main, plan
 from pipeboost.cli.picture import picture_grid
 from pipeboost.cli.plan import plan_of, wrapped
-from pipeboost.core.config import ATTENTION_BACKENDS
 from pipeboost.core.errors import RankFailedError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.demo_model import prompts
+from pipeboost.kernels import KERNELS
 from tests.pipelines.tiny import TINY
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "demo_model" / "weights"
@@ -187,7 +187,7 @@ def test_doctor_prints_every_attention_kernel_and_whether_it_runs_in_80_columns(
     code, out, _ = pipeboost("doctor")
     assert code == 0
     rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("│") for line in out.splitlines()) if cells[1:]}
-    assert [name for name in ATTENTION_BACKENDS if name not in rows] == []
+    assert [name for name in KERNELS if name not in rows] == []
     assert rows["sdpa"] == "yes"
     assert rows["flash3"].startswith("needs")
     assert max(map(len, out.splitlines())) <= 80

@@ -71,7 +71,10 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
             lambda: AccelerationConfig(parallel="all"),
             "parallel='all' is not allowed; use one of 'auto', None, False or ParallelConfig",
         ),
-        (lambda: AccelerationConfig(attention=True), "attention=True is not allowed; use one of 'auto', 'sdpa'"),
+        (
+            lambda: AccelerationConfig(attention=True),
+            r"attention=True is not allowed; use one of 'auto', None, False or AttentionConfig\(...\) or the name of a kernel",
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(make, words):

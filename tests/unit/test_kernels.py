@@ -12,7 +12,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
 
-from pipeboost.core.config import ATTENTION_BACKENDS
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.kernels import (
     KERNELS,
@@ -273,8 +272,7 @@ def test_fp8_scales_are_per_sample_and_head_and_ignore_padding():
     assert restored[1, 20:].abs().max() == 0
 
 
-def test_the_table_has_every_backend_and_its_tier():
-    assert tuple(KERNELS) == ATTENTION_BACKENDS
+def test_the_lossy_kernels_are_of_the_tier_that_allows_them():
     lossy = {name for name, kernel in KERNELS.items() if kernel.tier == "balanced"}
     assert lossy == {"flash3_fp8", "sage"}
 

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeboost.core.config import ATTENTION_BACKENDS
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.kernels import KERNELS, Kernel, unavailable_reason, wrong_hardware
 
@@ -44,8 +43,7 @@ def _kernels(hardware: Hardware) -> Table:
     table = Table(title="Attention kernels", title_justify="left")
     for heading in ("attention=", "here", "from tier", "dtypes", "head dim", "masks"):
         table.add_column(heading, no_wrap=heading == "attention=", width=16 if heading == "here" else None)
-    for name in ATTENTION_BACKENDS:
-        kernel = KERNELS[name]
+    for name, kernel in KERNELS.items():
         smallest, largest, multiple = kernel.head_dims
         table.add_row(
             name,

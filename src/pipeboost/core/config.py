@@ -25,7 +25,6 @@ from pipeboost.core.errors import ConfigurationError, quoted
 
 TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
-ATTENTION_BACKENDS = ("sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "flash4", "sage", "flex")
 STEP_MASKS = ("slow", "medium", "fast", "ultra")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
@@ -45,13 +44,15 @@ class AttentionConfig:
     """Which attention kernel runs.
 
     Attributes:
-        backend: a name of `ATTENTION_BACKENDS`, or `"auto"` to choose by hardware, token count and mask.
+        backend: the name of a kernel in `pipeboost.kernels.KERNELS`, where the plan looks it up, or `"auto"` to choose
+            by hardware, token count and mask.
     """
 
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require_one_of("attention", self.backend, ("auto", *ATTENTION_BACKENDS))
+        if not isinstance(self.backend, str):
+            raise ConfigurationError(f"attention={quoted(self.backend)} must be the name of a kernel, or 'auto'")
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,6 @@ _CLASSES: dict[str, type] = {
     "reuse": ReuseConfig,
 }
 _SHORT_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "attention": ("backend", ATTENTION_BACKENDS),
     "cache": ("step_mask", STEP_MASKS),
     "compile": ("scope", COMPILE_SCOPES),
     "quantize": ("scheme", QUANTIZE_SCHEMES),
@@ -344,7 +344,12 @@ def _feature_setting(feature: str, value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return from_mapping(cls, feature, value)
+    if word and cls is AttentionConfig:
+        return AttentionConfig(word)
     if word in names:
         return cls(**{field: value})
     allowed = ", ".join(map(repr, ("auto", *names, None, False)))
-    raise ConfigurationError(f"{feature}={quoted(value)} is not allowed; use one of {allowed} or {cls.__name__}(...)")
+    or_name = " or the name of a kernel, as `pipeboost doctor` lists them" if cls is AttentionConfig else ""
+    raise ConfigurationError(
+        f"{feature}={quoted(value)} is not allowed; use one of {allowed} or {cls.__name__}(...){or_name}"
+    )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeboost.core.config import ATTENTION_BACKENDS
 from pipeboost.core.hardware import Hardware
 from pipeboost.kernels.flash import flash2, flash3, flash3_fp8, flash4
 from pipeboost.kernels.flex import flex
@@ -40,7 +39,7 @@ class Kernel:
     """One attention kernel.
 
     Attributes:
-        name: a name of `ATTENTION_BACKENDS`.
+        name: by which the user asks for it.
         tier: the quality tier from which it may run.
         function: `(q, k, v, mask, return_lse, *, scale, right_padded)` with q, k and v of shape
             `(batch, tokens, heads, head_dim)`; returns the output of the queries' shape and dtype, with `return_lse`
@@ -143,7 +142,6 @@ KERNELS: Mapping[str, Kernel] = {
         ),
     )
 }
-assert tuple(KERNELS) == ATTENTION_BACKENDS
 
 
 def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:

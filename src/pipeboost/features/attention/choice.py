@@ -84,6 +84,16 @@ def choose_kernel(
     return KernelChoice(KERNELS["sdpa"], "torch picks the best of its own kernels", tuple(considered))
 
 
+def check_name(backend: str) -> None:
+    """Raise unless a backend is one of the table.
+
+    Raises:
+        ConfigurationError: there is no such kernel.
+    """
+    if backend not in ("auto", *KERNELS):
+        raise not_one_of("attention", backend, ("auto", *KERNELS))
+
+
 def check_choice(
     backend: str, *, tier: str, hardware: Hardware, dtype: torch.dtype | None = None, head_dim: int | None = None
 ) -> None:
@@ -96,8 +106,7 @@ def check_choice(
     """
     if backend == "auto":
         return
-    if backend not in KERNELS:
-        raise not_one_of("attention", backend, ("auto", *KERNELS))
+    check_name(backend)
     kernel = KERNELS[backend]
     if not tier_allows(tier, kernel.tier):
         raise ConfigurationError(

@@ -8,7 +8,7 @@ from pipeboost.core.config import AccelerationConfig, AttentionConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.attention.choice import explain_choice
+from pipeboost.features.attention.choice import check_name, explain_choice
 
 
 def decide(
@@ -23,6 +23,8 @@ def decide(
     asked = config.attention
     if asked is None:
         return Decision("attention", "off", "turned off; stock's processors run")
+    if asked != "auto":
+        check_name(asked.backend)
     if config.quality == "exact":
         if asked != "auto":
             raise needs_tier("attention", asked.backend, "lossless", config.quality)

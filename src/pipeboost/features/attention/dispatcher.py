@@ -42,7 +42,7 @@ class DispatcherSettings:
     """What makes two dispatchers the same one.
 
     Attributes:
-        backend: a name of `ATTENTION_BACKENDS`, or `"auto"`.
+        backend: a name of `KERNELS`, or `"auto"`.
         tier: the quality tier, which bounds what `"auto"` may choose.
         hardware: the device that the plan was made for.
         right_padded: key-padding masks are known to have their padding last, so keys need not be moved.
