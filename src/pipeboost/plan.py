@@ -23,7 +23,7 @@ from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
 from pipeboost.features.graphs.decide import decide as decide_graphs
-from pipeboost.features.offload import execution_device, in_gib, memory_in_words, predict
+from pipeboost.features.offload import describe_memory, execution_device, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
 from pipeboost.features.parallel.decide import decide as decide_parallel
 from pipeboost.features.parallel.own_device import to_own_device
@@ -133,7 +133,7 @@ class Plan:
             return f"weights of {model.weighed} {in_gib(model.weights)}"
         # They were measured on a GPU; on a CPU, in float32, they are others.
         activations = self.activations if self.hardware.device == "cuda" else None
-        return memory_in_words(model.components, self.policies, activations, weighed=model.weighed)
+        return describe_memory(model.components, self.policies, activations, weighed=model.weighed)
 
     def __str__(self) -> str:
         free = self.model.free

@@ -18,7 +18,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.offload import Placement, choose_policies, place, predict, unmovable_weights
 from pipeboost.features.offload.budget import UNMEASURED
 from pipeboost.features.offload.host import HostStore
-from pipeboost.features.offload.place import DOORS
+from pipeboost.features.offload.place import METHODS
 from pipeboost.plan import make_plan
 
 GIB = 2**30
@@ -301,5 +301,5 @@ def test_weights_of_special_types_are_told():
 
 
 def test_every_door_that_is_named_is_a_method_somewhere():
-    assert DOORS[0] == "__call__"
-    assert len(set(DOORS)) == len(DOORS)
+    assert METHODS[0] == "__call__"
+    assert len(set(METHODS)) == len(METHODS)

@@ -1,7 +1,7 @@
 """Residency: which component waits on the host, and when its weights are on the device."""
 
 from pipeboost.features.offload.budget import bytes_on, kind_of, predict, weigh
-from pipeboost.features.offload.choice import choose_policies, in_gib, memory_in_words
+from pipeboost.features.offload.choice import choose_policies, describe_memory, in_gib
 from pipeboost.features.offload.place import (
     Placement,
     execution_device,
@@ -16,10 +16,10 @@ __all__ = [
     "Placement",
     "bytes_on",
     "choose_policies",
+    "describe_memory",
     "execution_device",
     "in_gib",
     "kind_of",
-    "memory_in_words",
     "place",
     "placed_components",
     "predict",

@@ -16,7 +16,7 @@ from torch import nn
 from pipeboost.contract.model_info import ComponentSize
 from pipeboost.core.config import OFFLOAD_KINDS
 from pipeboost.core.families import Activations, Family
-from pipeboost.features.offload.stream import SLOTS, weights_of
+from pipeboost.features.offload.stream import BLOCKS_ON_DEVICE, tensors_of
 
 STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
 """The stage in which each kind of component works."""
@@ -47,9 +47,9 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSi
     seen: set[int] = set()
     found = []
     for path, module in modules.items():
-        new = [tensor for tensor in weights_of(module) if id(tensor) not in seen]
+        new = [tensor for tensor in tensors_of(module) if id(tensor) not in seen]
         seen.update(map(id, new))
-        blocks = [sum(tensor.nbytes for tensor in weights_of(block)) for block in repeated_blocks(path, module, family)]
+        blocks = [sum(tensor.nbytes for tensor in tensors_of(block)) for block in repeated_blocks(path, module, family)]
         total = sum(tensor.nbytes for tensor in new)
         found.append(
             ComponentSize(path, *kind_of(path, family), total, min(sum(blocks), total), max(blocks, default=0))
@@ -69,7 +69,7 @@ def repeated_blocks(path: str, module: nn.Module, family: Family) -> list[nn.Mod
 def on_device(component: ComponentSize, policy: str) -> int:
     """Return the bytes that a component has on the device while it works."""
     if policy == "layerwise" and component.block_bytes:
-        return component.nbytes - component.block_bytes + SLOTS * component.largest_block
+        return component.nbytes - component.block_bytes + BLOCKS_ON_DEVICE * component.largest_block
     return component.nbytes
 
 
@@ -143,7 +143,7 @@ def cheapest(
 
 def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
     """Bytes of the weights that are on a device now."""
-    unique = {id(tensor): tensor for module in modules for tensor in weights_of(module) if tensor.device == device}
+    unique = {id(tensor): tensor for module in modules for tensor in tensors_of(module) if tensor.device == device}
     return sum(tensor.nbytes for tensor in unique.values())
 
 

@@ -51,7 +51,7 @@ def choose_policies(
     return found, f"the cheapest that fits: {in_gib(peak)} at the peak, {in_gib(budget)} there"
 
 
-def memory_in_words(
+def describe_memory(
     components: Iterable[ComponentSize], policies: Mapping[str, str], activations: Activations | None, *, weighed: str
 ) -> str:
     """The predicted peak, what for, and where each component lives."""

@@ -1,7 +1,7 @@
-"""One component that waits on the host: its weights come to the device when one of its doors is entered.
+"""One component that waits on the host: its weights come to the device when one of its methods is called.
 
 Inside a session (a pipeline's call) they stay until another stage's component comes, or the session ends. Outside one
-they stay for the length of that door.
+they stay for as long as that method runs.
 
 What is changed in place on the device is written back when the weights leave it, as torch's version counters tell. A
 change that goes around the counters (`weight.data += …`, as when a LoRA is fused) is kept if it is made between calls;
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from pipeboost.contract.call import current_call
-from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.copy_stream import Arrival, CopyStream
 from pipeboost.features.offload.host import HostStore
-from pipeboost.features.offload.stream import BlockStream, weights_of
+from pipeboost.features.offload.stream import BlockStream, tensors_of
 
 LOADS = "loads"
 
@@ -32,20 +32,22 @@ class StagedComponent:
 
     Attributes:
         path: the pipeline's attribute that held it when it was placed.
-        lock: held by whoever uses it, for the length of a session or of one door.
+        lock: held by whoever uses it, for the length of a session or of one method.
         session: the session it is in.
         home: where most of its weights were when it was placed, and what is added goes when they are released.
     """
 
-    def __init__(self, path: str, module: nn.Module, lane: Lane, stage: Stage, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, copies: CopyStream, stage: StagePart, blocks: Sequence[nn.Module]
+    ) -> None:
         self.path = path
         self.lock = threading.RLock()
         self.session: Session | None = None
         self.stage = stage
         self._module = weakref.ref(module)
-        self._lane = lane
-        self._store = HostStore(lane.device)
-        self._stream = BlockStream(blocks, lane) if blocks else None
+        self._copies = copies
+        self._store = HostStore(copies.device)
+        self._stream = BlockStream(blocks, copies) if blocks else None
         self.home: torch.device | None = None
         self._depth = 0
         self._buffers: list[torch.Tensor] | None = None
@@ -58,10 +60,10 @@ class StagedComponent:
 
     @property
     def busy(self) -> bool:
-        """Whether one of its doors is entered now."""
+        """Whether one of its methods runs now."""
         return self._depth > 0
 
-    def settle(self) -> None:
+    def bring_to_host(self) -> None:
         """Bring to the host what is not there: everything at first, later what the user added, moved or replaced."""
         module = self._module()
         if module is None:
@@ -69,13 +71,13 @@ class StagedComponent:
         blocks = self._stream.blocks() if self._stream is not None else []
         inside = {id(part) for block in blocks for part in block.modules()}
         outer = [part for part in module.modules() if id(part) not in inside]
-        rest = {id(tensor): tensor for part in outer for tensor in weights_of(part, recurse=False)}
+        rest = {id(tensor): tensor for part in outer for tensor in tensors_of(part, recurse=False)}
         if self._stream is not None:
             # What two blocks share cannot come and go with each, so it stays with the rest.
             rest |= self._stream.shared()
         home = self.home
         if home is None:
-            self.home = next((tensor.device for tensor in weights_of(module)), torch.device("cpu"))
+            self.home = next((tensor.device for tensor in tensors_of(module)), torch.device("cpu"))
         with torch.inference_mode(False):
             self._store.adopt(rest.values(), home)
             if self._stream is not None:
@@ -113,7 +115,7 @@ class StagedComponent:
         if call is not None:
             call.state.setdefault(LOADS, []).append((self.path, moved, seconds))
         if not all_back:
-            self.settle()
+            self.bring_to_host()
 
     def release(self, home: torch.device | None = None) -> None:
         """Give the weights memory of their own again, where they came from or at `home`."""
@@ -124,26 +126,26 @@ class StagedComponent:
                 self._stream.release(home)
 
     def _load(self) -> None:
-        self.settle()
+        self.bring_to_host()
         hosts = [chunk.host for chunk in self._store.chunks]
         # Nothing is pointed at the device before all of it is allocated: running out of memory changes nothing.
-        buffers = [self._lane.empty(host.numel()) for host in hosts]
+        buffers = [self._copies.empty(host.numel()) for host in hosts]
         if self._stream is not None:
             self._stream.open()
-        self._arrival = self._lane.send(zip(buffers, hosts, strict=True))
+        self._arrival = self._copies.send(zip(buffers, hosts, strict=True))
         self._arrival.wait()
         self._buffers = buffers
         with torch.inference_mode(False):
             self._store.load(buffers)
 
-    def door(self, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer on each door of the module."""
+    def run(self, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one method of the module with its weights on the device: the middleware on each of `METHODS`."""
         with self.entered():
-            device = self._lane.device
+            device = self._copies.device
             return call_next(*_on(device, args), **_on(device, kwargs))
 
-    def block_door(self, index: int, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer on the call of a streamed block, whose weights are on the device inside."""
+    def run_block(self, index: int, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a streamed block with its weights on the device: the middleware on its call."""
         assert self._stream is not None
         with self.entered(), self._stream.holding(index):
             return call_next(*args, **kwargs)
@@ -152,7 +154,7 @@ class StagedComponent:
         return self
 
 
-class Stage(NamedTuple):
+class StagePart(NamedTuple):
     """When a component is used, which says what need not be on the device with it.
 
     Attributes:
@@ -163,7 +165,7 @@ class Stage(NamedTuple):
     name: str
     part: str | None = None
 
-    def beside(self, other: Stage) -> bool:
+    def overlaps(self, other: StagePart) -> bool:
         """Whether the two may be needed at once."""
         return self.name == other.name and (None in (self.part, other.part) or self.part == other.part)
 
@@ -177,7 +179,7 @@ class Session:
     def make_room(self, arriving: StagedComponent) -> None:
         """Take off the device what belongs to another stage."""
         for component in self._components:
-            if not component.busy and not component.stage.beside(arriving.stage):
+            if not component.busy and not component.stage.overlaps(arriving.stage):
                 component.unload()
 
     def end(self) -> None:

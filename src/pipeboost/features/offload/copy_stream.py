@@ -1,4 +1,4 @@
-"""The lane from host to device: a stream of its own on CUDA, so that copies run beside the computation."""
+"""`CopyStream`: copies from host to device, on CUDA in a stream of their own that overlaps the computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BYTES_MOVED = "bytes moved"
 
 
 class Arrival:
-    """Copies that were sent down a lane."""
+    """Copies that were queued."""
 
     def __init__(self, device: torch.device, events: tuple[Any, Any] | None, seconds: float) -> None:
         self._device = device
@@ -22,12 +22,12 @@ class Arrival:
         self._seconds = seconds
 
     def wait(self) -> None:
-        """Let what is computed from here on find the copies arrived. The host goes on."""
+        """Make the current stream wait for the copies; the host goes on."""
         if self._events is not None:
             torch.cuda.current_stream(self._device).wait_event(self._events[1])
 
     def finish(self) -> float:
-        """Hold the host until the copies have arrived; how long they took, in seconds."""
+        """Block the host until the copies are done, and return how many seconds they took."""
         if self._events is None:
             return self._seconds
         start, end = self._events
@@ -35,7 +35,7 @@ class Arrival:
         return start.elapsed_time(end) / 1e3
 
 
-class Lane:
+class CopyStream:
     """Sends host memory to one device. On a CPU the copies are made at once, into memory of their own."""
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Lane:
     def send(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Arrival:
         """Copy to each device tensor its host tensor, once all that the current stream was given so far is done.
 
-        That order keeps the copies off memory that is still in use there: a slot whose block computes, or what the
+        That order keeps the copies off memory that is still in use there: a buffer whose block computes, or what the
         allocator took back from a tensor that died.
         """
         pairs = list(pairs)

@@ -25,13 +25,13 @@ _PORTABLE = 1
 
 
 @dataclass
-class Entry:
+class Piece:
     """One piece of memory in a chunk, and the tensors that are it (several where weights are tied).
 
     Attributes:
         home: the device it came from.
-        here: its view on the host.
-        place: the view on the device that the tensors have while they are loaded.
+        on_host: its view on the host.
+        on_device: the view on the device that the tensors have while they are loaded.
         versions: their version counters when they were loaded.
     """
 
@@ -42,8 +42,8 @@ class Entry:
     shape: torch.Size
     stride: tuple[int, ...]
     home: torch.device
-    here: torch.Tensor | None = None
-    place: torch.Tensor | None = None
+    on_host: torch.Tensor | None = None
+    on_device: torch.Tensor | None = None
     versions: list[int] = field(default_factory=list)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Chunk:
     """A flat host buffer and what lies in it."""
 
     host: torch.Tensor
-    entries: list[Entry]
+    pieces: list[Piece]
 
     @property
     def nbytes(self) -> int:
@@ -84,17 +84,17 @@ class HostStore:
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether the store consists of these tensors, none of them moved since. None may be loaded."""
         known = {
-            id(tensor): _is(tensor, entry.here)
+            id(tensor): _is_at(tensor, piece.on_host)
             for chunk in self.chunks
-            for entry in chunk.entries
-            for tensor in entry.tensors
+            for piece in chunk.pieces
+            for tensor in piece.tensors
         }
         wanted = {id(tensor) for tensor in tensors}
         return wanted == known.keys() and all(known.values())
 
     def versions(self) -> list[int]:
         """How often each tensor was changed in place so far."""
-        return [_version(tensor) for chunk in self.chunks for entry in chunk.entries for tensor in entry.tensors]
+        return [_version(tensor) for chunk in self.chunks for piece in chunk.pieces for tensor in piece.tensors]
 
     def adopt(self, tensors: Iterable[torch.Tensor], home: torch.device | None = None) -> None:
         """Make the store hold these tensors and no others: take in what is new or was moved, let go of what has left.
@@ -106,37 +106,37 @@ class HostStore:
         """
         wanted = {id(tensor): tensor for tensor in tensors}
         for chunk in self.chunks:
-            for entry in chunk.entries:
-                entry.tensors = [each for each in entry.tensors if id(each) in wanted and _is(each, entry.here)]
-            chunk.entries = [entry for entry in chunk.entries if entry.tensors]
+            for piece in chunk.pieces:
+                piece.tensors = [each for each in piece.tensors if id(each) in wanted and _is_at(each, piece.on_host)]
+            chunk.pieces = [piece for piece in chunk.pieces if piece.tensors]
         # A chunk that is mostly holes costs more to send than to pack anew.
-        kept = [each for each in self.chunks if 2 * sum(_aligned(entry.nbytes) for entry in each.entries) > each.nbytes]
-        scattered = {id(each): entry.home for chunk in self.chunks for entry in chunk.entries for each in entry.tensors}
-        places = {_place(entry.tensors[0]): entry for chunk in kept for entry in chunk.entries}
-        known = {id(tensor) for entry in places.values() for tensor in entry.tensors}
-        fresh: list[Entry] = []
+        kept = [each for each in self.chunks if 2 * sum(_aligned(piece.nbytes) for piece in each.pieces) > each.nbytes]
+        scattered = {id(each): piece.home for chunk in self.chunks for piece in chunk.pieces for each in piece.tensors}
+        places = {_location(piece.tensors[0]): piece for chunk in kept for piece in chunk.pieces}
+        known = {id(tensor) for piece in places.values() for tensor in piece.tensors}
+        fresh: list[Piece] = []
         for key, tensor in wanted.items():
             if key in known:
                 continue
-            place = _place(tensor)
+            place = _location(tensor)
             if tensor.numel() and place in places:
                 places[place].tensors.append(tensor)
                 continue
-            fresh.append(_entry(tensor, scattered.get(key) or home or tensor.device))
+            fresh.append(_piece(tensor, scattered.get(key) or home or tensor.device))
             places[place] = fresh[-1]
         self.chunks = kept
-        for entries, nbytes in _packed(fresh, self._chunk):
-            self.chunks.append(Chunk(_host_buffer(nbytes, self._device), entries))
+        for pieces, nbytes in _packed(fresh, self._chunk):
+            self.chunks.append(Chunk(_host_buffer(nbytes, self._device), pieces))
             _fill(self.chunks[-1])
 
     def load(self, buffers: Iterable[torch.Tensor]) -> None:
         """Point the tensors at the device, where `buffers` are copies of the chunks, under way or arrived."""
         for chunk, buffer in zip(self.chunks, buffers, strict=True):
-            for entry in chunk.entries:
-                entry.place = entry.view(buffer)
-                for tensor in entry.tensors:
-                    tensor.data = entry.place
-                entry.versions = [_version(tensor) for tensor in entry.tensors]
+            for piece in chunk.pieces:
+                piece.on_device = piece.view(buffer)
+                for tensor in piece.tensors:
+                    tensor.data = piece.on_device
+                piece.versions = [_version(tensor) for tensor in piece.tensors]
 
     def unload(self, buffers: Iterable[torch.Tensor]) -> bool:
         """Point the tensors back at the host, and write back those that were changed in place on the device.
@@ -146,67 +146,67 @@ class HostStore:
         """
         all_back = True
         for chunk, buffer in zip(self.chunks, buffers, strict=True):
-            for entry in chunk.entries:
-                assert entry.here is not None
-                ours = [_is(tensor, entry.place) for tensor in entry.tensors]
+            for piece in chunk.pieces:
+                assert piece.on_host is not None
+                ours = [_is_at(tensor, piece.on_device) for tensor in piece.tensors]
                 changed = [
                     mine and (version < 0 or _version(tensor) != version)
-                    for mine, tensor, version in zip(ours, entry.tensors, entry.versions, strict=True)
+                    for mine, tensor, version in zip(ours, piece.tensors, piece.versions, strict=True)
                 ]
                 if any(changed):
-                    entry.raw(chunk.host).copy_(entry.raw(buffer))
-                for mine, tensor in zip(ours, entry.tensors, strict=True):
+                    piece.raw(chunk.host).copy_(piece.raw(buffer))
+                for mine, tensor in zip(ours, piece.tensors, strict=True):
                     if mine:
-                        tensor.data = entry.here
+                        tensor.data = piece.on_host
                 all_back = all_back and all(ours)
-                entry.place = None
+                piece.on_device = None
         return all_back
 
     def release(self, home: torch.device | None = None) -> None:
         """Give every tensor memory of its own, where it came from or at `home`, and free the buffers."""
         while self.chunks:
             chunk = self.chunks[-1]
-            for entry in chunk.entries:
-                ours = [tensor for tensor in entry.tensors if _is(tensor, entry.here)]
+            for piece in chunk.pieces:
+                ours = [tensor for tensor in piece.tensors if _is_at(tensor, piece.on_host)]
                 if not ours:
                     continue
-                own = torch.empty_strided(entry.shape, entry.stride, dtype=entry.dtype, device=home or entry.home)
-                _raw(own).copy_(entry.raw(chunk.host))
+                own = torch.empty_strided(piece.shape, piece.stride, dtype=piece.dtype, device=home or piece.home)
+                _raw(own).copy_(piece.raw(chunk.host))
                 for tensor in ours:
                     tensor.data = own
             self.chunks.pop()
 
 
-def _entry(tensor: torch.Tensor, home: torch.device) -> Entry:
+def _piece(tensor: torch.Tensor, home: torch.device) -> Piece:
     nbytes = _extent(tensor) * tensor.element_size()
-    return Entry([tensor], 0, nbytes, tensor.dtype, tensor.shape, tensor.stride(), home)
+    return Piece([tensor], 0, nbytes, tensor.dtype, tensor.shape, tensor.stride(), home)
 
 
-def _packed(entries: list[Entry], limit: int) -> Iterator[tuple[list[Entry], int]]:
-    """Lay entries out in chunks of at most `limit` bytes, the largest first; with each chunk's size.
+def _packed(pieces: list[Piece], limit: int) -> Iterator[tuple[list[Piece], int]]:
+    """Lay pieces out in chunks of at most `limit` bytes, the largest first; with each chunk's size.
 
     One that is larger than that has a chunk to itself. One nearly full is made full, so that they are alike.
     """
-    chunks: list[tuple[list[Entry], int]] = []
-    for entry in sorted(entries, key=lambda entry: -entry.nbytes):
-        place = next((i for i, (_, end) in enumerate(chunks) if end + entry.nbytes <= limit), len(chunks))
+    chunks: list[tuple[list[Piece], int]] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.nbytes):
+        place = next((i for i, (_, end) in enumerate(chunks) if end + piece.nbytes <= limit), len(chunks))
         if place == len(chunks):
             chunks.append(([], 0))
         batch, end = chunks[place]
-        entry.offset = end
-        batch.append(entry)
-        chunks[place] = batch, _aligned(end + entry.nbytes)
+        piece.offset = end
+        batch.append(piece)
+        chunks[place] = batch, _aligned(end + piece.nbytes)
     for batch, end in chunks:
         yield batch, limit if _NEARLY_FULL * limit <= end <= limit else end
 
 
 def _fill(chunk: Chunk) -> None:
-    """Copy its entries' bytes into a chunk, and point their tensors there."""
-    for entry in chunk.entries:
-        entry.raw(chunk.host).copy_(_raw(entry.tensors[0].data))
-        entry.here = entry.view(chunk.host)
-        for tensor in entry.tensors:
-            tensor.data = entry.here
+    """Copy its pieces' bytes into a chunk, and point their tensors there."""
+    for piece in chunk.pieces:
+        piece.raw(chunk.host).copy_(_raw(piece.tensors[0].data))
+        piece.on_host = piece.view(chunk.host)
+        for tensor in piece.tensors:
+            tensor.data = piece.on_host
 
 
 def _host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -239,12 +239,12 @@ def _unpin(address: int, device: torch.device) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+def _location(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _is(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
-    return view is not None and _place(tensor) == _place(view)
+def _is_at(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
+    return view is not None and _location(tensor) == _location(view)
 
 
 def _version(tensor: torch.Tensor) -> int:

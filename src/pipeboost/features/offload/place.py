@@ -1,4 +1,4 @@
-"""`place`: stands in the doors of what must wait on the host, and moves it there; `residing`: the length of a call."""
+"""`place` moves to the host what waits there, and wraps its methods; `residing` is the length of a call."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.features.offload.budget import STAGES, kind_of, repeated_blocks
-from pipeboost.features.offload.component import Session, Stage, StagedComponent
-from pipeboost.features.offload.copy_stream import Lane
-from pipeboost.features.offload.stream import weights_of
+from pipeboost.features.offload.component import Session, StagedComponent, StagePart
+from pipeboost.features.offload.copy_stream import CopyStream
+from pipeboost.features.offload.stream import tensors_of
 
-DOORS = ("__call__", "encode", "decode", "_encode", "generate", "get_text_features", "get_image_features")
+METHODS = ("__call__", "encode", "decode", "_encode", "generate", "get_text_features", "get_image_features")
 """Methods by which pipelines enter their components."""
 
 EXECUTION_DEVICE = "_execution_device"
@@ -56,7 +56,7 @@ def placed_components(pipe: Any) -> dict[str, nn.Module]:
 
 def unmovable_weights(module: nn.Module) -> str | None:
     """What keeps a module's weights from being views of a flat buffer, in words; None where nothing does."""
-    for tensor in weights_of(module):
+    for tensor in tensors_of(module):
         if type(tensor) not in (torch.Tensor, nn.Parameter) or type(tensor.data) is not torch.Tensor:
             return f"weights of type {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
@@ -101,7 +101,7 @@ def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Led
     What has no weights is left alone.
 
     A component that waits on the host works wherever it is called from: in a `residing` session its weights stay until
-    another stage's are loaded, outside of one for the length of the door it was called by. The same bits come back.
+    another stage's are loaded, outside of one for the length of the method that was called. The same bits come back.
 
     Raises:
         UnsupportedError: the host cannot pin the memory, or another pipeline placed this component otherwise.
@@ -119,9 +119,9 @@ def place(path: str, obj: Any, placement: Placement, family: Family, ledger: Led
             _make_resident(obj, placement.device, inner)
         else:
             blocks = repeated_blocks(path, obj, family) if policy == "layerwise" else []
-            _stage(path, obj, placement.device, Stage(STAGES[kind], part), blocks, inner)
+            _stage(path, obj, placement.device, StagePart(STAGES[kind], part), blocks, inner)
 
-    if policy != "resident" or any(tensor.device != placement.device for tensor in weights_of(obj)):
+    if policy != "resident" or any(tensor.device != placement.device for tensor in tensors_of(obj)):
         ledger.share(obj, "offload", (policy, placement.device), apply)
 
 
@@ -138,7 +138,7 @@ def residing(pipe: Any) -> Iterator[None]:
             stack.enter_context(component.lock)
         for component in components:
             if not component.loaded:
-                component.settle()
+                component.bring_to_host()
         session = Session(components)
         outer = [component.session for component in components]
         for component in components:
@@ -152,7 +152,7 @@ def residing(pipe: Any) -> Iterator[None]:
 
 
 def _make_resident(module: nn.Module, device: torch.device, ledger: Ledger) -> None:
-    homes = [(tensor, tensor.device) for tensor in weights_of(module)]
+    homes = [(tensor, tensor.device) for tensor in tensors_of(module)]
     ledger.record("weights on the device", functools.partial(_send_home, homes, device, weakref.ref(module)))
     module.to(device)
 
@@ -169,18 +169,18 @@ def _send_home(
 
 
 def _stage(
-    path: str, module: nn.Module, device: torch.device, stage: Stage, blocks: Sequence[nn.Module], ledger: Ledger
+    path: str, module: nn.Module, device: torch.device, stage: StagePart, blocks: Sequence[nn.Module], ledger: Ledger
 ) -> None:
     ledger.record("weights on the host", functools.partial(_release, weakref.ref(module)))
-    component = _placed[module] = StagedComponent(path, module, Lane(device), stage, blocks)
-    component.settle()
+    component = _placed[module] = StagedComponent(path, module, CopyStream(device), stage, blocks)
+    component.bring_to_host()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # where single weights were, no large buffer fits
-    for door in DOORS:
-        if callable(getattr(stock_class(module), door, None)):
-            ledger.add_middleware(module, door, component.door, place="component.offload")
+    for method in METHODS:
+        if callable(getattr(stock_class(module), method, None)):
+            ledger.add_middleware(module, method, component.run, place="component.offload")
     for index, block in enumerate(blocks):
-        ledger.add_middleware(block, "__call__", functools.partial(component.block_door, index), place="block.offload")
+        ledger.add_middleware(block, "__call__", functools.partial(component.run_block, index), place="block.offload")
 
 
 def _release(reference: weakref.ref[nn.Module]) -> None:

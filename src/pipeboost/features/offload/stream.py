@@ -1,4 +1,4 @@
-"""Layer-wise streaming: repeated blocks pass through two slots on the device, one computing while the next arrives."""
+"""Layer-wise streaming: repeated blocks pass through two buffers on the device, one computing, one arriving."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pipeboost.features.offload.copy_stream import Arrival, Lane
+from pipeboost.features.offload.copy_stream import Arrival, CopyStream
 from pipeboost.features.offload.host import HostStore
 
-SLOTS = 2
+BLOCKS_ON_DEVICE = 2
 
 
 @dataclass(eq=False)
-class _Slot:
+class _BlockBuffer:
     """Device memory for one block.
 
     Attributes:
@@ -40,16 +40,16 @@ class BlockStream:
         moved: bytes sent since `open`.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], lane: Lane) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], copies: CopyStream) -> None:
         self.moved = 0
-        self._lane = lane
-        # The blocks' layers hold this object, so it must not hold the blocks.
+        self._copies = copies
+        # The blocks' middleware holds this object, so it must not hold the blocks.
         self._blocks = [weakref.ref(block) for block in blocks]
         # One chunk a block: a block is sent in one copy.
-        self._stores = [HostStore(lane.device, chunk=2**62) for _ in blocks]
+        self._stores = [HostStore(copies.device, chunk=2**62) for _ in blocks]
         self._others: frozenset[int] = frozenset()
         self._home: torch.device | None = None
-        self._slots: list[_Slot] = []
+        self._buffers: list[_BlockBuffer] = []
         self._computing: list[int] = []
         self._last: int | None = None
         self._follower = {index: (index + 1) % len(blocks) for index in range(len(blocks))}
@@ -63,7 +63,7 @@ class BlockStream:
         seen: set[int] = set()
         found: dict[int, torch.Tensor] = {}
         for block in self.blocks():
-            for tensor in weights_of(block):
+            for tensor in tensors_of(block):
                 if id(tensor) in seen:
                     found[id(tensor)] = tensor
                 seen.add(id(tensor))
@@ -77,22 +77,22 @@ class BlockStream:
 
     def _weights(self, index: int) -> list[torch.Tensor]:
         block = self._blocks[index]()
-        return [] if block is None else [each for each in weights_of(block) if id(each) not in self._others]
+        return [] if block is None else [each for each in tensors_of(block) if id(each) not in self._others]
 
     def open(self) -> None:
-        """Allocate the slots."""
+        """Allocate the buffers."""
         size = max(store.nbytes for store in self._stores)
-        memory = [self._lane.empty(size) for _ in range(min(SLOTS, len(self._stores)))]
-        self._slots = [_Slot(each) for each in memory]
+        memory = [self._copies.empty(size) for _ in range(min(BLOCKS_ON_DEVICE, len(self._stores)))]
+        self._buffers = [_BlockBuffer(each) for each in memory]
         self.moved, self._last = 0, None
 
     def close(self) -> None:
-        """Free the slots, once the copies that nobody waited for are done with them and with the host's memory."""
-        for slot in self._slots:
-            if slot.arrival is not None:
-                slot.arrival.wait()
-                slot.arrival.finish()
-        self._slots = []
+        """Free the buffers, once the copies that nobody waited for are done with them and with the host's memory."""
+        for buffer in self._buffers:
+            if buffer.arrival is not None:
+                buffer.arrival.wait()
+                buffer.arrival.finish()
+        self._buffers = []
 
     def release(self, home: torch.device | None) -> None:
         """See `HostStore.release`."""
@@ -106,10 +106,10 @@ class BlockStream:
             yield
             return
         self._follow(index)
-        slot = next((slot for slot in self._slots if slot.holds == index), None) or self._fetch(index)
-        assert slot.arrival is not None
-        slot.arrival.wait()
-        store, parts = self._stores[index], slot.parts
+        buffer = next((buffer for buffer in self._buffers if buffer.holds == index), None) or self._fetch(index)
+        assert buffer.arrival is not None
+        buffer.arrival.wait()
+        store, parts = self._stores[index], buffer.parts
         store.load(parts)
         self._computing.append(index)
         try:
@@ -118,7 +118,7 @@ class BlockStream:
         finally:
             self._computing.remove(index)
             if store.unload(parts):
-                slot.versions = store.versions()
+                buffer.versions = store.versions()
             else:
                 self._follow(index)
 
@@ -128,9 +128,9 @@ class BlockStream:
         same = store.holds(weights)
         if not same:
             store.adopt(weights, self._home)
-        for slot in self._slots:
-            if slot.holds == index and not (same and slot.versions == store.versions()):
-                slot.holds = None
+        for buffer in self._buffers:
+            if buffer.holds == index and not (same and buffer.versions == store.versions()):
+                buffer.holds = None
 
     def _prefetch(self, index: int) -> None:
         """Send for the block that came after this one the last time: a cache may skip those that stand after it."""
@@ -138,30 +138,30 @@ class BlockStream:
             self._follower[self._last] = index
         self._last = index
         following = self._follower[index]
-        # A block that is called inside another may leave no slot free to fetch ahead.
-        if len(self._computing) < len(self._slots) and all(slot.holds != following for slot in self._slots):
+        # A block that is called inside another may leave no buffer free to fetch ahead.
+        if len(self._computing) < len(self._buffers) and all(buffer.holds != following for buffer in self._buffers):
             self._fetch(following)
 
-    def _fetch(self, index: int) -> _Slot:
+    def _fetch(self, index: int) -> _BlockBuffer:
         store = self._stores[index]
-        slot = next((slot for slot in self._slots if slot.holds not in self._computing), None)
-        if slot is None:
-            slot = _Slot(self._lane.empty(store.nbytes))
-            self._slots.append(slot)
-        if slot.arrival is not None and slot.memory.numel() < store.nbytes:
-            slot.arrival.wait()  # before the allocator may hand the old memory on
-            slot.memory = self._lane.empty(store.nbytes)
-        slot.parts, offset = [], 0
+        buffer = next((buffer for buffer in self._buffers if buffer.holds not in self._computing), None)
+        if buffer is None:
+            buffer = _BlockBuffer(self._copies.empty(store.nbytes))
+            self._buffers.append(buffer)
+        if buffer.arrival is not None and buffer.memory.numel() < store.nbytes:
+            buffer.arrival.wait()  # before the allocator may hand the old memory on
+            buffer.memory = self._copies.empty(store.nbytes)
+        buffer.parts, offset = [], 0
         for chunk in store.chunks:
-            slot.parts.append(slot.memory[offset : offset + chunk.nbytes])
+            buffer.parts.append(buffer.memory[offset : offset + chunk.nbytes])
             offset += chunk.nbytes
-        slot.holds, slot.versions = index, store.versions()
-        slot.arrival = self._lane.send(zip(slot.parts, (chunk.host for chunk in store.chunks), strict=True))
+        buffer.holds, buffer.versions = index, store.versions()
+        buffer.arrival = self._copies.send(zip(buffer.parts, (chunk.host for chunk in store.chunks), strict=True))
         self.moved += offset
-        return slot
+        return buffer
 
 
-def weights_of(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
+def tensors_of(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
     """Parameters and buffers, each once; without `recurse` those of the module itself alone."""
     yield from module.parameters(recurse)
     yield from module.buffers(recurse)
