@@ -73,7 +73,7 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         ),
         (
             lambda: AccelerationConfig(attention=True),
-            r"attention=True is not allowed; use one of 'auto', None, False or AttentionConfig\(...\) or the name of a k",
+            r"attention=True is not allowed; use one of 'auto', None, False or AttentionConfig\(...\) or the name",
         ),
     ],
 )
