@@ -64,7 +64,7 @@ def _flex_shapes(
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:
-    """The block mask of a key-padding mask, made of tensor operations alone.
+    """Return the block mask of a key-padding mask, made of tensor operations alone.
 
     Built field by field: `from_kv_blocks` would turn the table around under vmap, which an operator cannot run, and
     here every query block sees the same key blocks.

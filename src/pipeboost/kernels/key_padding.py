@@ -14,7 +14,7 @@ MaskKind = Literal["none", "key padding", "any"]
 
 
 def mask_kind(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> MaskKind:
-    """What a mask asks of a kernel, from its dtype and shape alone.
+    """Return what a mask asks of a kernel, from its dtype and shape alone.
 
     A boolean mask of shape `(batch, keys)` or `(batch or 1, 1, 1, keys)` is key padding: it is the same for all heads
     and queries. Additive masks and masks that differ between queries are `"any"`.
@@ -35,7 +35,7 @@ def mask_kind(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> Ma
 
 
 def valid_keys(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """A key-padding mask as `(batch, keys)`, True where a key is real."""
+    """Return a key-padding mask as `(batch, keys)`, True where a key is real."""
     if mask.ndim == 4:
         mask = mask[:, 0, 0, :]
     return mask.expand(batch, mask.shape[1])
@@ -67,5 +67,5 @@ def compact_keys(
 
 
 def keys_in_front(lengths: torch.Tensor, keys: int) -> torch.Tensor:
-    """Lengths as a mask `(batch, keys)`: True for the first `lengths` keys of a sample."""
+    """Return a mask `(batch, keys)`: True for the first `lengths` keys of a sample."""
     return torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None]

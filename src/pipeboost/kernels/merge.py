@@ -11,7 +11,7 @@ import torch
 def merge_partial(
     out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to the keys of two parts, from attention to each.
+    """Merge attention to two parts of the keys into attention to all of them.
 
     Where all keys of a part are masked its log-sum-exp is -inf, and what it computed may be anything.
 

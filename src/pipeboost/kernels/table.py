@@ -145,7 +145,7 @@ KERNELS: Mapping[str, Kernel] = {
 
 
 def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:
-    """Why a kernel is not for this hardware; None if it is."""
+    """Return why a kernel is not for this hardware; None if it is."""
     if hardware.device not in kernel.devices:
         return f"it runs on {' or '.join(kernel.devices)} only, and this is {hardware}"
     lowest, end = kernel.capabilities
@@ -156,20 +156,20 @@ def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:
 
 
 def missing_package(kernel: Kernel) -> str | None:
-    """Which package a kernel lacks, with the command that installs it; None if it lacks none."""
+    """Return which package a kernel lacks, with the command that installs it; None if it lacks none."""
     if not kernel.packages or installed_package(kernel) is not None:
         return None
     return f"it needs a package: {' or '.join(f'`{package.install}`' for package in kernel.packages)}"
 
 
 def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
-    """Why a kernel cannot run on this machine, in one sentence with the way out; None if it can."""
+    """Return why a kernel cannot run on this machine, in one sentence with the way out; None if it can."""
     reason = wrong_hardware(kernel, hardware) or missing_package(kernel)
     return None if reason is None else f"attention={kernel.name!r} cannot run here: {reason}; or use 'auto' or 'sdpa'"
 
 
 def available_kernels(hardware: Hardware) -> Mapping[str, tuple[torch.dtype, ...]]:
-    """The kernels that can run on this machine, each with the dtypes it computes in here."""
+    """Return the kernels that can run on this machine, each with the dtypes it computes in here."""
     return {
         name: accepted_dtypes(kernel)
         for name, kernel in KERNELS.items()
@@ -178,12 +178,12 @@ def available_kernels(hardware: Hardware) -> Mapping[str, tuple[torch.dtype, ...
 
 
 def installed_package(kernel: Kernel) -> Package | None:
-    """The package that serves a kernel here, found without importing it."""
+    """Return the package that serves a kernel here, found without importing it."""
     return next((package for package in kernel.packages if _is_installed(package.module)), None)
 
 
 def accepted_dtypes(kernel: Kernel) -> tuple[torch.dtype, ...]:
-    """The dtypes a kernel computes in here, with the package that is installed."""
+    """Return the dtypes a kernel computes in here, with the package that is installed."""
     package = installed_package(kernel)
     return kernel.dtypes if package is None or package.dtypes is None else package.dtypes
 
@@ -197,7 +197,7 @@ def refuses(
     mask: MaskKind,
     dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> str | None:
-    """Why a kernel will not take a call, in a few words; None if it takes it.
+    """Return why a kernel will not take a call; None if it takes it.
 
     With `dtypes` it looks nothing up, and torch.compile can trace it.
 

@@ -90,7 +90,7 @@ def _has_key(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _additive(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """A mask as a bias `(batch, heads or 1, tokens, keys)` of the queries' dtype, its rows aligned as kernels ask."""
+    """Return a mask as bias `(batch, heads or 1, tokens, keys)` of the queries' dtype, rows aligned as kernels need."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     mask = mask.to(q.dtype)[(None,) * (4 - mask.ndim)]

@@ -45,7 +45,7 @@ def choose_kernel(
     tier: str,
     installed: Mapping[str, tuple[torch.dtype, ...]],
 ) -> KernelChoice:
-    """What `"auto"` runs; a pure function of its arguments, so that a plan can explain it.
+    """Choose what `"auto"` runs; a pure function of its arguments, so that a plan can explain it.
 
     It is traced by torch.compile, where token counts may be symbols. They are only compared with a few bounds, so a
     text length that varies costs no second graph unless it crosses one.
@@ -131,14 +131,14 @@ def check_choice(
 
 
 def refusal(backend: str, against: str, call: str) -> str:
-    """What to tell the user of a call that the kernel which they named does not take."""
+    """Return the sentence for a call that the kernel the user named does not take."""
     return f"attention={backend!r} cannot take this call ({call}): {against}; use 'auto' or 'sdpa'"
 
 
 def explain_choice(
     settings: AttentionConfig, *, hardware: Hardware, tier: str, dtype: torch.dtype
 ) -> tuple[str, str, tuple[str, ...]]:
-    """What a plan says of attention: the choice, why, and what was considered.
+    """Return what a plan says of attention: the choice, why, and what was considered.
 
     Raises:
         ConfigurationError, MissingPackageError, UnsupportedError: the backend cannot run here.

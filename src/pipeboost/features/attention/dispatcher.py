@@ -195,7 +195,7 @@ _lock = threading.Lock()
 
 
 def dispatcher_for(settings: DispatcherSettings) -> Dispatcher:
-    """The dispatcher with these settings; there is one as long as someone holds it."""
+    """Return the dispatcher with these settings; there is one as long as someone holds it."""
     with _lock:
         dispatcher = _dispatchers.get(settings)
         if dispatcher is None:

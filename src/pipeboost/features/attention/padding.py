@@ -17,7 +17,6 @@ from pipeboost.core.families import Family, PaddedText
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import signature_of, stock_class
 
-# Inside whatever merges or splits a batch on the same door, outside whatever runs the forward itself.
 _STATE = "padded text"
 _UNMASKED = "padded text without a mask"
 _REMEMBERED = 8
@@ -46,12 +45,12 @@ def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger, *, 
     """
     if family.padded_text is None:
         return
-    padded, layers = family.padded_text, [blocks.path for blocks in family.blocks]
+    padded, paths = family.padded_text, [blocks.path for blocks in family.blocks]
 
     def apply(inner: Ledger) -> None:
         unmasked = _unmask_blocks(padded.block_mask, id(model))
         inner.add_middleware(model, "__call__", _trim_text(padded, id(model), at_least), place="component.padding")
-        for path in layers:
+        for path in paths:
             for block in getattr(model, path):
                 inner.add_middleware(block, "__call__", unmasked, place="block.padding")
 
@@ -98,7 +97,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
 
 
 def _read(mask: torch.Tensor, call: Call, at_least: int) -> _Text:
-    """What a mask says, found once for a tensor and its version; a view of the same memory is the same mask."""
+    """Read a mask, once for a tensor and its version; a view of the same memory is the same mask."""
     known: dict[Any, _Text] = call.state.setdefault(_STATE, {})
     # Tensors made in inference mode count no versions; pipelines do not write to a mask after making it.
     version = 0 if mask.is_inference() else mask._version

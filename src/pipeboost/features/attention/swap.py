@@ -98,7 +98,7 @@ class _Swap:
 
 
 def _ids(dispatcher: Dispatcher) -> frozenset[int]:
-    """Of our classes, which equal the stock ones."""
+    """Return the ids of our classes, which compare equal to the stock ones."""
     return frozenset(map(id, dispatcher.subclasses.values()))
 
 
@@ -192,12 +192,12 @@ def refuse_stock_processors(model: torch.nn.Module, paths: Sequence[str]) -> Non
 
 
 def dispatcher_of(model: torch.nn.Module) -> Dispatcher:
-    """The dispatcher of a swapped model: the object whose door `attend` layers hang on."""
+    """Return the dispatcher of a swapped model, whose `attend` other features wrap."""
     return _swaps[model].dispatcher
 
 
 def swappable_processors(model: torch.nn.Module) -> SwapReport:
-    """What `swap_attention` would do to a model, without doing it."""
+    """Return what `swap_attention` would do to a model, without doing it."""
     stock = [stock_class(module.processor) for module in model.modules() if hasattr(module, "processor")]
     reasons = {cls: _why_not(cls) for cls in stock}
     left = {cls.__name__: reason for cls, reason in reasons.items() if reason is not None}
@@ -239,7 +239,7 @@ def _why_not(stock: type, *, across: bool = False) -> str | None:
 
 
 def _reaching(function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> set[Any]:
-    """The function and its helpers, as far as they call `dispatch_attention_fn`, or a helper that does."""
+    """Return the function and its helpers, as far as they call `dispatch_attention_fn` or a helper that does."""
     scope, found = function.__globals__, set()
     for name in _names(function.__code__):
         value = scope.get(name)
@@ -252,7 +252,7 @@ def _reaching(function: types.FunctionType, seen: frozenset[types.FunctionType] 
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The globals and attributes that a function names, and the keywords that it calls others with."""
+    """Return the globals, attributes and call keywords that a function names."""
     found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -263,7 +263,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _rebuilt(function: types.FunctionType, dispatcher: Dispatcher, reaching: set[Any]) -> types.FunctionType:
-    """The function with our dispatcher for the stock one, also in the helpers that it reaches it through."""
+    """Return the function with our dispatcher in place of the stock one, also in the helpers it reaches it through."""
     scope = {**function.__globals__, _GLOBAL: dispatcher.dispatch}
     for name in _names(function.__code__) & scope.keys():
         helper = scope[name]

@@ -1,4 +1,4 @@
-"""`attach_cache`: checks everything, then hangs one layer on each repeated block of one transformer.
+"""`attach_cache`: checks everything, then adds one middleware to each repeated block of one transformer.
 
 cache-dit's own `enable_cache` is not used: it replaces the transformer's `forward` and block lists, marks a class of
 its own, and may choose another attention backend. Its parts are: the blocks wrapper (`CachedBlocks`, which decides and
@@ -32,7 +32,7 @@ def attach_cache(
 
     The state of a cache lives in the call: one context per guidance branch and expert, made at the call's first
     forward and dropped with the call. What was computed and skipped can be read from `call.state["cache"]`, a
-    `CallCache`. The call's `step` and `branch` must be kept up by layers on the scheduler and the transformer.
+    `CallCache`. The call's `step` and `branch` must be kept up by middleware on the scheduler and the transformer.
 
     A `step_mask` fixes the computed steps, so `threshold`, `warmup` and `max_continuous` have no say then.
 
@@ -116,7 +116,7 @@ def refuse_other_caches(model: nn.Module, family: Family) -> None:
 
 
 def _hooked(model: nn.Module, family: Family) -> list[nn.Module]:
-    """The model, its blocks and their parts, as far as they have hooks of Diffusers: where its caches put theirs."""
+    """Return the model, its blocks and their children that have hooks of Diffusers, where its caches put theirs."""
     blocks = [block for row in family.blocks for block in operator.attrgetter(row.path)(model)]
     parts = [model, *blocks, *(part for block in blocks for part in block._modules.values() if part is not None)]
     return [part for part in parts if "_diffusers_hook" in part.__dict__]

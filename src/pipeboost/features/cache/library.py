@@ -24,7 +24,7 @@ _LEFT_BEHIND = "FFPA_CUDA_ALLOW_SMALL_D"
 
 @contextlib.contextmanager
 def _process_kept() -> Iterator[None]:
-    """cache-dit replaces two methods of `logging.Logger` and sets an environment variable; both go back afterwards."""
+    """Undo what importing cache-dit does: it replaces two methods of `logging.Logger` and sets a variable."""
     names = ("warning_once", "info_once")
     methods = {name: vars(logging.Logger)[name] for name in names if name in vars(logging.Logger)}
     variable = os.environ.get(_LEFT_BEHIND)
@@ -147,7 +147,7 @@ class BlockRow:
 
 @contextlib.contextmanager
 def _constructor_log_off() -> Iterator[None]:
-    """cache-dit prints a line for every wrapper; only that line is held back, and only meanwhile."""
+    """Suppress the line that cache-dit logs for every wrapper."""
 
     def refuse(record: logging.LogRecord) -> bool:
         return False

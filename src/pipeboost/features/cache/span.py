@@ -1,4 +1,4 @@
-"""The layer on every block of a row: the first block's call runs the row through the cache, the others hand it on."""
+"""The middleware on every block of a row: the first block's call runs the row, the others return its result."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipeboost.features.cache.state import call_cache
 class CachedSpan:
     """One row of blocks of one transformer, with one decision a step, in the calls of one acceleration.
 
-    It is the layer on the `__call__` of each of its blocks. Stock's loop goes over the blocks as ever: its first call
-    gives the row to cache-dit, which calls those blocks that it computes (now the layer lets them through, to compile
-    and to the block itself); the loop's other calls return what the row returned.
+    It is the middleware on the `__call__` of each of its blocks. Stock's loop goes over the blocks as ever: its first
+    call gives the row to cache-dit, which calls those blocks that it computes (now the middleware lets them through, to
+    compile and to the block itself); the loop's other calls return what the row returned.
 
     Attributes:
         name: the paths of the block lists, joined by `+`.
@@ -43,7 +43,7 @@ class CachedSpan:
 
         self.name = "+".join(blocks.path for blocks in row)
         self._paths = tuple(blocks.path for blocks in row)
-        # Only weak references: the blocks hold this layer, and a dropped pipeline must free its memory at once.
+        # Only weak references: the blocks hold this middleware, and a dropped pipeline must free its memory at once.
         self._model = weakref.ref(model)
         self._owner = weakref.ref(owner)
         self._places = {id(block): place for place, block in enumerate(self.blocks)}

@@ -113,7 +113,7 @@ class CallCache:
         self._branches: dict[tuple[int, str, int], Branch] = {}
 
     def branch(self, position: int, blocks: str, branch: int) -> Branch:
-        """The branch of the expert at `position`; when an expert takes over, the others' contexts are dropped."""
+        """Return the branch of the expert at `position`; when one takes over, the others' contexts are dropped."""
         key = (position, blocks, branch)
         if key not in self._branches:
             for (other, _, _), state in self._branches.items():
@@ -123,7 +123,7 @@ class CallCache:
         return self._branches[key]
 
     def counts(self) -> tuple[CacheCount, ...]:
-        """What was computed and skipped so far; remains after the call."""
+        """Return what was computed and skipped so far; it remains after the call."""
         return tuple(
             CacheCount(self._denoisers[position], branch, blocks, tuple(state.skipped))
             for (position, blocks, branch), state in sorted(
@@ -138,7 +138,7 @@ class CallCache:
 
 
 def call_cache(call: Call, settings: CacheConfig, family: Family) -> CallCache:
-    """The caches of this call, begun at its first forward.
+    """Return the caches of this call, made at its first forward.
 
     Raises:
         ConfigurationError: a step mask cannot be had for the number of steps that an expert makes in this call.

@@ -14,12 +14,12 @@ _SHORT_PRESET_STEPS = (4, 6)
 
 
 def settings_of(settings: CacheConfig, position: int) -> CacheConfig:
-    """The settings of one expert: `secondary`, where given, is for all but the first."""
+    """Return the settings of one expert: `secondary`, where given, is for all but the first."""
     return settings.secondary if position > 0 and settings.secondary is not None else settings
 
 
 def steps_of_experts(pipe: Any, family: Family) -> tuple[int | None, ...]:
-    """The steps that each of `family.denoisers` makes in the call that is running, which is in its loop.
+    """Return the steps that each of `family.denoisers` makes in the running call, which is in its loop.
 
     It is what the loop runs over, not `num_inference_steps`: image-to-image leaves out the first steps. None where the
     pipeline does not say.
@@ -33,7 +33,7 @@ def steps_of_experts(pipe: Any, family: Family) -> tuple[int | None, ...]:
 
 
 def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None:
-    """The mask of a fixed schedule, 1 where a step is computed, or None where the residual decides.
+    """Return the mask of a fixed schedule, 1 where a step is computed, or None where the residual decides.
 
     Raises:
         ConfigurationError: the preset does not exist for this number of steps, or the bins do not cover it.

@@ -32,7 +32,7 @@ _SHORTEST_LIST = 4
 
 
 def kind_of(path: str, family: Family) -> tuple[str, str | None]:
-    """The kind of a component, and the part of its stage that it is; by the names that Diffusers gives components."""
+    """Return the kind of a component and which part of its stage it is, from the name that Diffusers gives it."""
     if path in family.denoisers:
         return "transformers", path
     if "encoder" in path:
@@ -58,7 +58,7 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSi
 
 
 def repeated_blocks(path: str, module: nn.Module, family: Family) -> list[nn.Module]:
-    """The blocks that can be streamed: those the family names, else the members of every longer list of modules."""
+    """Return the blocks that can be streamed: those the family names, else the members of longer lists of modules."""
     if path in family.denoisers and family.blocks:
         found = [operator.attrgetter(blocks.path)(module) for blocks in family.blocks if _has(module, blocks.path)]
     else:
@@ -74,7 +74,7 @@ def on_device(component: ComponentSize, policy: str) -> int:
 
 
 def _moved(component: ComponentSize, policy: str) -> int:
-    """Bytes that a call sends to the device."""
+    """Return the bytes that a call sends to the device."""
     if policy == "resident":
         return 0
     if policy == "stage":
@@ -89,7 +89,7 @@ def predict(
     *,
     unmeasured: int = UNMEASURED,
 ) -> dict[str, int]:
-    """Peak bytes on the device in each stage, at the size that the activations are given for.
+    """Return the peak bytes on the device in each stage, at the size that the activations are given for.
 
     Args:
         policies: kind → policy.
@@ -116,7 +116,7 @@ def cheapest(
     streams: bool = True,
     unmeasured: int = UNMEASURED,
 ) -> dict[str, str] | None:
-    """The policies that send the fewest bytes among those whose predicted peak fits; None where none fits.
+    """Return the policies that send the fewest bytes among those whose predicted peak fits; None where none fits.
 
     Args:
         fixed: kind → its policy, None where it is free.
@@ -142,7 +142,7 @@ def cheapest(
 
 
 def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
-    """Bytes of the weights that are on a device now."""
+    """Return the bytes of the weights that are on a device now."""
     unique = {id(tensor): tensor for module in modules for tensor in tensors_of(module) if tensor.device == device}
     return sum(tensor.nbytes for tensor in unique.values())
 

@@ -19,7 +19,7 @@ def choose_policies(
     *,
     streams: bool = True,
 ) -> tuple[dict[str, str], str]:
-    """Where each kind of component lives, and why.
+    """Choose where each kind of component lives, and say why.
 
     Args:
         available: bytes on the device, where `settings.memory` does not say.
@@ -54,7 +54,7 @@ def choose_policies(
 def describe_memory(
     components: Iterable[ComponentSize], policies: Mapping[str, str], activations: Activations | None, *, weighed: str
 ) -> str:
-    """The predicted peak, what for, and where each component lives."""
+    """Describe the predicted peak, its stage and size, and where each component lives."""
     components = tuple(components)
     peaks = predict(components, policies, activations, unmeasured=0)
     stage = max(peaks, key=lambda name: peaks[name])
@@ -69,5 +69,5 @@ def describe_memory(
 
 
 def in_gib(nbytes: float) -> str:
-    """Bytes as a person reads them."""
+    """Return a number of bytes in GiB or MiB."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

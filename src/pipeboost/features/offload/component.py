@@ -190,7 +190,7 @@ class Session:
 
 
 def _on(device: torch.device, value: Any) -> Any:
-    """Inputs on the device: a script that asks a waiting component for its device is told the host's."""
+    """Move inputs to the device: a script that asks a waiting component for its device gets the host's."""
     if isinstance(value, torch.Tensor):
         return value.to(device) if value.device != device and value.ndim else value
     if type(value) in (tuple, list):

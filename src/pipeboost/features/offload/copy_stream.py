@@ -43,7 +43,7 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Bytes on the device, allocated for the current stream, which must be the one that computes with them."""
+        """Allocate bytes on the device for the current stream, which must be the one that computes with them."""
         with torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 

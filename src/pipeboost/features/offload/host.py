@@ -47,11 +47,11 @@ class Piece:
     versions: list[int] = field(default_factory=list)
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor in a buffer that holds the chunk's bytes."""
+        """Return the tensor in a buffer that holds the chunk's bytes."""
         return self.raw(buffer).view(self.dtype).as_strided(self.shape, self.stride)
 
     def raw(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Its bytes in such a buffer."""
+        """Return its bytes in such a buffer."""
         return buffer[self.offset : self.offset + self.nbytes]
 
 
@@ -93,7 +93,7 @@ class HostStore:
         return wanted == known.keys() and all(known.values())
 
     def versions(self) -> list[int]:
-        """How often each tensor was changed in place so far."""
+        """Return how often each tensor was changed in place so far."""
         return [_version(tensor) for chunk in self.chunks for piece in chunk.pieces for tensor in piece.tensors]
 
     def adopt(self, tensors: Iterable[torch.Tensor], home: torch.device | None = None) -> None:
@@ -210,7 +210,7 @@ def _fill(chunk: Chunk) -> None:
 
 
 def _host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Host memory in whole pages of its own, from which `device` reads directly. It lives as long as its views do."""
+    """Return host memory in whole pages, which `device` reads directly and which lives as long as its views."""
     size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -248,19 +248,19 @@ def _is_at(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often it was changed in place; -1 where torch does not count."""
+    """Return how often it was changed in place; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Elements from its first to its last one in memory, gaps included."""
+    """Return the number of elements from its first to its last one in memory, gaps included."""
     if not tensor.numel():
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes from its first to its last element; whatever its strides, copying them copies it."""
+    """Return the bytes from its first to its last element; whatever its strides, copying them copies it."""
     return tensor.detach().as_strided((_extent(tensor),), (1,)).view(torch.uint8)
 
 

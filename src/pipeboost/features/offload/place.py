@@ -50,12 +50,12 @@ class Placement:
 
 
 def placed_components(pipe: Any) -> dict[str, nn.Module]:
-    """The components that a placement places, by attribute of the pipeline."""
+    """Return the components that have weights, by attribute of the pipeline."""
     return {path: module for path, module in pipe.components.items() if isinstance(module, nn.Module)}
 
 
 def unmovable_weights(module: nn.Module) -> str | None:
-    """What keeps a module's weights from being views of a flat buffer, in words; None where nothing does."""
+    """Return why a module's weights cannot be views of a flat buffer; None where they can."""
     for tensor in tensors_of(module):
         if type(tensor) not in (torch.Tensor, nn.Parameter) or type(tensor.data) is not torch.Tensor:
             return f"weights of type {type(tensor).__name__}"
@@ -75,7 +75,7 @@ def stock_offload(pipe: Any) -> bool:
 
 
 def execution_device(pipe: Any, offload: OffloadConfig | str | None) -> torch.device:
-    """Where the pipeline is to run; with an index where that is CUDA.
+    """Return where the pipeline is to run; with an index where that is CUDA.
 
     It is where stock runs it (which our own placement, if there is one, does not change). But weights that are asked to
     wait on the host wait for a CUDA device, if there is one: such a pipeline need never have been on it.

@@ -55,11 +55,11 @@ class BlockStream:
         self._follower = {index: (index + 1) % len(blocks) for index in range(len(blocks))}
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks, those that still live."""
+        """Return the blocks that are still alive."""
         return [block for reference in self._blocks if (block := reference()) is not None]
 
     def shared(self) -> dict[int, torch.Tensor]:
-        """Weights that more than one block has, by identity."""
+        """Return the weights that more than one block has, by identity."""
         seen: set[int] = set()
         found: dict[int, torch.Tensor] = {}
         for block in self.blocks():
@@ -162,6 +162,6 @@ class BlockStream:
 
 
 def tensors_of(module: nn.Module, *, recurse: bool = True) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, each once; without `recurse` those of the module itself alone."""
+    """Yield parameters and buffers, each once; without `recurse` those of the module itself alone."""
     yield from module.parameters(recurse)
     yield from module.buffers(recurse)
