@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import threading
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, quoted
 from pipeboost.distributed.failure.absence import Absence, patience
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -74,7 +79,9 @@ def _announced_world() -> World:
     serves = rank == 0 and not by_agent
     if not serves:
         _await_store(host, port)
-    store: Any = dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    store: Any = answer_of_store(
+        lambda: dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    )
     if by_agent:
         store = dist.PrefixStore(f"/worker/attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return World(store, rank, size)
@@ -91,6 +98,30 @@ def _await_store(host: str, port: int) -> None:
                 raise PipeboostError(f"rank 0 does not keep a store at {host}:{port} ({error})") from error
         absence.check([0])
         time.sleep(0.05)
+
+
+def answer_of_store(ask: Callable[[], T]) -> T:
+    """Return what the store answers; torch alone would wait for ever where the process that keeps it stands still.
+
+    Raises:
+        PipeboostError: it does not answer in time.
+        Exception: what asking raises.
+    """
+    answer = Future[T]()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="pipeboost store", daemon=True).start()
+    try:
+        return answer.result(patience())
+    except TimeoutError:
+        raise PipeboostError(
+            f"the process that keeps the ranks' store has not answered for {patience():.0f} s"
+        ) from None
 
 
 def local_device() -> torch.device:

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import AllgatherOptions
 from pipeboost.distributed.authentication import shared_secret, sign, verify
 from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
-from pipeboost.distributed.failure.collective_wait import Pending, finish
+from pipeboost.distributed.failure.collective_wait import Operations, Pending, finish
 from pipeboost.distributed.start import world
 
 LIMIT = timedelta(minutes=30)
@@ -44,6 +44,7 @@ class Group:
         size: how many there are.
         backend: torch's; None for a group of one.
         unreachable: why its GPUs do not write into each other's memory, once that was tried and failed.
+        operations: where they are counted and waited for; the watchdog's, where calls are watched.
     """
 
     def __init__(self, ranks: Sequence[int], device: str) -> None:
@@ -58,6 +59,7 @@ class Group:
         self.backend: Any = None
         self._peers: list[Peers] = []
         self.unreachable: str | None = None
+        self.operations = Operations()
         if self.size > 1:
             self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
         _groups[self.name] = self
@@ -111,7 +113,7 @@ class Group:
         if self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
-            finish(self.backend.broadcast([tensor], options), self, "broadcast")
+            finish(self, "broadcast", self.backend.broadcast([tensor], options))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
@@ -200,7 +202,7 @@ def _backend(device: str, store: Any, rank: int, size: int) -> Any:
 def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
     found = _groups[group]
     result = tensor.clone(memory_format=torch.contiguous_format)
-    finish(found.backend.allreduce([result], dist.AllreduceOptions()), found, "all-reduce")
+    finish(found, "all-reduce", found.backend.allreduce([result], dist.AllreduceOptions()))
     return result
 
 
@@ -218,7 +220,7 @@ def _all_gather(tensor: torch.Tensor, dim: int, sizes: list[int], group: str) ->
     if own.shape[0] < longest:
         own = torch.cat([own, own.new_zeros((longest - own.shape[0], *own.shape[1:]))])
     everyone = own.new_empty((found.size * longest, *own.shape[1:]))
-    finish(found.backend._allgather_base(everyone, own, AllgatherOptions()), found, "all-gather")
+    finish(found, "all-gather", found.backend._allgather_base(everyone, own, AllgatherOptions()))
     if min(sizes) < longest:
         everyone = torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
     return everyone.movedim(0, dim).contiguous()
@@ -237,7 +239,7 @@ def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], grou
     result = tensor.new_empty((sum(received), *tensor.shape[1:]))
     options = dist.AllToAllOptions()
     work = found.backend.alltoall_base(result, tensor.contiguous(), received, sent, options)
-    finish(work, found, "all-to-all")
+    finish(found, "all-to-all", work)
     return result
 
 
