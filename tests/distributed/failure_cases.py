@@ -12,7 +12,6 @@ import torch
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed import Group, Mesh, announce, start, suspend_timeout, world
 from pipeboost.distributed.failure import local_processes
-from pipeboost.distributed.failure.abort import abort
 
 TIMEOUT = 1.5
 """Seconds that ranks wait for each other."""
@@ -134,7 +133,7 @@ def aborting() -> bool:
 
     threading.Thread(target=receive, daemon=True).start()
     time.sleep(0.1)
-    abort(group)
+    group.abort()
     return ended.wait(10)
 
 

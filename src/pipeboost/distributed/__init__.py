@@ -1,4 +1,4 @@
-"""Ranks: joining them, the mesh that orders them, and what they say to each other."""
+"""Ranks: joining them, the mesh that orders them, and what they agree on."""
 
 from pipeboost.distributed.agreement.arguments import (
     DisagreementError,

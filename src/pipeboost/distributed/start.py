@@ -35,7 +35,7 @@ class World(NamedTuple):
 
 
 def world_size() -> int:
-    """How many ranks there are: of torch.distributed where it runs, else those that torchrun has announced.
+    """Return how many ranks there are: of torch.distributed where it runs, else those that torchrun has announced.
 
     Raises:
         ConfigurationError: what is announced is no number.
@@ -56,7 +56,7 @@ def _announced(variable: str, otherwise: int) -> int:
 
 
 def world() -> World:
-    """All ranks. torch.distributed stays as it is: where it does not run, they meet at torchrun's address."""
+    """Return all ranks. torch.distributed stays as it is: where it does not run, they meet at torchrun's address."""
     if dist.is_initialized():
         return World(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
     if world_size() == 1:
@@ -125,7 +125,7 @@ def answer_of_store(ask: Callable[[], T]) -> T:
 
 
 def local_device() -> torch.device:
-    """The device of this rank: the CUDA device that `LOCAL_RANK` numbers, or the CPU.
+    """Return the device of this rank: the CUDA device that `LOCAL_RANK` numbers, or the CPU.
 
     Raises:
         ConfigurationError: there are more ranks on this machine than devices.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipeboost.distributed.collectives.streams import Lane
+from pipeboost.distributed.collectives.streams import Stream
 from pipeboost.distributed.failure.collective_wait import follow
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Peers:
         self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._heads_inboxes = self._boards + BOARD
         self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
-        self._lanes = Lane.new(device, first=True), Lane.new(device)
+        self._streams = Stream.new(device, first=True), Stream.new(device)
         self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
         self.starts: dict[tuple[int, ...], torch.Tensor] = {}
@@ -113,10 +113,10 @@ class Peers:
         group, (heads, head_dim) = self._group, q.shape[2:]
         q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
         self._starts_of(tuple(tokens))  # which waits for the GPU where they are new: not once it waits for others
-        here, links, beside = (Lane.current(q.device), *self._lanes) if parts > 1 else (Lane(None),) * 3
-        lanes = [here, beside]
-        for lane in (links, beside):
-            lane.after(here.mark())
+        here, links, beside = (Stream.current(q.device), *self._streams) if parts > 1 else (Stream(None),) * 3
+        streams = [here, beside]
+        for stream in (links, beside):
+            stream.after(here.mark())
         outs = []
         try:
             arrived = []
@@ -128,19 +128,19 @@ class Peers:
                 follow(group, "exchange of heads for tokens")
             for number, (part, mark) in enumerate(arrived):
                 # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
-                lane = lanes[number % 2]
-                lane.after(mark)
-                with lane.on():
+                stream = streams[number % 2]
+                stream.after(mark)
+                with stream.on():
                     outs.append(attend(*self._heads(q, sum(tokens), part)).contiguous())
-                links.after(lane.mark())
+                links.after(stream.mark())
                 with links.on():
                     self._send_tokens(outs[-1], tokens, heads, part)
             with links.on():
                 self._meet()
                 follow(group, "exchange of tokens for heads")
-        finally:  # whoever goes on after an error goes on after all lanes, and a capture ends with all of them
-            for lane in (links, beside):
-                here.after(lane.mark())
+        finally:  # whoever goes on after an error goes on after all streams, and a capture ends with all of them
+            for stream in (links, beside):
+                here.after(stream.mark())
         begin = BOARD + self.heads_bytes
         return self._memory[begin : begin + q.nbytes].view(q.dtype).view(q.shape).clone()
 

@@ -1,4 +1,4 @@
-"""`connect`: how the GPUs of a group come to `Peers`, by torch's symmetric memory; tried before it is relied on."""
+"""`connect`: how the GPUs of a group get `Peers`, by torch's symmetric memory; tried before it is relied on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_RANKS = 8
 MOST_BYTES = 4 * 2**30
 """Of a rank's memory for the others of a group, all `Peers` together; more is left to NCCL, which needs it for the time
 of a transfer only."""
-_MEETING = "meeting of the GPUs' memory"
+_RENDEZVOUS = "rendezvous of the GPUs' memory"
 _PATIENCE = 10.0
 """Seconds for the first exchange, in which kernels are compiled."""
 
@@ -39,10 +39,10 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     """
     if group.size > MOST_RANKS:
         return f"the group has more than {MOST_RANKS} ranks"
-    said = dist.PrefixStore(f"{group.name} {name}", world().store)
+    store = dist.PrefixStore(f"{group.name} {name}", world().store)
     host = this_process().host
     machine = host if host and find_spec("triton") is not None else "no Triton"
-    machines = _all_say(said, "machine", machine, group)
+    machines = _all_gather(store, "machine", machine, group)
     if "no Triton" in machines:
         return "a rank has no Triton"
     if len(set(machines)) > 1:
@@ -51,18 +51,18 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     with _registered(group, name) as registered:
         memory, trouble = _managed(lambda: _room(BOARD + sum(sizes), device, registered))
         # All have their own before any looks for the others', which would wait for it.
-        if any(_all_say(said, "room", trouble, group)):
+        if any(_all_gather(store, "room", trouble, group)):
             return "a GPU has no room"
         assert memory is not None
         found, trouble = _managed(lambda: _addresses(memory))
-    troubles = [word for word in _all_say(said, "trouble", trouble, group) if word]
+    troubles = [each for each in _all_gather(store, "trouble", trouble, group) if each]
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
     assert found is not None
-    multiprocessors = min(map(int, _all_say(said, "multiprocessors", str(_multiprocessors(device)), group)))
+    multiprocessors = min(map(int, _all_gather(store, "multiprocessors", str(_multiprocessors(device)), group)))
     peers = Peers(group, sizes, memory, found, multiprocessors)
     right = _arrives(peers, group, device)
-    if not all(_all_say(said, "right", "yes" if right else "", group)):
+    if not all(_all_gather(store, "right", "yes" if right else "", group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
 
@@ -119,7 +119,7 @@ def _registered(group: Group, name: str) -> Iterator[str]:
     from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
 
     registered: Any = f"{group.name} {name}"
-    waiting = functools.partial(expecting, group, _MEETING)
+    waiting = functools.partial(expecting, group, _RENDEZVOUS)
     store = Renumbered(dist.PrefixStore(f"{registered} memory", world().store), waiting)
     ranks = dist.ProcessGroup(store, group.rank, group.size)  # the registry's reference keeps nothing
     _register_process_group(registered, ranks)
@@ -147,11 +147,11 @@ def _addresses(memory: torch.Tensor) -> list[int]:
     return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
 
 
-def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
-    """What each rank of the group says; outside its collectives, since one of them may have failed."""
-    store.set(f"{about} {group.rank}", f"={word}")
+def _all_gather(store: Any, about: str, value: str, group: Group) -> list[str]:
+    """What each rank of the group has; outside its collectives, since one of them may have failed."""
+    store.set(f"{about} {group.rank}", f"={value}")
     keys = [f"{about} {rank}" for rank in range(group.size)]
-    with expecting(group, _MEETING) as check:
+    with expecting(group, _RENDEZVOUS) as check:
         while not store.check(keys):
             check()
             time.sleep(0.001)

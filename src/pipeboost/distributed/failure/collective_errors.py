@@ -12,10 +12,10 @@ from pipeboost.distributed.failure.records import failure_from
 class CollectiveErrors:
     """The ranks of a sample do something together; an error on one is an error on all.
 
-    They hear of it over `mesh.control` and stay in step, so that they can take back together what they have done.
+    They learn of it over `mesh.control` and stay in step, so that they can take back together what they have done.
 
     Args:
-        mesh: whose ranks they are; nothing is said where it has one rank a sample.
+        mesh: whose ranks they are; nothing is exchanged where it has one rank a sample.
         stage: what they do, for the error.
     """
 
@@ -24,7 +24,7 @@ class CollectiveErrors:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, ranks may fail alone; all leave this together. Outside, nothing is told.
+        """Inside, ranks may fail alone; all leave this together. Outside, nothing is exchanged.
 
         Raises:
             Exception: what this rank has raised.
@@ -48,7 +48,7 @@ class CollectiveErrors:
             raise
 
     def require_all(self) -> None:
-        """Wait until all ranks have come here, as before they talk of something else; raises as leaving this does."""
+        """Wait until all ranks are here, as before they exchange something else; raises as leaving this does."""
         self._exchange(None)
 
     def _exchange(self, error: BaseException | None) -> None:

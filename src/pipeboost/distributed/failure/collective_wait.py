@@ -75,7 +75,7 @@ class Pending:
     ) -> None:
         self._works, self._group, self._description = works, group, description
         here = group.ranks[group.rank]
-        # Two ranks count what they say to each other by themselves: others need not say as much.
+        # Two ranks count what they send each other by themselves: others need not send as much.
         pairs = [(here, group.ranks[rank]) for rank in sent] + [(group.ranks[rank], here) for rank in received]
         begun: Counts = {f"{group.name}: {a} to {b}": (pairs.count((a, b)), (a, b)) for a, b in pairs}
         self._begun = group.operations.count(begun)

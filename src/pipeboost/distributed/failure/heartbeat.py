@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _CONNECTING = timedelta(seconds=30)
 _UNANSWERED = 200
-"""Records to a rank that says nothing: more might not find room where it has been stopped, and be waited for."""
+"""Records to a rank that sends none: more might not find room where it has been stopped, and be waited for."""
 _LAST_WORDS = 0.05
 """Seconds in which what a dead rank has sent is there to be read."""
 _GET_ADDRESS = 0x8915
@@ -91,7 +91,7 @@ class Heartbeat:
                 try:
                     store.set(str(self.rank), message)
                 except dist.DistError:
-                    if rank not in self._local:  # of those the system tells more
+                    if rank not in self._local:  # of those the system knows more
                         dead[rank] = Death("has gone: its connection broke")
         return dead
 
@@ -110,7 +110,7 @@ class Heartbeat:
         except ForgeryError:
             if rank not in self._forged:
                 self._forged.add(rank)
-                text = f"rank {self.rank} ignores what somebody else says in rank {rank}'s name"
+                text = f"rank {self.rank} ignores what somebody else sends in rank {rank}'s name"
                 warnings.warn(text, stacklevel=2)
             return
         if rank not in self.records or record.beat > self.records[rank].beat:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 _GET_INFO, _INFO_FORMAT = 3 << 30 | 64 << 16 | 0xFF << 8 | 11, "=QQ11Ii"
 """Linux' PIDFD_GET_INFO for 64 bytes: a mask, a control group, eleven numbers, an exit status."""
 _INFO_EXIT = 8
-"""In the mask: the exit status, which Linux tells since 6.15, once the parent has asked for it."""
+"""In the mask: the exit status, which Linux has since 6.15, once the parent has asked for it."""
 
 
 class Process(NamedTuple):

@@ -43,7 +43,7 @@ class Monitor:
         return None
 
     def _silent(self, others: Mapping[int, Record], now: float) -> Failure | None:
-        """Whether a rank in the call gives no sign of life, whatever it said last that it was busy with."""
+        """Whether a rank in the call gives no sign of life, whatever it was busy with last."""
         for rank, record in others.items():
             silence = now - max(self._heartbeat.received[rank], self._awake)
             if record.inside and record.call == self._call and silence > self._patience:
@@ -54,7 +54,7 @@ class Monitor:
     def _stalled(self, records: Mapping[int, Record], late: int | None, now: float) -> Failure | None:
         here = self._heartbeat.rank
         for rank, record in records.items():
-            # One that has left the call says nothing any more, so that what it said last excuses it for a while only.
+            # One that has left the call sends no more records, so that its last one excuses it for a while only.
             if record.busy and (rank == here or now - self._heartbeat.received[rank] < self._patience):
                 self._excused = now
         waiting = self._operations.waiting()

@@ -1,4 +1,4 @@
-"""What ranks tell each other while a call runs, and what follows from it. Nothing here talks to anybody."""
+"""The records that ranks exchange while a call runs, and what follows from them. Nothing here communicates."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Ended(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one rank tells of itself, again and again while it is in a call."""
+    """The state of one rank, sent again and again while it is in a call."""
 
     beat: int = 0  # larger in every record
     call: int = 0  # the one it is in, or its latest

@@ -21,7 +21,7 @@ _serials: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 def announce() -> None:
-    """Tell the other ranks which process this is, so that they notice should it die before it comes to a rendezvous."""
+    """Tell the other ranks which process this is, so that they notice should it die before a rendezvous."""
     _write(_process_key(world().rank), this_process()._asdict())
 
 
@@ -42,15 +42,14 @@ def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
     """
     members = tuple(ranks)
     keys = _come(about, members, {"word": word})
-    words: dict[int, str] = {}
+    received: dict[int, str] = {}
     absence, until = Absence(_announced), time.monotonic() + patience()
-    while missing := [rank for rank in members if rank not in words]:
-        for rank in missing:
-            message = _read(keys[rank])
+    while missing := [rank for rank in members if rank not in received]:
+        for rank, message in zip(missing, _read([keys[rank] for rank in missing]), strict=True):
             if message is not None and "word" not in message:
                 raise Failure(**message).error()
             if message is not None:
-                words[rank] = message["word"]
+                received[rank] = message["word"]
         if time.monotonic() > until:
             # As if it had not been here: the next time it comes it meets whoever comes for the first time.
             world().store.delete_key(keys[world().rank])
@@ -61,7 +60,7 @@ def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
             )
         absence.check(missing)
         time.sleep(0.005)
-    return [words[rank] for rank in members]
+    return [received[rank] for rank in members]
 
 
 def decline(about: str, ranks: Sequence[int], error: Exception) -> None:
@@ -83,7 +82,7 @@ def _process_key(rank: int) -> str:
 
 
 def _announced(rank: int) -> Process | None:
-    message = _read(_process_key(rank))
+    (message,) = _read([_process_key(rank)])
     return None if message is None else Process(**message)
 
 
@@ -91,13 +90,17 @@ def _write(key: str, message: dict[str, Any]) -> None:
     world().store.set(key, sign(json.dumps(message).encode(), key, shared_secret()))
 
 
-def _read(key: str) -> dict[str, Any] | None:
-    """What a rank has left in the store; what others left there counts as nothing."""
+def _read(keys: Sequence[str]) -> list[dict[str, Any] | None]:
+    """What ranks have left in the store; what others left there counts as nothing."""
     store = world().store
     try:
-        content = answer_of_store(lambda: store.get(key) if store.check([key]) else b"")
+        contents = answer_of_store(lambda: [store.get(key) if store.check([key]) else b"" for key in keys])
     except dist.DistError as error:
         raise PipeboostError(f"the store where the ranks meet cannot be reached any more: {error}") from error
+    return [_verified(content, key) for content, key in zip(contents, keys, strict=True)]
+
+
+def _verified(content: bytes, key: str) -> dict[str, Any] | None:
     try:
         message: dict[str, Any] = json.loads(verify(content, key, shared_secret()))
     except (ForgeryError, ValueError):

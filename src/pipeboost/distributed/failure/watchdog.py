@@ -9,6 +9,9 @@ this rank raise `RankFailedError` at its next step; a rank that does not come en
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import os
+import sys
 import threading
 import time
 import traceback
@@ -21,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.failure.abort import abort, end_process
 from pipeboost.distributed.failure.collective_wait import Operations, Waiting, suspended_for
 from pipeboost.distributed.failure.heartbeat import Heartbeat
 from pipeboost.distributed.failure.monitor import Monitor
@@ -185,7 +187,7 @@ class Watchdog:
                 if self._failure is not None and self._inside:
                     ends = min(ends, time.monotonic() + min(5.0, self._timeout / 2))
                     if time.monotonic() > ends:
-                        end_process(self._heartbeat.rank, self._failure)
+                        _end_process(self._heartbeat.rank, self._failure)
         except Exception:
             description = f"rank {self._heartbeat.rank} cannot watch the others any more in {self._stage!r}"
             self._fail(Failure(self._heartbeat.rank, self._stage, description, traceback=traceback.format_exc()))
@@ -199,7 +201,7 @@ class Watchdog:
         self._failed.set()
         self._heartbeat.exchange(self._record)
         for group in self._groups:
-            abort(group)
+            group.abort()
 
     def _find_out(self, error: BaseException) -> None:
         """A connection broke: whoever broke it has failed, not this rank. Returns once there is a failure."""
@@ -221,8 +223,18 @@ class Watchdog:
         self._fail(first_error(self._records(), self._call) or Failure(None, "", "the ranks are out of step"))
 
 
+def _end_process(rank: int, failure: Failure) -> None:
+    """End this rank, which does not leave its call by itself, after saying why and where it stands."""
+    out = sys.__stderr__
+    if out is not None:
+        print(f"pipeboost: rank {rank} ends, because it does not leave its call: {failure.error()}", file=out)
+        faulthandler.dump_traceback(file=out)
+        out.flush()
+    os._exit(1)
+
+
 def _of_transport(error: BaseException) -> bool:
-    """Whether an exception is a backend's, which tells of another rank rather than of this one."""
+    """Whether an exception is a backend's, which is about another rank rather than this one."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "pair closure" in text)
