@@ -12,7 +12,9 @@ from pipeboost.distributed.failure.records import failure_from
 class CollectiveErrors:
     """The ranks of a sample do something together; an error on one is an error on all.
 
-    They learn of it over `mesh.control` and stay in step, so that they can take back together what they have done.
+    Inside, ranks may fail alone; all leave it together, by what they have raised or `RankFailedError`. They learn of an
+    error over `mesh.control` and stay in step, so that they can take back together what they have done. Outside,
+    nothing is exchanged.
 
     Args:
         mesh: whose ranks they are; nothing is exchanged where it has one rank a sample.
@@ -22,19 +24,12 @@ class CollectiveErrors:
     def __init__(self, mesh: Mesh, stage: str) -> None:
         self._control, self._stage, self._over = mesh.control, stage, True
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, ranks may fail alone; all leave this together. Outside, nothing is exchanged.
-
-        Raises:
-            Exception: what this rank has raised.
-            RankFailedError: another rank has raised something.
-        """
+    def __enter__(self) -> None:
         self._over = self._control.size == 1
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
-            with self.telling():
-                yield
-                self.require_all()
+            self._exchange(error)
         finally:
             self._over = True
 

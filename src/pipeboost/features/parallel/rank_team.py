@@ -108,7 +108,7 @@ class RankTeam:
             RankFailedError: another rank has raised something while it was `doing` this.
         """
         self._all_or_none = CollectiveErrors(self.mesh, doing)
-        with self._all_or_none():
+        with self._all_or_none:
             yield
 
     def telling(self) -> contextlib.AbstractContextManager[None]:
