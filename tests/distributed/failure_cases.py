@@ -148,7 +148,7 @@ def killed_before_rendezvous() -> dict[str, Any]:
     return outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu")))
 
 
-def stopped_before_rendezvous() -> dict[str, Any]:
+def stopped_before_rendezvous() -> list[dict[str, Any]]:
     """Rank 0, which keeps the store, stands still before it meets the other."""
     start.patience = lambda: 1.0
     if world().rank == 0:
@@ -156,7 +156,7 @@ def stopped_before_rendezvous() -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGSTOP)
     world().store.set("rank 1 comes", "")
     time.sleep(0.3)
-    return outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu")))
+    return [outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu"))) for _ in range(2)]
 
 
 def uncaught(rank: int) -> None:

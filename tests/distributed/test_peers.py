@@ -48,7 +48,7 @@ def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_com
     """It has met the others for its heads, which they have not: such groups are not used again."""
 
     class OneRank(Peers):
-        _send_heads = _meet = lambda *_, **__: None
+        _send_heads = _barrier = lambda *_, **__: None
 
         def _heads(self, q, *_):
             return q, q, q

@@ -173,7 +173,7 @@ class Group:
     def abort(self) -> None:
         """Make everything that waits in the group return with an error, on this rank and where its connections end."""
         for peers in self._peers:
-            peers.halt()
+            peers.stop_waiting()
         if self.backend is not None and self.device == "cuda":
             # It may wait for kernels; nobody waits for it.
             threading.Thread(target=self.backend.abort, name="pipeboost abort", daemon=True).start()

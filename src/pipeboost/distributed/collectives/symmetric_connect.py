@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.distributed.collectives.renumbered_store import Renumbered
-from pipeboost.distributed.collectives.symmetric_buffers import BOARD, Peers, rounded
+from pipeboost.distributed.collectives.symmetric_buffers import SIGNAL_PAD, Peers, rounded
 from pipeboost.distributed.failure.collective_wait import expecting
 from pipeboost.distributed.failure.local_processes import this_process
 from pipeboost.distributed.start import world
@@ -49,7 +49,7 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
         return "the ranks are on several machines"
     sizes = (rounded(heads_bytes), rounded(tokens_bytes))
     with _registered(group, name) as registered:
-        memory, trouble = _managed(lambda: _room(BOARD + sum(sizes), device, registered))
+        memory, trouble = _managed(lambda: _room(SIGNAL_PAD + sum(sizes), device, registered))
         # All have their own before any looks for the others', which would wait for it.
         if any(_all_gather(store, "room", trouble, group)):
             return "a GPU has no room"
@@ -96,7 +96,7 @@ def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
     q, k, v = mine.unbind(0)
     back = peers.attended(q, k, v, tokens, attend, parts=2)
     if device.type == "cuda" and not _done_within(_PATIENCE, device, group):
-        peers.halt()
+        peers.stop_waiting()
         return False
     return torch.equal(torch.cat(received, 3), whole[:, :, :, here]) and torch.equal(back, mine[0])
 

@@ -52,7 +52,7 @@ def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
                 received[rank] = message["word"]
         if time.monotonic() > until:
             # As if it had not been here: the next time it comes it meets whoever comes for the first time.
-            world().store.delete_key(keys[world().rank])
+            answer_of_store(lambda: world().store.delete_key(keys[world().rank]))
             _serials[about, members] -= 1
             raise PipeboostError(
                 f"{describe_ranks(missing)} did not come to {STAGE} within {patience():.0f} s; every rank calls it at "
@@ -87,7 +87,8 @@ def _announced(rank: int) -> Process | None:
 
 
 def _write(key: str, message: dict[str, Any]) -> None:
-    world().store.set(key, sign(json.dumps(message).encode(), key, shared_secret()))
+    signed = sign(json.dumps(message).encode(), key, shared_secret())
+    answer_of_store(lambda: world().store.set(key, signed))
 
 
 def _read(keys: Sequence[str]) -> list[dict[str, Any] | None]:
