@@ -93,16 +93,16 @@ class _GroupOfMore:
 
 
 class _PeersOfMore(Peers):
-    """The memory of two ranks, in which each other one has an inbox of its own at the other GPU."""
+    """The memory of two ranks, in which each other one has a receive buffer of its own at the other GPU."""
 
     def __init__(self, whole: Peers, group: _GroupOfMore, heads_bytes: int, tokens_bytes: int) -> None:
         vars(self).update(vars(whole))
         self._whole, self._group = whole, group  # type: ignore[assignment]
-        self._heads_inboxes = self._spread(symmetric_buffers.BOARD, heads_bytes)
-        self._tokens_inboxes = self._spread(symmetric_buffers.BOARD + whole.heads_bytes, tokens_bytes)
+        self._heads_buffers = self._spread(symmetric_buffers.SIGNAL_PAD, heads_bytes)
+        self._tokens_buffers = self._spread(symmetric_buffers.SIGNAL_PAD + whole.heads_bytes, tokens_bytes)
 
     def _spread(self, begin: int, stride: int) -> torch.Tensor:
-        memories, here = self._whole._boards.tolist(), self._group.rank
+        memories, here = self._whole._signal_pads.tolist(), self._group.rank
         others = iter(range(self._group.size - 1))
         places = [
             memories[here] + begin if rank == here else memories[1 - here] + begin + next(others) * stride
@@ -110,8 +110,8 @@ class _PeersOfMore(Peers):
         ]
         return torch.tensor(places, dtype=torch.int64, device=self._memory.device)
 
-    def _meet(self) -> None:
-        self._whole._meet()
+    def _barrier(self) -> None:
+        self._whole._barrier()
 
 
 if __name__ == "__main__":

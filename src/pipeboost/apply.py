@@ -226,7 +226,7 @@ class AppliedPlan:
             self.bind(pipe)
             return
         before = dict(self.components)
-        with team.watched(lambda: doing):
+        with team.watched(doing):
             try:
                 with team.all_or_none(doing):
                     self.bind(pipe)

@@ -74,7 +74,7 @@ class Calls:
             kwargs, wants_trajectory = without_trajectory(signature, kwargs)
             device = self.applied.follow_device(pipe)
             team = self.applied.team
-            with contextlib.nullcontext() if team is None else team.watched(weakly(self._stage_now)):
+            with contextlib.nullcontext() if team is None else team.watched("the call's start"):
                 self.applied.bind_on_all_ranks(pipe, "the call's start")
                 if team is None:
                     bound = signature.bind(pipe, *args, **kwargs)
@@ -187,11 +187,6 @@ class Calls:
             yield
         finally:
             _profiled.reset(token)
-
-    def _stage_now(self) -> str:
-        """Where the running call is; asked by the thread that watches the ranks."""
-        recorders = [call.state.get(RECORDER) for call in tuple(self.applied.running)]
-        return next((recorder.stage for recorder in recorders if recorder is not None), "the call's start")
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:

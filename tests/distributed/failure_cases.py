@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed import Group, Mesh, announce, suspend_timeout, world
-from pipeboost.distributed.failure import local_processes as neighbours
-from pipeboost.distributed.failure.abort import abort
+from pipeboost.distributed import Group, Mesh, announce, start, suspend_timeout, world
+from pipeboost.distributed.failure import local_processes
 
 TIMEOUT = 1.5
 """Seconds that ranks wait for each other."""
@@ -69,18 +68,11 @@ def script(mesh: Mesh, trouble: Trouble) -> float:
     """A call as pipelines make them: some stages, with collectives of all kinds in between."""
     global _trouble
     _trouble = trouble
-    stage = "text encoding"
-
-    def enter(name: str) -> None:
-        nonlocal stage
-        stage = name
-        mesh.watchdog.tell()
-
-    with mesh.watchdog.watched(lambda: stage, timeout=TIMEOUT):
+    with mesh.watchdog.watched("text encoding", timeout=TIMEOUT):
         group, ring = mesh.group("ulysses"), mesh.group("ring")
         trouble.at("start")
         mesh.control.all_gather_objects("prompt")
-        enter("denoising")
+        mesh.watchdog.enter_stage("denoising")
         latents = torch.ones(2)
         for _ in range(3):
             latents = group.all_reduce(latents) / group.size
@@ -90,7 +82,7 @@ def script(mesh: Mesh, trouble: Trouble) -> float:
             latents = troubled(latents)
             pending.wait()
             latents = group.all_gather(incoming, 0, [2] * group.size)[:2]
-        enter("decoding")
+        mesh.watchdog.enter_stage("decoding")
         trouble.at("end")
         time.sleep(0.05)
         return latents.sum().item()
@@ -118,7 +110,7 @@ def failing_call(size: int, kind: str, rank: int, place: str) -> dict[str, Any]:
 def failing_call_between_machines(kind: str, rank: int, place: str) -> dict[str, Any]:
     """`failing_call` on two ranks that cannot see each other's processes."""
     here = f"machine {world().rank}"
-    neighbours._host = lambda: here
+    local_processes._host = lambda: here
     return failing_call(2, kind, rank, place)
 
 
@@ -141,11 +133,11 @@ def aborting() -> bool:
 
     threading.Thread(target=receive, daemon=True).start()
     time.sleep(0.1)
-    abort(group)
+    group.abort()
     return ended.wait(10)
 
 
-def killed_before_meeting() -> dict[str, Any]:
+def killed_before_rendezvous() -> dict[str, Any]:
     """Rank 1 dies after it has begun, and before it meets the other."""
     announce()
     if world().rank == 1:
@@ -154,6 +146,17 @@ def killed_before_meeting() -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     world().store.set("rank 0 comes", "")
     return outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu")))
+
+
+def stopped_before_rendezvous() -> list[dict[str, Any]]:
+    """Rank 0, which keeps the store, stands still before it meets the other."""
+    start.patience = lambda: 1.0
+    if world().rank == 0:
+        world().store.wait(["rank 1 comes"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    world().store.set("rank 1 comes", "")
+    time.sleep(0.3)
+    return [outcome(lambda: Mesh({"ulysses": 2}, device=torch.device("cpu"))) for _ in range(2)]
 
 
 def uncaught(rank: int) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,13 +44,16 @@ def on_mortal_ranks(
     context = multiprocessing.get_context(start)
     if start == "forkserver":
         context.set_forkserver_preload(["tests.distributed.preloaded"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         pipes, processes = [], []
         try:
             for rank in range(count):
                 ours, theirs = context.Pipe(duplex=False)
-                settings = (theirs, rank, count, folder, tcp, function, args, kwargs)
+                settings = (theirs, rank, count, folder, port if tcp else 0, function, args, kwargs)
                 process = context.Process(target=_serve, args=settings)
                 process.start()
                 theirs.close()
@@ -94,7 +98,7 @@ def _outcomes(
     ]
 
 
-def _serve(pipe: Any, rank: int, count: int, folder: str, tcp: bool, function: Any, args: Any, kwargs: Any) -> None:
+def _serve(pipe: Any, rank: int, count: int, folder: str, tcp: int, function: Any, args: Any, kwargs: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -102,23 +106,9 @@ def _serve(pipe: Any, rank: int, count: int, folder: str, tcp: bool, function: A
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    path = os.path.join(folder, "store")
-    store = _tcp_store(path, rank) if tcp else dist.FileStore(path, count)
+    if tcp:
+        store: dist.Store = dist.TCPStore("127.0.0.1", tcp, None, rank == 0, wait_for_workers=False)
+    else:
+        store = dist.FileStore(os.path.join(folder, "store"), count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     pipe.send(function(*args, **kwargs))
-
-
-def _tcp_store(path: str, rank: int) -> Any:
-    """A store that rank 0 keeps; it writes its address to `path`."""
-    import torch.distributed as dist
-
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        with open(f"{path}.new", "w") as file:
-            file.write(str(store.port))
-        os.rename(f"{path}.new", path)
-        return store
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    with open(path) as file:
-        return dist.TCPStore("127.0.0.1", int(file.read()), None, False, wait_for_workers=False)

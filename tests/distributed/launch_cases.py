@@ -27,7 +27,7 @@ def greeting(word: str, *, mark: str = "!") -> dict[str, Any]:
     """Who this rank is, and the sum of all ranks' numbers."""
     here = world()
     mesh = Mesh({"ulysses": here.size}, device=torch.device("cpu"))
-    with mesh.watchdog.watched(lambda: "greeting", timeout=10):
+    with mesh.watchdog.watched("greeting", timeout=10):
         total = mesh.group("ulysses").all_reduce(torch.tensor([here.rank + 1.0]))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
     return {"word": word + mark, "total": total, **{name: os.environ[name] for name in names}}
@@ -50,7 +50,7 @@ def attacked() -> dict[str, Any]:
     forged = Failure(1, "denoising", "the forger's text")
     if world().rank == 1:  # before there is a mesh, and for long enough that rank 0 reads it
         for serial in range(4):
-            world().store.set(f"pipeboost meeting of (0, 1) about a mesh {serial}: 1", json.dumps(forged._asdict()))
+            world().store.set(f"pipeboost rendezvous of (0, 1) about a mesh {serial}: 1", json.dumps(forged._asdict()))
         time.sleep(0.1)
     mesh = Mesh({"ulysses": 2}, device=torch.device("cpu"))
     heartbeat = mesh.watchdog._heartbeat
@@ -66,10 +66,9 @@ def attacked() -> dict[str, Any]:
                 b"garbage",
                 pickle.dumps(forged),
             ):
-                until = time.monotonic() + 0.6  # longer than between two looks, and the rank itself writes over it
-                while time.monotonic() < until:
+                with heartbeat._lock:  # or the rank itself would write over it, maybe always just before rank 0 looks
                     store.set("1", message)
-                    time.sleep(0.005)
+                    time.sleep(0.3)  # longer than between two looks
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -15,7 +15,7 @@ from pipeboost.distributed.collectives import symmetric_connect
 def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, str, int]]) -> list[bool]:
     """For each case (batch, tokens of each rank, heads, head_dim, dtype, parts) whether what belongs arrives.
 
-    The inboxes are poisoned before each; what each rank has is known to all, so that all can be compared.
+    The receive buffers are poisoned before each; what each rank has is known to all, so that all can be compared.
     """
     with _on_cpus(folder, len(cases[0][1])) as mesh:
         from pipeboost.distributed.collectives import (
@@ -38,9 +38,12 @@ def refusals(folder: str) -> list[Any]:
             found.append(_connected(mesh, name))
             setattr(symmetric_connect, name, given)
         given, symmetric_connect._addresses = symmetric_connect._addresses, lambda memory: [memory.data_ptr()] * 2
-        meet, Peers._meet = Peers._meet, lambda _: None  # on such a machine it is the test's patience that ends it
+        barrier, Peers._barrier = (
+            Peers._barrier,
+            lambda _: None,
+        )  # on such a machine it is the test's patience that ends it
         found.append(_connected(mesh, "own"))
-        symmetric_connect._addresses, Peers._meet = given, meet
+        symmetric_connect._addresses, Peers._barrier = given, barrier
     return found
 
 

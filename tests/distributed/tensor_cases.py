@@ -20,7 +20,6 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
-from pipeboost.distributed.failure.abort import abort
 from pipeboost.features.compile import compile_model
 from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_bytes
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
@@ -210,7 +209,7 @@ def broken_off() -> tuple[str, str]:
     with tensor_group(2) as group:
         ledger = Ledger()
         shard_weights(pipe.transformer, _sharding(pipe), group, ledger)
-        abort(group)
+        group.abort()
         said = []
         for attempt in (ledger.undo, lambda: pipe.transformer(None)):
             try:

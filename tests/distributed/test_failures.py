@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_rank, left_behind
+from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_rank
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
@@ -91,9 +91,14 @@ def test_all_connections_of_a_group_end_though_one_has_ended_before():
     assert on_mortal_ranks(3, failure_cases.aborting, stuck=2)[0].answer is True
 
 
-def test_a_rank_that_is_killed_before_the_meeting_is_named_with_its_signal():
-    told = on_mortal_ranks(2, failure_cases.killed_before_meeting)[0].answer
+def test_a_rank_that_is_killed_before_the_rendezvous_is_named_with_its_signal():
+    told = on_mortal_ranks(2, failure_cases.killed_before_rendezvous)[0].answer
     assert (told["raised"], told["rank"], told["signal"]) == ("RankFailedError", 1, "SIGKILL")
+
+
+def test_a_process_that_keeps_the_store_and_stands_still_is_not_waited_for_without_limit():
+    for told in on_mortal_ranks(2, failure_cases.stopped_before_rendezvous, stuck=0, tcp=True)[1].answer:
+        assert told["text"] == "the process that keeps the ranks' store has not answered for 1 s"
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -161,11 +166,11 @@ def test_calls_leave_no_thread_and_no_descriptor():
 
 def _record(operation: str = "", number: int = 0, members: tuple[int, ...] = (0, 1), **facts) -> Record:
     waiting = {operation: (number, members)} if operation else {}
-    return Record(call=1, inside=True, counts=dict(waiting), waiting=waiting, description=operation, **facts)
+    return Record(call=1, counts=dict(waiting), waiting=waiting, description=operation, **facts)
 
 
 def test_who_waits_for_a_rank_that_waits_itself_waits_for_the_last_one():
-    records = {0: _record("a", 3), 1: _record("b", 7, (1, 2)), 2: Record(call=1, inside=True)}
+    records = {0: _record("a", 3), 1: _record("b", 7, (1, 2)), 2: Record(call=1)}
     assert late_rank(0, records) == 2
 
 
@@ -190,7 +195,7 @@ def test_the_first_error_counts_and_only_of_this_call():
     assert first_error(records, 2).rank == 1
 
 
-def test_a_rank_is_left_behind_if_it_waits_for_what_another_never_began():
-    gone = Record(call=1, ended=Ended(1, {"a": (2, (0, 1))}))
-    assert left_behind({0: _record("a", 3), 1: gone}, 1)
-    assert not left_behind({0: _record("a", 2), 1: gone}, 1)
+def test_who_waits_for_a_rank_that_has_left_waits_for_that_one_first():
+    gone = Record(call=1, ended=Ended(1, {"a": (2, (0, 1, 2))}), counts={"a": (2, (0, 1, 2))})
+    assert late_rank(0, {0: _record("a", 3, (0, 1, 2)), 1: Record(call=1), 2: gone}) == 2
+    assert late_rank(0, {0: _record("a", 2, (0, 2)), 2: gone}) is None

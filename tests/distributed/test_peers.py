@@ -10,7 +10,6 @@ from pipeboost.distributed import Group, Peers
 from pipeboost.distributed.collectives import groups
 from pipeboost.distributed.collectives.symmetric_buffers import rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES
-from pipeboost.distributed.failure import collective_wait
 from pipeboost.distributed.failure.collective_wait import Operations
 from pipeboost.distributed.failure.records import Ended, in_step
 from tests.distributed import peer_cases
@@ -45,18 +44,17 @@ def test_where_memory_cannot_be_shared_all_ranks_are_told_why(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_come_to_it(parts, monkeypatch):
+def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_come_to_it(parts):
     """It has met the others for its heads, which they have not: such groups are not used again."""
 
     class OneRank(Peers):
-        _send_heads = _meet = lambda *_, **__: None
+        _send_heads = _barrier = lambda *_, **__: None
 
         def _heads(self, q, *_):
             return q, q, q
 
     progress = [Operations(lambda: None, lambda _: None) for _ in range(2)]
-    monkeypatch.setitem(collective_wait._watched, "two ranks", progress[0])
-    group = SimpleNamespace(name="two ranks", rank=0, size=2, ranks=(0, 1), device="cpu")
+    group = SimpleNamespace(name="two ranks", rank=0, size=2, ranks=(0, 1), device="cpu", operations=progress[0])
     size = rounded(1)
     mine = OneRank(group, (size, size), torch.zeros(256 + 2 * size, dtype=torch.uint8), [0, 0])
     q = torch.zeros(1, 4, 4, 8)

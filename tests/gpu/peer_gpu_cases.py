@@ -70,11 +70,11 @@ class _FourRanks:
         # Kernels are compiled and memory is taken where nobody waits, since either may wait for the GPU.
         self.renew()
         for rank in self.team:
-            rank.halt()
+            rank.stop_waiting()
         for attend, count in itertools.product((_queries, self.attend), (1, parts)):
             self.run(attend, count)
         for rank in self.team:
-            rank._halt[0] = 0
+            rank._stop_waiting[0] = 0
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = self._kernel(q, k, v, None, False)
@@ -87,10 +87,10 @@ class _FourRanks:
         return self.team[number].attended(*qkv, tokens=self.tokens, attend=attend, parts=parts or self.parts)
 
     def renew(self) -> None:
-        """Other numbers, and inboxes in which what is not written would be seen."""
+        """Other numbers, and receive buffers in which what is not written would be seen."""
         for tensor, rank in zip(self.given, self.team, strict=True):
             tensor.normal_(generator=torch.Generator("cuda").manual_seed(next(_seeds)))
-            rank._memory[symmetric_buffers.BOARD :] = 255  # NaN
+            rank._memory[symmetric_buffers.SIGNAL_PAD :] = 255  # NaN
         torch.cuda.synchronize()
 
     def run(self, attend: Attend, parts: int | None = None) -> list[torch.Tensor]:
@@ -165,9 +165,11 @@ def _give_streams_queues() -> None:
 
 
 def _team(nbytes: int) -> list[Peers]:
-    """Ranks with inboxes of so many bytes."""
+    """Ranks with receive buffers of so many bytes."""
     size = symmetric_buffers.rounded(nbytes)
-    memories = [torch.zeros(symmetric_buffers.BOARD + 2 * size, dtype=torch.uint8, device="cuda") for _ in range(RANKS)]
+    memories = [
+        torch.zeros(symmetric_buffers.SIGNAL_PAD + 2 * size, dtype=torch.uint8, device="cuda") for _ in range(RANKS)
+    ]
     addresses = [memory.data_ptr() for memory in memories]
     groups: list[Any] = [
         SimpleNamespace(name=f"rank {rank} alone", rank=rank, size=RANKS, ranks=range(RANKS)) for rank in range(RANKS)

@@ -1,4 +1,4 @@
-"""Ranks: joining them, the mesh that orders them, and what they say to each other."""
+"""Ranks: joining them, the mesh that orders them, and what they agree on."""
 
 from pipeboost.distributed.agreement.arguments import (
     DisagreementError,
@@ -10,9 +10,8 @@ from pipeboost.distributed.agreement.broadcast import shared
 from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
-from pipeboost.distributed.failure.collective_wait import Pending, follow
+from pipeboost.distributed.failure.collective_wait import Pending, follow, suspend_timeout
 from pipeboost.distributed.failure.rendezvous import announce, decline, meet
-from pipeboost.distributed.failure.suspend_timeout import suspend_timeout
 from pipeboost.distributed.start import local_device, world, world_size
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Signatures: what comes from another rank is used only where it carries one by a secret that the ranks share."""
+"""Signatures: a message from another rank is used only where it has one by a secret that the ranks share."""
 
 from __future__ import annotations
 

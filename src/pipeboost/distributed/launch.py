@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pickle
@@ -12,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
@@ -63,16 +62,23 @@ def launch(fn: Callable[..., T], /, *args: Any, num_gpus: int, **kwargs: Any) ->
     listening = socket.create_server(("127.0.0.1", 0))
     port, descriptor = listening.getsockname()[1], listening.detach()
     store = dist.TCPStore("127.0.0.1", port, None, True, _PATIENCE, False, master_listen_fd=descriptor)
-    context, secret, ranks = torch.multiprocessing.get_context("spawn"), secrets.token_hex(), dict[Connection, Any]()
-    with _none_left() as processes:
-        for rank in range(num_gpus):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_run_rank, args=(rank, num_gpus, store.port, secret, theirs, task))
+    context, secret = torch.multiprocessing.get_context("spawn"), secrets.token_hex()
+    pipes = [context.Pipe(duplex=False) for _ in range(num_gpus)]
+    processes = [
+        context.Process(target=_run_rank, args=(rank, num_gpus, store.port, secret, theirs, task))
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    try:
+        for process, (_, theirs) in zip(processes, pipes, strict=True):
             process.start()
-            processes.append(process)
             theirs.close()
-            ranks[ours] = process
-        return pickle.loads(_result(ranks))
+        return pickle.loads(_result([ours for ours, _ in pipes], processes))
+    finally:  # none is left
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
 
 
 def _require_possible(num_gpus: int) -> None:
@@ -90,7 +96,7 @@ def _require_possible(num_gpus: int) -> None:
         raise ConfigurationError(f"num_gpus={num_gpus} is more than this machine has; use at most {most}{without}")
 
 
-def _run_rank(rank: int, count: int, port: int, secret: str, told: Connection, task: bytes) -> None:
+def _run_rank(rank: int, count: int, port: int, secret: str, launcher: Connection, task: bytes) -> None:
     # Should the process that launched be killed, nothing else would end this one.
     end_with_parent: Any = getattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig")  # noqa: B009 - has no stub
     end_with_parent(signal.SIGKILL)
@@ -115,12 +121,12 @@ def _run_rank(rank: int, count: int, port: int, secret: str, told: Connection, t
         fn, args, kwargs = pickle.loads(task)
         result = fn(*args, **kwargs)
         if rank == 0:
-            told.send(pickle.dumps(result))
+            launcher.send(pickle.dumps(result))
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         passed_on = error if isinstance(error, RankFailedError) else None
-        told.send(_Failed(time.monotonic(), rank, passed_on, traceback.format_exc()))
+        launcher.send(_Failed(time.monotonic(), rank, passed_on, traceback.format_exc()))
         raise SystemExit(1) from None
 
 
@@ -131,7 +137,7 @@ def _interrupt_once(*_: Any) -> None:
 
 
 class _Failed(NamedTuple):
-    """What a rank tells of its exception; `passed_on` where it knows which other rank was the first."""
+    """What a rank sends of its exception; `passed_on` where it knows which other rank was the first."""
 
     time: float
     rank: int
@@ -139,60 +145,42 @@ class _Failed(NamedTuple):
     traceback: str
 
 
-def _result(ranks: dict[Connection, Any]) -> Any:
+def _result(connections: Sequence[Connection], processes: Sequence[Any]) -> Any:
     """What rank 0 returned, pickled, once all have ended well."""
     results: list[bytes] = []
     failures: list[_Failed] = []
     first: tuple[int, int] | None = None
-    running, until = dict(zip(ranks, range(len(ranks)), strict=True)), math.inf
+    running, until = {connection: rank for rank, connection in enumerate(connections)}, math.inf
     try:
         while running and (left := until - time.monotonic()) > 0:
             for connection in wait(list(running), None if left == math.inf else left):
                 assert isinstance(connection, Connection)
                 try:
-                    told = connection.recv()
-                    (failures if isinstance(told, _Failed) else results).append(told)
+                    message = connection.recv()
+                    (failures if isinstance(message, _Failed) else results).append(message)
                 except (EOFError, OSError):  # the latter in the middle of a message
-                    rank, process = running.pop(connection), ranks[connection]
-                    process.join()
-                    if process.exitcode != 0 and first is None:
-                        first, until = (rank, process.exitcode), time.monotonic() + _GRACE
+                    rank = running.pop(connection)
+                    processes[rank].join()
+                    if processes[rank].exitcode != 0 and first is None:
+                        first, until = (rank, processes[rank].exitcode), time.monotonic() + _GRACE
     except KeyboardInterrupt:
-        _interrupt(ranks.values())
+        _interrupt(processes)
         raise
     if failures:  # all ranks of one machine have one clock
         _, rank, passed_on, text = min(failures)
         raise passed_on or RankFailedError(f"rank {rank} failed", rank=rank, traceback=text)
     if first is not None or not results:
         rank, code = first or (0, 0)
-        how, name = death_by(code)
-        raise RankFailedError(f"rank {rank} {how}", rank=rank, signal=name)
+        death = death_by(code)
+        raise RankFailedError(f"rank {rank} {death.how}", rank=rank, signal=death.signal)
     return results[0]
 
 
-def _interrupt(processes: Iterable[Any]) -> None:
-    """Pass Ctrl-C on to the ranks, and let them keep what they have done."""
+def _interrupt(processes: Sequence[Any]) -> None:
+    """Pass Ctrl-C on to the ranks, and give them time to keep what they have done."""
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGINT)
     until = time.monotonic() + _GRACE
     for process in processes:
         process.join(max(0.0, until - time.monotonic()))
-
-
-@contextlib.contextmanager
-def _none_left() -> Iterator[list[Any]]:
-    """None of the processes that are put into the list lives when this is left.
-
-    Nor does one where Ctrl-C comes before they are put there: then it is all that were started inside.
-    """
-    before = set(torch.multiprocessing.active_children())
-    started: list[Any] = []
-    try:
-        yield started
-    finally:
-        ranks = started or [process for process in torch.multiprocessing.active_children() if process not in before]
-        for process in ranks:
-            process.kill()
-        for process in ranks:
-            process.join()

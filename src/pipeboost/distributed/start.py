@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import threading
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, quoted
 from pipeboost.distributed.failure.absence import Absence, patience
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -30,7 +35,7 @@ class World(NamedTuple):
 
 
 def world_size() -> int:
-    """How many ranks there are: of torch.distributed where it runs, else those that torchrun has announced.
+    """Return how many ranks there are: of torch.distributed where it runs, else those that torchrun has announced.
 
     Raises:
         ConfigurationError: what is announced is no number.
@@ -51,7 +56,7 @@ def _announced(variable: str, otherwise: int) -> int:
 
 
 def world() -> World:
-    """All ranks. torch.distributed stays as it is: where it does not run, they meet at torchrun's address."""
+    """Return all ranks. torch.distributed stays as it is: where it does not run, they meet at torchrun's address."""
     if dist.is_initialized():
         return World(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
     if world_size() == 1:
@@ -74,7 +79,9 @@ def _announced_world() -> World:
     serves = rank == 0 and not by_agent
     if not serves:
         _await_store(host, port)
-    store: Any = dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    store: Any = answer_of_store(
+        lambda: dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    )
     if by_agent:
         store = dist.PrefixStore(f"/worker/attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return World(store, rank, size)
@@ -93,8 +100,32 @@ def _await_store(host: str, port: int) -> None:
         time.sleep(0.05)
 
 
+def answer_of_store(ask: Callable[[], T]) -> T:
+    """Return what the store answers; torch alone would wait for ever where the process that keeps it stands still.
+
+    Raises:
+        PipeboostError: it does not answer in time.
+        Exception: what asking raises.
+    """
+    answer = Future[T]()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="pipeboost store", daemon=True).start()
+    try:
+        return answer.result(patience())
+    except TimeoutError:
+        raise PipeboostError(
+            f"the process that keeps the ranks' store has not answered for {patience():.0f} s"
+        ) from None
+
+
 def local_device() -> torch.device:
-    """The device of this rank: the CUDA device that `LOCAL_RANK` numbers, or the CPU.
+    """Return the device of this rank: the CUDA device that `LOCAL_RANK` numbers, or the CPU.
 
     Raises:
         ConfigurationError: there are more ranks on this machine than devices.

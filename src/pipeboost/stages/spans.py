@@ -104,16 +104,13 @@ class Recorder:
         self._exact_peaks = exact_peaks and self._on_cuda
         self._progress = progress
         self._open: list[Span] = []
-        self._entered: str | None = None
         self._peaks_at_start: list[int] = []
         self._began = time.perf_counter()
 
     def open(self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None) -> Span:
         """Begin a span inside those that are open."""
-        if what in ("stage", "step"):
-            self._entered = stage
-            if self._call.watched is not None:
-                self._call.watched.watchdog.tell()
+        if what in ("stage", "step") and self._call.watched is not None:
+            self._call.watched.watchdog.enter_stage(stage)
         if what == "stage" and stage != WHOLE_CALL:
             self._tell(stage, None)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
@@ -126,7 +123,6 @@ class Recorder:
             span.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             span.events[0].record(stream)
         self._open.append(span)
-        self._entered = None
         self._call.events.append(span)
         return span
 
@@ -154,17 +150,6 @@ class Recorder:
             yield span
         finally:
             self.close(span)
-
-    @property
-    def stage(self) -> str:
-        """The innermost stage that is open, or is being entered; may be asked by any thread."""
-        if self._entered is not None:
-            return self._entered
-        names = [span.stage for span in tuple(self._open)]
-        if names and names[-1] != WHOLE_CALL:
-            return names[-1]
-        # The loop's own lines, between two forwards, are part of it.
-        return DENOISING if self._call.events and self._call.events[-1].stage == DENOISING else WHOLE_CALL
 
     def current_step(self) -> Span | None:
         """The step that is open, if one is."""

@@ -15,7 +15,7 @@ State = dict[str, Any]
 
 
 def global_state(device: torch.device) -> State:
-    """The state of everything in this process that a pipeline may draw from: torch on both devices, Python, NumPy."""
+    """Return the state of all that a pipeline may draw from in this process: torch on both devices, Python, NumPy."""
     state: State = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -27,7 +27,7 @@ def global_state(device: torch.device) -> State:
 
 
 def set_global_state(state: State, device: torch.device) -> None:
-    """Bring this process to a state that `global_state` told, here or on another rank."""
+    """Bring this process to a state that `global_state` returned, here or on another rank."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -36,12 +36,12 @@ def set_global_state(state: State, device: torch.device) -> None:
 
 
 def fingerprint(state: State) -> bytes:
-    """Sixteen bytes that tell whether somebody has drawn between two states."""
+    """Return sixteen bytes that show whether somebody has drawn between two states."""
     # As one text, because Python's state is a tuple of 625 numbers.
     return digest({**state, "python": repr(state["python"])})
 
 
 def generators_in(values: Iterable[Any]) -> list[torch.Generator]:
-    """The generators among some arguments, each once; stock takes one or a list of them."""
+    """Return the generators among some arguments, each once; stock takes one or a list of them."""
     flat = [each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,))]
     return list({id(each): each for each in flat if isinstance(each, torch.Generator)}.values())

@@ -1,4 +1,4 @@
-"""`Parcel`: any value on its way to other ranks, its tensors apart from the rest."""
+"""Any value on its way to other ranks: its tensors, and a pickle of everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pipeboost.core.errors import PipeboostError
 
 
-class TensorFacts(NamedTuple):
+class TensorLayout(NamedTuple):
     """What a rank must know of a tensor to receive it."""
 
     shape: tuple[int, ...]
@@ -20,27 +20,10 @@ class TensorFacts(NamedTuple):
     dtype: torch.dtype
     device: str
 
-    @property
-    def bytes(self) -> int:
-        """How many there are."""
-        return self.dtype.itemsize * int(torch.Size(self.shape).numel())
-
     def empty(self, device: torch.device) -> torch.Tensor:
-        """A tensor of this kind; on `device`, if it comes from a device of that type, else on the CPU."""
+        """Return a tensor of this kind; on `device`, if it comes from a device of that type, else on the CPU."""
         where = device if self.device == device.type else torch.device("cpu")
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
-
-
-class Parcel(NamedTuple):
-    """A packed value.
-
-    Attributes:
-        content: `(TensorFacts of each tensor, the pickle of everything else)`, pickled.
-        tensors: each of them once; without gaps in memory.
-    """
-
-    content: bytes
-    tensors: list[torch.Tensor]
 
 
 class Known:
@@ -55,7 +38,7 @@ class Known:
         self._versions = [_version(each) for each in self.objects]
 
     def place(self, obj: Any) -> int | None:
-        """Where an object stands among these; None if it is none of them."""
+        """Return where an object stands among these; None if it is none of them."""
         return self._places.get(id(obj))
 
     def changed(self, place: int) -> bool:
@@ -64,8 +47,12 @@ class Known:
         return isinstance(self.objects[place], torch.Tensor) and (version is None or version != self._versions[place])
 
 
-def pack(value: Any, known: Known, what: str) -> Parcel:
-    """Make a parcel of a value, which is called `what` in an error.
+def pack(value: Any, known: Known, what: str) -> tuple[bytes, list[torch.Tensor]]:
+    """Take a value apart, which is called `what` in an error.
+
+    Returns:
+        The `TensorLayout` of each tensor and the pickle of everything else, pickled; each tensor once, without gaps in
+        memory.
 
     Raises:
         PipeboostError: something in it cannot be pickled.
@@ -76,18 +63,18 @@ def pack(value: Any, known: Known, what: str) -> Parcel:
         packer.dump(value)
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
         raise PipeboostError(f"{what} cannot be sent to other ranks ({error}); let every rank make its own") from error
-    facts = [TensorFacts(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in packer.tensors]
-    return Parcel(pickle.dumps((facts, file.getvalue())), packer.tensors)
+    layouts = [TensorLayout(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in packer.tensors]
+    return pickle.dumps((layouts, file.getvalue())), packer.tensors
 
 
-def tensors_in(content: bytes) -> list[TensorFacts]:
-    """What tensors go with a parcel's content."""
-    facts: list[TensorFacts] = pickle.loads(content)[0]
-    return facts
+def tensors_in(content: bytes) -> list[TensorLayout]:
+    """Return what tensors go with the content of a packed value."""
+    layouts: list[TensorLayout] = pickle.loads(content)[0]
+    return layouts
 
 
 def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
-    """The value that was packed, made of the tensors that have arrived and of this rank's own objects.
+    """Return the value that was packed, made of the tensors that have arrived and of this rank's own objects.
 
     A `torch.device`, also that of a generator, is this rank's `device` where it is one of its type.
     """
@@ -95,7 +82,7 @@ def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor without gaps, as they lie in memory: a view, whatever the order of its dimensions."""
+    """Return the bytes of a tensor without gaps as they lie in memory: a view, whatever the order of its dimensions."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 

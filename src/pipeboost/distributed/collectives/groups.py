@@ -1,4 +1,4 @@
-"""`Group`: some ranks that talk to each other, and what they can say. A group of one rank says nothing.
+"""`Group`: some ranks and their collectives. A group of one rank sends nothing.
 
 Groups are ours alone: they are made from torch's backends, gloo for CPU tensors and NCCL for CUDA tensors, without
 torch.distributed's process-wide registry, and are gone once closed. What runs inside compiled blocks is an operator.
@@ -6,9 +6,12 @@ torch.distributed's process-wide registry, and are gone once closed. What runs i
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
+import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,19 +23,21 @@ from torch._C._distributed_c10d import AllgatherOptions
 from pipeboost.distributed.authentication import shared_secret, sign, verify
 from pipeboost.distributed.collectives.symmetric_buffers import Peers, rounded
 from pipeboost.distributed.collectives.symmetric_connect import MOST_BYTES, connect
-from pipeboost.distributed.failure.collective_wait import Pending, finish
+from pipeboost.distributed.failure.collective_wait import Operations, Pending, finish
 from pipeboost.distributed.start import world
 
 LIMIT = timedelta(minutes=30)
 """When torch's own backends give up; `collective_wait` gives up long before."""
 _CONNECTING = timedelta(minutes=1)
-"""For ranks that have all met to connect."""
+"""For ranks that have all arrived to connect."""
+_NEVER_SENT = 0x7F000000
+"""A tag that no message has."""
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _made: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 class Group:
-    """Ranks that talk to each other. Every rank of the group makes it, and then the same calls, in the same order.
+    """Ranks that communicate. Every rank of the group makes it, and then the same calls, in the same order.
 
     Args:
         ranks: of the world, in the order of the group.
@@ -44,6 +49,7 @@ class Group:
         size: how many there are.
         backend: torch's; None for a group of one.
         unreachable: why its GPUs do not write into each other's memory, once that was tried and failed.
+        operations: where they are counted and waited for; the watchdog's, where calls are watched.
     """
 
     def __init__(self, ranks: Sequence[int], device: str) -> None:
@@ -58,6 +64,7 @@ class Group:
         self.backend: Any = None
         self._peers: list[Peers] = []
         self.unreachable: str | None = None
+        self.operations = Operations()
         if self.size > 1:
             self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
         _groups[self.name] = self
@@ -66,11 +73,11 @@ class Group:
         return f"<Group of ranks {', '.join(map(str, self.ranks))}, here {self.rank}>"
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, a new tensor, the same to the bit on all."""
+        """Return the sum over the ranks, a new tensor, the same to the bit on all."""
         return tensor if self.size == 1 else torch.ops.pipeboost.all_reduce(tensor, self.name)
 
     def all_gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-        """The ranks' tensors side by side along `dim`, of which rank `r` brings `sizes[r]`."""
+        """Return the ranks' tensors concatenated along `dim`, of which rank `r` has `sizes[r]`."""
         if self.size == 1:
             return tensor
         return torch.ops.pipeboost.all_gather(tensor, dim, list(sizes), self.name)
@@ -94,27 +101,28 @@ class Group:
     ) -> Pending:
         """Begin to send contiguous tensors to ranks of the group, and to receive into others from some.
 
-        What two ranks say to each other arrives in the order in which it was said, whatever they say to others.
+        What one rank sends another arrives in the order in which it was sent, whatever they send to others.
         """
-        device = torch.device(self.device)
         if self.device == "cuda":
             self.backend._start_coalescing()
-        works = [self.backend.send([tensor], rank, tag) for tag, (tensor, rank) in _numbered(sent)]
-        works += [self.backend.recv([tensor], rank, tag) for tag, (tensor, rank) in _numbered(received)]
+        # Each transfer is tagged with its number among those with the same rank, which the other rank counts alike.
+        to, of = defaultdict[int, Any](itertools.count), defaultdict[int, Any](itertools.count)
+        works = [self.backend.send([tensor], rank, next(to[rank])) for tensor, rank in sent]
+        works += [self.backend.recv([tensor], rank, next(of[rank])) for tensor, rank in received]
         if self.device == "cuda":
             works = [self.backend._end_coalescing()]
         ranks = [rank for _, rank in sent], [rank for _, rank in received]
-        return Pending(works, self, *ranks, f"exchange on {device}")
+        return Pending(works, self, *ranks, f"exchange on {self.device}")
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Write the contiguous tensor of rank `source` of the group into the others' in place."""
         if self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
-            finish(self.backend.broadcast([tensor], options), self, "broadcast")
+            finish(self, "broadcast", self.backend.broadcast([tensor], options))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """What each rank has, in the order of the group; anything that can be pickled. CPU groups only."""
+        """Return the value of each rank, in the order of the group; anything that can be pickled. CPU groups only."""
         if self.size == 1:
             return [value]
         signed = sign(pickle.dumps(value), self.name, shared_secret())
@@ -124,7 +132,7 @@ class Group:
         return [pickle.loads(verify(message, self.name, shared_secret())) for message in messages]
 
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
-        """The GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL has to carry them.
+        """Return the GPUs' memory for exchanges of these sizes, the same on all ranks; None where NCCL carries them.
 
         The first that is large enough serves, so that what one rank runs and another replays from a CUDA graph is by
         the same. Each is an eighth larger than it must be but for the first, so that prompts which grow by a token at a
@@ -152,7 +160,7 @@ class Group:
 
     @property
     def carrier(self) -> str:
-        """What carries heads and tokens between its ranks, in words."""
+        """Return a description of what carries heads and tokens between its ranks."""
         if self._peers:
             return f"writing into the other GPUs' memory, for which each has {self._room / 2**20:.0f} MiB"
         backend = "NCCL" if self.device == "cuda" else "gloo"
@@ -162,10 +170,19 @@ class Group:
     def _room(self) -> int:
         return sum(peers.heads_bytes + peers.tokens_bytes for peers in self._peers)
 
-    def halt(self) -> None:
-        """Let this rank's GPU wait for nobody in the others' memory any more."""
+    def abort(self) -> None:
+        """Make everything that waits in the group return with an error, on this rank and where its connections end."""
         for peers in self._peers:
-            peers.halt()
+            peers.stop_waiting()
+        if self.backend is not None and self.device == "cuda":
+            # It may wait for kernels; nobody waits for it.
+            threading.Thread(target=self.backend.abort, name="pipeboost abort", daemon=True).start()
+        elif self.backend is not None:
+            # gloo has no other way: a wait that runs out of time closes all connections of its group. Where the one it
+            # would wait at is closed already it raises instead and closes nothing, so each is tried.
+            for peer in set(range(self.size)) - {self.rank}:
+                with contextlib.suppress(RuntimeError):
+                    self.backend.recv([torch.zeros(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         """Give up the group. Every rank of it does so."""
@@ -174,16 +191,6 @@ class Group:
         if self.backend is not None:
             self.backend.shutdown()
             self.backend = None
-
-
-def _numbered(transfers: Sequence[tuple[torch.Tensor, int]]) -> list[tuple[int, tuple[torch.Tensor, int]]]:
-    """Each transfer with its number among those with the same rank, which the other rank counts alike."""
-    counts: Counter[int] = Counter()
-    numbered = []
-    for transfer in transfers:
-        numbered.append((counts[transfer[1]], transfer))
-        counts[transfer[1]] += 1
-    return numbered
 
 
 def _backend(device: str, store: Any, rank: int, size: int) -> Any:
@@ -200,7 +207,7 @@ def _backend(device: str, store: Any, rank: int, size: int) -> Any:
 def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
     found = _groups[group]
     result = tensor.clone(memory_format=torch.contiguous_format)
-    finish(found.backend.allreduce([result], dist.AllreduceOptions()), found, "all-reduce")
+    finish(found, "all-reduce", found.backend.allreduce([result], dist.AllreduceOptions()))
     return result
 
 
@@ -218,7 +225,7 @@ def _all_gather(tensor: torch.Tensor, dim: int, sizes: list[int], group: str) ->
     if own.shape[0] < longest:
         own = torch.cat([own, own.new_zeros((longest - own.shape[0], *own.shape[1:]))])
     everyone = own.new_empty((found.size * longest, *own.shape[1:]))
-    finish(found.backend._allgather_base(everyone, own, AllgatherOptions()), found, "all-gather")
+    finish(found, "all-gather", found.backend._allgather_base(everyone, own, AllgatherOptions()))
     if min(sizes) < longest:
         everyone = torch.cat([part[:size] for part, size in zip(everyone.split(longest), sizes, strict=True)])
     return everyone.movedim(0, dim).contiguous()
@@ -237,7 +244,7 @@ def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], grou
     result = tensor.new_empty((sum(received), *tensor.shape[1:]))
     options = dist.AllToAllOptions()
     work = found.backend.alltoall_base(result, tensor.contiguous(), received, sent, options)
-    finish(work, found, "all-to-all")
+    finish(found, "all-to-all", work)
     return result
 
 

@@ -14,7 +14,7 @@ from pipeboost.distributed.failure.watchdog import Watchdog
 from pipeboost.distributed.start import world
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
-"""Outermost first: tensor ranks, which talk most, are neighbours."""
+"""Outermost first: tensor ranks, which communicate most, are adjacent."""
 SEQUENCE = ("ring", "ulysses")
 """The axes that split the tokens; the shards are in the order of their product."""
 FORWARD = ("ring", "ulysses", "tensor")
@@ -35,6 +35,9 @@ class Mesh:
 
     Attributes:
         compared: sizes of latents that the ranks have compared after a first step.
+        groups: every group of this rank, each once.
+        control, forward: groups of CPU tensors, of the ranks of one sample and of one forward.
+        watchdog: watches the calls of the ranks of one sample.
 
     Raises:
         PipeboostError: some ranks did not come, or want other degrees or another device.
@@ -50,59 +53,50 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        words = meet("a mesh", self.ranks, f"{self._in_words() or 'one rank a sample'} on {device.type}")
-        other = next((rank for rank, word in enumerate(words) if word != words[0]), None)
+        layouts = meet("a mesh", self.ranks, f"{self._describe() or 'one rank a sample'} on {device.type}")
+        other = next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None)
         if other is not None:
             raise UnsupportedError(
-                f"ranks planned differently: rank {self.ranks[0]} {words[0]}, rank {self.ranks[other]} {words[other]}; "
-                "name the layout instead of 'auto', the same on every rank, and move every pipeline to the same kind "
-                "of device"
+                f"ranks planned differently: rank {self.ranks[0]} {layouts[0]}, rank {self.ranks[other]} "
+                f"{layouts[other]}; name the layout instead of 'auto', the same on every rank, and move every pipeline "
+                "to the same kind of device"
             )
-        made: list[Group] = []
+        self.groups: list[Group] = []
+        self._groups: dict[tuple[str, ...], Group] = {}
         try:
-            self._make_groups(made)
+            for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
+                members = self._members(axes)
+                known = next((group for group in self.groups if group.ranks == members), None)
+                self._groups[axes] = known or self._new_group(members, device.type)
+            # For objects and small facts, which must not wait for the GPU.
+            self.control = self._new_group(self._members(SAMPLE), "cpu")
+            self.forward = self._new_group(self._members(FORWARD), "cpu")
+            self.watchdog = Watchdog(self.control, self.groups, device)
         except BaseException:
-            for group in made:
+            for group in self.groups:
                 group.close()
             raise
 
-    def _make_groups(self, made: list[Group]) -> None:
-        by_members: dict[tuple[int, ...], Group] = {}
-        self._groups: dict[tuple[str, ...], Group] = {}
-        for axes in (*((axis,) for axis in AXES), SEQUENCE, SAMPLE):
-            members = self._members(axes)
-            if members not in by_members:
-                by_members[members] = Group(members, self.device.type)
-                made.append(by_members[members])
-            self._groups[axes] = by_members[members]
-        # For objects and small facts, which must not wait for the GPU.
-        self.control = Group(self._members(SAMPLE), "cpu")
-        made.append(self.control)
-        self.forward = Group(self._members(FORWARD), "cpu")
-        made.append(self.forward)
-        self.watchdog = Watchdog(self.control, self.groups, self.device)
+    def _new_group(self, members: tuple[int, ...], device: str) -> Group:
+        self.groups.append(Group(members, device))
+        return self.groups[-1]
 
     def __repr__(self) -> str:
-        return f"<Mesh {self._in_words() or 'of one rank'}, here {self._here}>"
+        return f"<Mesh {self._describe() or 'of one rank'}, here {self._here}>"
 
-    def _in_words(self) -> str:
+    def _describe(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
 
     def group(self, *axes: str) -> Group:
-        """The ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
+        """Return the ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
         return self._groups[axes]
 
-    @property
-    def groups(self) -> list[Group]:
-        """Every group of this rank, each once."""
-        return list({id(group): group for group in (*self._groups.values(), self.control, self.forward)}.values())
-
     def degree(self, axis: str) -> int:
-        """How many ranks there are along an axis."""
+        """Return how many ranks there are along an axis."""
         return self.shape[AXES.index(axis)]
 
     def index(self, axis: str) -> int:
-        """This process's place along an axis."""
+        """Return this process's place along an axis."""
         return self._here[axis]
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 _NUMBERED = re.compile(r"(?P<what>.*?/)(?P<number>\d+)(?P<rest>.*)")
-"""Such as `CUDASymmetricMemory/7/0`, what rank 0 says in exchange 7, or `CUDASymmetricMemory/8` and more, a barrier."""
+"""Such as `CUDASymmetricMemory/7/0`, of rank 0 in exchange 7, or `CUDASymmetricMemory/8` and more, a barrier."""
 
 
 class Renumbered(dist.Store):
@@ -66,7 +66,7 @@ class Renumbered(dist.Store):
         return int(self._store.add(self._own(key), value))
 
     def barrier(self, key: str, world_size: int, timeout: Any = None) -> None:
-        """Wait until as many have come to it."""
+        """Wait until as many have reached it."""
         if self.add(f"{key}/came", 1) == world_size:
             self.set(f"{key}/all", b"")
         self.wait([f"{key}/all"])

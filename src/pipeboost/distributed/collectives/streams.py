@@ -1,4 +1,4 @@
-"""`Lane`: work for a GPU that is done in order, beside that of other lanes."""
+"""`Stream`: a CUDA stream, or a CPU's only order of work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 
-class Lane:
+class Stream:
     """A CUDA stream.
 
     Args:
@@ -18,16 +18,16 @@ class Lane:
         self._stream = stream
 
     @classmethod
-    def current(cls, device: torch.device) -> Lane:
-        """The one that this thread's work goes to."""
+    def current(cls, device: torch.device) -> Stream:
+        """Return the one that this thread's work goes to."""
         return cls(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
     @classmethod
-    def new(cls, device: torch.device, *, first: bool = False) -> Lane:
-        """Another one.
+    def new(cls, device: torch.device, *, first: bool = False) -> Stream:
+        """Return another one.
 
         Args:
-            first: its kernels get the multiprocessors that become free before those of other lanes.
+            first: its kernels get the multiprocessors that become free before those of other streams.
         """
         return cls(torch.cuda.Stream(device, priority=-1 if first else 0) if device.type == "cuda" else None)
 
@@ -36,7 +36,7 @@ class Lane:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        """What stands for all that it was given so far."""
+        """Return what stands for all the work that it was given so far."""
         return None if self._stream is None else self._stream.record_event()
 
     def after(self, mark: torch.cuda.Event | None) -> None:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipeboost.distributed.collectives.streams import Lane
+from pipeboost.distributed.collectives.streams import Stream
 from pipeboost.distributed.failure.collective_wait import follow
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
 
-BOARD = 256
+SIGNAL_PAD = 256
 """Bytes in front, where ranks write how often they came."""
 _LEAST = 2**20
-"""Bytes of an inbox: enough to try it."""
+"""Bytes of a receive buffer: enough to try it."""
 
 
 class _Part(NamedTuple):
@@ -45,16 +45,16 @@ def _parts(heads: int, count: int) -> list[_Part]:
 
 
 class Peers:
-    """What the ranks of a group have for each other: a board, and two inboxes.
+    """What the ranks of a group have for each other: a signal pad, and two receive buffers.
 
     All ranks make it at the same point of their programs, and then the same calls in the same order, each after what
-    came before it on its GPU. Two inboxes, so that a rank's output never arrives where another still reads what came
+    came before it on its GPU. Two buffers, so that a rank's output never arrives where another still reads what came
     before it.
 
     Args:
         group: of GPUs of one machine.
-        sizes: bytes of the two inboxes.
-        memory: of this rank, zeros: a board and the two inboxes, one after another.
+        sizes: bytes of the two receive buffers.
+        memory: of this rank, zeros: a signal pad and the two receive buffers, one after another.
         addresses: where the memory of each rank is, as this one's GPU sees it.
         multiprocessors: of the smallest of the GPUs.
 
@@ -77,11 +77,11 @@ class Peers:
         self.multiprocessors = multiprocessors
         self._group = group
         self._memory, device = memory, memory.device
-        self._boards = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._heads_inboxes = self._boards + BOARD
-        self._tokens_inboxes = self._heads_inboxes + self.heads_bytes
-        self._lanes = Lane.new(device, first=True), Lane.new(device)
-        self._halt = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._signal_pads = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._heads_buffers = self._signal_pads + SIGNAL_PAD
+        self._tokens_buffers = self._heads_buffers + self.heads_bytes
+        self._streams = Stream.new(device, first=True), Stream.new(device)
+        self._stop_waiting = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
         self.starts: dict[tuple[int, ...], torch.Tensor] = {}
         self.launched: set[tuple[int, ...]] = set()
@@ -113,40 +113,40 @@ class Peers:
         group, (heads, head_dim) = self._group, q.shape[2:]
         q, k, v = (each if each.stride()[2:] == (head_dim, 1) else each.contiguous() for each in (q, k, v))
         self._starts_of(tuple(tokens))  # which waits for the GPU where they are new: not once it waits for others
-        here, links, beside = (Lane.current(q.device), *self._lanes) if parts > 1 else (Lane(None),) * 3
-        lanes = [here, beside]
-        for lane in (links, beside):
-            lane.after(here.mark())
+        here, links, beside = (Stream.current(q.device), *self._streams) if parts > 1 else (Stream(None),) * 3
+        streams = [here, beside]
+        for stream in (links, beside):
+            stream.after(here.mark())
         outs = []
         try:
             arrived = []
             with links.on():
                 for part in _parts(heads // group.size, parts):
                     self._send_heads((q, k, v), tokens, part)
-                    self._meet()
+                    self._barrier()
                     arrived.append((part, links.mark()))
                 follow(group, "exchange of heads for tokens")
             for number, (part, mark) in enumerate(arrived):
                 # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
-                lane = lanes[number % 2]
-                lane.after(mark)
-                with lane.on():
+                stream = streams[number % 2]
+                stream.after(mark)
+                with stream.on():
                     outs.append(attend(*self._heads(q, sum(tokens), part)).contiguous())
-                links.after(lane.mark())
+                links.after(stream.mark())
                 with links.on():
                     self._send_tokens(outs[-1], tokens, heads, part)
             with links.on():
-                self._meet()
+                self._barrier()
                 follow(group, "exchange of tokens for heads")
-        finally:  # whoever goes on after an error goes on after all lanes, and a capture ends with all of them
-            for lane in (links, beside):
-                here.after(lane.mark())
-        begin = BOARD + self.heads_bytes
+        finally:  # whoever goes on after an error goes on after all streams, and a capture ends with all of them
+            for stream in (links, beside):
+                here.after(stream.mark())
+        begin = SIGNAL_PAD + self.heads_bytes
         return self._memory[begin : begin + q.nbytes].view(q.dtype).view(q.shape).clone()
 
-    def halt(self) -> None:
+    def stop_waiting(self) -> None:
         """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
-        self._halt[0] = 1
+        self._stop_waiting[0] = 1
 
     def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
         from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_heads
@@ -158,7 +158,7 @@ class Peers:
         strides = [stride for each in qkv for stride in each.stride()[:2]]
         items = 3 * batch * -(-own * row // pace.block) * group.size
         send_heads[min(items, pace.programs or items),](
-            *(each[:, :, part.first :] for each in qkv), self._heads_inboxes, 3 * batch * total * begun,
+            *(each[:, :, part.first :] for each in qkv), self._heads_buffers, 3 * batch * total * begun,
             batch, own, sum(tokens[: group.rank]), total, *strides, apart, group.rank,
             RANKS=group.size, ROW=row, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class Peers:
         begin, nbytes = (
             3 * batch * total * heads * head_dim * like.element_size() for heads in (part.first, part.heads)
         )
-        received = self._memory[BOARD + begin : BOARD + begin + nbytes].view(like.dtype)
+        received = self._memory[SIGNAL_PAD + begin : SIGNAL_PAD + begin + nbytes].view(like.dtype)
         return received.view(3, batch, total, part.heads, head_dim).unbind(0)
 
     def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
@@ -180,24 +180,26 @@ class Peers:
         column = (group.rank * (heads // group.size) + part.first) * head_dim
         items = batch * -(-max(tokens) * part.heads * head_dim // pace.block) * group.size
         send_tokens[min(items, pace.programs or items),](
-            out, self._tokens_inboxes, self._starts_of(tuple(tokens)), batch, max(tokens), total,
+            out, self._tokens_buffers, self._starts_of(tuple(tokens)), batch, max(tokens), total,
             heads * head_dim, column, group.rank,
             RANKS=group.size, ROW=part.heads * head_dim, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Have this rank's GPU wait until the others' have come here too; what they wrote before is there then."""
-        from pipeboost.distributed.collectives.symmetric_kernels import meet
+        from pipeboost.distributed.collectives.symmetric_kernels import barrier
 
-        meet[(1,)](self._boards, self._group.rank, self._round, self._halt, RANKS=self._group.size, num_warps=1)
+        barrier[(1,)](
+            self._signal_pads, self._group.rank, self._round, self._stop_waiting, RANKS=self._group.size, num_warps=1
+        )
 
     def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
         if tokens not in self.starts:
             starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
-            self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._boards.device)
+            self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._signal_pads.device)
         return self.starts[tokens]
 
 
 def rounded(nbytes: int) -> int:
-    """The size of an inbox for so many bytes."""
-    return max(-(-nbytes // BOARD) * BOARD, _LEAST)
+    """Return the size of a receive buffer for so many bytes."""
+    return max(-(-nbytes // SIGNAL_PAD) * SIGNAL_PAD, _LEAST)

@@ -1,4 +1,4 @@
-"""`connect`: how the GPUs of a group come to `Peers`, by torch's symmetric memory; tried before it is relied on."""
+"""`connect`: how the GPUs of a group get `Peers`, by torch's symmetric memory; tried before it is relied on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.distributed.collectives.renumbered_store import Renumbered
-from pipeboost.distributed.collectives.symmetric_buffers import BOARD, Peers, rounded
+from pipeboost.distributed.collectives.symmetric_buffers import SIGNAL_PAD, Peers, rounded
 from pipeboost.distributed.failure.collective_wait import expecting
 from pipeboost.distributed.failure.local_processes import this_process
 from pipeboost.distributed.start import world
@@ -27,7 +27,7 @@ MOST_RANKS = 8
 MOST_BYTES = 4 * 2**30
 """Of a rank's memory for the others of a group, all `Peers` together; more is left to NCCL, which needs it for the time
 of a transfer only."""
-_MEETING = "meeting of the GPUs' memory"
+_RENDEZVOUS = "rendezvous of the GPUs' memory"
 _PATIENCE = 10.0
 """Seconds for the first exchange, in which kernels are compiled."""
 
@@ -39,30 +39,30 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     """
     if group.size > MOST_RANKS:
         return f"the group has more than {MOST_RANKS} ranks"
-    said = dist.PrefixStore(f"{group.name} {name}", world().store)
+    store = dist.PrefixStore(f"{group.name} {name}", world().store)
     host = this_process().host
     machine = host if host and find_spec("triton") is not None else "no Triton"
-    machines = _all_say(said, "machine", machine, group)
+    machines = _all_gather(store, "machine", machine, group)
     if "no Triton" in machines:
         return "a rank has no Triton"
     if len(set(machines)) > 1:
         return "the ranks are on several machines"
     sizes = (rounded(heads_bytes), rounded(tokens_bytes))
     with _registered(group, name) as registered:
-        memory, trouble = _managed(lambda: _room(BOARD + sum(sizes), device, registered))
+        memory, trouble = _managed(lambda: _room(SIGNAL_PAD + sum(sizes), device, registered))
         # All have their own before any looks for the others', which would wait for it.
-        if any(_all_say(said, "room", trouble, group)):
+        if any(_all_gather(store, "room", trouble, group)):
             return "a GPU has no room"
         assert memory is not None
         found, trouble = _managed(lambda: _addresses(memory))
-    troubles = [word for word in _all_say(said, "trouble", trouble, group) if word]
+    troubles = [each for each in _all_gather(store, "trouble", trouble, group) if each]
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
     assert found is not None
-    multiprocessors = min(map(int, _all_say(said, "multiprocessors", str(_multiprocessors(device)), group)))
+    multiprocessors = min(map(int, _all_gather(store, "multiprocessors", str(_multiprocessors(device)), group)))
     peers = Peers(group, sizes, memory, found, multiprocessors)
     right = _arrives(peers, group, device)
-    if not all(_all_say(said, "right", "yes" if right else "", group)):
+    if not all(_all_gather(store, "right", "yes" if right else "", group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
 
@@ -96,7 +96,7 @@ def _arrives(peers: Peers, group: Group, device: torch.device) -> bool:
     q, k, v = mine.unbind(0)
     back = peers.attended(q, k, v, tokens, attend, parts=2)
     if device.type == "cuda" and not _done_within(_PATIENCE, device, group):
-        peers.halt()
+        peers.stop_waiting()
         return False
     return torch.equal(torch.cat(received, 3), whole[:, :, :, here]) and torch.equal(back, mine[0])
 
@@ -119,7 +119,7 @@ def _registered(group: Group, name: str) -> Iterator[str]:
     from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
 
     registered: Any = f"{group.name} {name}"
-    waiting = functools.partial(expecting, group, _MEETING)
+    waiting = functools.partial(expecting, group, _RENDEZVOUS)
     store = Renumbered(dist.PrefixStore(f"{registered} memory", world().store), waiting)
     ranks = dist.ProcessGroup(store, group.rank, group.size)  # the registry's reference keeps nothing
     _register_process_group(registered, ranks)
@@ -147,11 +147,11 @@ def _addresses(memory: torch.Tensor) -> list[int]:
     return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
 
 
-def _all_say(store: Any, about: str, word: str, group: Group) -> list[str]:
-    """What each rank of the group says; outside its collectives, since one of them may have failed."""
-    store.set(f"{about} {group.rank}", f"={word}")
+def _all_gather(store: Any, about: str, value: str, group: Group) -> list[str]:
+    """What each rank of the group has; outside its collectives, since one of them may have failed."""
+    store.set(f"{about} {group.rank}", f"={value}")
     keys = [f"{about} {rank}" for rank in range(group.size)]
-    with expecting(group, _MEETING) as check:
+    with expecting(group, _RENDEZVOUS) as check:
         while not store.check(keys):
             check()
             time.sleep(0.001)

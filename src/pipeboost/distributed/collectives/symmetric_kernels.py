@@ -1,4 +1,4 @@
-"""Triton kernels that write rows straight into the memory of other GPUs, and the one in which they meet."""
+"""Triton kernels that write rows straight into the memory of other GPUs, and a barrier among them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ HIDDEN = Pace(block=16384, warps=16, programs=24)
 # other write to different ranks, this one among them last: so what goes over the links and what stays here overlap.
 @triton.jit
 def send_heads(  # type: ignore[no-untyped-def]
-    q, k, v, inboxes, offset, batch, own, first, total,
+    q, k, v, recv_buffers, offset, batch, own, first, total,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, apart, here,
     RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Hand each rank some of its heads of this rank's tokens: `(3, batch, total, these heads, head_dim)` there.
 
     Args:
-        offset: of what arrives, from the beginning of an inbox, in numbers.
+        offset: of what arrives, from the beginning of a receive buffer, in numbers.
         apart: from the first of one rank's heads to the next one's, in numbers.
         ROW: numbers of a token's heads that go to one rank.
     """
@@ -60,14 +60,14 @@ def send_heads(  # type: ignore[no-untyped-def]
             source = k + sample * k_batch + token * k_token + column
         else:
             source = v + sample * v_batch + token * v_token + column
-        inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(q.dtype.element_ty))
+        recv_buffer = tl.multiple_of(tl.load(recv_buffers + rank), 16).to(tl.pointer_type(q.dtype.element_ty))
         place = offset + ((which * batch + sample) * total + first) * ROW
-        tl.store(inbox + place + numbers, tl.load(source, mask=mask), mask=mask)
+        tl.store(recv_buffer + place + numbers, tl.load(source, mask=mask), mask=mask)
 
 
 @triton.jit
 def send_tokens(  # type: ignore[no-untyped-def]
-    out, inboxes, starts, batch, longest, total, row, column, here,
+    out, recv_buffers, starts, batch, longest, total, row, column, here,
     RANKS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Hand each rank its tokens of some of this rank's heads: `(batch, its tokens, heads, head_dim)` there.
@@ -89,25 +89,25 @@ def send_tokens(  # type: ignore[no-untyped-def]
         numbers = block * BLOCK + tl.arange(0, BLOCK)
         mask = numbers < theirs * ROW
         values = tl.load(out + (sample * total + start) * ROW + numbers, mask=mask)
-        inbox = tl.multiple_of(tl.load(inboxes + rank), 16).to(tl.pointer_type(out.dtype.element_ty))
+        recv_buffer = tl.multiple_of(tl.load(recv_buffers + rank), 16).to(tl.pointer_type(out.dtype.element_ty))
         place = (sample * theirs + numbers // ROW) * row + column + numbers % ROW
-        tl.store(inbox + place, values, mask=mask)
+        tl.store(recv_buffer + place, values, mask=mask)
 
 
 @triton.jit
-def meet(boards, here, round_number, halt, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Go on when all ranks have come here as often as this one, or when `halt` is set.
+def barrier(signal_pads, here, round_number, stop_waiting, RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Go on when all ranks have come here as often as this one, or when `stop_waiting` is set.
 
     What a rank's GPU has written before it came is there for the others. A rank writes how often it came on the others'
-    boards; these numbers only grow, so that nobody waits for a board to be wiped.
+    signal pads; these numbers only grow, so that nobody waits for a pad to be wiped.
     """
     now = tl.load(round_number) + 1
     tl.store(round_number, now)
     for rank in tl.static_range(RANKS):
-        board = tl.load(boards + rank).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(board + here, now, sem="release", scope="sys")
-    own = tl.load(boards + here).to(tl.pointer_type(tl.int32))
+        pad = tl.load(signal_pads + rank).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(pad + here, now, sem="release", scope="sys")
+    own = tl.load(signal_pads + here).to(tl.pointer_type(tl.int32))
     for rank in tl.static_range(RANKS):
-        halted = 0
-        while (tl.atomic_add(own + rank, 0, sem="acquire", scope="sys") < now) & (halted == 0):
-            halted = tl.load(halt, volatile=True)
+        stopped = 0
+        while (tl.atomic_add(own + rank, 0, sem="acquire", scope="sys") < now) & (stopped == 0):
+            stopped = tl.load(stop_waiting, volatile=True)

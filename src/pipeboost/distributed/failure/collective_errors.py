@@ -12,29 +12,24 @@ from pipeboost.distributed.failure.records import failure_from
 class CollectiveErrors:
     """The ranks of a sample do something together; an error on one is an error on all.
 
-    They hear of it over `mesh.control` and stay in step, so that they can take back together what they have done.
+    Inside, ranks may fail alone; all leave it together, by what they have raised or `RankFailedError`. They learn of an
+    error over `mesh.control` and stay in step, so that they can take back together what they have done. Outside,
+    nothing is exchanged.
 
     Args:
-        mesh: whose ranks they are; nothing is said where it has one rank a sample.
+        mesh: whose ranks they are; nothing is exchanged where it has one rank a sample.
         stage: what they do, for the error.
     """
 
     def __init__(self, mesh: Mesh, stage: str) -> None:
         self._control, self._stage, self._over = mesh.control, stage, True
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, ranks may fail alone; all leave this together. Outside, nothing is told.
-
-        Raises:
-            Exception: what this rank has raised.
-            RankFailedError: another rank has raised something.
-        """
+    def __enter__(self) -> None:
         self._over = self._control.size == 1
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
-            with self.telling():
-                yield
-                self.require_all()
+            self._exchange(error)
         finally:
             self._over = True
 
@@ -48,7 +43,7 @@ class CollectiveErrors:
             raise
 
     def require_all(self) -> None:
-        """Wait until all ranks have come here, as before they talk of something else; raises as leaving this does."""
+        """Wait until all ranks are here, as before they exchange something else; raises as leaving this does."""
         self._exchange(None)
 
     def _exchange(self, error: BaseException | None) -> None:

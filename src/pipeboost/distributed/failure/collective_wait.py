@@ -1,7 +1,4 @@
-"""Waiting for other ranks: the one place where collectives are waited for.
-
-While a call is watched (`watchdog`), its `Operations` stand here.
-"""
+"""Waiting for other ranks: the one place where collectives are waited for, and what excuses a rank that is late."""
 
 from __future__ import annotations
 
@@ -15,33 +12,47 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from pipeboost.distributed.failure.records import Counts
-from pipeboost.distributed.failure.suspend_timeout import querying, suspended_for
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
 
-_watched: dict[str, Operations] = {}
+_querying = threading.Lock()
+"""Held while a thread asks the GPU whether something is done, which nobody may while a CUDA graph is captured."""
+_doing: list[str] = []
 
 
-def operations_of(group: Group) -> Operations:
-    """Return where a group's operations are counted; outside a watched call nobody asks for what they count."""
-    return _watched.get(group.name) or Operations()
+@contextlib.contextmanager
+def suspend_timeout(doing: str) -> Iterator[None]:
+    """Inside, this rank loads, compiles or captures, as `doing` says: the others wait for it while it lives.
+
+    May be entered by any thread, several times over.
+    """
+    with _querying:
+        _doing.append(doing)
+    try:
+        yield
+    finally:
+        _doing.remove(doing)
 
 
-def finish(work: Any, group: Group, description: str) -> None:
+def suspended_for() -> str:
+    """Return what suspends the time-out in this process; empty if nothing does."""
+    latest = _doing[-1:]
+    return latest[0] if latest else ""
+
+
+def finish(group: Group, description: str, *works: Any) -> None:
     """Wait for a collective that has just begun: on a CPU until it is done, on a GPU the current stream does.
 
     Raises:
         RankFailedError: inside a watched call, another rank will not do its part.
     """
-    operations = operations_of(group)
-    operations.finish((work,), operations.begin(group), group, description)
+    group.operations.finish(works, group.operations.count({group.name: (1, group.ranks)}), group, description)
 
 
 def follow(group: Group, description: str) -> None:
     """Watch what was just put on the current stream and takes all ranks of a CUDA group, such as a replayed graph."""
-    operations = operations_of(group)
-    operations.finish((), operations.begin(group), group, description)
+    finish(group, description)
 
 
 @contextlib.contextmanager
@@ -51,10 +62,9 @@ def expecting(group: Group, description: str) -> Iterator[Callable[[], None]]:
     Yields:
         Raises `RankFailedError` where another rank has failed; to be called now and then.
     """
-    operations = operations_of(group)
-    begun, _ = operations.counts.get(group.name, (0, ()))
-    with operations.waiting_for({group.name: (begun + 1, group.ranks)}, description):
-        yield operations.check
+    begun, _ = group.operations.counts.get(group.name, (0, ()))
+    with group.operations.waiting_for({group.name: (begun + 1, group.ranks)}, description):
+        yield group.operations.check
 
 
 class Pending:
@@ -64,13 +74,18 @@ class Pending:
         self, works: Sequence[Any], group: Group, sent: Sequence[int], received: Sequence[int], description: str
     ) -> None:
         self._works, self._group, self._description = works, group, description
-        self._operations = operations_of(group)
-        self._begun = self._operations.begin_transfer(group, sent, received)
+        here = group.ranks[group.rank]
+        # Two ranks count what they send each other by themselves: others need not send as much.
+        pairs = [(here, group.ranks[rank]) for rank in sent] + [(group.ranks[rank], here) for rank in received]
+        begun: Counts = {f"{group.name}: {a} to {b}": (pairs.count((a, b)), (a, b)) for a, b in pairs}
+        self._begun = group.operations.count(begun)
+        group.operations.open.append(description)
 
     def wait(self) -> None:
         """Go on once it is done; on a GPU the stream goes on then, not the host. Once only; raises as `finish` does."""
-        self._operations.finish(self._works, self._begun, self._group, self._description)
-        self._operations.end_transfer()
+        operations = self._group.operations
+        operations.finish(self._works, self._begun, self._group, self._description)
+        operations.open.remove(self._description)
 
 
 class Waiting(NamedTuple):
@@ -92,44 +107,15 @@ class Operations:
     ) -> None:
         self.check = check
         self._broken = broken
-        self.counts: Counts = {}  # since the mesh was made
-        self.open = 0  # transfers that were begun and not waited for
+        self.counts: Counts = {}
+        self.open: list[str] = []  # transfers that were begun and not waited for
         self._waiting: dict[int, Waiting] = {}  # by thread
-        self._counting = threading.Lock()
         self._given: deque[tuple[Any, Counts, str]] = deque()  # to the GPU: an event, operations, their description
         self._given_since = 0.0
         self._events: list[Any] = []
 
-    @contextlib.contextmanager
-    def of(self, groups: Sequence[Group]) -> Iterator[None]:
-        """Inside, these groups are waited for here."""
-        names = [group.name for group in groups]
-        _watched.update(dict.fromkeys(names, self))
-        try:
-            yield
-        finally:
-            for name in names:
-                _watched.pop(name, None)
-
-    def begin(self, group: Group) -> Counts:
-        """Count a collective of a group; what `finish` waits for."""
-        self.check()
-        return self._count({group.name: (1, group.ranks)})
-
-    def begin_transfer(self, group: Group, sent: Sequence[int], received: Sequence[int]) -> Counts:
-        """Count a transfer: two ranks count what they say to each other by themselves, others need not say as much."""
-        with self._counting:
-            self.open += 1
-        here = group.ranks[group.rank]
-        pairs = [(here, group.ranks[rank]) for rank in sent] + [(group.ranks[rank], here) for rank in received]
-        return self._count({f"{group.name}: {a} to {b}": (pairs.count((a, b)), (a, b)) for a, b in pairs})
-
-    def end_transfer(self) -> None:
-        """One of them was waited for."""
-        with self._counting:
-            self.open -= 1
-
-    def _count(self, operations: Counts) -> Counts:
+    def count(self, operations: Counts) -> Counts:
+        """Count so many of each kind that have begun; return their numbers."""
         begun = {
             operation: (self.counts.get(operation, (0,))[0] + number, members)
             for operation, (number, members) in operations.items()
@@ -183,7 +169,7 @@ class Operations:
 
     def ask_gpu(self) -> None:
         """Forget what the GPU has done by now."""
-        with querying:
+        with _querying:
             if suspended_for():
                 return  # a capture may run, in which nobody may ask
             while self._given and self._given[0][0].query():

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
-from pipeboost.distributed.failure.local_processes import Neighbour, Process, this_process
+from pipeboost.distributed.failure.local_processes import Death, LocalProcess, this_process
 from pipeboost.distributed.failure.records import Record
 
 if TYPE_CHECKING:
@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 _CONNECTING = timedelta(seconds=30)
 _UNANSWERED = 200
-"""Records to a rank that says nothing: more might not find room where it has been stopped, and be waited for."""
+"""Records to a rank that sends none: more might not find room where it has been stopped, and be waited for."""
+_LAST_WORDS = 0.05
+"""Seconds in which what a dead rank has sent is there to be read."""
 _GET_ADDRESS = 0x8915
 """Linux' SIOCGIFADDR."""
 
 
 class Heartbeat:
-    """What this rank and the others of a sample hear from each other.
+    """What this rank and the others of a sample learn from each other.
 
     Every rank of the group, which carries CPU tensors, makes it at the same point of its program. A record is used only
     with the signature of its rank, by a secret that the ranks have drawn and exchanged over the group.
@@ -48,81 +50,93 @@ class Heartbeat:
     def __init__(self, group: Group) -> None:
         self.rank = group.ranks[group.rank]
         self.records: dict[int, Record] = {}  # the latest of each other rank
-        self.heard: dict[int, float] = {}  # when, by `time.monotonic`, that came
-        self.neighbours: dict[int, Neighbour] = {}  # the processes of other ranks on this machine
-        self.gone: set[int] = set()  # ranks that may be dead: the system says so, or their connection broke
+        self.received: dict[int, float] = {}  # when, by `time.monotonic`
+        self.deaths: dict[int, Death] = {}
         self._lock = threading.Lock()
         self._unanswered: Counter[int] = Counter()
         self._forged: set[int] = set()
         self._others: dict[int, Any] = {}
+        self._local: dict[int, LocalProcess] = {}
         if group.size == 1:
             return
-        told = group.all_gather_objects((this_process(), secrets.token_bytes()))
-        self._secret = b"".join((shared_secret(), *(token for _, token in told)))
-        processes: dict[int, Process] = {rank: each for rank, (each, _) in zip(group.ranks, told, strict=True)}
-        self.neighbours = {rank: Neighbour(each) for rank, each in processes.items() if each.is_neighbour()}
-        self.gone |= {rank for rank, each in self.neighbours.items() if each.descriptor is None}  # to be looked at
-        host = "127.0.0.1" if len(self.neighbours) == group.size - 1 else _own_address()
+        processes, tokens = zip(*group.all_gather_objects((this_process(), secrets.token_bytes())), strict=True)
+        self._secret = b"".join((shared_secret(), *tokens))
+        self._local = {
+            rank: LocalProcess(each) for rank, each in zip(group.ranks, processes, strict=True) if each.is_local()
+        }
+        host = "127.0.0.1" if len(self._local) == group.size - 1 else _own_address()
         family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(place[:2], family=family)
         here, port = listening.getsockname()[:2]
         self._own: Any = dist.TCPStore(here, port, None, True, _CONNECTING, False, master_listen_fd=listening.detach())
         self._own.set_timeout(timedelta(seconds=1))
-        for rank, theirs in zip(group.ranks, group.all_gather_objects((here, port)), strict=True):
+        addresses: list[tuple[str, int]] = group.all_gather_objects((here, port))
+        for rank, address in zip(group.ranks, addresses, strict=True):
             if rank != self.rank:
-                self._others[rank] = dist.TCPStore(theirs[0], theirs[1], None, False, _CONNECTING, False)
+                self._others[rank] = dist.TCPStore(address[0], address[1], None, False, _CONNECTING, False)
         self._send(Record())
         group.all_gather_objects("connected")  # so that a record of each is there
 
     def exchange(self, compose: Callable[[], Record]) -> None:
         """Send what `compose` makes, and read the records of the others."""
         with self._lock:  # so that none replaces a later one
-            self._send(compose())
-        self.receive()
+            self._receive(self._send(compose()))
 
-    def _send(self, record: Record) -> None:
+    def _send(self, record: Record) -> dict[int, Death]:
+        dead = {}
         message = sign(pickle.dumps(record), str(self.rank), self._secret)
         for rank, store in self._others.items():
-            if rank not in self.gone and self._unanswered[rank] < _UNANSWERED:
+            if rank not in self.deaths and self._unanswered[rank] < _UNANSWERED:
                 self._unanswered[rank] += 1
                 try:
                     store.set(str(self.rank), message)
                 except dist.DistError:
-                    self.gone.add(rank)
+                    if rank not in self._local:  # of those the system knows more
+                        dead[rank] = Death("has gone: its connection broke")
+        return dead
 
-    def receive(self) -> None:
-        """Read the records of the others."""
-        with self._lock, contextlib.suppress(dist.DistError):  # who removed one has forged silence, which counts too
+    def _receive(self, dead: dict[int, Death]) -> None:
+        """Read the records of the others, the last ones of those that are dead."""
+        if dead:
+            time.sleep(_LAST_WORDS)
+        with contextlib.suppress(dist.DistError):  # who removed one has forged silence, which counts too
             for rank, message in zip(self._others, self._own.multi_get([*map(str, self._others)]), strict=True):
                 self._read(rank, message)
+        self.deaths |= dead
 
     def _read(self, rank: int, message: bytes) -> None:
         try:
             record: Record = pickle.loads(verify(message, str(rank), self._secret))
         except ForgeryError:
-            if rank in self._forged:
-                return
-            self._forged.add(rank)
-            warnings.warn(f"rank {self.rank} ignores what somebody else says in rank {rank}'s name", stacklevel=2)
+            if rank not in self._forged:
+                self._forged.add(rank)
+                text = f"rank {self.rank} ignores what somebody else sends in rank {rank}'s name"
+                warnings.warn(text, stacklevel=2)
             return
         if rank not in self.records or record.beat > self.records[rank].beat:
-            self.heard[rank], self._unanswered[rank] = time.monotonic(), 0
+            self.received[rank], self._unanswered[rank] = time.monotonic(), 0
             self.records[rank] = record
 
     def wait(self, seconds: float, woken: Connection) -> bool:
-        """Wait until a neighbour dies, the other end of `woken` is closed or the time is over; whether it is closed."""
-        alive = {rank: each.descriptor for rank, each in self.neighbours.items() if rank not in self.gone}
-        ready = wait([woken, *filter(None, alive.values())], seconds)
-        self.gone |= {rank for rank, descriptor in alive.items() if descriptor in ready}
+        """Wait until a local process dies, the other end of `woken` is closed or the time is over.
+
+        Returns:
+            Whether it is closed. By then `deaths` has who died, and `records` what they sent last.
+        """
+        alive = {rank: each for rank, each in self._local.items() if rank not in self.deaths}
+        ready = wait([woken, *(each.descriptor for each in alive.values() if each.descriptor is not None)], seconds)
+        dead = {rank: death for rank, each in alive.items() if (death := each.death()) is not None}
+        if dead:
+            with self._lock:
+                self._receive(dead)
         return woken in ready
 
     def close(self) -> None:
         """Give up the connections."""
         with self._lock:
             self._others.clear()
+            self._local.clear()
             self._own = None
-        for neighbour in self.neighbours.values():
-            neighbour.close()
 
 
 def _own_address() -> str:
@@ -131,5 +145,5 @@ def _own_address() -> str:
     if not name:
         return socket.gethostname()
     with socket.socket() as asking:
-        told = fcntl.ioctl(asking.fileno(), _GET_ADDRESS, struct.pack("256s", name.encode()))
-    return socket.inet_ntoa(told[20:24])
+        answer = fcntl.ioctl(asking.fileno(), _GET_ADDRESS, struct.pack("256s", name.encode()))
+    return socket.inet_ntoa(answer[20:24])

@@ -1,4 +1,4 @@
-"""The other processes of this machine: noticing at once that one dies, and telling of what."""
+"""The other processes on this host: noticing at once that one dies, and of what."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple
 
-_STATE, _START, _EXIT_CODE = 2, 21, 51
-"""Places in /proc/<pid>/stat, from 0."""
-_GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
+_GET_INFO, _INFO_FORMAT = 3 << 30 | 64 << 16 | 0xFF << 8 | 11, "=QQ11Ii"
 """Linux' PIDFD_GET_INFO for 64 bytes: a mask, a control group, eleven numbers, an exit status."""
-_INFO_FORMAT = "=QQ11Ii"
 _INFO_EXIT = 8
-"""In the mask: the exit status, which Linux tells since 6.15, once the parent has asked for it."""
+"""In the mask: the exit status, which Linux has since 6.15, once the parent has asked for it."""
 
 
 class Process(NamedTuple):
@@ -34,8 +31,8 @@ class Process(NamedTuple):
     pid: int
     start: int
 
-    def is_neighbour(self) -> bool:
-        """Whether it is another process of this machine."""
+    def is_local(self) -> bool:
+        """Whether it is another process on this host."""
         return bool(self.host) and self.host == _host() and self.pid != os.getpid()
 
 
@@ -48,9 +45,9 @@ def _host() -> str:
 
 
 def this_process() -> Process:
-    """The process that asks."""
-    facts = _facts(os.getpid())
-    return Process(_host(), os.getpid(), int(facts[_START]) if facts else 0)
+    """Return the process that asks."""
+    _, start, _ = _stat(os.getpid()) or ("", 0, 0)
+    return Process(_host(), os.getpid(), start)
 
 
 class Death(NamedTuple):
@@ -58,66 +55,59 @@ class Death(NamedTuple):
 
     Attributes:
         how: such as `was killed by SIGKILL`.
-        signal: name of the signal; None if it was none, or cannot be told.
+        signal: name of the signal; None if it was none, or is not known.
     """
 
     how: str
-    signal: str | None
+    signal: str | None = None
 
 
-class Neighbour:
-    """Another process of this machine, which may die."""
+class LocalProcess:
+    """Another process on this host, which may die."""
 
     def __init__(self, process: Process) -> None:
-        self.process = process
+        self._process = process
         self.descriptor: int | None = None
         """Becomes readable when it dies; None where the system has none."""
         with contextlib.suppress(AttributeError, OSError):  # gone already, or the system cannot do it: `death` looks
             self.descriptor = os.pidfd_open(process.pid)
-            self._close = weakref.finalize(self, os.close, self.descriptor)
+            weakref.finalize(self, os.close, self.descriptor)
 
     def death(self) -> Death | None:
-        """How it died; None while it lives.
+        """Return how it died; None while it lives.
 
-        Before Linux 6.15 it is not told what killed it where its parent was faster to ask than we are.
+        Before Linux 6.15 nobody knows what killed it where its parent asked sooner than this.
         """
-        facts = _facts(self.process.pid)
-        if facts is not None and int(facts[_START]) == self.process.start:
-            if facts[_STATE] not in "ZX":
-                return None
-            return death_by(os.waitstatus_to_exitcode(int(facts[_EXIT_CODE])))
-        status = self._status()
-        return Death("has died", None) if status is None else death_by(os.waitstatus_to_exitcode(status))
+        found = _stat(self._process.pid)
+        if found is None or found[1] != self._process.start:
+            status = self._status()
+        elif found[0] in "ZX":
+            status = found[2]
+        else:
+            return None
+        return Death("has died") if status is None else death_by(os.waitstatus_to_exitcode(status))
 
     def _status(self) -> int | None:
-        if self.descriptor is None:
-            return None
-        info = struct.pack(_INFO_FORMAT, _INFO_EXIT, *[0] * 13)
-        try:
-            told = struct.unpack(_INFO_FORMAT, fcntl.ioctl(self.descriptor, _GET_INFO, info))
-        except OSError:
-            return None
-        return told[-1] if told[0] & _INFO_EXIT else None
-
-    def close(self) -> None:
-        """Give it up."""
         if self.descriptor is not None:
-            self._close()
-            self.descriptor = None
+            with contextlib.suppress(OSError):
+                info = struct.pack(_INFO_FORMAT, _INFO_EXIT, *[0] * 13)
+                mask, *_, status = struct.unpack(_INFO_FORMAT, fcntl.ioctl(self.descriptor, _GET_INFO, info))
+                return int(status) if mask & _INFO_EXIT else None
+        return None
 
 
 def death_by(code: int) -> Death:
-    """How a process died that has this exit code, which is negative for a signal."""
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return Death(f"was killed by {name}", name)
-    return Death(f"has exited with code {code}", None)
+    """Return how a process died that has this exit code, which is negative for a signal."""
+    if code >= 0:
+        return Death(f"has exited with code {code}")
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return Death(f"was killed by {name}", name)
 
 
-def _facts(pid: int) -> list[str] | None:
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """State, time of the start and exit status; None where there is no such process."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    before, _, after = text.rpartition(")")  # the name of a program may hold anything
-    return [before.split("(")[0].strip(), before.partition("(")[2], *after.split()]
+    return after_name[0], int(after_name[19]), int(after_name[49])

@@ -1,4 +1,4 @@
-"""What ranks tell each other while a call runs, and what follows from it. Nothing here talks to anybody."""
+"""The records that ranks exchange while a call runs, and what follows from them. Nothing here communicates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Failure(NamedTuple):
     """Why a call ended on all ranks.
 
     Attributes:
-        rank: the first that failed; None if it cannot be told.
+        rank: the first that failed; None if it is not known.
         stage: where it was.
         description: one sentence.
         signal: that killed it.
@@ -37,7 +37,7 @@ class Failure(NamedTuple):
 
 
 def failure_from(error: BaseException, rank: int, stage: str) -> Failure:
-    """Return what the other ranks hear of an exception."""
+    """Return what the other ranks learn of an exception."""
     text = "".join(traceback.format_exception(error))
     return Failure(rank, stage, f"rank {rank} raised {type(error).__name__} in {stage!r}", traceback=text)
 
@@ -53,11 +53,10 @@ class Ended(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one rank tells of itself, again and again while it is in a call."""
+    """The state of one rank, sent again and again while it is in a call."""
 
     beat: int = 0  # larger in every record
     call: int = 0  # the one it is in, or its latest
-    inside: bool = False  # whether it is in that call
     stage: str = "no call yet"
     busy: str = ""  # what suspends its time-out, empty if it computes or waits
     counts: Counts = {}  # noqa: RUF012 - of operations, since the mesh was made
@@ -65,6 +64,11 @@ class Record(NamedTuple):
     description: str = ""  # of these
     ended: Ended = Ended()  # its latest call that has ended
     failure: Failure | None = None  # why the mesh cannot be used any more
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is in that call."""
+        return not self.has_ended(self.call)
 
     def has_ended(self, call: int) -> bool:
         """Whether this rank has left the call with this number, one way or the other."""
@@ -75,18 +79,6 @@ def first_error(records: Mapping[int, Record], call: int) -> Failure | None:
     """Return the first of the exceptions that ended a call."""
     errors = [record.ended for record in records.values() if record.ended.call == call and record.ended.error]
     return min(errors, key=lambda ended: ended.time).error if errors else None
-
-
-def left_behind(records: Mapping[int, Record], call: int) -> bool:
-    """Whether some rank waits for an operation that a rank which has left the call never began."""
-    gone = {rank: record.ended for rank, record in records.items() if record.ended.call == call}
-    return any(
-        member in gone and _begun(gone[member].counts, operation) < number
-        for record in records.values()
-        if record.inside and record.call == call
-        for operation, (number, members) in record.waiting.items()
-        for member in members
-    )
 
 
 def in_step(ends: Mapping[int, Ended]) -> bool:
@@ -105,7 +97,8 @@ def in_step(ends: Mapping[int, Ended]) -> bool:
 def late_rank(rank: int, records: Mapping[int, Record]) -> int | None:
     """Return the rank for which `rank`, which waits, waits in the end: those it waits for may wait themselves.
 
-    None where ranks wait for each other in a circle, or all have come and nothing happens.
+    One that has left its call counts before one that is on its way. None where ranks wait for each other in a circle,
+    or all have come and nothing happens.
     """
     seen: list[int] = []
     while rank not in seen:
@@ -116,7 +109,8 @@ def late_rank(rank: int, records: Mapping[int, Record]) -> int | None:
             for member in members
             if member not in records or _begun(records[member].counts, operation) < number
         ]
-        idle = [member for member in missing if member not in records or not records[member].waiting]
+        left = [member for member in missing if member in records and not records[member].inside]
+        idle = left + [member for member in missing if member not in records or not records[member].waiting]
         if idle or not missing:
             return idle[0] if idle else None
         rank = missing[0]

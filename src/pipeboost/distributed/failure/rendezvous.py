@@ -1,4 +1,4 @@
-"""Rendezvous: before ranks make groups, each makes sure that the others have come, or hears why one will not."""
+"""Rendezvous: before ranks make groups, each makes sure that the others have arrived, or learns why one will not."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pipeboost.distributed.authentication import ForgeryError, shared_secret, si
 from pipeboost.distributed.failure.absence import STAGE, Absence, patience
 from pipeboost.distributed.failure.local_processes import Process, this_process
 from pipeboost.distributed.failure.records import Failure, describe_ranks, failure_from
-from pipeboost.distributed.start import world
+from pipeboost.distributed.start import answer_of_store, world
 
-_meetings: Counter[tuple[str, tuple[int, ...]]] = Counter()
+_serials: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 def announce() -> None:
-    """Tell the other ranks which process this is, so that they notice should it die before it comes to a meeting."""
-    _say(_process_of(world().rank), this_process()._asdict())
+    """Tell the other ranks which process this is, so that they notice should it die before a rendezvous."""
+    _write(_process_key(world().rank), this_process()._asdict())
 
 
 def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
     """Wait until all of these ranks of the world have come here as often as this one.
 
     Args:
-        about: what they meet; meetings about other things are counted by themselves.
+        about: what they meet about; rendezvous about other things are counted by themselves.
         ranks: of the world, in the same order on all of them.
         word: that this one brings.
 
@@ -38,68 +38,72 @@ def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
 
     Raises:
         RankFailedError: one has declined, or died.
-        PipeboostError: some did not come.
+        PipeboostError: some did not come, or the store does not answer.
     """
     members = tuple(ranks)
     keys = _come(about, members, {"word": word})
-    told: dict[int, str] = {}
-    absence, since = Absence(_announced), time.monotonic()
-    while missing := [rank for rank in members if rank not in told]:
-        for rank in missing:
-            said = _said(keys[rank])
-            if said is not None and "word" not in said:
-                raise Failure(**said).error()
-            if said is not None:
-                told[rank] = said["word"]
-        if time.monotonic() > since + patience():
+    received: dict[int, str] = {}
+    absence, until = Absence(_announced), time.monotonic() + patience()
+    while missing := [rank for rank in members if rank not in received]:
+        for rank, message in zip(missing, _read([keys[rank] for rank in missing]), strict=True):
+            if message is not None and "word" not in message:
+                raise Failure(**message).error()
+            if message is not None:
+                received[rank] = message["word"]
+        if time.monotonic() > until:
             # As if it had not been here: the next time it comes it meets whoever comes for the first time.
-            world().store.delete_key(keys[world().rank])
-            _meetings[about, members] -= 1
+            answer_of_store(lambda: world().store.delete_key(keys[world().rank]))
+            _serials[about, members] -= 1
             raise PipeboostError(
                 f"{describe_ranks(missing)} did not come to {STAGE} within {patience():.0f} s; every rank calls it at "
                 "the same point of its program, or uses parallel=None"
             )
         absence.check(missing)
         time.sleep(0.005)
-    return [told[rank] for rank in members]
+    return [received[rank] for rank in members]
 
 
 def decline(about: str, ranks: Sequence[int], error: Exception) -> None:
-    """Tell the ranks that come to the next meeting why this one does not, without waiting for them."""
+    """Tell the ranks that come to the next rendezvous why this one does not, without waiting for them."""
     _come(about, tuple(ranks), failure_from(error, world().rank, STAGE)._asdict())
 
 
-def _come(about: str, members: tuple[int, ...], said: dict[str, Any]) -> dict[int, str]:
-    """Leave a word at the next meeting; where the word of each rank is found."""
-    place = f"pipeboost meeting of {members} about {about} {_meetings[about, members]}"
-    _meetings[about, members] += 1
+def _come(about: str, members: tuple[int, ...], message: dict[str, Any]) -> dict[int, str]:
+    """Leave a message at the next rendezvous; return where those of all ranks are found."""
+    place = f"pipeboost rendezvous of {members} about {about} {_serials[about, members]}"
+    _serials[about, members] += 1
     keys = {rank: f"{place}: {rank}" for rank in members}
-    _say(keys[world().rank], said)
+    _write(keys[world().rank], message)
     return keys
 
 
-def _process_of(rank: int) -> str:
+def _process_key(rank: int) -> str:
     return f"pipeboost process of rank {rank}"
 
 
 def _announced(rank: int) -> Process | None:
-    said = _said(_process_of(rank))
-    return None if said is None else Process(**said)
+    (message,) = _read([_process_key(rank)])
+    return None if message is None else Process(**message)
 
 
-def _say(key: str, said: dict[str, Any]) -> None:
-    world().store.set(key, sign(json.dumps(said).encode(), key, shared_secret()))
+def _write(key: str, message: dict[str, Any]) -> None:
+    signed = sign(json.dumps(message).encode(), key, shared_secret())
+    answer_of_store(lambda: world().store.set(key, signed))
 
 
-def _said(key: str) -> dict[str, Any] | None:
-    """What a rank has left in the store; what others left there counts as nothing."""
+def _read(keys: Sequence[str]) -> list[dict[str, Any] | None]:
+    """What ranks have left in the store; what others left there counts as nothing."""
     store = world().store
     try:
-        message = store.get(key) if store.check([key]) else b""
+        contents = answer_of_store(lambda: [store.get(key) if store.check([key]) else b"" for key in keys])
     except dist.DistError as error:
         raise PipeboostError(f"the store where the ranks meet cannot be reached any more: {error}") from error
+    return [_verified(content, key) for content, key in zip(contents, keys, strict=True)]
+
+
+def _verified(content: bytes, key: str) -> dict[str, Any] | None:
     try:
-        said: dict[str, Any] = json.loads(verify(message, key, shared_secret()))
+        message: dict[str, Any] = json.loads(verify(content, key, shared_secret()))
     except (ForgeryError, ValueError):
         return None
-    return said
+    return message

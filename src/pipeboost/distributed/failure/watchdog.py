@@ -1,18 +1,21 @@
 """`Watchdog`: the guard around every call on several ranks. No rank waits for ever, and all learn why a call ended.
 
-Each rank tells the others where it is (`records`, by a `Heartbeat`), and a thread on each judges what they tell
-(`Monitor`). It ends the call where a rank raised and another waits for it, where a rank's process dies, where one gives
-no sign of life, and where ranks wait too long. To end a call it breaks the groups, which wakes whoever waits in them,
-and makes this rank raise `RankFailedError` at its next step; a rank that does not come ends its process.
+Each rank sends the others records of where it is (by a `Heartbeat`), and a thread on each judges them (`Monitor`). It
+ends the call where a rank raised and another waits for it, where a rank's process dies, where one gives no sign of
+life, and where ranks wait too long. To end a call it breaks the groups, which wakes whoever waits in them, and makes
+this rank raise `RankFailedError` at its next step; a rank that does not come ends its process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import os
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -21,12 +24,10 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.failure.abort import abort, end_process
-from pipeboost.distributed.failure.collective_wait import Operations, Waiting
+from pipeboost.distributed.failure.collective_wait import Operations, Waiting, suspended_for
 from pipeboost.distributed.failure.heartbeat import Heartbeat
 from pipeboost.distributed.failure.monitor import Monitor
 from pipeboost.distributed.failure.records import Ended, Failure, Record, failure_from, first_error, in_step
-from pipeboost.distributed.failure.suspend_timeout import suspended_for
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
@@ -39,32 +40,33 @@ class Watchdog:
     """The calls of one mesh, one at a time; the ranks of `control`, which share a sample, make it at once."""
 
     def __init__(self, control: Group, groups: Sequence[Group], device: torch.device) -> None:
-        self._turn = threading.RLock()  # held by the thread whose call it is
-        self._inside = False  # a call
+        self._admission = threading.RLock()  # held by the thread whose call it is
         self._heartbeat = Heartbeat(control)
         self._others = [rank for rank in control.ranks if rank != self._heartbeat.rank]
         self._groups = [each for each in groups if each.size > 1 and set(control.ranks).issuperset(each.ranks)]
         self._device = device
         self._operations = Operations(self.check, self._find_out)
-        self._stage: Callable[[], str] = str
-        self._stage_told = ""
+        for group in self._groups:
+            group.operations = self._operations
+        self._stage = ""
         self._timeout = self._pause = 0.0
         self._call = 0
         self._ended = Ended()
         self._failure: Failure | None = None  # why the mesh cannot be used any more
+        self._judging = False  # whether a failure is looked for
         self._failing, self._failed = threading.Lock(), threading.Event()
         self._latest: Any = None
 
     @contextlib.contextmanager
-    def watched(self, stage: Callable[[], str], *, timeout: float) -> Iterator[None]:
+    def watched(self, stage: str, *, timeout: float) -> Iterator[None]:
         """Inside, the ranks that share a sample run one call together; every rank enters this for every call.
 
         An exception on one rank ends the call on all of them: that rank raises it, the others `RankFailedError`. Where
         all raise at the same point, each raises its own, and the next call can have the groups; so it is wherever all
-        ranks have come equally far. Calls on one mesh take turns; one inside another is part of it.
+        ranks have come equally far. Calls on one mesh run one at a time; one inside another is part of it.
 
         Args:
-            stage: tells where the call is; called by another thread, so it must not ask for context variables.
+            stage: where the call begins.
             timeout: seconds that ranks may wait in one operation while none loads, compiles or captures
                 (`suspend_timeout`), and that a rank may give no sign of life.
 
@@ -75,7 +77,7 @@ class Watchdog:
         if not self._others:
             yield
             return
-        with self._turn:
+        with self._admission:
             if self._inside:
                 yield
                 return
@@ -87,7 +89,11 @@ class Watchdog:
                 raise
             self._leave(None)
 
-    def _enter(self, stage: Callable[[], str], timeout: float) -> None:
+    @property
+    def _inside(self) -> bool:
+        return self._call > self._ended.call
+
+    def _enter(self, stage: str, timeout: float) -> None:
         if self._failure is not None:
             raise PipeboostError(
                 "the ranks of this pipeline are out of step since an earlier call failed "
@@ -97,13 +103,12 @@ class Watchdog:
         if self._latest is not None:
             # Ranks write into each other's memory in the order of the calls, whatever stream each is on.
             torch.cuda.current_stream(self._device).wait_event(self._latest)
-        self._stage, self._stage_told, self._timeout = stage, "", timeout
+        self._stage, self._timeout = stage, timeout
         self._pause = min(max(timeout / 60, _PAUSES[0]), _PAUSES[1])
         self._call += 1
-        self._inside = self._judging = True
+        self._judging = True
         self._heartbeat.exchange(self._record)
         self._running = contextlib.ExitStack()
-        self._running.enter_context(self._operations.of(self._groups))
         woken, wake = Pipe(duplex=False)
         self._running.enter_context(woken)
         thread = threading.Thread(target=self._run, args=(woken,), name="pipeboost watch", daemon=True)
@@ -121,12 +126,11 @@ class Watchdog:
                 self._find_out(error)
             own = None
             if error is not None and self._failure is None:
-                # What the call had opened is closed by now, so it cannot tell any more where it was.
-                own = failure_from(error, self._heartbeat.rank, self._stage_told or self._where())
-            self._ended = Ended(self._call, dict(self._operations.counts), self._operations.open, time.time(), own)
+                own = failure_from(error, self._heartbeat.rank, self._stage)
+            counts, pending = dict(self._operations.counts), len(self._operations.open)
             with self._failing:  # nothing is left to judge, unless there is an error elsewhere
                 self._judging = error is not None
-            self._inside = False
+            self._ended = Ended(self._call, counts, pending, time.time(), own)
             self._heartbeat.exchange(self._record)
             if error is not None or self._failure is not None or first_error(self._records(), self._call):
                 self._compare(patience=self._timeout / 3 if isinstance(error, Exception | None) else 2.0)
@@ -134,7 +138,7 @@ class Watchdog:
                 if own is None and reason is not None:
                     raise reason.error() from error
         finally:
-            self._inside = False
+            self._ended = self._ended._replace(call=self._call)  # Ctrl-C may have come first
             self._running.close()
 
     def check(self) -> None:
@@ -142,13 +146,10 @@ class Watchdog:
         if self._failure is not None:
             raise self._failure.error()
 
-    def tell(self) -> None:
-        """Tell the other ranks at once that the stage has changed; without it they learn of it within half a second.
-
-        An exception is put down to the stage of which was told last.
-        """
+    def enter_stage(self, stage: str) -> None:
+        """Let the other ranks know at once that a stage has begun; a failure is put down to the latest one."""
         if self._inside:
-            self._stage_told = self._where()
+            self._stage = stage
             self._heartbeat.exchange(self._record)
 
     def close(self) -> None:
@@ -163,8 +164,7 @@ class Watchdog:
         return Record(
             beat=time.monotonic_ns(),
             call=self._call,
-            inside=self._inside,
-            stage=self._where(),
+            stage=self._stage if self._inside else "between calls",
             busy=suspended_for(),
             counts=dict(self._operations.counts),
             waiting=waiting.operations,
@@ -172,12 +172,6 @@ class Watchdog:
             ended=self._ended,
             failure=self._failure,
         )
-
-    def _where(self) -> str:
-        try:
-            return self._stage() if self._inside else "between calls"
-        except Exception as error:
-            return f"a stage that cannot be told ({error})"
 
     def _run(self, woken: Connection) -> None:
         monitor = Monitor(self._heartbeat, self._operations, self._call, self._timeout, self._pause)
@@ -193,13 +187,13 @@ class Watchdog:
                 if self._failure is not None and self._inside:
                     ends = min(ends, time.monotonic() + min(5.0, self._timeout / 2))
                     if time.monotonic() > ends:
-                        end_process(self._heartbeat.rank, self._failure)
+                        _end_process(self._heartbeat.rank, self._failure)
         except Exception:
-            description = f"rank {self._heartbeat.rank} cannot watch the others any more in {self._where()!r}"
-            self._fail(Failure(self._heartbeat.rank, self._where(), description, traceback=traceback.format_exc()))
+            description = f"rank {self._heartbeat.rank} cannot watch the others any more in {self._stage!r}"
+            self._fail(Failure(self._heartbeat.rank, self._stage, description, traceback=traceback.format_exc()))
 
     def _fail(self, failure: Failure) -> None:
-        """The call has failed: tell it, and wake whoever waits. The first failure counts."""
+        """End the call on all ranks, and wake whoever waits. The first failure counts."""
         with self._failing:
             if self._failure is not None or not self._judging:
                 return
@@ -207,13 +201,13 @@ class Watchdog:
         self._failed.set()
         self._heartbeat.exchange(self._record)
         for group in self._groups:
-            abort(group)
+            group.abort()
 
     def _find_out(self, error: BaseException) -> None:
         """A connection broke: whoever broke it has failed, not this rank. Returns once there is a failure."""
         if not self._failed.wait(min(5.0, self._timeout / 2)):
-            where = self._where()
-            self._fail(Failure(None, where, f"the connection to another rank broke in {where!r}: {error}"))
+            text = f"the connection to another rank broke in {self._stage!r}: {error}"
+            self._fail(Failure(None, self._stage, text))
 
     def _compare(self, patience: float) -> None:
         """The call has failed here or elsewhere: find out whether the ranks are in step, and let all know if not."""
@@ -229,8 +223,18 @@ class Watchdog:
         self._fail(first_error(self._records(), self._call) or Failure(None, "", "the ranks are out of step"))
 
 
+def _end_process(rank: int, failure: Failure) -> None:
+    """End this rank, which does not leave its call by itself, after saying why and where it stands."""
+    out = sys.__stderr__
+    if out is not None:
+        print(f"pipeboost: rank {rank} ends, because it does not leave its call: {failure.error()}", file=out)
+        faulthandler.dump_traceback(file=out)
+        out.flush()
+    os._exit(1)
+
+
 def _of_transport(error: BaseException) -> bool:
-    """Whether an exception is a backend's, which tells of another rank rather than of this one."""
+    """Whether an exception is a backend's, which is about another rank rather than this one."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "pair closure" in text)

@@ -69,7 +69,7 @@ class RankTeam:
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
         try:
-            with self.watched(lambda: "accelerate_pipeline"):
+            with self.watched("accelerate_pipeline"):
                 self._refuse_different_plans(context)
         except BaseException:
             self.mesh.close()
@@ -95,8 +95,8 @@ class RankTeam:
         """Give up the ranks' groups."""
         self.mesh.close()
 
-    def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
-        """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
+    def watched(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, what ends a call on one rank ends it on all; it begins in `stage`."""
         return self.mesh.watchdog.watched(stage, timeout=self._layout.timeout)
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class RankTeam:
             RankFailedError: another rank has raised something while it was `doing` this.
         """
         self._all_or_none = CollectiveErrors(self.mesh, doing)
-        with self._all_or_none():
+        with self._all_or_none:
             yield
 
     def telling(self) -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.errors import PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
@@ -93,7 +93,7 @@ def shard_weights(
             joined = reference()
             try:
                 shares.join(_reload(joined))
-            except RuntimeError as error:
+            except (RuntimeError, RankFailedError) as error:
                 # The guards stay, so that the model goes on to raise.
                 raise PipeboostError(
                     f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
