@@ -20,7 +20,7 @@ from pipeboost.bench.benchmark import benchmark
 from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult
 from pipeboost.bench.flops import AttentionShape, count_work
 from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs
-from pipeboost.cli.bench import measure_sizes, run_bench, run_benchmark
+from pipeboost.cli.bench import measure_sizes, run_bench
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import families
 from pipeboost.core.errors import ConfigurationError
@@ -251,22 +251,23 @@ def test_a_model_that_fails_does_not_lose_the_results_of_the_others(
             raise RuntimeError("out of memory")
         return result
 
-    monkeypatch.setattr("pipeboost.cli.bench.run_benchmark", measure)
+    monkeypatch.setattr("pipeboost.cli.bench.benchmark", measure)
     code = measure_sizes([WAN, FLUX], tiers=["lossless"], steps=0, repeats=5, output=tmp_path, device="cpu")
     assert code == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
     assert "failed: wan-tiny: RuntimeError: out of memory" in capsys.readouterr().err
 
 
-def test_accelerate_pipeline_itself_is_measured_and_taken_off_again() -> None:
-    result = run_benchmark(FLUX, tiers=["exact"], repeats=5, steps=2, device="cpu", report=lambda text: None)
-    ours = variants(result)["pipeboost exact"]
-    assert ours.error is None
-    assert ours.relative_error == 0
-    assert ours.restored is True
-    assert "quality='exact'" in ours.what
-    assert ours.call_seconds
-    assert result.command == "pipeboost bench flux-tiny --tier exact --steps 2 --repeats 5 --device cpu"
+def test_accelerate_pipeline_itself_is_measured_and_taken_off_again(tmp_path: Path) -> None:
+    assert measure_sizes([FLUX], tiers=["exact"], repeats=5, steps=2, output=tmp_path, device="cpu") == 0
+    result = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
+    (ours,) = (each for each in result["variants"] if each["name"] == "pipeboost exact")
+    assert ours["error"] is None
+    assert ours["relative_error"] == 0
+    assert ours["restored"] is True
+    assert "quality='exact'" in ours["what"]
+    assert ours["call_seconds"]
+    assert result["command"] == "pipeboost bench flux-tiny --tier exact --steps 2 --repeats 5 --device cpu"
 
 
 def test_work_equals_a_count_by_hand() -> None:

@@ -110,11 +110,11 @@ def test_a_damaged_pipeline_is_refused_by_plan(refused, stored, tmp_path, file, 
 
 
 def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_path):
-    made = plan_of(str(stored), quality=None, hardware=detect_hardware("cpu"))
+    made = plan_of(str(stored), hardware=detect_hardware("cpu"))
     assert made.model.dtype == torch.bfloat16
     assert made.family.name == "flux"
     bare = shutil.copytree(stored, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    assumed = plan_of(str(bare), quality=None, hardware=detect_hardware("cpu"))
+    assumed = plan_of(str(bare), hardware=detect_hardware("cpu"))
     assert "weights of all components in bfloat16, as no file tells," in str(assumed)
     assert assumed.decisions == made.decisions
 
@@ -125,7 +125,7 @@ def test_plan_of_a_hub_id_fetches_everything_but_weights(stored, monkeypatch):
         return str(stored)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    plans = [plan_of(m, quality=None, hardware=detect_hardware("cpu")) for m in ("someone/model", str(stored))]
+    plans = [plan_of(m, hardware=detect_hardware("cpu")) for m in ("someone/model", str(stored))]
     assert str(plans[0]) == str(plans[1])
 
 
@@ -156,8 +156,8 @@ def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
 def test_plan_weighs_a_ranks_own_share(tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text("parallel: {tensor: 4}\noffload: off\n")
-    whole = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"))
-    shared = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"), config=config, ranks=4)
+    whole = plan_of("flux.1-dev", hardware=detect_hardware("cpu"))
+    shared = plan_of("flux.1-dev", hardware=detect_hardware("cpu"), config=config, ranks=4)
     assert whole.model.weights / 4 < shared.model.weights < 0.26 * whole.model.weights  # biases of rows stay whole
     assert "this rank's share" in str(shared)
 
@@ -172,7 +172,7 @@ def test_plan_weighs_a_ranks_own_share(tmp_path):
     ],
 )
 def test_plan_tells_the_layout_of_several_gpus_without_any(model, ranks, line):
-    assert line in str(plan_of(model, quality=None, hardware=detect_hardware("cpu"), ranks=ranks))
+    assert line in str(plan_of(model, hardware=detect_hardware("cpu"), ranks=ranks))
 
 
 def test_plan_knows_a_published_size(pipeboost):

@@ -48,20 +48,14 @@ def main() -> None:
         _fail(str(error).partition("\n")[0], trace, 3 if trace or error.signal else 2)
     except PipeboostError as error:
         _fail(str(error), "", 2)
-    except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
             # Nothing that is left in the stream's buffer may fail again as the process ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if error.errno == errno.EPIPE:  # whoever read it has seen enough
                 raise SystemExit(1) from None
             _fail(f"the output cannot be written: {error.strerror}", "", 2)
-        _fail_of_ours(error)
-    except Exception as error:
-        _fail_of_ours(error)
-
-
-def _fail_of_ours(error: Exception) -> NoReturn:
-    _fail(f"{type(error).__name__}: {one_line(error)}", "".join(traceback.format_exception(error)), 3)
+        _fail(f"{type(error).__name__}: {one_line(error)}", "".join(traceback.format_exception(error)), 3)
 
 
 def _fail(line: str, trace: str, code: int) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -70,25 +71,24 @@ class LoadedModel:
 
     def generate_image(self, prompt: str | Sequence[str] | None = None, **request: Any) -> Any:
         """One image for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_image`."""
-        made = self.generate_all("image", requests_of(self.settings, prompt, request))
-        return made if isinstance(prompt, (list, tuple)) else made[0]
+        return self.generate_all("image", prompt, requests_of(self.settings, prompt, request))
 
     def generate_video(
         self, prompt: str | Sequence[str] | None = None, *, fps: int = DEFAULT_FPS, **request: Any
     ) -> Any:
         """One video for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_video`."""
-        made = self.generate_all("video", requests_of(self.settings, prompt, request), fps=fps)
-        return made if isinstance(prompt, (list, tuple)) else made[0]
+        return self.generate_all("video", prompt, requests_of(self.settings, prompt, request), fps=fps)
 
-    def generate_all(self, kind: Kind, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> list[Generated]:
-        """What `generate` makes of all requests.
+    def generate_all(self, kind: Kind, prompt: Any, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> Any:
+        """Return what `generate` makes of all requests: a list where `prompt` is one.
 
         Raises:
             UnsupportedError: the model makes the other kind.
         """
         if self.kind != kind:
             raise UnsupportedError(f"{stock_class(self.pipe).__name__} makes {self.kind}s; use generate_{self.kind}")
-        return list(self.generate(requests, fps=fps))
+        made = list(self.generate(requests, fps=fps))
+        return made if isinstance(prompt, (list, tuple)) else made[0]
 
     def generate(
         self,
@@ -112,29 +112,55 @@ class LoadedModel:
             PipeboostError: a request that this model cannot serve; nothing has run then.
         """
         check_fps(fps)
-        # As numbers, since a picture shows one that is not finite as black.
-        signature = CallSignature(self.pipe)
-        calls = [(request, {**signature.arguments(request), "output_type": "np"}) for request in requests]
+        signature, calls = CallSignature(self.pipe), []
+        for request in requests:
+            # As numbers, since a picture shows one that is not finite as black.
+            call = {**signature.arguments(request), "output_type": "np"}
+            calls.append((request, call, signature.value("max_sequence_length", call)))
+        return self._outputs(signature.name, calls, fps, progress, profiled, warm_up)
 
-        def outputs() -> Iterator[Generated]:
-            for index, (request, call) in enumerate(calls):
-                # Not held between outputs: whoever stops reading must not keep the model from others.
-                with self._lock:
-                    acceleration = self.pipe.acceleration
-                    peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
-                    acceleration.progress = progress
-                    self._truncations.begin(call, CallSignature(self.pipe).text_limit(call))
-                    try:
-                        with peaks, _one_sentence(self.pipe, call):
-                            if warm_up and index == 0:
-                                acceleration.warm_up(**call, generator=_generator(request.seed))
-                            output = self.pipe(**call, generator=_generator(request.seed))
-                    finally:
-                        acceleration.progress = None
-                    report, cut = acceleration.report(), self._truncations.notes()
-                yield self._made(request, call, output, report=report, cut=cut, fps=fps)
-
-        return outputs()
+    def _outputs(
+        self,
+        name: str,
+        calls: Sequence[tuple[Request, dict[str, Any], Any]],
+        fps: int,
+        progress: Callable[[Progress], None] | None,
+        profiled: bool,
+        warm_up: bool,
+    ) -> Iterator[Generated]:
+        for index, (request, call, text_limit) in enumerate(calls):
+            # Not held between outputs: whoever stops reading must not keep the model from others.
+            with self._lock:
+                acceleration = self.pipe.acceleration
+                peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
+                acceleration.progress = progress
+                self._truncations.begin(call, text_limit)
+                try:
+                    with peaks, _one_sentence(name, call):
+                        if warm_up and index == 0:
+                            acceleration.warm_up(**call, generator=_generator(request.seed))
+                        output = self.pipe(**call, generator=_generator(request.seed))
+                finally:
+                    acceleration.progress = None
+                report, cut = acceleration.report(), self._truncations.notes()
+            video = self.kind == "video"
+            pixels = _pixels(output.frames[0] if video else output.images[0], name)
+            drawn = {
+                "width": pixels.shape[-2],
+                "height": pixels.shape[-3],
+                **({"num_frames": len(pixels)} if video else {}),
+            }
+            changed = tuple(
+                f"{key} is {value}, not {call[key]} as asked for: the pipeline changed it"
+                for key, value in drawn.items()
+                if call.get(key) not in (None, value)
+            )
+            common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
+            if video:
+                yield GeneratedVideo(**common, frames=pixels, fps=fps)
+            else:
+                picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+                yield GeneratedImage(**common, image=picture)
 
     def close(self) -> None:
         """Free the model's memory. Harmless when repeated."""
@@ -157,25 +183,6 @@ class LoadedModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _made(
-        self, request: Request, call: Mapping[str, Any], output: Any, *, report: Any, cut: tuple[str, ...], fps: int
-    ) -> Generated:
-        pixels = _pixels(
-            output.frames[0] if self.kind == "video" else output.images[0], stock_class(self.pipe).__name__
-        )
-        drawn = {"width": pixels.shape[-2], "height": pixels.shape[-3]}
-        if self.kind == "video":
-            drawn["num_frames"] = len(pixels)
-        changed = tuple(
-            f"{name} is {value}, not {call[name]} as asked for: the pipeline changed it"
-            for name, value in drawn.items()
-            if call.get(name) not in (None, value)
-        )
-        common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
-        if self.kind == "video":
-            return GeneratedVideo(**common, frames=pixels, fps=fps)
-        return GeneratedImage(**common, image=Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def _pixels(made: Any, name: str) -> Any:
@@ -214,11 +221,10 @@ def _generator(seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def _one_sentence(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+def _one_sentence(name: str, call: Mapping[str, Any]) -> Iterator[None]:
     """What the pipeline's own check of its inputs refuses, and a device that is too small, become one sentence."""
     import torch
 
-    name = stock_class(pipe).__name__
     try:
         yield
     except RuntimeError as error:
@@ -231,16 +237,10 @@ def _one_sentence(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
             f"smaller{', or set offload' if of_the_gpu else ''}"
         ) from error
     except (ValueError, TypeError) as error:
-        if isinstance(error, PipeboostError) or not _from_check_inputs(error):
+        # Else the pipeline failed over its arguments, rather than found fault with them.
+        checks = {"check_inputs", "retrieve_timesteps"}
+        if isinstance(error, PipeboostError) or checks.isdisjoint(
+            frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)
+        ):
             raise
         raise ConfigurationError(f"{name} refused the request: {one_line(error)}") from error
-
-
-def _from_check_inputs(error: BaseException) -> bool:
-    """Whether the pipeline itself found fault with its arguments, rather than failed over them."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("check_inputs", "retrieve_timesteps"):
-            return True
-        trace = trace.tb_next
-    return False
