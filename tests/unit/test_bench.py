@@ -284,7 +284,7 @@ def test_work_equals_a_count_by_hand() -> None:
     single = both * (3 * width * width + width * 4 * width + 5 * width * width)
     output = image * width * 8
     assert work.gemm_flops == 2 * (embedders + conditioning + modulation + double + single + output)
-    assert work.attention == {AttentionShape(1, 2, both, both, 16, masked=False): 2}
+    assert work.attention == {AttentionShape(1, 2, both, both, 16): 2}
     assert work.attention_flops == 2 * 4 * 2 * both * both * 16
     assert work.flops == work.gemm_flops + work.attention_flops
 

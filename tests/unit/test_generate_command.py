@@ -214,7 +214,7 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--output-path", "/proc/a"], "/proc/a cannot be made a folder"),
         (["--call", "a=2020-99-99"], "the value is not valid YAML: month must be in 1..12"),
         (["--prompt", "fox \udcff"], "is not text in UTF-8"),
-        (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a number"),
+        (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a finite number"),
         (["--image-path", "http://[::1"], "image http://[::1 cannot be fetched: Invalid IPv6 URL"),
     ],
 )

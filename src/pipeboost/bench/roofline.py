@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -56,15 +57,15 @@ def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: to
     """Name and median milliseconds of the fastest kernel that runs."""
     times: dict[str, float] = {}
     failures = []
-    for name, (attention, layout) in _kernels(device).items():
-        sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
-        query = torch.randn([{**sizes, "tokens": shape.queries}[dim] for dim in layout], device=device, dtype=dtype)
-        key, value = (
-            torch.randn([{**sizes, "tokens": shape.keys}[dim] for dim in layout], device=device, dtype=dtype)
-            for _ in range(2)
-        )
+    for name, (attention, heads_dim) in _kernels(device).items():
+        tensors = [
+            torch.randn(shape.batch, shape.heads, tokens, shape.head_dim, device=device, dtype=dtype)
+            .transpose(1, heads_dim)
+            .contiguous()
+            for tokens in (shape.queries, shape.keys, shape.keys)
+        ]
         try:
-            timing, _ = time_runs(lambda: attention(query, key, value), device, repeats=_REPEATS)  # noqa: B023
+            timing, _ = time_runs(partial(attention, *tensors), device, repeats=_REPEATS)
         except RuntimeError as error:
             failures.append(f"{name}: {error}")
             continue
@@ -75,24 +76,20 @@ def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: to
     return fastest, times[fastest]
 
 
-def _kernels(device: torch.device) -> dict[str, tuple[Attention, tuple[str, ...]]]:
-    """Kernels by name, each with the order of dimensions it takes."""
-    heads_first = ("batch", "heads", "tokens", "head_dim")
-    kernels: dict[str, tuple[Attention, tuple[str, ...]]] = {"sdpa": (F.scaled_dot_product_attention, heads_first)}
+def _kernels(device: torch.device) -> dict[str, tuple[Attention, int]]:
+    """Kernels by name, each with the dimension of heads in the tensors that it takes."""
+    kernels: dict[str, tuple[Attention, int]] = {"sdpa": (F.scaled_dot_product_attention, 1)}
     if device.type == "cuda":
-        kernels["sdpa-cudnn"] = (_sdpa_with(SDPBackend.CUDNN_ATTENTION), heads_first)
-        kernels["sdpa-flash"] = (_sdpa_with(SDPBackend.FLASH_ATTENTION), heads_first)
+        kernels["sdpa-cudnn"] = (partial(_sdpa, SDPBackend.CUDNN_ATTENTION), 1)
+        kernels["sdpa-flash"] = (partial(_sdpa, SDPBackend.FLASH_ATTENTION), 1)
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         if hopper and importlib.util.find_spec("fa3_fwd_interface") is not None:
             from fa3_fwd_interface import flash_attn_func
 
-            kernels["flash3"] = (flash_attn_func, ("batch", "tokens", "heads", "head_dim"))
+            kernels["flash3"] = (flash_attn_func, 2)
     return kernels
 
 
-def _sdpa_with(backend: SDPBackend) -> Attention:
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attention
+def _sdpa(backend: SDPBackend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value)

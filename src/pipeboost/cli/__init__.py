@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
 
-from pipeboost.core.errors import PipeboostError, RankFailedError, one_line
+from pipeboost.core.errors import PipeboostError, RankFailedError, one_line, shortened
 
 STOPPED = 130
 """The exit code of what Ctrl-C has ended."""
@@ -30,19 +30,25 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    usage_error: Any = ()
     try:
         with _stopped_at_once():
             import_module("pipeboost.acceleration")  # which takes seconds, and every command needs it
+            import typer
+
             from pipeboost.cli.app import app
+        usage_error = typer.BadParameter.__base__  # Typer exports this one; its base is that of them all
         try:
-            app(prog_name="pipeboost")
+            code = app(prog_name="pipeboost", standalone_mode=False) or 0
+        except typer.Abort:  # which versions of Typer make of Ctrl-C
+            code = STOPPED
         finally:
             sys.stdout.flush()
-    except SystemExit as ended:
-        # A command that has something to keep tells so by itself.
-        if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
+        if code == STOPPED:
             _say("stopped")
-        raise
+        raise SystemExit(code)
+    except usage_error as error:
+        _fail(shortened(error.format_message()), "", 2)
     except RankFailedError as error:
         trace = error.traceback
         _fail(str(error).partition("\n")[0], trace, 3 if trace or error.signal else 2)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeboost.cli.flags import Acceleration, Command, Device, with_acceleration
+from pipeboost.cli.flags import Acceleration, Device, with_acceleration
 from pipeboost.cli.generate_flags import GenerateCommand, generate
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
 app.command(cls=GenerateCommand)(with_acceleration(generate))
 
 
-@app.command(cls=Command)
+@app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="denoising steps per image")] = 28,
     output: Annotated[Path, typer.Option(help="folder for the picture and the images")] = Path("demo_output"),
@@ -31,7 +31,7 @@ def demo(
     run_demo(steps=steps, output=output, device=device)
 
 
-@app.command(cls=Command)
+@app.command()
 @with_acceleration
 def plan(
     model: Annotated[str, typer.Argument(help="folder of a Diffusers pipeline, a hub id, or a size bench knows")],
@@ -45,7 +45,7 @@ def plan(
     print_plan(model, device=device, config=config, ranks=acceleration.ranks, **acceleration.settings)
 
 
-@app.command(cls=Command)
+@app.command()
 def doctor() -> None:
     """What is installed, what this device could use, and how to install what is missing."""
     from pipeboost.cli.doctor import print_diagnosis
@@ -53,7 +53,7 @@ def doctor() -> None:
     print_diagnosis()
 
 
-@app.command(cls=Command)
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
     tier: Annotated[list[str] | None, typer.Option(help="quality tier to measure; may be given several times")] = None,

@@ -1,4 +1,4 @@
-"""The flags that commands share, each defined once, and a command whose wrong flags are one line."""
+"""The flags that commands share, each defined once."""
 
 from __future__ import annotations
 
@@ -8,28 +8,15 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperCommand
 
 from pipeboost.core.config import ParallelConfig
-from pipeboost.core.errors import ConfigurationError, shortened
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.distributed import world_size
 
-# Typer exports this one of its usage errors; its base is that of them all.
-_UsageError: Any = typer.BadParameter.__base__
 _speed = partial(typer.Option, rich_help_panel="Speed")
 _gpus = partial(typer.Option, rich_help_panel="Several GPUs")
 
 Device = Annotated[str, _speed(help="auto, cpu or cuda")]
-
-
-class Command(TyperCommand):
-    """A command whose wrong flags are one line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _UsageError as error:
-            raise ConfigurationError(shortened(error.format_message())) from None
 
 
 class Acceleration(NamedTuple):

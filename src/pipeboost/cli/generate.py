@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from pipeboost.cli import STOPPED
 from pipeboost.cli.generate_output import Output, Results
 from pipeboost.cli.generate_progress import BatchProgress
 from pipeboost.cli.quiet import quiet_libraries
@@ -133,7 +132,7 @@ def run_generate(
             if isinstance(error, KeyboardInterrupt):
                 if first:
                     print(f"pipeboost: stopped{results.kept}", file=sys.stderr)
-                raise typer.Exit(130) from None
+                raise SystemExit(STOPPED) from None
             if isinstance(error, PipeboostError):
                 line, blank, trace = str(error).partition("\n")
                 error.args = (f"{line}{results.kept}{blank}{trace}",)

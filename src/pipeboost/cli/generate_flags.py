@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from pipeboost.cli.flags import Acceleration, Command, Device
+from pipeboost.cli.flags import Acceleration, Device
 from pipeboost.core.config_sources import file_settings
 from pipeboost.core.errors import ConfigurationError, quoted
 
@@ -21,7 +22,7 @@ _output = partial(typer.Option, rich_help_panel="Output")
 _ACCELERATION = "acceleration"
 
 
-class GenerateCommand(Command):
+class GenerateCommand(TyperCommand):
     """One whose `--save-output` may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -24,6 +24,8 @@ def user_path(given: str | os.PathLike[str], what: str) -> Path:
     Raises:
         ConfigurationError: nothing can be at it, or it cannot be looked at.
     """
+    if given == "":
+        raise ConfigurationError(f"{what}='' is empty; leave it out or name a path")
     try:
         path = Path(given).expanduser()
         os.stat(path)

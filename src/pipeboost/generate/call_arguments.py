@@ -178,6 +178,8 @@ class CallSignature:
             is_count = name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
             if is_count and isinstance(value, int) and value < 1:
                 raise ConfigurationError(f"call={{{name!r}: {value}}} must be an integer of at least 1")
+            if name in ("true_cfg_scale", "guidance_scale", "guidance_scale_2") and value is not None and value < 0:
+                raise ConfigurationError(f"call={{{name!r}: {quoted(value)}}} must be a number of at least 0")
         return call
 
     def _check_size(self, arguments: Mapping[str, Any]) -> None:

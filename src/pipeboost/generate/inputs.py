@@ -39,6 +39,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     if not isinstance(source, Image.Image):
         name = shortened(os.fsdecode(source))
         web = name.lower().startswith(("http://", "https://"))
+        if "://" in name and not web:
+            raise ConfigurationError(f"image {name} cannot be fetched; only http and https addresses can")
         data = _download(os.fspath(source)) if web else read_file(source, "image", most=LARGEST_IMAGE)
     try:
         return _rgb(source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=known))

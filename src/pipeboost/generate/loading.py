@@ -87,8 +87,8 @@ class ModelSettings:
 
         if Path(self.model_path).resolve() != WEIGHTS.resolve():
             return {}
-        defaults = {name: value for name, value in DEMO_CALL.items() if name != "max_sequence_length"}
-        call = {"max_sequence_length": DEMO_CALL["max_sequence_length"]}
+        defaults = dict(DEMO_CALL)
+        call = {"max_sequence_length": defaults.pop("max_sequence_length")}
         return {"prompt": DEMO_PROMPTS[-1].text, **defaults, "call": call}
 
 
@@ -102,20 +102,18 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
         PipeboostError: the model, VAE or a LoRA cannot be loaded, or cannot be accelerated as asked.
     """
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, utils
 
     from pipeboost.acceleration import accelerate_pipeline
 
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
     tell(f"loading {settings.model_path}")
-    parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, dtype)}
+    # Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name.
+    argument = "dtype" if hasattr(utils, "_resolve_dtype") else "torch_dtype"
+    dtype = {argument: torch.bfloat16 if settings.device == "cuda" else torch.float32}
+    parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, settings.vae_path, **dtype)}
     with one_sentence("model_path", settings.model_path):
-        pipe = DiffusionPipeline.from_pretrained(
-            settings.model_path,
-            local_files_only=Path(settings.model_path).is_dir(),
-            **{_dtype_argument(): dtype},
-            **parts,
-        )
+        local = Path(settings.model_path).is_dir()
+        pipe = DiffusionPipeline.from_pretrained(settings.model_path, local_files_only=local, **dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
     with one_sentence("model_path", settings.model_path):
@@ -168,19 +166,17 @@ def demo_weights() -> Path:
 
 
 def _checked_vae(path: Path) -> str:
-    if path.is_dir():
-        if not ((path / "config.json").is_file() or (path / "vae" / "config.json").is_file()):
-            raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
-    elif path.exists() or not is_hub_id(str(path)):
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "vae/config.json")):
+        raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
+    if not path.is_dir() and (path.exists() or not is_hub_id(str(path))):
         raise ConfigurationError(f"vae_path='{path}' is neither a folder nor a hub id such as 'owner/name'")
     return str(path)
 
 
-def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
+def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:
     """Load the VAE that replaces the pipeline's own, which must be of the same class and latent width."""
     import diffusers
 
-    assert settings.vae_path is not None
     with one_sentence("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
         own = index.get("vae")
@@ -188,21 +184,14 @@ def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
             raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
         cls = getattr(diffusers, own[1])
         own = cls.load_config(settings.model_path, subfolder="vae")
-    folder = Path(settings.vae_path)
+    folder = Path(vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
-    with one_sentence("vae_path", settings.vae_path):
-        stored = cls.load_config(settings.vae_path, **nested)
+    with one_sentence("vae_path", vae_path):
+        stored = cls.load_config(vae_path, **nested)
         for name in ("_class_name", "latent_channels", "z_dim"):
             if stored.get(name) != own.get(name):
                 found = shortened(str(stored.get(name)))
                 raise ConfigurationError(
-                    f"vae_path={settings.vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
+                    f"vae_path={vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
                 )
-        return cls.from_pretrained(settings.vae_path, **nested, **{_dtype_argument(): dtype})
-
-
-def _dtype_argument() -> str:
-    """Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name."""
-    import diffusers.utils
-
-    return "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"
+        return cls.from_pretrained(vae_path, **nested, **dtype)

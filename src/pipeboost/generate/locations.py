@@ -23,21 +23,15 @@ def require_pipeline(model: str) -> None:
     Raises:
         ConfigurationError: the path is missing, or is not the folder of a pipeline.
     """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ConfigurationError(
-                f"model_path={quoted(model)} is not a Diffusers pipeline: it has no model_index.json"
-            )
-    elif path.exists():
-        raise ConfigurationError(
-            f"model_path={quoted(model)} is a file; it must be the folder of a Diffusers pipeline, as save_pretrained "
-            "writes one, or a hub id"
-        )
-    elif not is_hub_id(model):
-        raise ConfigurationError(
-            f"model_path={quoted(model)} does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
-        )
+    path, why = Path(model), ""
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        why = "is not a Diffusers pipeline: it has no model_index.json"
+    elif path.exists() and not path.is_dir():
+        why = "is a file; it must be the folder of a Diffusers pipeline, as save_pretrained writes one, or a hub id"
+    elif not path.exists() and not is_hub_id(model):
+        why = "does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
+    if why:
+        raise ConfigurationError(f"model_path={quoted(model)} {why}")
 
 
 @contextlib.contextmanager
