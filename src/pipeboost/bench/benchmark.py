@@ -32,7 +32,6 @@ from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_ru
 
 _MINIMUM_REPEATS = 5
 _CALLS = 3
-_CALL_SECONDS = 20.0
 
 
 def benchmark(
@@ -303,16 +302,13 @@ class _Session:
         if not self.steps:
             return ()
         self.report(f"{name}: calls of {self.steps} steps")
-        self.pipe(**call_arguments(self.pipe, self.inputs, steps=min(2, self.steps)))
-        seconds: list[float] = []
-        while len(seconds) < _CALLS and sum(seconds) < _CALL_SECONDS:
-            arguments = call_arguments(self.pipe, self.inputs, steps=self.steps)
-            synchronize(self.device)
-            start = time.perf_counter()
-            self.pipe(**arguments)
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return tuple(seconds)
+
+        def call(steps: int) -> None:
+            self.pipe(**call_arguments(self.pipe, self.inputs, steps=steps))
+
+        call(min(2, self.steps))
+        timing, _ = time_runs(functools.partial(call, self.steps), self.device, repeats=_CALLS, warm_ups=0)
+        return tuple(each / 1e3 for each in timing.milliseconds)
 
     def _sample(self, output: torch.Tensor | None = None) -> torch.Tensor:
         return (self._forward() if output is None else output).detach().double().cpu()

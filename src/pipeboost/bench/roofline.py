@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeboost.bench.flops import AttentionShape, Work
+from pipeboost.core.hardware import detect_hardware
+from pipeboost.kernels import KERNELS, refuses, unavailable_reason
 from pipeboost.quality.timing import time_runs
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
+_KERNELS = ("sdpa", "cudnn", "flash2", "flash3", "flash4")
 _REPEATS = 10
 
 
@@ -56,40 +53,23 @@ def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) ->
 def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     """Name and median milliseconds of the fastest kernel that runs."""
     times: dict[str, float] = {}
-    failures = []
-    for name, (attention, heads_dim) in _kernels(device).items():
-        tensors = [
-            torch.randn(shape.batch, shape.heads, tokens, shape.head_dim, device=device, dtype=dtype)
-            .transpose(1, heads_dim)
-            .contiguous()
-            for tokens in (shape.queries, shape.keys, shape.keys)
-        ]
+    failures, hardware = [], detect_hardware(device)
+    query, key, value = (
+        torch.randn(shape.batch, tokens, shape.heads, shape.head_dim, device=device, dtype=dtype)
+        for tokens in (shape.queries, shape.keys, shape.keys)
+    )
+    for name in _KERNELS:
+        kernel = KERNELS[name]
+        if unavailable_reason(kernel, hardware) or refuses(
+            kernel, device=device.type, dtype=dtype, head_dim=shape.head_dim, mask="none"
+        ):
+            continue
         try:
-            timing, _ = time_runs(partial(attention, *tensors), device, repeats=_REPEATS)
+            timing, _ = time_runs(partial(kernel.function, query, key, value), device, repeats=_REPEATS)
+            times[name] = timing.median
         except RuntimeError as error:
             failures.append(f"{name}: {error}")
-            continue
-        times[name] = timing.median
     if not times:
         raise RuntimeError(f"no attention kernel runs at {shape}: {'; '.join(failures)}")
     fastest = min(times, key=lambda name: times[name])
     return fastest, times[fastest]
-
-
-def _kernels(device: torch.device) -> dict[str, tuple[Attention, int]]:
-    """Kernels by name, each with the dimension of heads in the tensors that it takes."""
-    kernels: dict[str, tuple[Attention, int]] = {"sdpa": (F.scaled_dot_product_attention, 1)}
-    if device.type == "cuda":
-        kernels["sdpa-cudnn"] = (partial(_sdpa, SDPBackend.CUDNN_ATTENTION), 1)
-        kernels["sdpa-flash"] = (partial(_sdpa, SDPBackend.FLASH_ATTENTION), 1)
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        if hopper and importlib.util.find_spec("fa3_fwd_interface") is not None:
-            from fa3_fwd_interface import flash_attn_func
-
-            kernels["flash3"] = (flash_attn_func, 2)
-    return kernels
-
-
-def _sdpa(backend: SDPBackend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(query, key, value)

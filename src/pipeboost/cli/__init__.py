@@ -48,7 +48,9 @@ def main() -> None:
             _say("stopped")
         raise SystemExit(code)
     except usage_error as error:
-        _fail(shortened(error.format_message()), "", 2)
+        if not (text := shortened(error.format_message())):  # the help was shown
+            raise SystemExit(2) from None
+        _fail(text, "", 2)
     except RankFailedError as error:
         trace = error.traceback
         _fail(str(error).partition("\n")[0], trace, 3 if trace or error.signal else 2)

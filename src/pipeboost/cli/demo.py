@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
 from pipeboost.cli.picture import picture_grid
@@ -135,9 +135,8 @@ def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, adv
 
 
 def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., float]) -> None:
-    table = Table()
-    for heading in ("", "s/image", "speed-up", "first", "to stock", "right", "skipped"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    headings = ("s/image", "speed-up", "first", "to stock", "right", "skipped")
+    table = Table("", *(Column(each, justify="right", no_wrap=True) for each in headings))
     reference = _stack(runs[0].images)
     for run in runs:
         ratio = psnr(_stack(run.images), reference, peak=1.0)

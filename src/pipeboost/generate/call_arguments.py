@@ -28,6 +28,7 @@ LONGEST_SIDE = 16384
 _OURS = (
     "self",
     "prompt",
+    "prompt_embeds",
     "negative_prompt",
     "image",
     "generator",

@@ -15,6 +15,7 @@ from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
 from pipeboost.generate.locations import is_hub_id, one_sentence, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
+from pipeboost.stages.report import weights_of
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 
@@ -131,22 +132,20 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
 
     from pipeboost.features.parallel.own_device import to_be_split
 
-    if settings.device == "cuda" and world_size() > 1:
-        waiting = to_be_split(pipe, settings.acceleration.parallel)
-        if waiting:
-            for name, component in pipe.components.items():
-                if isinstance(component, torch.nn.Module) and name not in waiting:
-                    component.to(local_device())
-            return settings.acceleration
-    offload = settings.acceleration.offload
+    on_gpu, acceleration = settings.device == "cuda", settings.acceleration
+    waiting = to_be_split(pipe, acceleration.parallel) if on_gpu and world_size() > 1 else ()
+    if waiting:
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module) and name not in waiting:
+                component.to(local_device())
+        return acceleration
+    offload = acceleration.offload
     waits = isinstance(offload, OffloadConfig) and not offload.all_resident
-    if settings.device == "cuda" and (waits or offload == "auto"):
-        models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-        weights = {id(each): each.numel() * each.element_size() for model in models for each in model.parameters()}
-        if sum(weights.values()) > torch.cuda.mem_get_info()[0]:
-            return replace(settings.acceleration, offload=offload if waits else OffloadConfig())
-    pipe.to(local_device() if settings.device == "cuda" and world_size() > 1 else settings.device)
-    return settings.acceleration
+    may_wait = on_gpu and (waits or offload == "auto")
+    if may_wait and sum(weights_of(pipe.components).values()) > torch.cuda.mem_get_info()[0]:
+        return replace(acceleration, offload=offload if waits else OffloadConfig())
+    pipe.to(local_device() if on_gpu else "cpu")
+    return acceleration
 
 
 def demo_weights() -> Path:

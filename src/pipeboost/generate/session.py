@@ -113,54 +113,45 @@ class LoadedModel:
         """
         check_fps(fps)
         signature, calls = CallSignature(self.pipe), []
+        name = signature.name
         for request in requests:
             # As numbers, since a picture shows one that is not finite as black.
             call = {**signature.arguments(request), "output_type": "np"}
             calls.append((request, call, signature.value("max_sequence_length", call)))
-        return self._outputs(signature.name, calls, fps, progress, profiled, warm_up)
 
-    def _outputs(
-        self,
-        name: str,
-        calls: Sequence[tuple[Request, dict[str, Any], Any]],
-        fps: int,
-        progress: Callable[[Progress], None] | None,
-        profiled: bool,
-        warm_up: bool,
-    ) -> Iterator[Generated]:
-        for index, (request, call, text_limit) in enumerate(calls):
-            # Not held between outputs: whoever stops reading must not keep the model from others.
-            with self._lock:
-                acceleration = self.pipe.acceleration
-                peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
-                acceleration.progress = progress
-                self._truncations.begin(call, text_limit)
-                try:
-                    with peaks, _one_sentence(name, call):
-                        if warm_up and index == 0:
-                            acceleration.warm_up(**call, generator=_generator(request.seed))
-                        output = self.pipe(**call, generator=_generator(request.seed))
-                finally:
-                    acceleration.progress = None
-                report, cut = acceleration.report(), self._truncations.notes()
-            video = self.kind == "video"
-            pixels = _pixels(output.frames[0] if video else output.images[0], name)
-            drawn = {
-                "width": pixels.shape[-2],
-                "height": pixels.shape[-3],
-                **({"num_frames": len(pixels)} if video else {}),
-            }
-            changed = tuple(
-                f"{key} is {value}, not {call[key]} as asked for: the pipeline changed it"
-                for key, value in drawn.items()
-                if call.get(key) not in (None, value)
-            )
-            common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
-            if video:
-                yield GeneratedVideo(**common, frames=pixels, fps=fps)
-            else:
-                picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-                yield GeneratedImage(**common, image=picture)
+        def outputs() -> Iterator[Generated]:  # holds no model, which may be freed before its end
+            for index, (request, call, text_limit) in enumerate(calls):
+                # Not held between outputs: whoever stops reading must not keep the model from others.
+                with self._lock:
+                    acceleration = self.pipe.acceleration
+                    peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
+                    acceleration.progress = progress
+                    self._truncations.begin(call, text_limit)
+                    try:
+                        with peaks, _one_sentence(name, call):
+                            if warm_up and index == 0:
+                                acceleration.warm_up(**call, generator=_generator(request.seed))
+                            output = self.pipe(**call, generator=_generator(request.seed))
+                    finally:
+                        acceleration.progress = None
+                    report, cut = acceleration.report(), self._truncations.notes()
+                video = self.kind == "video"
+                pixels = _pixels(output.frames[0] if video else output.images[0], name)
+                drawn = {"width": pixels.shape[-2], "height": pixels.shape[-3]}
+                drawn |= {"num_frames": len(pixels)} if video else {}
+                changed = tuple(
+                    f"{key} is {value}, not {call[key]} as asked for: the pipeline changed it"
+                    for key, value in drawn.items()
+                    if call.get(key) not in (None, value)
+                )
+                common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
+                if video:
+                    yield GeneratedVideo(**common, frames=pixels, fps=fps)
+                else:
+                    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+                    yield GeneratedImage(**common, image=picture)
+
+        return outputs()
 
     def close(self) -> None:
         """Free the model's memory. Harmless when repeated."""
@@ -208,10 +199,11 @@ def requests_of(
     settings: ModelSettings, prompt: str | Sequence[str] | None, request: Mapping[str, Any]
 ) -> list[Request]:
     """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
-    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
+    prompts = prompt if isinstance(prompt, (list, tuple)) else () if prompt is None else (prompt,)
+    if not all(isinstance(each, str) for each in prompts):
         raise ConfigurationError(f"prompt={quoted(prompt)} must be a text or a list of texts")
-    prompts: Sequence[str | None] = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
-    return make_requests([{"prompt": each} for each in prompts], request, of_model=settings.request_defaults)
+    rows: list[dict[str, Any]] = [{}] if prompt is None else [{"prompt": each} for each in prompts]
+    return make_requests(rows, request, of_model=settings.request_defaults)
 
 
 def _generator(seed: int) -> Any:
@@ -230,7 +222,10 @@ def _one_sentence(name: str, call: Mapping[str, Any]) -> Iterator[None]:
     except RuntimeError as error:
         of_the_gpu = isinstance(error, torch.OutOfMemoryError)
         if not of_the_gpu and "DefaultCPUAllocator" not in str(error):
-            raise
+            given = [f"{key} of shape {tuple(each.shape)}" for key, each in call.items() if torch.is_tensor(each)]
+            if not given:
+                raise
+            raise ConfigurationError(f"{name} cannot run with {', '.join(given)}: {one_line(error)}") from error
         size = ", ".join(f"{key}={call[key]}" for key in ("width", "height", "num_frames") if key in call)
         raise PipeboostError(
             f"{name} ran out of the {'GPU' if of_the_gpu else 'host'}'s memory{f' at {size}' if size else ''}; make it "
