@@ -100,7 +100,7 @@ class _Session:
     accelerate: Callable[..., Any]
     repeats: int
     steps: int
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     reference: torch.Tensor | None = None
     repeatable: bool = False
 
@@ -109,7 +109,7 @@ class _Session:
         self._build()
 
     def report(self, text: str) -> None:
-        self.say(f"{self.size.name}: {text}")
+        self.log(f"{self.size.name}: {text}")
 
     def run(self, tiers: Sequence[str], command: str) -> BenchmarkResult:
         size, device = self.size, self.device

@@ -24,7 +24,7 @@ STOPPED = 130
 def main() -> None:
     """Run the command line. Whatever goes wrong is one line on stderr.
 
-    Exit codes: 2 for what the user can mend, 3 for a fault of ours, whose traceback is in a file that the line names,
+    Exit codes: 2 for mistakes of the user, 3 for an internal error, whose traceback is in a file that the line names,
     130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -45,7 +45,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()
         if code == STOPPED:
-            _say("stopped")
+            _print_error("stopped")
         raise SystemExit(code)
     except usage_error as error:
         if not (text := shortened(error.format_message())):  # the help was shown
@@ -75,11 +75,11 @@ def _fail(line: str, trace: str, code: int) -> NoReturn:
             where = f" (please report it; the traceback is in {file.name})"
         except OSError:
             line = f"{line}\n{trace}"
-    _say(line + where)
+    _print_error(line + where)
     raise SystemExit(code) from None
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"pipeboost: {line}", file=sys.stderr, flush=True)
 

@@ -99,7 +99,7 @@ def measure_sizes(
                 repeats=repeats,
                 steps=steps,
                 device=device,
-                report=lambda text: _say(f"[{time.perf_counter() - start:6.1f} s] {text}"),
+                report=lambda text: _log(f"[{time.perf_counter() - start:6.1f} s] {text}"),
                 command=shlex.join(words),
             )
         except Exception as error:
@@ -113,9 +113,9 @@ def measure_sizes(
         print(f"\n{size.name} on {result.hardware}, {size.workload}\n\n{result.table()}\n")
         print("written: " + ", ".join(str(path) for path in paths) + "\n", flush=True)
     for failure in failures:
-        _say(f"failed: {failure}")
+        _log(f"failed: {failure}")
     return 1 if failures else 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

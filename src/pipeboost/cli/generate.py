@@ -24,7 +24,7 @@ from pipeboost.generate.prompt_file import read_prompts
 from pipeboost.generate.requests import Request, make_requests
 
 _FIRST_TO_SPEAK = 1.0
-"""Seconds by which a rank lets the first one tell of what all of them refuse."""
+"""Seconds that other ranks leave the first one to report what all of them refuse."""
 
 
 def requests_from(
@@ -76,7 +76,7 @@ def generate_on_ranks(settings: ModelSettings, ranks: int, requests: Sequence[Re
 
 
 def _on_rank(settings: ModelSettings, requests: Sequence[Request], arguments: dict[str, Any]) -> None:
-    """`run_generate` on one rank; what it raises for the user ends all ranks, and is told once, without a traceback."""
+    """`run_generate` on one rank; a mistake of the user ends all ranks and is reported once, without a traceback."""
     try:
         run_generate(settings, requests, **arguments)
     except RankFailedError:
@@ -106,7 +106,7 @@ def run_generate(
     with (
         quiet_libraries(),
         BatchProgress(len(requests), silent=not first) as progress,
-        LoadedModel(settings, tell=progress.tell) as model,
+        LoadedModel(settings, on_status=progress.show_status) as model,
     ):
         _require_shared(model)
         if fps is not None and model.kind != "video":
@@ -120,12 +120,12 @@ def run_generate(
             warm_up=warm_up,
         )
         results = Results(model, len(requests), output)
-        progress.say(model.loaded_line)
+        progress.print_line(model.memory_line)
         try:
             for made in outputs:
                 progress.done(f"{results.add(made)}  seed {made.seed}  {made.report.seconds:.2f} s", made)
         except BaseException as error:
-            # Of two failures, as on a full disk, the first is told.
+            # Of two failures, as on a full disk, the first is reported.
             with contextlib.suppress(PipeboostError):
                 results.write()
             progress.stop()

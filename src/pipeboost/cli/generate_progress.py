@@ -38,7 +38,7 @@ class BatchProgress(Progress):
         )
         self._task = self.add_task("loading", total=None)
 
-    def tell(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         """Say what is being done before the first output."""
         self.update(self._task, description=escape(text))
 
@@ -48,18 +48,18 @@ class BatchProgress(Progress):
             self.update(self._task, total=progress.steps, completed=progress.step or 0)
         elif progress.step is None:
             which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""
-            self.tell(f"{progress.stage}{which}")
+            self.show_status(f"{progress.stage}{which}")
 
     def done(self, line: str, made: Generated) -> None:
         """Say that an output is done; what is to be noted about it is said once for each prompt."""
         self._done += 1
-        self.say(line)
+        self.print_line(line)
         for text in made.notes:
             if (text, made.prompt) not in self._noted:
                 self._noted.add((text, made.prompt))
-                self.say(f"  note: {text}", sys.stderr)
+                self.print_line(f"  note: {text}", sys.stderr)
 
-    def say(self, line: str, file: TextIO | None = None) -> None:
+    def print_line(self, line: str, file: TextIO | None = None) -> None:
         """Print a line above the bar; Rich itself would wrap a long path at the width of a terminal."""
         if self._silent:
             return

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.user_files import parse_json, read_text
-from pipeboost.generate.locations import one_sentence
+from pipeboost.generate.locations import loading_errors
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -36,7 +36,7 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
             f"{folder} holds a {index['_class_name']}, which this version of Diffusers does not have"
         )
     known = True
-    # Of components that a folder leaves out, Diffusers asks to be told so.
+    # Diffusers requires None for components that a folder leaves out.
     models: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     for name, entry in index.items():
         model = _model(folder / name, *entry) if isinstance(entry, list) and len(entry) == 2 else None
@@ -44,7 +44,7 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
             dtype = _stored_dtype(folder / name)
             known = known and dtype is not None
             models[name] = model.to(dtype or torch.bfloat16)
-    with one_sentence("model", str(folder)):
+    with loading_errors("model", str(folder)):
         # Asked by the base class, Diffusers loads components that are optional whether or not they are given.
         return pipeline.from_pretrained(folder, local_files_only=True, **models), known
 
@@ -77,7 +77,7 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
             f"{folder} is stored quantised, and only loading tells what becomes of it; load the pipeline, and print "
             "accelerate_pipeline(pipe).acceleration.plan"
         )
-    with one_sentence("model", str(folder)), torch.device("meta"):
+    with loading_errors("model", str(folder)), torch.device("meta"):
         built: Any = cls
         if issubclass(cls, ModelMixin):
             return built.from_config(config)

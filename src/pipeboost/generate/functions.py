@@ -87,7 +87,7 @@ def generate_image(
         image_path: picture to edit, or several where the model takes them: paths, http(s) URLs, or pictures.
         width, height, num_inference_steps: None leaves them to the pipeline.
         guidance_scale: goes where the pipeline's guidance is, `true_cfg_scale` where that is the only one that acts.
-        seed: request `i` gets seed + `i`; None draws one, which the results tell.
+        seed: request `i` gets seed + `i`; None draws one, which the results show.
         call: further arguments of the pipeline's own call, such as `{"max_sequence_length": 256}`.
         vae_path, lora_path, device, acceleration: as `load_model` takes them.
 

@@ -13,7 +13,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, 
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.generate.locations import is_hub_id, one_sentence, require_pipeline
+from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
 from pipeboost.stages.report import weights_of
 
@@ -93,11 +93,11 @@ class ModelSettings:
         return {"prompt": DEMO_PROMPTS[-1].text, **defaults, "call": call}
 
 
-def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda text: None) -> Any:
+def load_pipeline(settings: ModelSettings, on_status: Callable[[str], None] = lambda text: None) -> Any:
     """Load and accelerate a pipeline: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        tell: is given a few words as each part begins.
+        on_status: receives a few words as each part begins.
 
     Raises:
         PipeboostError: the model, VAE or a LoRA cannot be loaded, or cannot be accelerated as asked.
@@ -107,19 +107,19 @@ def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda 
 
     from pipeboost.acceleration import accelerate_pipeline
 
-    tell(f"loading {settings.model_path}")
+    on_status(f"loading {settings.model_path}")
     # Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name.
     argument = "dtype" if hasattr(utils, "_resolve_dtype") else "torch_dtype"
     dtype = {argument: torch.bfloat16 if settings.device == "cuda" else torch.float32}
     parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, settings.vae_path, **dtype)}
-    with one_sentence("model_path", settings.model_path):
+    with loading_errors("model_path", settings.model_path):
         local = Path(settings.model_path).is_dir()
         pipe = DiffusionPipeline.from_pretrained(settings.model_path, local_files_only=local, **dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
-    with one_sentence("model_path", settings.model_path):
+    with loading_errors("model_path", settings.model_path):
         acceleration = _put_on_device(pipe, settings)
-    tell("accelerating")
+    on_status("accelerating")
     return accelerate_pipeline(pipe, config=acceleration)
 
 
@@ -176,7 +176,7 @@ def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:
     """Load the VAE that replaces the pipeline's own, which must be of the same class and latent width."""
     import diffusers
 
-    with one_sentence("model_path", settings.model_path):
+    with loading_errors("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
         own = index.get("vae")
         if not isinstance(own, list):
@@ -185,7 +185,7 @@ def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:
         own = cls.load_config(settings.model_path, subfolder="vae")
     folder = Path(vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
-    with one_sentence("vae_path", vae_path):
+    with loading_errors("vae_path", vae_path):
         stored = cls.load_config(vae_path, **nested)
         for name in ("_class_name", "latent_channels", "z_dim"):
             if stored.get(name) != own.get(name):

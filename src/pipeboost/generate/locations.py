@@ -1,4 +1,4 @@
-"""Where models come from, a folder on this machine or the hub, and what is told when one does not load."""
+"""Where models come from, a folder on this machine or the hub, and the errors of one that does not load."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def require_pipeline(model: str) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence(argument: str, path: str) -> Iterator[None]:
-    """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
+def loading_errors(argument: str, path: str) -> Iterator[None]:
+    """Turn what libraries raise over missing, damaged or too large files into one sentence."""
     import torch
     from safetensors import SafetensorError
 

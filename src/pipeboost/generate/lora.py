@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, quoted
 from pipeboost.core.user_files import user_path
-from pipeboost.generate.locations import is_hub_id, one_sentence
+from pipeboost.generate.locations import is_hub_id, loading_errors
 from pipeboost.generate.requests import is_finite
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
@@ -68,7 +68,7 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     for number, lora in enumerate(loras):
         path = Path(lora.path)
         where = {"weight_name": path.name} if path.is_file() else {}
-        with one_sentence("lora_path", lora.path):
+        with loading_errors("lora_path", lora.path):
             pipe.load_lora_weights(
                 str(path.parent if path.is_file() else lora.path), adapter_name=f"lora_{number}", **where
             )

@@ -45,10 +45,10 @@ class LoadedModel:
         components: name → bytes and device of its weights, as they were loaded.
     """
 
-    def __init__(self, settings: ModelSettings, *, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, settings: ModelSettings, *, on_status: Callable[[str], None] = lambda text: None) -> None:
         self.settings = settings
         self._lock = threading.Lock()
-        self._pipe: Any = load_pipeline(settings, tell)
+        self._pipe: Any = load_pipeline(settings, on_status)
         self.kind: Kind = CallSignature(self._pipe).kind
         self._truncations = Truncations(self._pipe)
         self.components = {
@@ -58,7 +58,7 @@ class LoadedModel:
         }
 
     @property
-    def loaded_line(self) -> str:
+    def memory_line(self) -> str:
         """The memory of each component, in words."""
         parts = (f"{name} {in_gib(each.bytes)} on {each.device}" for name, each in self.components.items())
         return f"loaded {in_gib(sum(each.bytes for each in self.components.values()))}: {', '.join(parts)}"
@@ -104,7 +104,7 @@ class LoadedModel:
         Args:
             requests: all of them are checked before the first one runs.
             fps: frame rate that videos are saved at.
-            progress: is told of each stage and step of the running request.
+            progress: called at each stage and step of the running request.
             profiled: measure each stage's own peak memory.
             warm_up: make the first request's output once more at the start, so that no report shows compiling.
 
@@ -128,7 +128,7 @@ class LoadedModel:
                     acceleration.progress = progress
                     self._truncations.begin(call, text_limit)
                     try:
-                        with peaks, _one_sentence(name, call):
+                        with peaks, _call_errors(name, call):
                             if warm_up and index == 0:
                                 acceleration.warm_up(**call, generator=_generator(request.seed))
                             output = self.pipe(**call, generator=_generator(request.seed))
@@ -213,7 +213,7 @@ def _generator(seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str, call: Mapping[str, Any]) -> Iterator[None]:
+def _call_errors(name: str, call: Mapping[str, Any]) -> Iterator[None]:
     """What the pipeline's own check of its inputs refuses, and a device that is too small, become one sentence."""
     import torch
 
