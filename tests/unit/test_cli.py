@@ -66,6 +66,9 @@ def stored(tmp_path_factory):
     [
         (["plan", "flux.1-dev", "--quality", "perfect"], "quality='perfect' is not allowed; use one of 'exact'"),
         (["plan", "flux.1-dev", "--device", "tpu"], "device='tpu' is not allowed; use one of 'auto', 'cpu', 'cuda'"),
+        (["plan", "flux.1-dev", "--num-gpus", 0], "--num-gpus 0 must be at least 1"),
+        (["plan", "flux.1-dev", "--tp-size", 5, "--device", "cpu"], "tensor=5 does not divide the heads"),
+        (["plan", ""], "model='' is empty; leave it out or name a path"),
         (["plan", "nothing"], "'nothing' is neither a folder, nor a hub id, nor one of flux.1-dev"),
         (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
         (["demo", "--device", "tpu"], "device='tpu' is not allowed"),
@@ -175,6 +178,15 @@ def test_plan_tells_the_layout_of_several_gpus_without_any(model, ranks, line):
     assert line in str(plan_of(model, hardware=detect_hardware("cpu"), ranks=ranks))
 
 
+def test_plan_takes_the_flags_of_generate(pipeboost):
+    flags = ["--tier", "exact", "--num-gpus", 4, "--ring-degree", 4, "--offload", "stage", "--no-compile"]
+    code, out, _ = pipeboost("plan", "flux.1-dev", "--device", "cpu", *flags[2:])
+    assert code == 0
+    assert "ring=4" in out
+    assert "compile   off: turned off" in out
+    assert "ring=4 changes rounding" in pipeboost("plan", "flux.1-dev", "--device", "cpu", *flags)[2]
+
+
 def test_plan_knows_a_published_size(pipeboost):
     code, out, _ = pipeboost("plan", "wan2.1-1.3b", "--device", "cpu")
     assert code == 0
@@ -207,7 +219,7 @@ def test_doctor_says_how_several_devices_are_linked_and_names_packages_that_exis
 def test_an_output_that_is_a_file_is_refused_before_any_work(refused, tmp_path, monkeypatch, command):
     monkeypatch.setattr(demo, "_load", lambda hardware: pytest.fail("loaded"))
     monkeypatch.setattr(bench, "measure_sizes", lambda *args, **kwargs: pytest.fail("measured"))
-    monkeypatch.setattr(bench, "_require_room", lambda size, hardware: None)
+    monkeypatch.setattr(bench, "parameter_count", lambda size: 0)
     file = tmp_path / "taken"
     file.write_text("")
     assert f"--output {file} cannot be made a folder" in refused(*command, "--device", "cpu", "--output", file)
@@ -337,9 +349,18 @@ def test_a_full_disk_under_stdout_is_one_line():
     assert (ended.returncode, ended.stderr) == (2, "pipeboost: the output cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize("words", [["plan"], ["demo", "--stepz", "1"], ["bench", "x", "--repeats", "many"]])
-def test_a_wrong_flag_of_any_command_is_one_line(refused, words):
+WRONG_WORDS = [["plan"], ["demo", "--stepz", "1"], ["bench", "x", "--repeats", "many"], ["generatee"], ["--version"]]
+
+
+@pytest.mark.parametrize("words", WRONG_WORDS, ids=str)
+def test_a_wrong_flag_or_command_is_one_line(refused, words):
     assert refused(*words).startswith("pipeboost: ")
+
+
+def test_without_a_command_the_help_is_shown(pipeboost):
+    code, out, err = pipeboost()
+    assert (code, err) == (2, "")
+    assert "generate" in out
 
 
 def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):

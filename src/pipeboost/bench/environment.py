@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-_PACKAGES = ("pipeboost", "torch", "diffusers", "transformers", "triton", "cache-dit", "fa3-fwd", "flash-attn")
-_PACKAGES += ("sageattention", "xformers")
-_GPU_FIELDS = ("name", "driver_version", "power.limit", "power.draw")
-_GPU_FIELDS += ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu")
+_GPU_FIELDS = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA, cuDNN and the packages that matter, those that are installed; and our git commit."""
+    """Versions of Python, CUDA, cuDNN, ourselves and what we may use, as far as installed; and our git commit."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    required = importlib.metadata.requires("pipeboost") or []
+    used = {re.split(r"[^\w-]", each)[0] for each in required if 'extra == "dev"' not in each}
+    for package in ("pipeboost", "torch", "triton", "xformers", *sorted(used)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if torch.version.cuda is not None:
@@ -42,8 +42,8 @@ def gpu_state(device: torch.device) -> dict[str, str]:
         return {}
     index = device.index if device.index is not None else torch.cuda.current_device()
     identity = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    answer = _output("nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader")
-    return dict(zip(_GPU_FIELDS, (value.strip() for value in answer.split(",")), strict=False)) if answer else {}
+    answer = _output("nvidia-smi", f"--id={identity}", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader")
+    return dict(zip(_GPU_FIELDS.split(","), map(str.strip, answer.split(",")), strict=False)) if answer else {}
 
 
 def _output(*command: str) -> str:

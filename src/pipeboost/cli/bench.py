@@ -15,7 +15,7 @@ from pipeboost.bench.full_size import full_size_named, full_sizes, parameter_cou
 from pipeboost.core.config import TIERS
 from pipeboost.core.errors import ConfigurationError, not_one_of
 from pipeboost.core.families import FullSize
-from pipeboost.core.hardware import Hardware, detect_hardware, device_type
+from pipeboost.core.hardware import detect_hardware, device_type
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.quality.tuned_stock import forget_compiled
 
@@ -53,23 +53,18 @@ def run_bench(
             raise not_one_of("tier", tier, TIERS)
     check_counts(repeats=repeats, steps=steps)
     hardware = detect_hardware(device_type(device))
+    dtype, itemsize = ("bf16", 2) if hardware.device == "cuda" else ("fp32", 4)
     for size in sizes:
-        _require_room(size, hardware)
+        if (needed := itemsize * parameter_count(size)) > hardware.memory:
+            raise ConfigurationError(
+                f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
+                "smaller size of `pipeboost bench list` or a device with more memory"
+            )
     output = user_path(output, "--output")
     make_folder(output, f"--output {output}")
     return measure_sizes(
         sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
     )
-
-
-def _require_room(size: FullSize, hardware: Hardware) -> None:
-    dtype, itemsize = ("bf16", 2) if hardware.device == "cuda" else ("fp32", 4)
-    needed = itemsize * parameter_count(size)
-    if needed > hardware.memory:
-        raise ConfigurationError(
-            f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
-            "smaller size of `pipeboost bench list` or a device with more memory"
-        )
 
 
 def measure_sizes(

@@ -39,8 +39,17 @@ _NEEDS = {
     },
 }
 _INSTEAD_OF = {"min_seconds": "num_frames", "max_seconds": "num_frames"}
-_GIVEN_BY_BLOCKS = {"self", "attn", "args", "kwargs", "hidden_states", "temb", "image_rotary_emb"}
-_GIVEN_BY_BLOCKS |= {"encoder_hidden_states", "encoder_hidden_states_mask"}
+_GIVEN_BY_BLOCKS = {
+    "self",
+    "attn",
+    "args",
+    "kwargs",
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_mask",
+    "image_rotary_emb",
+    "temb",
+}
 _MODELS = ("transformer", "transformer_2", "unet")
 
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, shortened
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
+from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
 from pipeboost.stages.report import weights_of
@@ -102,7 +105,6 @@ def load_pipeline(settings: ModelSettings, on_status: Callable[[str], None] = la
     Raises:
         PipeboostError: the model, VAE or a LoRA cannot be loaded, or cannot be accelerated as asked.
     """
-    import torch
     from diffusers import DiffusionPipeline, utils
 
     from pipeboost.acceleration import accelerate_pipeline
@@ -128,10 +130,6 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
 
     So do those that ranks will split: a device never holds a whole model then.
     """
-    import torch
-
-    from pipeboost.features.parallel.own_device import to_be_split
-
     on_gpu, acceleration = settings.device == "cuda", settings.acceleration
     waiting = to_be_split(pipe, acceleration.parallel) if on_gpu and world_size() > 1 else ()
     if waiting:

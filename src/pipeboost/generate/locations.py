@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, one_line, quoted
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -37,9 +40,6 @@ def require_pipeline(model: str) -> None:
 @contextlib.contextmanager
 def loading_errors(argument: str, path: str) -> Iterator[None]:
     """Turn what libraries raise over missing, damaged or too large files into one sentence."""
-    import torch
-    from safetensors import SafetensorError
-
     what = f"{argument}={quoted(path)}"
     try:
         yield

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, one_line, quoted
 from pipeboost.generate.writing import output_name, output_path, write_whole
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeboost.stages import Report
 
 DEFAULT_FOLDER = Path("outputs")

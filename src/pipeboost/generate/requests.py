@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -94,7 +94,8 @@ def make_requests(
     """
     if not rows:
         raise ConfigurationError("there is no prompt; give at least one")
-    read, requests = functools.cache(load_image), []
+    read: Callable[[Any], Image.Image] = functools.cache(load_image)
+    requests = []
 
     def picture(source: Any) -> Image.Image:
         return read(source) if isinstance(source, (str, os.PathLike)) else load_image(source)

@@ -8,9 +8,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, one_line, quoted
@@ -162,28 +163,18 @@ class LoadedModel:
             self._pipe.acceleration.remove()
             self._pipe = None
         gc.collect()
-        import torch
-
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LoadedModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _pixels(made: Any, name: str) -> Any:
-    """What a pipeline made, in [0, 1], as bytes.
-
-    Raises:
-        PipeboostError: a number is not finite.
-    """
-    import numpy as np
-
+    """What a pipeline made, in [0, 1], as bytes."""
     if isinstance(made, Image.Image):
         return np.asarray(made.convert("RGBA" if "A" in made.mode else "RGB"))
     made = np.asarray(made)
@@ -206,17 +197,13 @@ def requests_of(
     return make_requests(rows, request, of_model=settings.request_defaults)
 
 
-def _generator(seed: int) -> Any:
-    import torch
-
+def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
 @contextlib.contextmanager
 def _call_errors(name: str, call: Mapping[str, Any]) -> Iterator[None]:
-    """What the pipeline's own check of its inputs refuses, and a device that is too small, become one sentence."""
-    import torch
-
+    """Turn what the pipeline's own check of its inputs refuses, and too little memory, into one sentence."""
     try:
         yield
     except RuntimeError as error:
