@@ -187,12 +187,6 @@ def test_plan_takes_the_flags_of_generate(pipeboost):
     assert "ring=4 changes rounding" in pipeboost("plan", "flux.1-dev", "--device", "cpu", *flags)[2]
 
 
-def test_plan_knows_a_published_size(pipeboost):
-    code, out, _ = pipeboost("plan", "wan2.1-1.3b", "--device", "cpu")
-    assert code == 0
-    assert "WanPipeline" in out
-
-
 def test_doctor_prints_every_attention_kernel_and_whether_it_runs_in_80_columns(pipeboost, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(doctor, "detect_hardware", lambda: detect_hardware("cpu"))

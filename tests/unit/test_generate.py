@@ -634,12 +634,6 @@ def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):
     os.close(reader)
 
 
-def test_a_damaged_image_is_refused(tmp_path):
-    damaged = tmp_path / "damaged.png"
-    damaged.write_bytes(png()[:200])
-    assert "damaged.png cannot be read as a picture" in refusal(load_image, source=damaged)
-
-
 def test_a_prompt_file_may_be_text_jsonl_json_or_yaml(tmp_path):
     files = {
         "a.txt": "# scenes\na fox\n\n  a dog  \n",
