@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -151,10 +151,7 @@ class _Session:
             gemm_flops=work.gemm_flops,
             attention_flops=work.attention_flops,
             attention_shape=tuple(work.main_attention or ()),
-            gemm_ceiling=ceilings.gemm,
-            gemm_ceiling_size=ceilings.gemm_size,
-            attention_ceiling=ceilings.attention,
-            attention_ceiling_kernel=ceilings.attention_kernel,
+            **asdict(ceilings),
             bound_ms=bound_ms,
             noise_floor=floor.relative_error,
             noise_floor_max=floor.max_error,

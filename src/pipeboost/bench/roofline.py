@@ -21,20 +21,20 @@ class Ceilings:
     """Measured rates in FLOP/s.
 
     Attributes:
-        gemm: of a square matrix product of `gemm_size`, random data.
-        gemm_size: its side.
-        attention: of the fastest kernel at the model's main attention shape, without a mask.
-        attention_kernel: its name.
+        gemm_ceiling: of a square matrix product, random data.
+        gemm_ceiling_size: its side.
+        attention_ceiling: of the fastest kernel at the model's main attention shape, without a mask.
+        attention_ceiling_kernel: its name.
     """
 
-    gemm: float
-    gemm_size: int
-    attention: float
-    attention_kernel: str
+    gemm_ceiling: float
+    gemm_ceiling_size: int
+    attention_ceiling: float
+    attention_ceiling_kernel: str
 
     def bound_ms(self, work: Work) -> float:
         """The time in which `work` would be done with every operation at its ceiling, and nothing else to do."""
-        return (work.gemm_flops / self.gemm + work.attention_flops / self.attention) * 1e3
+        return (work.gemm_flops / self.gemm_ceiling + work.attention_flops / self.attention_ceiling) * 1e3
 
 
 def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) -> Ceilings:
