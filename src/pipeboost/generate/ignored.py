@@ -61,10 +61,10 @@ def refuse_ignored(signature: CallSignature, arguments: Mapping[str, Any], given
         given: those of the arguments that the user chose.
 
     Raises:
-        ConfigurationError: an argument that does nothing beside the others, or contradicts one of them.
+        ConfigurationError: an argument that does nothing together with the others, or contradicts one of them.
     """
     wanted = {key: value for key, value in given.items() if not _is_default(value, signature.parameters[key])}
-    for reason in (_schedule, _guidance_parts, _beside_others, _of_components, _attention_arguments):
+    for reason in (_schedule, _guidance_parts, _dependent_arguments, _of_components, _attention_arguments):
         for argument, why in reason(signature, arguments, wanted):
             raise ConfigurationError(f"{argument}={quoted(arguments[argument])} does nothing in {signature.name}{why}")
 
@@ -107,7 +107,7 @@ def _guidance_parts(signature: CallSignature, arguments: Mapping[str, Any], want
         yield parts[0], f" at {scale}={signature.value(scale, arguments)}; use {way}, or leave it out"
 
 
-def _beside_others(signature: CallSignature, arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> _Found:
+def _dependent_arguments(signature: CallSignature, arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> _Found:
     for name in wanted:
         needed, other = _NEEDS.get(name, ""), _INSTEAD_OF.get(name, "")
         if needed in signature.parameters and not signature.value(needed, arguments):
