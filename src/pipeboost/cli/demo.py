@@ -86,17 +86,17 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
 
 def _load(hardware: Hardware) -> tuple[Any, Callable[..., float]]:
     weights = demo_weights()
-    try:
-        from pipeboost.demo_model.score import score_images
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
-            raise
-        raise MissingPackageError(
-            f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
-        ) from error
-    from diffusers import FluxPipeline
-
     with quiet_libraries():
+        try:
+            from pipeboost.demo_model.score import score_images
+        except ImportError as error:
+            if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
+                raise
+            raise MissingPackageError(
+                f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
+            ) from error
+        from diffusers import FluxPipeline
+
         pipe = FluxPipeline.from_pretrained(str(weights), local_files_only=True).to(hardware.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, score_images
