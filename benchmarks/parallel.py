@@ -168,7 +168,7 @@ def denoiser(
         return pipe.transformer(**inputs)[0]
 
     def timed() -> tuple[float, float, Any]:
-        """Milliseconds of a step, those that a loop takes beside its steps, and an output."""
+        """Milliseconds of a step, those that a loop takes outside its steps, and an output."""
         if branches == 1:
             timing, output = time_runs(forward, device, repeats=7, warm_ups=4)
             return max(everywhere(timing.median)), 0.0, output

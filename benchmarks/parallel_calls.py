@@ -5,7 +5,7 @@
 Full-size pipelines with encoders and VAE, random weights (`benchmarks.full_pipelines`). Each variant makes a short call
 first, which compiles and connects; then one is timed, with a new prompt, so that its text is encoded; then nine of one
 step, each with a new prompt, whose encoding has a median. What runs on one GPU runs on every rank at the same time;
-times are those of the first rank. Peak memory is that of each rank, beside the weights that it holds.
+times are those of the first rank. Peak memory is that of each rank, on top of the weights that it holds.
 """
 
 import argparse

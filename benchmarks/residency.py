@@ -2,7 +2,7 @@
 
     python -m benchmarks.residency --output benchmarks/results [--parts activations peaks resident capped wan]
 
-Parts: `activations` measures what the stages of FLUX take beside the weights, `wan` the same of Wan (both print the
+Parts: `activations` measures what the stages of FLUX take on top of the weights, `wan` the same of Wan (both print the
 `Activations` for `patches/`); `peaks` compares predicted and measured peaks; `resident` times "auto" with room for
 everything against no policy; `capped` times stock's `enable_model_cpu_offload` and its streamed group offload against
 ours with 24 GiB. Everything is measured in one run. On a machine without a GPU, `--small` goes through the motions.
@@ -89,7 +89,7 @@ class Run:
         self._activations: Activations | None = None
 
     def activations(self) -> dict[str, Any]:
-        """What the stages of FLUX take beside the weights, at two sizes."""
+        """What the stages of FLUX take on top of the weights, at two sizes."""
         found, self._activations = self._measured(self._pipe(), FLUX_SIZES)
         return found
 
@@ -215,7 +215,7 @@ class Run:
         return {"seconds": seconds, "peak_gib": _peak(self._device) / GIB}
 
     def _measured(self, pipe: Any, sizes: tuple[Sizes, Sizes]) -> tuple[dict[str, Any], Activations]:
-        """Each stage's peak beside the weights, and the lines through two sizes."""
+        """Each stage's peak on top of the weights, and the lines through two sizes."""
         weights = bytes_on(self._device, placed_components(pipe).values())
         tables = {size: self._stage_peaks(pipe, size, weights) for size in sizes}
         large, small = (tables[size] for size in sizes)
@@ -239,7 +239,7 @@ class Run:
         return {"weights": weights, "bytes_beside_weights": described, "declare": repr(activations)}, activations
 
     def _stage_peaks(self, pipe: Any, size: Sizes, weights: int) -> dict[str, int]:
-        """Peak bytes beside the weights from one stage's door to the next one's."""
+        """Peak bytes on top of the weights, from one stage's start to the next one's."""
         self._call(pipe, size, steps=1)  # workspaces that stay
         peaks = dict.fromkeys(STAGES, 0)
         running = [STAGES[0]]

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
-from pipeboost import accelerate_pipeline
+from pipeboost import GeneratedVideo, accelerate_pipeline
 from pipeboost.distributed import local_device
-from pipeboost.generate.writing import write_video
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model-path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="a hub id or a folder")
@@ -26,4 +25,5 @@ pipe = WanPipeline.from_pretrained(path, torch_dtype=torch.bfloat16 if device.ty
 accelerate_pipeline(pipe)
 frames = pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).frames[0]
 if os.environ.get("RANK", "0") == "0":
-    write_video((frames * 255).round().astype("uint8"), out, fps=16)
+    pixels = (frames * 255).round().astype("uint8")
+    GeneratedVideo(prompt=call["prompt"], seed=0, report=pipe.acceleration.report(), frames=pixels, fps=16).save(out)

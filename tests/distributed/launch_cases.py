@@ -124,4 +124,4 @@ def refusing(alone: int) -> None:
         time.sleep(600)
 
     generate.run_generate = run_generate
-    generate._on_rank(None, {})
+    generate._on_rank(None, [], {})

@@ -66,6 +66,9 @@ def stored(tmp_path_factory):
     [
         (["plan", "flux.1-dev", "--quality", "perfect"], "quality='perfect' is not allowed; use one of 'exact'"),
         (["plan", "flux.1-dev", "--device", "tpu"], "device='tpu' is not allowed; use one of 'auto', 'cpu', 'cuda'"),
+        (["plan", "flux.1-dev", "--num-gpus", 0], "--num-gpus 0 must be at least 1"),
+        (["plan", "flux.1-dev", "--tp-size", 5, "--device", "cpu"], "tensor=5 does not divide the heads"),
+        (["plan", ""], "model='' is empty; leave it out or name a path"),
         (["plan", "nothing"], "'nothing' is neither a folder, nor a hub id, nor one of flux.1-dev"),
         (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
         (["demo", "--device", "tpu"], "device='tpu' is not allowed"),
@@ -110,11 +113,11 @@ def test_a_damaged_pipeline_is_refused_by_plan(refused, stored, tmp_path, file, 
 
 
 def test_plan_takes_the_dtype_that_is_stored_and_reads_no_weights(stored, tmp_path):
-    made = plan_of(str(stored), quality=None, hardware=detect_hardware("cpu"))
+    made = plan_of(str(stored), hardware=detect_hardware("cpu"))
     assert made.model.dtype == torch.bfloat16
     assert made.family.name == "flux"
     bare = shutil.copytree(stored, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    assumed = plan_of(str(bare), quality=None, hardware=detect_hardware("cpu"))
+    assumed = plan_of(str(bare), hardware=detect_hardware("cpu"))
     assert "weights of all components in bfloat16, as no file tells," in str(assumed)
     assert assumed.decisions == made.decisions
 
@@ -125,7 +128,7 @@ def test_plan_of_a_hub_id_fetches_everything_but_weights(stored, monkeypatch):
         return str(stored)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    plans = [plan_of(m, quality=None, hardware=detect_hardware("cpu")) for m in ("someone/model", str(stored))]
+    plans = [plan_of(m, hardware=detect_hardware("cpu")) for m in ("someone/model", str(stored))]
     assert str(plans[0]) == str(plans[1])
 
 
@@ -156,8 +159,8 @@ def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
 def test_plan_weighs_a_ranks_own_share(tmp_path):
     config = tmp_path / "settings.yaml"
     config.write_text("parallel: {tensor: 4}\noffload: off\n")
-    whole = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"))
-    shared = plan_of("flux.1-dev", quality=None, hardware=detect_hardware("cpu"), config=config, ranks=4)
+    whole = plan_of("flux.1-dev", hardware=detect_hardware("cpu"))
+    shared = plan_of("flux.1-dev", hardware=detect_hardware("cpu"), config=config, ranks=4)
     assert whole.model.weights / 4 < shared.model.weights < 0.26 * whole.model.weights  # biases of rows stay whole
     assert "this rank's share" in str(shared)
 
@@ -172,13 +175,16 @@ def test_plan_weighs_a_ranks_own_share(tmp_path):
     ],
 )
 def test_plan_tells_the_layout_of_several_gpus_without_any(model, ranks, line):
-    assert line in str(plan_of(model, quality=None, hardware=detect_hardware("cpu"), ranks=ranks))
+    assert line in str(plan_of(model, hardware=detect_hardware("cpu"), ranks=ranks))
 
 
-def test_plan_knows_a_published_size(pipeboost):
-    code, out, _ = pipeboost("plan", "wan2.1-1.3b", "--device", "cpu")
+def test_plan_takes_the_flags_of_generate(pipeboost):
+    flags = ["--tier", "exact", "--num-gpus", 4, "--ring-degree", 4, "--offload", "stage", "--no-compile"]
+    code, out, _ = pipeboost("plan", "flux.1-dev", "--device", "cpu", *flags[2:])
     assert code == 0
-    assert "WanPipeline" in out
+    assert "ring=4" in out
+    assert "compile   off: turned off" in out
+    assert "ring=4 changes rounding" in pipeboost("plan", "flux.1-dev", "--device", "cpu", *flags)[2]
 
 
 def test_doctor_prints_every_attention_kernel_and_whether_it_runs_in_80_columns(pipeboost, monkeypatch):
@@ -207,7 +213,7 @@ def test_doctor_says_how_several_devices_are_linked_and_names_packages_that_exis
 def test_an_output_that_is_a_file_is_refused_before_any_work(refused, tmp_path, monkeypatch, command):
     monkeypatch.setattr(demo, "_load", lambda hardware: pytest.fail("loaded"))
     monkeypatch.setattr(bench, "measure_sizes", lambda *args, **kwargs: pytest.fail("measured"))
-    monkeypatch.setattr(bench, "_require_room", lambda size, hardware: None)
+    monkeypatch.setattr(bench, "parameter_count", lambda size: 0)
     file = tmp_path / "taken"
     file.write_text("")
     assert f"--output {file} cannot be made a folder" in refused(*command, "--device", "cpu", "--output", file)
@@ -337,9 +343,18 @@ def test_a_full_disk_under_stdout_is_one_line():
     assert (ended.returncode, ended.stderr) == (2, "pipeboost: the output cannot be written: No space left on device\n")
 
 
-@pytest.mark.parametrize("words", [["plan"], ["demo", "--stepz", "1"], ["bench", "x", "--repeats", "many"]])
-def test_a_wrong_flag_of_any_command_is_one_line(refused, words):
+WRONG_WORDS = [["plan"], ["demo", "--stepz", "1"], ["bench", "x", "--repeats", "many"], ["generatee"], ["--version"]]
+
+
+@pytest.mark.parametrize("words", WRONG_WORDS, ids=str)
+def test_a_wrong_flag_or_command_is_one_line(refused, words):
     assert refused(*words).startswith("pipeboost: ")
+
+
+def test_without_a_command_the_help_is_shown(pipeboost):
+    code, out, err = pipeboost()
+    assert (code, err) == (2, "")
+    assert "generate" in out
 
 
 def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):

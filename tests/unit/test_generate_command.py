@@ -15,7 +15,7 @@ from pipeboost.cli import generate as command
 from pipeboost.cli import generate_output
 from pipeboost.core.errors import PipeboostError
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
-from pipeboost.generate import writing
+from pipeboost.generate import outputs, writing
 from pipeboost.runner import Calls
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
@@ -214,7 +214,7 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--output-path", "/proc/a"], "/proc/a cannot be made a folder"),
         (["--call", "a=2020-99-99"], "the value is not valid YAML: month must be in 1..12"),
         (["--prompt", "fox \udcff"], "is not text in UTF-8"),
-        (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a number"),
+        (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a finite number"),
         (["--image-path", "http://[::1"], "image http://[::1 cannot be fetched: Invalid IPv6 URL"),
     ],
 )
@@ -234,7 +234,7 @@ def test_an_image_for_a_text_only_model_and_a_damaged_one_are_refused(refused, t
 
 def test_offload_and_device_reach_the_settings(generate, monkeypatch):
     seen = []
-    monkeypatch.setattr(command, "run_generate", lambda settings, **_: seen.append(settings))
+    monkeypatch.setattr(command, "run_generate", lambda settings, *_, **__: seen.append(settings))
     generate("--offload", "layerwise", "--device", "cpu")
     assert (seen[0].acceleration.offload, seen[0].device) == (OffloadConfig("layerwise"), "cpu")
 
@@ -314,14 +314,14 @@ def test_a_home_is_found_in_the_paths_of_flags(made, tmp_path, monkeypatch):
 
 def test_where_the_report_fails_too_the_first_failure_is_told(generate, monkeypatch):
     count = iter(range(9))
-    write = writing.write_whole
+    write = outputs.write_whole
 
     def full(path: Path, *rest: object, **settings: object) -> Path:
         if next(count) > 0:
             raise PipeboostError(f"{path.name} cannot be written: the disk is full")
         return write(path, *rest, **settings)
 
-    monkeypatch.setattr(writing, "write_whole", full)
+    monkeypatch.setattr(outputs, "write_whole", full)
     monkeypatch.setattr(generate_output, "write_whole", full)
     result = generate("--prompt", "a", "--prompt", "b")
     assert (result.code, result.err) == (
@@ -404,14 +404,14 @@ def test_a_config_file_may_say_save_output_true_and_begin_with_a_byte_order_mark
 
 
 def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch):
-    make = writing.tempfile.mkstemp
+    replace = os.replace
 
-    def fill_the_disk(*, prefix: str, **settings: object) -> tuple[int, str]:
-        if prefix == ".c-seed3-":
+    def fill_the_disk(source: Path, target: Path) -> None:
+        if target.name == "c-seed3.png":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return make(prefix=prefix, **settings)
+        replace(source, target)
 
-    monkeypatch.setattr(writing.tempfile, "mkstemp", fill_the_disk)
+    monkeypatch.setattr(writing.os, "replace", fill_the_disk)
     result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
     assert (result.code, result.err.count("\n"), result.out.count(".png")) == (2, 1, 2)
     assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from pipeboost.quality.timing import WARM_UPS, peak_memory, synchronize, time_ru
 
 _MINIMUM_REPEATS = 5
 _CALLS = 3
-_CALL_SECONDS = 20.0
 
 
 def benchmark(
@@ -88,32 +87,29 @@ def check_counts(*, repeats: int, steps: int) -> None:
 
 @dataclass
 class _Applied:
-    """A variant in place: how it runs, in words, and the context its forwards need."""
+    """A variant in place: how it runs, and the context that its forwards need."""
 
-    what: str = ""
+    what: str
     opened: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
+@dataclass
 class _Session:
-    def __init__(
-        self,
-        size: FullSize,
-        device: torch.device,
-        accelerate: Callable[..., Any],
-        repeats: int,
-        steps: int,
-        report: Callable[[str], None],
-    ) -> None:
-        self.size = size
-        self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.accelerate = accelerate
-        self.repeats = repeats
-        self.steps = steps
-        self.report = lambda text: report(f"{size.name}: {text}")
-        self.reference: torch.Tensor | None = None
-        self.repeatable = False
+    size: FullSize
+    device: torch.device
+    accelerate: Callable[..., Any]
+    repeats: int
+    steps: int
+    log: Callable[[str], None]
+    reference: torch.Tensor | None = None
+    repeatable: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self._build()
+
+    def report(self, text: str) -> None:
+        self.log(f"{self.size.name}: {text}")
 
     def run(self, tiers: Sequence[str], command: str) -> BenchmarkResult:
         size, device = self.size, self.device
@@ -126,19 +122,18 @@ class _Session:
         tuned, floor, backends = self._tuned()
 
         bound_ms = ceilings.bound_ms(work)
-        variants = []
-        for variant in (stock, tuned, *ours):
-            if variant.median_ms is not None and stock.median_ms is not None:
-                variant = replace(
-                    variant,
-                    speedup=stock.median_ms / variant.median_ms,
-                    speedup_over_tuned=None if tuned.median_ms is None else tuned.median_ms / variant.median_ms,
-                    tflops=work.flops / variant.median_ms / 1e9,
-                    share_of_bound=bound_ms / variant.median_ms,
-                )
-            variants.append(variant)
-        main = work.main_attention
-        shape = () if main is None else (main.batch, main.heads, main.queries, main.keys, main.head_dim)
+
+        def rated(variant: Variant) -> Variant:
+            if variant.median_ms is None or stock.median_ms is None:
+                return variant
+            return replace(
+                variant,
+                speedup=stock.median_ms / variant.median_ms,
+                speedup_over_tuned=None if tuned.median_ms is None else tuned.median_ms / variant.median_ms,
+                tflops=work.flops / variant.median_ms / 1e9,
+                share_of_bound=bound_ms / variant.median_ms,
+            )
+
         return BenchmarkResult(
             model=size.name,
             workload=size.workload,
@@ -155,16 +150,13 @@ class _Session:
             steps=self.steps,
             gemm_flops=work.gemm_flops,
             attention_flops=work.attention_flops,
-            attention_shape=shape,
-            gemm_ceiling=ceilings.gemm,
-            gemm_ceiling_size=ceilings.gemm_size,
-            attention_ceiling=ceilings.attention,
-            attention_ceiling_kernel=ceilings.attention_kernel,
+            attention_shape=tuple(work.main_attention or ()),
+            **asdict(ceilings),
             bound_ms=bound_ms,
             noise_floor=floor.relative_error,
             noise_floor_max=floor.max_error,
             stock_backends=backends,
-            variants=tuple(variants),
+            variants=tuple(map(rated, (stock, tuned, *ours))),
         )
 
     def _build(self) -> None:
@@ -184,7 +176,7 @@ class _Session:
                 f"{self.size.transformer} gives a constant or non-finite output with random weights, so no error to "
                 "it can be measured; use another configuration"
             )
-        self.repeatable = torch.equal(sample, self._sample(self._forward()))
+        self.repeatable = torch.equal(sample, self._sample())
         return replace(stock, relative_error=0.0, max_error=0.0)
 
     def _ours(self, tier: str) -> Variant:
@@ -219,7 +211,7 @@ class _Session:
         model = self.pipe.transformer
         assert self.reference is not None
         with tuned_stock.cold_compile_caches(), tuned_stock.stock_compile(model, fullgraph=True):
-            sample = self._sample(self._forward())
+            sample = self._sample()
         largest = float((sample - self.reference).abs().max())
         return Variant("noise floor", relative_error=relative_error(sample, self.reference), max_error=largest)
 
@@ -254,7 +246,7 @@ class _Session:
         if not self.repeatable or self.reference is None:
             return None
         try:
-            return torch.equal(self.reference, self._sample(self._forward()))
+            return torch.equal(self.reference, self._sample())
         except Exception:
             self.report(f"stock does not run any more\n{traceback.format_exc()}")
             return False
@@ -307,17 +299,13 @@ class _Session:
         if not self.steps:
             return ()
         self.report(f"{name}: calls of {self.steps} steps")
-        self.pipe(**call_arguments(self.pipe, self.inputs, steps=min(2, self.steps)))
-        seconds: list[float] = []
-        while len(seconds) < _CALLS and sum(seconds) < _CALL_SECONDS:
-            arguments = call_arguments(self.pipe, self.inputs, steps=self.steps)
-            synchronize(self.device)
-            start = time.perf_counter()
-            self.pipe(**arguments)
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return tuple(seconds)
 
-    @staticmethod
-    def _sample(output: torch.Tensor) -> torch.Tensor:
-        return output.detach().double().cpu()
+        def call(steps: int) -> None:
+            self.pipe(**call_arguments(self.pipe, self.inputs, steps=steps))
+
+        call(min(2, self.steps))
+        timing, _ = time_runs(functools.partial(call, self.steps), self.device, repeats=_CALLS, warm_ups=0)
+        return tuple(each / 1e3 for each in timing.milliseconds)
+
+    def _sample(self, output: torch.Tensor | None = None) -> torch.Tensor:
+        return (self._forward() if output is None else output).detach().double().cpu()

@@ -118,17 +118,13 @@ class BenchmarkResult:
         device = re.sub(r"^nvidia ", "", self.hardware.split(" (")[0].lower())
         return f"{self.model}_{re.sub(r'[^a-z0-9]+', '-', device).strip('-')}_{self.date}"
 
-    def to_json(self) -> str:
-        """All fields."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write the JSON and the Markdown file into `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = (folder / f"{self.file_name}.json", folder / f"{self.file_name}.md")
-        for path, text in zip(paths, (self.to_json(), self.to_markdown()), strict=True):
-            path.write_text(text, encoding="utf-8")
-        return paths
+        data, report = (folder / f"{self.file_name}.{suffix}" for suffix in ("json", "md"))
+        data.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        report.write_text(self.to_markdown(), encoding="utf-8")
+        return data, report
 
     def table(self) -> str:
         """The Markdown table of the variants, with the noise floor under it."""
@@ -142,13 +138,11 @@ class BenchmarkResult:
             if variant.error is not None:
                 rows.append([variant.name, f"failed: {variant.error}".replace("|", "/"), *[""] * (len(head) - 2)])
                 continue
-            times = variant.milliseconds
-            spread = f"{variant.median_ms:.1f} ({min(times):.1f}–{max(times):.1f})"
-            call = sorted(variant.call_seconds)
+            times, call = variant.milliseconds, sorted(variant.call_seconds)
             rows.append(
                 [
                     variant.name,
-                    spread,
+                    f"{variant.median_ms:.1f} ({min(times):.1f}–{max(times):.1f})",
                     _shown(variant.speedup, ".2f", "x"),
                     _shown(variant.speedup_over_tuned, ".2f", "x"),
                     _shown(variant.tflops, ".3g"),

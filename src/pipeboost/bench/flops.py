@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -13,21 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """The shape of one attention call.
-
-    Attributes:
-        batch, heads, queries, keys, head_dim: as the kernel sees them.
-        masked: whether a mask came with it. Masked positions count as work: stock computes them.
-    """
+class AttentionShape(NamedTuple):
+    """The shape of one attention call. What a mask hides counts as work: stock computes it."""
 
     batch: int
     heads: int
     queries: int
     keys: int
     head_dim: int
-    masked: bool
 
     @property
     def flops(self) -> int:
@@ -85,9 +78,7 @@ class _AttentionCounter(TorchFunctionMode):
             return self._count(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _count(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def _count(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         batch, heads, queries, head_dim = query.shape
-        self.calls[AttentionShape(batch, heads, queries, key.shape[2], head_dim, attn_mask is not None)] += 1
+        self.calls[AttentionShape(batch, heads, queries, key.shape[2], head_dim)] += 1
         return query.new_zeros(batch, heads, queries, value.shape[3])

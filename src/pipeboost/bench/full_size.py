@@ -59,8 +59,13 @@ def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) 
     import diffusers
 
     transformer_class = getattr(diffusers, size.transformer)
-    with seeded(device), _default_dtype(dtype), torch.device(device):
-        transformer = transformer_class(**size.config)
+    before = torch.get_default_dtype()
+    with seeded(device), torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            transformer = transformer_class(**size.config)
+        finally:
+            torch.set_default_dtype(before)
     transformer.eval().requires_grad_(False)
     kept = transformer_class._keep_in_fp32_modules or ()
     for name, parameter in transformer.named_parameters():
@@ -123,13 +128,3 @@ def seeded(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(_SEED)
         yield
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeboost.bench.flops import AttentionShape, Work
+from pipeboost.core.hardware import detect_hardware
+from pipeboost.kernels import KERNELS, refuses, unavailable_reason
 from pipeboost.quality.timing import time_runs
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
+_KERNELS = ("sdpa", "cudnn", "flash2", "flash3", "flash4")
 _REPEATS = 10
 
 
@@ -23,20 +21,20 @@ class Ceilings:
     """Measured rates in FLOP/s.
 
     Attributes:
-        gemm: of a square matrix product of `gemm_size`, random data.
-        gemm_size: its side.
-        attention: of the fastest kernel at the model's main attention shape, without a mask.
-        attention_kernel: its name.
+        gemm_ceiling: of a square matrix product, random data.
+        gemm_ceiling_size: its side.
+        attention_ceiling: of the fastest kernel at the model's main attention shape, without a mask.
+        attention_ceiling_kernel: its name.
     """
 
-    gemm: float
-    gemm_size: int
-    attention: float
-    attention_kernel: str
+    gemm_ceiling: float
+    gemm_ceiling_size: int
+    attention_ceiling: float
+    attention_ceiling_kernel: str
 
     def bound_ms(self, work: Work) -> float:
         """The time in which `work` would be done with every operation at its ceiling, and nothing else to do."""
-        return (work.gemm_flops / self.gemm + work.attention_flops / self.attention) * 1e3
+        return (work.gemm_flops / self.gemm_ceiling + work.attention_flops / self.attention_ceiling) * 1e3
 
 
 def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -55,44 +53,23 @@ def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) ->
 def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     """Name and median milliseconds of the fastest kernel that runs."""
     times: dict[str, float] = {}
-    failures = []
-    for name, (attention, layout) in _kernels(device).items():
-        sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
-        query = torch.randn([{**sizes, "tokens": shape.queries}[dim] for dim in layout], device=device, dtype=dtype)
-        key, value = (
-            torch.randn([{**sizes, "tokens": shape.keys}[dim] for dim in layout], device=device, dtype=dtype)
-            for _ in range(2)
-        )
+    failures, hardware = [], detect_hardware(device)
+    query, key, value = (
+        torch.randn(shape.batch, tokens, shape.heads, shape.head_dim, device=device, dtype=dtype)
+        for tokens in (shape.queries, shape.keys, shape.keys)
+    )
+    for name in _KERNELS:
+        kernel = KERNELS[name]
+        if unavailable_reason(kernel, hardware) or refuses(
+            kernel, device=device.type, dtype=dtype, head_dim=shape.head_dim, mask="none"
+        ):
+            continue
         try:
-            timing, _ = time_runs(lambda: attention(query, key, value), device, repeats=_REPEATS)  # noqa: B023
+            timing, _ = time_runs(partial(kernel.function, query, key, value), device, repeats=_REPEATS)
+            times[name] = timing.median
         except RuntimeError as error:
             failures.append(f"{name}: {error}")
-            continue
-        times[name] = timing.median
     if not times:
         raise RuntimeError(f"no attention kernel runs at {shape}: {'; '.join(failures)}")
     fastest = min(times, key=lambda name: times[name])
     return fastest, times[fastest]
-
-
-def _kernels(device: torch.device) -> dict[str, tuple[Attention, tuple[str, ...]]]:
-    """Kernels by name, each with the order of dimensions it takes."""
-    heads_first = ("batch", "heads", "tokens", "head_dim")
-    kernels: dict[str, tuple[Attention, tuple[str, ...]]] = {"sdpa": (F.scaled_dot_product_attention, heads_first)}
-    if device.type == "cuda":
-        kernels["sdpa-cudnn"] = (_sdpa_with(SDPBackend.CUDNN_ATTENTION), heads_first)
-        kernels["sdpa-flash"] = (_sdpa_with(SDPBackend.FLASH_ATTENTION), heads_first)
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        if hopper and importlib.util.find_spec("fa3_fwd_interface") is not None:
-            from fa3_fwd_interface import flash_attn_func
-
-            kernels["flash3"] = (flash_attn_func, ("batch", "tokens", "heads", "head_dim"))
-    return kernels
-
-
-def _sdpa_with(backend: SDPBackend) -> Attention:
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attention

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
 
-from pipeboost.core.errors import PipeboostError, RankFailedError, one_line
+from pipeboost.core.errors import PipeboostError, RankFailedError, one_line, shortened
 
 STOPPED = 130
 """The exit code of what Ctrl-C has ended."""
@@ -24,44 +24,46 @@ STOPPED = 130
 def main() -> None:
     """Run the command line. Whatever goes wrong is one line on stderr.
 
-    Exit codes: 2 for what the user can mend, 3 for a fault of ours, whose traceback is in a file that the line names,
+    Exit codes: 2 for mistakes of the user, 3 for an internal error, whose traceback is in a file that the line names,
     130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    usage_error: Any = ()
     try:
         with _stopped_at_once():
             import_module("pipeboost.acceleration")  # which takes seconds, and every command needs it
+            import typer
+
             from pipeboost.cli.app import app
+        usage_error = typer.BadParameter.__base__  # Typer exports this one; its base is that of them all
         try:
-            app(prog_name="pipeboost")
+            code = app(prog_name="pipeboost", standalone_mode=False) or 0
+        except typer.Abort:  # which versions of Typer make of Ctrl-C
+            code = STOPPED
         finally:
             sys.stdout.flush()
-    except SystemExit as ended:
-        # A command that has something to keep tells so by itself.
-        if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
-            _say("stopped")
-        raise
+        if code == STOPPED:
+            _print_error("stopped")
+        raise SystemExit(code)
+    except usage_error as error:
+        if not (text := shortened(error.format_message())):  # the help was shown
+            raise SystemExit(2) from None
+        _fail(text, "", 2)
     except RankFailedError as error:
         trace = error.traceback
         _fail(str(error).partition("\n")[0], trace, 3 if trace or error.signal else 2)
     except PipeboostError as error:
         _fail(str(error), "", 2)
-    except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
             # Nothing that is left in the stream's buffer may fail again as the process ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if error.errno == errno.EPIPE:  # whoever read it has seen enough
                 raise SystemExit(1) from None
             _fail(f"the output cannot be written: {error.strerror}", "", 2)
-        _fail_of_ours(error)
-    except Exception as error:
-        _fail_of_ours(error)
-
-
-def _fail_of_ours(error: Exception) -> NoReturn:
-    _fail(f"{type(error).__name__}: {one_line(error)}", "".join(traceback.format_exception(error)), 3)
+        _fail(f"{type(error).__name__}: {one_line(error)}", "".join(traceback.format_exception(error)), 3)
 
 
 def _fail(line: str, trace: str, code: int) -> NoReturn:
@@ -73,11 +75,11 @@ def _fail(line: str, trace: str, code: int) -> NoReturn:
             where = f" (please report it; the traceback is in {file.name})"
         except OSError:
             line = f"{line}\n{trace}"
-    _say(line + where)
+    _print_error(line + where)
     raise SystemExit(code) from None
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"pipeboost: {line}", file=sys.stderr, flush=True)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeboost.cli.generate_flags import Command, GenerateCommand, generate
+from pipeboost.cli.flags import Acceleration, Device, with_acceleration
+from pipeboost.cli.generate_flags import GenerateCommand, generate
 
 app = typer.Typer(
     help="pipeboost: one line gives a stock Diffusers pipeline the speed of a dedicated engine.",
@@ -15,17 +16,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Quality = Annotated[
-    str | None, typer.Option("--quality", "--tier", help="exact, lossless, balanced or fast; else as the settings say")
-]
+app.command(cls=GenerateCommand)(with_acceleration(generate))
 
 
-@app.command(cls=Command)
+@app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="denoising steps per image")] = 28,
     output: Annotated[Path, typer.Option(help="folder for the picture and the images")] = Path("demo_output"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Stock and accelerated images of the model we ship, side by side, with times."""
     from pipeboost.cli.demo import run_demo
@@ -33,24 +31,21 @@ def demo(
     run_demo(steps=steps, output=output, device=device)
 
 
-app.command(cls=GenerateCommand)(generate)
-
-
-@app.command(cls=Command)
+@app.command()
+@with_acceleration
 def plan(
     model: Annotated[str, typer.Argument(help="folder of a Diffusers pipeline, a hub id, or a size bench knows")],
-    quality: Quality = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    acceleration: Acceleration,
+    device: Device = "auto",
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings")] = None,
-    num_gpus: Annotated[int, typer.Option(help="devices like this one that would share the work")] = 1,
 ) -> None:
     """What accelerate_pipeline would do to a model on this machine, without loading its weights."""
     from pipeboost.cli.plan import print_plan
 
-    print_plan(model, quality=quality, device=device, config=config, ranks=num_gpus)
+    print_plan(model, device=device, config=config, ranks=acceleration.ranks, **acceleration.settings)
 
 
-@app.command(cls=Command)
+@app.command()
 def doctor() -> None:
     """What is installed, what this device could use, and how to install what is missing."""
     from pipeboost.cli.doctor import print_diagnosis
@@ -58,18 +53,17 @@ def doctor() -> None:
     print_diagnosis()
 
 
-@app.command(cls=Command)
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
     tier: Annotated[list[str] | None, typer.Option(help="quality tier to measure; may be given several times")] = None,
     steps: Annotated[int, typer.Option(help="also time a denoising loop of this many steps; 0: not")] = 0,
     repeats: Annotated[int, typer.Option(help="timed forwards per variant")] = 7,
     output: Annotated[Path, typer.Option(help="folder for the JSON and Markdown results")] = Path("benchmarks/results"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Full-size random weights: stock, tuned stock and ours in one run, with errors and shares of the bound."""
     from pipeboost.cli.bench import run_bench
 
-    raise typer.Exit(
-        run_bench(models, tiers=tier or ["lossless"], steps=steps, repeats=repeats, output=output, device=device)
-    )
+    code = run_bench(models, tiers=tier or ["lossless"], steps=steps, repeats=repeats, output=output, device=device)
+    raise typer.Exit(code)

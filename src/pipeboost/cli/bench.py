@@ -6,19 +6,16 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
+from pipeboost.acceleration import accelerate_pipeline
 from pipeboost.bench.benchmark import benchmark, check_counts
-from pipeboost.bench.benchmark_result import BenchmarkResult
 from pipeboost.bench.full_size import full_size_named, full_sizes, parameter_count
 from pipeboost.core.config import TIERS
 from pipeboost.core.errors import ConfigurationError, not_one_of
 from pipeboost.core.families import FullSize
-from pipeboost.core.hardware import Hardware, detect_hardware, device_type
+from pipeboost.core.hardware import detect_hardware, device_type
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.quality.tuned_stock import forget_compiled
 
@@ -56,48 +53,17 @@ def run_bench(
             raise not_one_of("tier", tier, TIERS)
     check_counts(repeats=repeats, steps=steps)
     hardware = detect_hardware(device_type(device))
+    dtype, itemsize = ("bf16", 2) if hardware.device == "cuda" else ("fp32", 4)
     for size in sizes:
-        _require_room(size, hardware)
+        if (needed := itemsize * parameter_count(size)) > hardware.memory:
+            raise ConfigurationError(
+                f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
+                "smaller size of `pipeboost bench list` or a device with more memory"
+            )
     output = user_path(output, "--output")
     make_folder(output, f"--output {output}")
     return measure_sizes(
         sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
-    )
-
-
-def _require_room(size: FullSize, hardware: Hardware) -> None:
-    dtype, itemsize = ("bf16", 2) if hardware.device == "cuda" else ("fp32", 4)
-    needed = itemsize * parameter_count(size)
-    if needed > hardware.memory:
-        raise ConfigurationError(
-            f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
-            "smaller size of `pipeboost bench list` or a device with more memory"
-        )
-
-
-def run_benchmark(
-    size: FullSize,
-    *,
-    tiers: Sequence[str],
-    repeats: int,
-    steps: int,
-    device: str,
-    report: Callable[[str], None],
-) -> BenchmarkResult:
-    """Measure one size with `accelerate_pipeline`; see `pipeboost.bench.benchmark.benchmark`."""
-    from pipeboost.acceleration import accelerate_pipeline
-
-    words = ["pipeboost", "bench", size.name, *(word for tier in tiers for word in ("--tier", tier))]
-    words += ["--steps", str(steps), "--repeats", str(repeats), "--device", device]
-    return benchmark(
-        size,
-        accelerate=accelerate_pipeline,
-        tiers=tiers,
-        repeats=repeats,
-        steps=steps,
-        device=device,
-        report=report,
-        command=shlex.join(words),
     )
 
 
@@ -110,54 +76,41 @@ def measure_sizes(
     output: Path,
     device: str,
 ) -> int:
-    """Measure each size and write its files as soon as it is done.
+    """Measure each size with `accelerate_pipeline`, and write its files as soon as it is done.
 
     Returns:
         0 where everything could be measured, else 1; what could not is printed and does not stop the rest.
     """
     failures: list[str] = []
+    start = time.perf_counter()
     for size in sizes:
-        result = None
-        with _Progress() as progress:
-            try:
-                result = run_benchmark(
-                    size, tiers=tiers, repeats=repeats, steps=steps, device=device, report=progress.report
-                )
-            except Exception as error:
-                failures.append(f"{size.name}: {type(error).__name__}: {error}")
-                traceback.print_exc()
-        forget_compiled()
-        if result is None:
+        words = ["pipeboost", "bench", size.name, *(word for tier in tiers for word in ("--tier", tier))]
+        words += ["--steps", str(steps), "--repeats", str(repeats), "--device", device]
+        try:
+            result = benchmark(
+                size,
+                accelerate=accelerate_pipeline,
+                tiers=tiers,
+                repeats=repeats,
+                steps=steps,
+                device=device,
+                report=lambda text: _log(f"[{time.perf_counter() - start:6.1f} s] {text}"),
+                command=shlex.join(words),
+            )
+        except Exception as error:
+            failures.append(f"{size.name}: {type(error).__name__}: {error}")
+            traceback.print_exc()
             continue
+        finally:
+            forget_compiled()
         paths = result.write(output)
         failures += [f"{size.name}: {failure}" for failure in result.failures]
-        print(f"\n{size.name} on {result.hardware}, {size.workload}\n\n{result.table()}\n", flush=True)
+        print(f"\n{size.name} on {result.hardware}, {size.workload}\n\n{result.table()}\n")
         print("written: " + ", ".join(str(path) for path in paths) + "\n", flush=True)
     for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr, flush=True)
+        _log(f"failed: {failure}")
     return 1 if failures else 0
 
 
-class _Progress:
-    """Where the work is: a live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._status = console.status("starting") if console.is_terminal else None
-        self._start = time.perf_counter()
-
-    def report(self, text: str) -> None:
-        line = f"[{time.perf_counter() - self._start:6.1f} s] {text}"
-        if self._status is not None and "\n" not in text:
-            self._status.update(escape(line))
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

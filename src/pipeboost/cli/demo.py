@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
 from pipeboost.cli.picture import picture_grid
@@ -24,12 +24,9 @@ from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
 from pipeboost.core.hardware import Hardware, detect_hardware, device_type
 from pipeboost.core.user_files import make_folder, user_path
+from pipeboost.demo_model.prompts import DEMO_CALL, DEMO_PROMPTS
 from pipeboost.generate.loading import demo_weights
-from pipeboost.generate.writing import write_image
 from pipeboost.quality import psnr
-
-PIXELS = 128
-TEXT_TOKENS = 64
 
 
 @dataclass
@@ -62,79 +59,70 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     output = user_path(output, "--output")
     make_folder(output, f"--output {output}")
     console = Console()
-    pipe, prompts, score = _load(hardware)
-    variants = _variants(hardware)
-    console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(prompts)} prompts, {steps} steps, {PIXELS}x{PIXELS}")
+    pipe, score = _load(hardware)
+    size = f"{DEMO_CALL['width']}x{DEMO_CALL['height']}"
+    console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(DEMO_PROMPTS)} prompts, {steps} steps, {size}")
     runs: list[Run] = []
     with Progress(
         TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
-        for name, settings in variants:
-            task = progress.add_task(name, total=(len(prompts) + 1) * steps)
-            runs.append(_draw(pipe, name, settings, prompts, steps, partial(progress.advance, task)))
-    _print_table(console, runs, [prompt.scene for prompt in prompts], score)
-    for line in _left_out(hardware):
-        console.print(f"[dim]{line}[/]")
+        for name, settings in _variants(hardware).items():
+            task = progress.add_task(name, total=(len(DEMO_PROMPTS) + 1) * steps)
+            runs.append(_draw(pipe, name, settings, steps, partial(progress.advance, task)))
+    _print_table(console, runs, score)
+    if hardware.device == "cpu":
+        console.print(
+            "[dim]On a CPU 'exact' and 'lossless' run stock's own kernels, so they are as fast as stock; only skipping "
+            "steps ('fast') and compiling save time.\nNeeds a GPU: faster attention kernels, 8-bit attention "
+            "('balanced'), the speeds in the README's table.[/]"
+        )
     for run in runs:
         for index, image in enumerate(run.images):
-            write_image(image, output / f"{run.name.replace(' + ', '_')}_{index}.png")
+            image.save(output / f"{run.name.replace(' + ', '_')}_{index}.png")
     rows = [(run.name, f"{run.seconds:.2f} s ({runs[0].seconds / run.seconds:.2f}x)", run.images) for run in runs]
-    write_image(picture_grid(rows, [prompt.text for prompt in prompts]), output / "demo.png")
+    picture_grid(rows, [prompt.text for prompt in DEMO_PROMPTS]).save(output / "demo.png")
     console.print(f"Pictures: {output / 'demo.png'}")
 
 
-def _load(hardware: Hardware) -> tuple[Any, list[Any], Callable[..., float]]:
-    from pipeboost.demo_model.prompts import DEMO_PROMPTS
-
+def _load(hardware: Hardware) -> tuple[Any, Callable[..., float]]:
     weights = demo_weights()
-    try:
-        from pipeboost.demo_model.score import score_images
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
-            raise
-        raise MissingPackageError(
-            f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
-        ) from error
-    from diffusers import FluxPipeline
-
     with quiet_libraries():
+        try:
+            from pipeboost.demo_model.score import score_images
+        except ImportError as error:
+            if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
+                raise
+            raise MissingPackageError(
+                f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
+            ) from error
+        from diffusers import FluxPipeline
+
         pipe = FluxPipeline.from_pretrained(str(weights), local_files_only=True).to(hardware.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, list(DEMO_PROMPTS), score_images
+    return pipe, score_images
 
 
-def _variants(hardware: Hardware) -> list[tuple[str, dict[str, Any] | None]]:
+def _variants(hardware: Hardware) -> dict[str, dict[str, Any] | None]:
     """Name → arguments of `accelerate_pipeline`; None is stock."""
     tiers = [tier for tier in TIERS if tier != "balanced" or hardware.device == "cuda"]
-    variants: list[tuple[str, dict[str, Any] | None]] = [("stock", None)]
-    variants += [(tier, {"quality": tier}) for tier in tiers]
+    variants: dict[str, dict[str, Any] | None] = {"stock": None, **{tier: {"quality": tier} for tier in tiers}}
     if hardware.device == "cpu" and hardware.compiler:
-        variants.append(("fast + compile", {"quality": "fast", "compile": CompileConfig()}))
+        variants["fast + compile"] = {"quality": "fast", "compile": CompileConfig()}
     return variants
 
 
-def _left_out(hardware: Hardware) -> list[str]:
-    if hardware.device == "cuda":
-        return []
-    return [
-        "On a CPU 'exact' and 'lossless' run stock's own kernels, so they are as fast as stock; only skipping steps "
-        "('fast') and compiling save time.",
-        "Needs a GPU: faster attention kernels, 8-bit attention ('balanced'), the speeds in the README's table.",
-    ]
+def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, advance: Callable[[], None]) -> Run:
+    def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return kwargs
 
-
-def _draw(
-    pipe: Any, name: str, settings: dict[str, Any] | None, prompts: list[Any], steps: int, advance: Callable[[], None]
-) -> Run:
     if settings is not None:
         accelerate_pipeline(pipe, **settings)
-    started = time.perf_counter()
-    _image(pipe, prompts[0].text, 0, steps, advance)
-    warm_up = time.perf_counter() - started
+    call = {**DEMO_CALL, "num_inference_steps": steps, "callback_on_step_end": on_step_end}
     images, seconds = [], []
-    for seed, prompt in enumerate(prompts):
+    for seed, prompt in enumerate((DEMO_PROMPTS[0], *DEMO_PROMPTS), -1):
         started = time.perf_counter()
-        images.append(_image(pipe, prompt.text, seed, steps, advance))
+        images += pipe(prompt.text, **call, generator=torch.Generator().manual_seed(max(seed, 0))).images
         seconds.append(time.perf_counter() - started)
     note = ""
     if settings is not None:
@@ -143,40 +131,22 @@ def _draw(
             for counts in pipe.acceleration.report().cache.values()
         )
         pipe.acceleration.remove()
-    return Run(name, images, statistics.median(seconds), warm_up, note)
+    return Run(name, images[1:], statistics.median(seconds[1:]), seconds[0], note)
 
 
-def _image(pipe: Any, prompt: str, seed: int, steps: int, advance: Callable[[], None]) -> Image.Image:
-    def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        advance()
-        return kwargs
-
-    return pipe(
-        prompt,
-        height=PIXELS,
-        width=PIXELS,
-        num_inference_steps=steps,
-        max_sequence_length=TEXT_TOKENS,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=on_step_end,
-    ).images[0]
-
-
-def _print_table(console: Console, runs: list[Run], scenes: list[Any], score: Callable[..., float]) -> None:
-    table = Table()
-    for heading in ("", "s/image", "speed-up", "first", "to stock", "right", "skipped"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    stock = runs[0]
-    reference = _stack(stock.images)
+def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., float]) -> None:
+    headings = ("s/image", "speed-up", "first", "to stock", "right", "skipped")
+    table = Table("", *(Column(each, justify="right", no_wrap=True) for each in headings))
+    reference = _stack(runs[0].images)
     for run in runs:
         ratio = psnr(_stack(run.images), reference, peak=1.0)
         table.add_row(
             run.name,
             f"{run.seconds:.2f}",
-            f"{stock.seconds / run.seconds:.2f}x",
+            f"{runs[0].seconds / run.seconds:.2f}x",
             f"{run.warm_up:.1f} s",
             "identical" if ratio == float("inf") else f"{ratio:.1f} dB",
-            f"{score(run.images, scenes):.0%}",
+            f"{score(run.images, [prompt.scene for prompt in DEMO_PROMPTS]):.0%}",
             run.note,
         )
     console.print(table)

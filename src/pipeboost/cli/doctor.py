@@ -67,9 +67,7 @@ def _here(kernel: Kernel, hardware: Hardware) -> str:
 
 
 def _extras() -> Table:
-    table = Table(title="Optional packages", title_justify="left")
-    for heading in ("package", "version", "for", "install"):
-        table.add_column(heading)
+    table = Table("package", "version", "for", "install", title="Optional packages", title_justify="left")
     for package, purpose, command in _EXTRAS:
         found = _version(package)
         table.add_row(package, found or "missing", purpose, "" if found else command)

@@ -11,34 +11,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from pipeboost.cli.flags import Acceleration, Device
 from pipeboost.core.config_sources import file_settings
-from pipeboost.core.errors import ConfigurationError, quoted, shortened
+from pipeboost.core.errors import ConfigurationError, quoted
 
-# Options, by their panel of the help.
 _model = partial(typer.Option, rich_help_panel="Model")
 _request = partial(typer.Option, rich_help_panel="What to make")
 _output = partial(typer.Option, rich_help_panel="Output")
-_speed = partial(typer.Option, rich_help_panel="Speed")
-_gpus = partial(typer.Option, rich_help_panel="Several GPUs")
 
-ACCELERATION_KEY = "acceleration"
+_ACCELERATION = "acceleration"
 
 
-# Typer exports this one of its usage errors; its base is that of them all.
-_UsageError: Any = typer.BadParameter.__base__
-
-
-class Command(TyperCommand):
-    """A command whose wrong flags are one line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _UsageError as error:
-            raise ConfigurationError(shortened(error.format_message())) from None
-
-
-class GenerateCommand(Command):
+class GenerateCommand(TyperCommand):
     """One whose `--save-output` may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -55,8 +39,10 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         return None
     flags: dict[Any, Any] = {parameter.name: parameter for parameter in ctx.command.params}
     known = [name for name in flags if name not in ("config", "help")]
-    settings = file_settings(path, [*known, ACCELERATION_KEY])
-    ctx.obj = settings.pop(ACCELERATION_KEY, None) or {}
+    settings = file_settings(path, [*known, _ACCELERATION])
+    ctx.obj = settings.pop(_ACCELERATION, None) or {}
+    if not isinstance(ctx.obj, Mapping):
+        raise ConfigurationError(f"config file {path}: acceleration={quoted(ctx.obj)} must be a mapping of settings")
     if isinstance(settings.get("call"), Mapping):
         settings["call"] = [f"{name}={json.dumps(value, default=str)}" for name, value in settings["call"].items()]
     for name, value in settings.items():
@@ -74,6 +60,7 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 def generate(
     ctx: typer.Context,
+    acceleration: Acceleration,
     model_path: Annotated[
         str | None, _model(help="folder of a Diffusers pipeline or a hub id; else the demo model")
     ] = None,
@@ -81,7 +68,6 @@ def generate(
     lora_path: Annotated[
         list[str] | None, _model(help="a LoRA, PATH or PATH=SCALE; may be given several times")
     ] = None,
-    device: Annotated[str, _model(help="auto, cpu or cuda")] = "auto",
     config: Annotated[
         Path | None,
         typer.Option(
@@ -115,56 +101,27 @@ def generate(
     output_path: Annotated[Path | None, _output(help="folder that outputs go to (outputs)")] = None,
     report: Annotated[Path | None, _output(help="JSON: each output's seed, path, times and memory")] = None,
     profile: Annotated[Path | None, _output(help="Chrome trace of stages and steps, with exact memory")] = None,
-    quality: Annotated[str | None, _speed("--quality", "--tier", help="exact, lossless, balanced or fast")] = None,
-    attention_backend: Annotated[str | None, _speed(help="attention kernel; `pipeboost doctor` lists them")] = None,
-    compile: Annotated[
-        bool | None, _speed("--compile/--no-compile", help="torch.compile; else the tier decides")
-    ] = None,
-    offload: Annotated[str | None, _speed(help="where components wait: resident, stage, layerwise")] = None,
-    warmup: Annotated[bool, _speed("--warmup", help="first make an output that is not reported")] = False,
-    num_gpus: Annotated[int | None, _gpus(help="GPUs to share the work among")] = None,
-    enable_cfg_parallel: Annotated[bool, _gpus("--enable-cfg-parallel", help="one guidance branch a GPU")] = False,
-    ulysses_degree: Annotated[int | None, _gpus(help="GPUs that share the heads")] = None,
-    ring_degree: Annotated[int | None, _gpus(help="GPUs that share the tokens")] = None,
-    tp_size: Annotated[int | None, _gpus(help="GPUs that share the weights")] = None,
+    warmup: Annotated[bool, _output("--warmup", help="first make an output that is not reported")] = False,
+    device: Device = "auto",
 ) -> None:
     """Make images or videos from prompts; without any flag, an image of the model we ship."""
-    from pipeboost.cli.generate import accelerated_by, generate_on_ranks, parallel_by
+    from pipeboost.cli.generate import generate_on_ranks, requests_from
     from pipeboost.cli.generate_output import Output
     from pipeboost.generate.loading import ModelSettings
+    from pipeboost.generate.outputs import check_fps
+    from pipeboost.generate.requests import FIELDS
 
-    layout, ranks = parallel_by(
-        gpus=num_gpus, cfg=enable_cfg_parallel, ulysses=ulysses_degree, ring=ring_degree, tensor=tp_size
-    )
+    if fps is not None:
+        check_fps(fps)
     output = Output.of(save=save_output, no_save=no_save_output, folder=output_path, report=report, profile=profile)
     settings = ModelSettings.of(
         model_path,
         vae_path=vae_path,
         lora_path=lora_path or (),
         device=device,
-        acceleration=accelerated_by(
-            ctx.obj, quality=quality, attention=attention_backend, compile=compile, offload=offload, parallel=layout
-        ),
-        ranks=ranks,
+        acceleration={**(ctx.obj or {}), **acceleration.settings},
+        ranks=acceleration.ranks,
     )
-    request = {
-        "negative_prompt": negative_prompt,
-        "image_path": image_path or None,
-        "width": width,
-        "height": height,
-        "num_frames": num_frames,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-    }
-    generate_on_ranks(
-        settings,
-        ranks,
-        prompts=prompt or (),
-        prompt_file=prompt_file,
-        request=request,
-        call=call or (),
-        fps=fps,
-        warm_up=warmup,
-        output=output,
-    )
+    given = {name: ctx.params[name] for name in FIELDS if name not in ("prompt", "call")}
+    requests = requests_from(prompt or (), prompt_file, given | {"call": call or ()}, settings.request_defaults)
+    generate_on_ranks(settings, acceleration.ranks, requests, fps=fps, warm_up=warmup, output=output)

@@ -9,11 +9,12 @@ from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.user_files import make_folder, user_path
-from pipeboost.generate import Generated, LoadedModel
-from pipeboost.generate.outputs import DEFAULT_FOLDER
-from pipeboost.generate.writing import IMAGE_FORMATS, VIDEO_FORMATS, output_path, require_pyav, write_whole
+from pipeboost.generate import Generated, GeneratedImage, GeneratedVideo, LoadedModel
+from pipeboost.generate.outputs import DEFAULT_FOLDER, require_pyav
+from pipeboost.generate.writing import output_path, write_whole
 
-_FORMATS = (*IMAGE_FORMATS, *VIDEO_FORMATS)
+_FORMATS = {"image": GeneratedImage.formats, "video": GeneratedVideo.formats}
+_ALL_FORMATS = sum(_FORMATS.values(), ())
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,21 @@ class Output:
         if no_save and (save is not None or folder is not None):
             raise ConfigurationError("--no-save-output contradicts --save-output and --output-path; leave one out")
         target, is_file = user_path(folder or DEFAULT_FOLDER, "--output-path"), False
-        if target.suffix.lower() in _FORMATS and not target.is_dir():
+        if target.suffix.lower() in _ALL_FORMATS and not target.is_dir():
             raise ConfigurationError(
                 f"--output-path {target} must be a folder; name a file with --save-output {target.name}"
             )
         if save:
-            named, is_file = output_path(save, _FORMATS, "--save-output")
-            named = (user_path(folder, "--output-path") if folder else Path()) / named
-            target, is_file = named, is_file and not named.is_dir()
+            named, is_file = output_path(save, _ALL_FORMATS, "--save-output")
+            target = target / named if folder else named
+            is_file = is_file and not target.is_dir()
         files = {"--save-output": target} if is_file else {}
         files |= {flag: user_path(path, flag) for flag, path in (("--report", report), ("--profile", profile)) if path}
         folders = {} if no_save or is_file else {str(target): target}
         for flag, file in files.items():
             if file.is_dir():
                 raise ConfigurationError(f"{flag} {file} is a folder; name a file in it")
-            if len([other for other in files.values() if other.resolve() == file.resolve()]) > 1:
+            if [other.resolve() for other in files.values()].count(file.resolve()) > 1:
                 raise ConfigurationError(f"{file} is named by two flags, of which one would replace the other")
             if not file.exists() or file.is_file():  # a device is written to where it is
                 folders[f"{file.parent}, the folder of {flag} {file.name},"] = file.parent
@@ -75,34 +76,27 @@ class Output:
         """
         if self.target is None:
             return
-        formats = VIDEO_FORMATS if kind == "video" else IMAGE_FORMATS
         if kind == "video":
             require_pyav()
         if self.is_file and count > 1:
             raise ConfigurationError(f"--save-output {self.target} is one file for {count} {kind}s; name a folder")
-        if self.is_file and self.target.suffix.lower() not in formats:
+        if self.is_file and self.target.suffix.lower() not in _FORMATS[kind]:
             raise ConfigurationError(
-                f"--save-output {self.target}: the model makes {kind}s; use a name that ends in {', '.join(formats)}"
+                f"--save-output {self.target}: the model makes {kind}s; use a name that ends in "
+                f"{', '.join(_FORMATS[kind])}"
             )
-
-    def save(self, made: Generated) -> tuple[Path | None, str]:
-        """Save one output; where it is, and a line that says so."""
-        if self.target is None:
-            return None, "not saved"
-        replaced = self.is_file and self.target.exists()
-        path = made.save(self.target)
-        return path, f"{path}{' (replaced)' if replaced else ''}"
 
 
 class Results:
-    """What is finished so far, as the report file shows it.
+    """Saves what is finished, and keeps it for the report and the profile.
 
     Args:
         count: how many outputs there will be.
     """
 
-    def __init__(self, model: LoadedModel, count: int) -> None:
+    def __init__(self, model: LoadedModel, count: int, output: Output) -> None:
         self._count = count
+        self._output = output
         self._rows: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
         self._whole = {
@@ -117,30 +111,28 @@ class Results:
         """How many were finished, to be put behind the reason why no more are."""
         return f" ({len(self._rows)} of {self._count} were finished and are kept)" if self._count > 1 else ""
 
-    def add(self, made: Generated, path: Path | None) -> None:
-        """One output is finished, and saved at `path`."""
+    def add(self, made: Generated) -> str:
+        """Save an output; the words that say where it is."""
+        target, path = self._output.target, None
+        replaced = target is not None and self._output.is_file and target.exists()
+        if target is not None:
+            path = str(made.save(target))
         start = sum(row["report"]["seconds"] for row in self._rows)
         name = {"name": f"seed {made.seed}: {made.prompt}"}
         self._events.append({"name": "process_name", "ph": "M", "pid": len(self._rows), "args": name})
         self._events += made.report.trace_events(process=len(self._rows), start=start)
-        self._rows.append(
-            {
-                "prompt": made.prompt,
-                "seed": made.seed,
-                "path": None if path is None else str(path),
-                "notes": list(made.notes),
-                "report": json.loads(made.report.to_json()),
-            }
-        )
+        row = {"prompt": made.prompt, "seed": made.seed, "path": path, "notes": list(made.notes)}
+        self._rows.append({**row, "report": json.loads(made.report.to_json())})
+        return f"{path or 'not saved'}{' (replaced)' if replaced else ''}"
 
-    def write(self, output: Output) -> None:
+    def write(self) -> None:
         """Write the report and the profile, where they were asked for.
 
         Raises:
             PipeboostError: one cannot be written; the outputs themselves are kept.
         """
         trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
-        for path, content in ((output.report, self._whole), (output.profile, trace)):
+        for path, content in ((self._output.report, self._whole), (self._output.profile, trace)):
             if path is not None:
                 try:
                     write_whole(path, json.dumps(content, indent=2).encode())

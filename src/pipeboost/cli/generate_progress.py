@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -11,10 +10,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from pipeboost.generate import Generated
     from pipeboost.stages import Progress as StageProgress
 
 
-class BatchProgress:
+class BatchProgress(Progress):
     """The progress of one command; outputs go to stdout, the bar to stderr.
 
     Args:
@@ -28,62 +28,46 @@ class BatchProgress:
         self._done = 0
         self._noted: set[tuple[str, str]] = set()
         console = Console(stderr=True)
-        columns = (
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *columns,
+            console=console,
+            transient=True,
+            disable=silent or not console.is_terminal,
         )
-        self._bar = Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
-        self._task = self._bar.add_task("loading", total=None)
+        self._task = self.add_task("loading", total=None)
 
-    def tell(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         """Say what is being done before the first output."""
-        self._bar.update(self._task, description=escape(text))
+        self.update(self._task, description=escape(text))
 
     def step(self, progress: StageProgress) -> None:
-        """What the running call tells."""
-        which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""
+        """Show where the running call is."""
         if progress.steps:
-            self._bar.update(self._task, total=progress.steps, completed=progress.step or 0)
+            self.update(self._task, total=progress.steps, completed=progress.step or 0)
         elif progress.step is None:
-            self._bar.update(self._task, description=f"{escape(progress.stage)}{which}")
+            which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""
+            self.show_status(f"{progress.stage}{which}")
 
-    def finished(self, line: str) -> None:
-        """One output is done."""
+    def done(self, line: str, made: Generated) -> None:
+        """Say that an output is done; what is to be noted about it is said once for each prompt."""
         self._done += 1
-        self.print(line)
+        self.print_line(line)
+        for text in made.notes:
+            if (text, made.prompt) not in self._noted:
+                self._noted.add((text, made.prompt))
+                self.print_line(f"  note: {text}", sys.stderr)
 
-    def note(self, text: str, *, about: str) -> None:
-        """Something about the output before it, said once for each prompt."""
-        if (text, about) not in self._noted:
-            self._noted.add((text, about))
-            self.print(f"  note: {text}", sys.stderr)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.stop()
-
-    def print(self, line: str, file: TextIO | None = None) -> None:
-        """A line above the bar."""
-        # Rich would wrap a long path at the width of a terminal.
+    def print_line(self, line: str, file: TextIO | None = None) -> None:
+        """Print a line above the bar; Rich itself would wrap a long path at the width of a terminal."""
         if self._silent:
             return
-        running = self._bar.live.is_started
+        running = self.live.is_started
         if running:
-            self._bar.stop()
+            self.stop()
         try:
             print(line, flush=True, file=file)
         finally:
             if running:
-                self._bar.start()
-
-    def __enter__(self) -> BatchProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+                self.start()

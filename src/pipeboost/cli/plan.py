@@ -24,23 +24,21 @@ from pipeboost.plan import Plan, make_plan
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
 
-def print_plan(model: str, *, quality: str | None, device: str, config: Path | None, ranks: int = 1) -> None:
+def print_plan(model: str, *, device: str, config: Path | None, ranks: int, **settings: Any) -> None:
     """Print what `accelerate_pipeline` would do.
 
     Args:
         model: folder of a Diffusers pipeline, a hub id, or a name of `FullSize`.
-        quality: the tier; None leaves it to `config`, `PIPEBOOST_QUALITY` or the default.
         device: `auto`, `cpu` or `cuda`.
         config: YAML or JSON file of settings.
         ranks: how many processes, each with a device like this one, would run it together.
+        settings: arguments of `accelerate_pipeline`, which win over `config`.
 
     Raises:
         ConfigurationError: the model cannot be found or read, or a setting is not allowed.
     """
-    if ranks < 1:
-        raise ConfigurationError(f"--num-gpus {ranks} must be at least 1")
     hardware = detect_hardware(device_type(device))
-    plan = str(plan_of(model, quality=quality, hardware=hardware, config=config, ranks=ranks))
+    plan = str(plan_of(model, hardware=hardware, config=config, ranks=ranks, **settings))
     # Whatever reads a pipe wants a line a feature.
     print(wrapped(plan, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plan)
 
@@ -51,14 +49,14 @@ def wrapped(plan: str, width: int) -> str:
     return "\n".join(part for parts in lines for part in parts)
 
 
-def plan_of(model: str, *, quality: str | None, hardware: Hardware, config: Path | None = None, ranks: int = 1) -> Plan:
-    """The plan of a model by name or path, as it will be once it is loaded; no weights are read."""
-    settings = resolve_config(config, {} if quality is None else {"quality": quality})
+def plan_of(model: str, *, hardware: Hardware, config: Path | None = None, ranks: int = 1, **settings: Any) -> Plan:
+    """Return the plan of a model by name or path, as it will be once it is loaded; no weights are read."""
+    resolved = resolve_config(config, settings)
     with quiet_libraries():
         pipe, weighed = _without_weights(model)
     family = family_of(pipe)
     info = model_info(pipe, family, torch.device(hardware.device), ranks=ranks, weighed=weighed)
-    return make_plan(settings, hardware, family, info)
+    return make_plan(resolved, hardware, family, info)
 
 
 def _without_weights(model: str) -> tuple[Any, str]:

@@ -10,26 +10,20 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, Diffusers, transformers and the hub report errors only, and show no bars of their own."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
+    """Inside, libraries log errors only, and Diffusers and transformers show no bars of their own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
+    before = logging.root.manager.disable
+    bars = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for library in libraries:
-            library.set_verbosity_error()
+        logging.disable(logging.WARNING)
+        for library in bars:
             library.disable_progress_bar()
-        hub.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            hub.setLevel(hub_level)
-            for library, level, bar in zip(libraries, levels, bars, strict=True):
-                library.set_verbosity(level)
-                if bar:
-                    library.enable_progress_bar()
+            logging.disable(before)
+            for library in bars:
+                library.enable_progress_bar()

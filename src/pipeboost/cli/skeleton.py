@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.user_files import parse_json, read_text
-from pipeboost.generate.locations import one_sentence
+from pipeboost.generate.locations import loading_errors
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -36,7 +36,7 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
             f"{folder} holds a {index['_class_name']}, which this version of Diffusers does not have"
         )
     known = True
-    # Of components that a folder leaves out, Diffusers asks to be told so.
+    # Diffusers requires None for components that a folder leaves out.
     models: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     for name, entry in index.items():
         model = _model(folder / name, *entry) if isinstance(entry, list) and len(entry) == 2 else None
@@ -44,7 +44,7 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
             dtype = _stored_dtype(folder / name)
             known = known and dtype is not None
             models[name] = model.to(dtype or torch.bfloat16)
-    with one_sentence("model", str(folder)):
+    with loading_errors("model", str(folder)):
         # Asked by the base class, Diffusers loads components that are optional whether or not they are given.
         return pipeline.from_pretrained(folder, local_files_only=True, **models), known
 
@@ -65,11 +65,9 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
     """A component without weights; None where it is no model of Diffusers or transformers."""
     from diffusers import ModelMixin, pipelines
 
-    if library is None or class_name is None:
-        return None
     named = library in ("diffusers", "transformers")
-    module = importlib.import_module(library) if named else getattr(pipelines, library, None)
-    cls: Any = getattr(module, class_name, None)
+    module = importlib.import_module(library) if library and named else getattr(pipelines, str(library), None)
+    cls: Any = getattr(module, str(class_name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
     path = folder / "config.json"
@@ -79,20 +77,19 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
             f"{folder} is stored quantised, and only loading tells what becomes of it; load the pipeline, and print "
             "accelerate_pipeline(pipe).acceleration.plan"
         )
-    with one_sentence("model", str(folder)), torch.device("meta"):
+    with loading_errors("model", str(folder)), torch.device("meta"):
         built: Any = cls
-        model: nn.Module = (
-            built.from_config(config)
-            if issubclass(cls, ModelMixin)
-            else built(built.config_class.from_pretrained(folder))
-        )
-        return model
+        if issubclass(cls, ModelMixin):
+            return built.from_config(config)
+        return built(built.config_class.from_pretrained(folder))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype that most of a model's numbers are stored in, by the headers of its files."""
     numbers: Counter[str] = Counter()
-    for file in _weight_files(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    # Diffusers loads those without variants (`model.fp16.safetensors`) where there are others.
+    for file in [file for file in files if file.name.count(".") == 1] or files:
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - it is no mapping
@@ -101,9 +98,3 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
         except (OSError, SafetensorError) as error:
             raise ConfigurationError(f"{file} cannot be read as safetensors: {error}") from error
     return _DTYPES.get(numbers.most_common(1)[0][0], torch.float32) if numbers else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that Diffusers loads: without variants (`model.fp16.safetensors`) where there are others."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if file.name.count(".") == 1] or files

@@ -1,4 +1,4 @@
-"""What users name and write by hand: paths, and files of text, YAML or JSON. What is wrong with one is one sentence."""
+"""Paths that users name, and the text, YAML or JSON files they write; any fault in one is one sentence."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ LARGEST_TEXT = 64 * 2**20
 _FREE_NODES = 10_000
 
 
-def user_path(given: str | os.PathLike[str], what: str) -> Path:
+def user_path(given: str | os.PathLike[str], label: str) -> Path:
     """The path that a user gave, with `~` expanded; there need be nothing at it yet.
 
     Args:
-        what: names the path in the error.
+        label: names the path in the error.
 
     Raises:
         ConfigurationError: nothing can be at it, or it cannot be looked at.
     """
+    if given == "":
+        raise ConfigurationError(f"{label}='' is empty; leave it out or name a path")
     try:
         path = Path(given).expanduser()
         os.stat(path)
@@ -31,11 +33,11 @@ def user_path(given: str | os.PathLike[str], what: str) -> Path:
         pass
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise ConfigurationError(f"{what}={quoted(str(given))} cannot be a path: {reason}") from error
+        raise ConfigurationError(f"{label}={quoted(str(given))} cannot be a path: {reason}") from error
     return path
 
 
-def make_folder(path: Path, what: str) -> None:
+def make_folder(path: Path, label: str) -> None:
     """Make a folder that results will go to, before any work is spent on them.
 
     Raises:
@@ -44,22 +46,22 @@ def make_folder(path: Path, what: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"{what} cannot be made a folder: {error.strerror}") from error
+        raise ConfigurationError(f"{label} cannot be made a folder: {error.strerror}") from error
     try:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ConfigurationError(f"{what} cannot be written to: {error.strerror}") from error
+        raise ConfigurationError(f"{label} cannot be written to: {error.strerror}") from error
 
 
-def read_file(given: str | os.PathLike[str], what: str, *, most: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
+def read_file(given: str | os.PathLike[str], label: str, *, most: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
     """The bytes of a regular file, or of a pipe where those are taken.
 
     Raises:
         ConfigurationError: it is missing, no file, larger than `most` bytes, or cannot be read.
     """
-    path = user_path(given, what)
-    name = f"{what} {quoted(str(path))[1:-1]}"
+    path = user_path(given, label)
+    name = f"{label} {quoted(str(path))[1:-1]}"
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
@@ -74,19 +76,19 @@ def read_file(given: str | os.PathLike[str], what: str, *, most: int = LARGEST_T
     return data
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, label: str) -> str:
     """A file's text.
 
     Raises:
         ConfigurationError: it cannot be read, or is not UTF-8.
     """
     try:
-        return read_file(path, what, pipes=True).decode("utf-8-sig")
+        return read_file(path, label, pipes=True).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{what} {path} is not text in UTF-8") from error
+        raise ConfigurationError(f"{label} {path} is not text in UTF-8") from error
 
 
-def parse_json(text: str, what: str, **hooks: Any) -> Any:
+def parse_json(text: str, label: str, **hooks: Any) -> Any:
     """What JSON says.
 
     Raises:
@@ -97,10 +99,10 @@ def parse_json(text: str, what: str, **hooks: Any) -> Any:
     except ConfigurationError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{what} is not valid JSON: {one_line(error)}") from error
+        raise ConfigurationError(f"{label} is not valid JSON: {one_line(error)}") from error
 
 
-def parse_yaml(text: str, what: str, *, loader: Any = None) -> Any:
+def parse_yaml(text: str, label: str, *, loader: Any = None) -> Any:
     """What YAML says, read by PyYAML's safe loader or a subclass of it.
 
     Raises:
@@ -115,13 +117,13 @@ def parse_yaml(text: str, what: str, *, loader: Any = None) -> Any:
             return None
         if _size(node, {}) > max(len(text), _FREE_NODES):
             raise ConfigurationError(
-                f"{what} has aliases that stand for more than {max(len(text), _FREE_NODES)} values"
+                f"{label} has aliases that stand for more than {max(len(text), _FREE_NODES)} values"
             )
         return reading.construct_document(node)
     except ConfigurationError:
         raise
     except Exception as error:  # its constructors let through whatever Python's own raise
-        raise ConfigurationError(f"{what} is not valid YAML: {one_line(error)}") from error
+        raise ConfigurationError(f"{label} is not valid YAML: {one_line(error)}") from error
 
 
 def _size(node: Any, known: dict[int, float]) -> float:

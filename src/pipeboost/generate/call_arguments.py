@@ -16,18 +16,19 @@ from typing import Any, Literal
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted
 from pipeboost.core.seams import stock_class
-from pipeboost.generate.ignored import guidance_acts, refuse_ignored, scale_name
+from pipeboost.generate.ignored import guidance_acts, refuse_ignored
 from pipeboost.generate.requests import Request
 
 Kind = Literal["image", "video"]
 
 # As the model cards of Qwen-Image word "no negative prompt"; without any, the pipelines leave true CFG out.
-NO_NEGATIVE_PROMPT = " "
+_NO_NEGATIVE_PROMPT = " "
 LONGEST_SIDE = 16384
 """Pixels: far more than any model was trained for, and few enough that a mistake does not run for hours."""
 _OURS = (
     "self",
     "prompt",
+    "prompt_embeds",
     "negative_prompt",
     "image",
     "generator",
@@ -47,17 +48,24 @@ class CallSignature:
     Attributes:
         name: class name of the pipeline.
         parameters: parameters of its `__call__`, by name.
+        cfg_scale: the one of them that switches classifier-free guidance on; None where none does.
     """
 
     def __init__(self, pipe: Any) -> None:
         cls = stock_class(pipe)
-        self._pipe = pipe
+        self.pipe = pipe
         self.name = cls.__name__
         signature = inspect.signature(cls.__call__)
         self.parameters = {
             name: each for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD
         }
+        scales = ("true_cfg_scale", "guidance_scale")
+        self.cfg_scale = next((name for name in scales if name in self.parameters), None)
         self._outputs = _output_fields(signature.return_annotation)
+
+    def value(self, name: str, call: Mapping[str, Any]) -> Any:
+        """What an argument is in a call: as given, or by default; None where the pipeline has no such argument."""
+        return call.get(name, self.parameters[name].default) if name in self.parameters else None
 
     @cached_property
     def kind(self) -> Kind:
@@ -77,7 +85,7 @@ class CallSignature:
         """The argument that `guidance_scale` stands for: true CFG where the model has no guidance embedding."""
         embedded = any(
             getattr(getattr(component, "config", None), "guidance_embeds", False)
-            for component in self._pipe.components.values()
+            for component in self.pipe.components.values()
         )
         given = self.parameters.get("guidance_scale")
         if "true_cfg_scale" in self.parameters and (given is None or given.default is None or not embedded):
@@ -87,7 +95,7 @@ class CallSignature:
     @cached_property
     def takes_several_images(self) -> bool:
         """Whether one request may have several pictures; elsewhere a list would mean several requests."""
-        methods = (getattr(self._pipe, name, None) for name in ("prepare_latents", "prepare_image_latents"))
+        methods = (getattr(self.pipe, name, None) for name in ("prepare_latents", "prepare_image_latents"))
         return any("images" in inspect.signature(method).parameters for method in methods if method is not None)
 
     @cached_property
@@ -96,13 +104,13 @@ class CallSignature:
         if "image" not in self.parameters:
             return False
         required = self.parameters["image"].default is inspect.Parameter.empty
-        encoded = "image" in inspect.signature(self._pipe.encode_prompt).parameters
+        encoded = "image" in inspect.signature(self.pipe.encode_prompt).parameters
         return required or encoded or "strength" in self.parameters or "mask_image" in self.parameters
 
     @cached_property
     def size_multiple(self) -> int:
         """What widths and heights must be multiples of: pixels of a latent, times those that a token takes."""
-        pipe = self._pipe
+        pipe = self.pipe
         latent = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", None) or 1
         patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None) or 1
         patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
@@ -111,11 +119,6 @@ class CallSignature:
             config = getattr(getattr(pipe, name, None), "config", None)
             multiple = math.lcm(multiple, int(getattr(config, "vae_scale_factor", None) or 1))
         return multiple
-
-    def text_limit(self, call: Mapping[str, Any]) -> Any:
-        """The `max_sequence_length` of a call; None where the pipeline has none."""
-        parameter = self.parameters.get("max_sequence_length")
-        return None if parameter is None else call.get("max_sequence_length", parameter.default)
 
     def arguments(self, request: Request) -> dict[str, Any]:
         """The call's arguments, without a generator and an output type.
@@ -145,9 +148,11 @@ class CallSignature:
         if request.negative_prompt is not None:
             self._require("negative_prompt", request.negative_prompt)
             arguments["negative_prompt"] = given["negative_prompt"] = request.negative_prompt
-        refuse_ignored(self._pipe, self.parameters, arguments, guidance=self.guidance, given=given)
-        if self._needs_negative(arguments):
-            arguments["negative_prompt"] = NO_NEGATIVE_PROMPT
+        refuse_ignored(self, arguments, given)
+        negative = {"negative_prompt", "negative_prompt_embeds"}
+        unguided = "negative_prompt" in self.parameters and not negative & arguments.keys()
+        if unguided and self.cfg_scale == "true_cfg_scale" and guidance_acts(self, arguments):
+            arguments["negative_prompt"] = _NO_NEGATIVE_PROMPT
         arguments |= self._images(request)
         if "max_area" in self.parameters and {"width", "height"} <= arguments.keys():
             # Kontext keeps only the aspect ratio of a size, and scales it to this area.
@@ -160,24 +165,28 @@ class CallSignature:
                 f"{name}={quoted(value)}: {self.name}, which makes {self.kind}s, has no such argument; leave it out"
             )
 
-    def _own(self, call: Mapping[str, Any]) -> dict[str, Any]:
+    def _own(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, value in call.items():
             if name in _OURS:
                 raise ConfigurationError(f"call={{{name!r}: ...}} is not allowed, generate sets it; leave it out")
             self._require(name, value)
         for name, value in call.items():
             wanted = self.parameters[name].annotation
-            if value is not None and not may_be(value, wanted):
+            if value is not None and not _may_be(value, wanted):
                 raise ConfigurationError(
-                    f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {_in_words(wanted)} there; leave it out"
+                    f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {_described(wanted)} there; leave it out"
                 )
-            if _is_count(name) and isinstance(value, int) and value < 1:
+            is_count = name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
+            if is_count and isinstance(value, int) and value < 1:
                 raise ConfigurationError(f"call={{{name!r}: {value}}} must be an integer of at least 1")
-        return dict(call)
+            if name in ("true_cfg_scale", "guidance_scale", "guidance_scale_2") and value is not None and value < 0:
+                raise ConfigurationError(f"call={{{name!r}: {quoted(value)}}} must be a number of at least 0")
+        return call
 
     def _check_size(self, arguments: Mapping[str, Any]) -> None:
+        multiple = self.size_multiple
         for name in ("width", "height"):
-            value, multiple = arguments.get(name), self.size_multiple
+            value = arguments.get(name)
             if value is not None and value > LONGEST_SIDE:
                 raise ConfigurationError(f"{name}={value} is more than {LONGEST_SIDE}; use a smaller one")
             if value is not None and value % multiple:
@@ -187,11 +196,9 @@ class CallSignature:
                     f"{name}={value} is not a multiple of {multiple}, as {self.name} needs; use {near}"
                 )
         frames = arguments.get("num_frames")
-        pipe = self._pipe
-        factor = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(
-            pipe, "vae_temporal_compression_ratio", None
-        )
-        if frames is None or not factor:
+        names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+        factor = next(filter(None, (getattr(self.pipe, name, None) for name in names)), None)
+        if frames is None or factor is None:
             return
         # Not every video VAE encodes the first frame by itself: the pipeline's own default shows whether this one does.
         default = self.parameters["num_frames"].default
@@ -201,13 +208,6 @@ class CallSignature:
                 f"num_frames={frames} is not one more than a multiple of {factor}, as {self.name} needs; "
                 f"use {below} or {below + factor}"
             )
-
-    def _needs_negative(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether true CFG is asked for, which pipelines leave out where there is no negative prompt."""
-        if "negative_prompt" not in self.parameters or scale_name(self.parameters) != "true_cfg_scale":
-            return False
-        given = {"negative_prompt", "negative_prompt_embeds"} & arguments.keys()
-        return not given and guidance_acts(self._pipe, self.parameters, arguments)
 
     def _images(self, request: Request) -> dict[str, Any]:
         images = list(request.images)
@@ -225,29 +225,25 @@ class CallSignature:
         return {"image": images if self.takes_several_images else images[0]}
 
 
-def _is_count(name: str) -> bool:
-    return name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
-
-
-def may_be(value: Any, annotation: Any) -> bool:
+def _may_be(value: Any, annotation: Any) -> bool:
     """Whether a plain value, as files and flags have them, is what an annotation asks for.
 
     Whatever is not plain may be: annotations of pipelines say `torch.FloatTensor` where pictures are taken too.
     """
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return any(may_be(value, each) for each in typing.get_args(annotation))
+        return any(_may_be(value, each) for each in typing.get_args(annotation))
     kind: Any = typing.get_origin(annotation) or annotation
     if not isinstance(value, _PLAIN) or not isinstance(kind, type) or kind is inspect.Parameter.empty:
         return True
     if isinstance(value, (list, tuple)) and kind in (list, tuple):
         inner = typing.get_args(annotation)
-        return kind is tuple or not inner or all(may_be(each, inner[0]) for each in value)
+        return kind is tuple or not inner or all(_may_be(each, inner[0]) for each in value)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, (bool, int) if kind is bool else kind)
 
 
-def _in_words(annotation: Any) -> str:
+def _described(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return text.replace("typing.", "").replace("NoneType", "None")
 

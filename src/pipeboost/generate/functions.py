@@ -18,7 +18,6 @@ from pipeboost.generate.session import LoadedModel, requests_of
 PathLike: TypeAlias = "str | os.PathLike[str]"
 ImageSource: TypeAlias = "PathLike | Image.Image"
 
-_LOADING = ("vae_path", "lora_path", "device", "acceleration")
 _warm: list[LoadedModel] = []
 _lock = threading.RLock()
 
@@ -88,7 +87,7 @@ def generate_image(
         image_path: picture to edit, or several where the model takes them: paths, http(s) URLs, or pictures.
         width, height, num_inference_steps: None leaves them to the pipeline.
         guidance_scale: goes where the pipeline's guidance is, `true_cfg_scale` where that is the only one that acts.
-        seed: request `i` gets seed + `i`; None draws one, which the results tell.
+        seed: request `i` gets seed + `i`; None draws one, which the results show.
         call: further arguments of the pipeline's own call, such as `{"max_sequence_length": 256}`.
         vae_path, lora_path, device, acceleration: as `load_model` takes them.
 
@@ -143,17 +142,13 @@ def generate_video(
 
 def _generate(kind: Kind, given: Mapping[str, Any], *, fps: int = DEFAULT_FPS) -> Any:
     """What `generate_image` or `generate_video` makes of its arguments, by their names."""
-    settings = ModelSettings.of(**{name: given[name] for name in ("model_path", *_LOADING)})
+    settings = ModelSettings.of(
+        given["model_path"], **{name: given[name] for name in ("vae_path", "lora_path", "device", "acceleration")}
+    )
     prompt = given["prompt"]
     requests = requests_of(settings, prompt, {name: given[name] for name in FIELDS[1:] if name in given})
     with _lock:
-        made = _warm_model(settings).generate_all(kind, requests, fps=fps)
-    return made if isinstance(prompt, (list, tuple)) else made[0]
-
-
-def _warm_model(settings: ModelSettings) -> LoadedModel:
-    """The model of these settings; another one is freed first, since two may not fit."""
-    if not _warm or _warm[0].settings != settings:
-        free_models()
-        _warm.append(LoadedModel(settings))
-    return _warm[0]
+        if not _warm or _warm[0].settings != settings:
+            free_models()  # two may not fit
+            _warm.append(LoadedModel(settings))
+        return _warm[0].generate_all(kind, prompt, requests, fps=fps)

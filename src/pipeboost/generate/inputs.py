@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -34,18 +33,17 @@ def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """
     if not isinstance(source, (Image.Image, str, os.PathLike)):
         raise ConfigurationError(f"image_path={quoted(source)} must be a path, an http(s) URL or a picture")
+    Image.init()
+    known = [each for each in FORMATS if each in Image.OPEN]
     name, data = "given", b""
     if not isinstance(source, Image.Image):
         name = shortened(os.fsdecode(source))
         web = name.lower().startswith(("http://", "https://"))
+        if "://" in name and not web:
+            raise ConfigurationError(f"image {name} cannot be fetched; only http and https addresses can")
         data = _download(os.fspath(source)) if web else read_file(source, "image", most=LARGEST_IMAGE)
-    Image.init()
-    known = [each for each in FORMATS if each in Image.OPEN]
     try:
-        if isinstance(source, Image.Image):
-            return _rgb(source)
-        with Image.open(io.BytesIO(data), formats=known) as image:
-            return _rgb(image)
+        return _rgb(source if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=known))
     except Image.DecompressionBombError as error:
         raise ConfigurationError(f"image {name} is too large: {one_line(error)}") from error
     except Exception as error:  # damaged data makes decoders raise anything
@@ -79,25 +77,24 @@ def _download(url: str) -> bytes:
         result = answer.get(timeout=SECONDS_TO_WAIT)
     except queue.Empty:
         result = TimeoutError()
-    if isinstance(result, bytes) and len(result) <= LARGEST_IMAGE:
-        return result
     if isinstance(result, bytes):
-        raise ConfigurationError(f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it and give its path")
+        if len(result) > LARGEST_IMAGE:
+            raise ConfigurationError(
+                f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it and give its path"
+            )
+        return result
     if isinstance(result, TimeoutError):
         why = f"it did not come within {SECONDS_TO_WAIT:g} s"
     elif isinstance(result, urllib.error.HTTPError):
         why = f"the server answered {result.code}" + (f", {one_line(result)}" if result.code < 400 else "")
-    elif isinstance(result, (OSError, HTTPException, ValueError)):
-        why = shortened(str(getattr(result, "reason", None) or result)) or type(result).__name__
     else:
-        raise result
+        why = shortened(str(getattr(result, "reason", None) or result)) or type(result).__name__
     raise ConfigurationError(f"{name} cannot be fetched: {why}") from result
 
 
 def _body(url: str, until: float) -> bytes:
+    web, data = urllib.request.build_opener(_ToTheWebAlone), bytearray()
     request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
-    data = bytearray()
-    web = urllib.request.build_opener(_ToTheWebAlone)
     with web.open(request, timeout=SECONDS_TO_WAIT) as response:
         while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):
             data += part

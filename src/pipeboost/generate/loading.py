@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, shortened
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.generate.locations import is_hub_id, one_sentence, require_pipeline
+from pipeboost.features.parallel.own_device import to_be_split
+from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
+from pipeboost.stages.report import weights_of
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 
@@ -87,40 +91,37 @@ class ModelSettings:
 
         if Path(self.model_path).resolve() != WEIGHTS.resolve():
             return {}
-        defaults = {name: value for name, value in DEMO_CALL.items() if name != "max_sequence_length"}
-        call = {"max_sequence_length": DEMO_CALL["max_sequence_length"]}
+        defaults = dict(DEMO_CALL)
+        call = {"max_sequence_length": defaults.pop("max_sequence_length")}
         return {"prompt": DEMO_PROMPTS[-1].text, **defaults, "call": call}
 
 
-def load_pipeline(settings: ModelSettings, tell: Callable[[str], None] = lambda text: None) -> Any:
+def load_pipeline(settings: ModelSettings, on_status: Callable[[str], None] = lambda text: None) -> Any:
     """Load and accelerate a pipeline: bfloat16 on a GPU, float32 on a CPU.
 
     Args:
-        tell: is given a few words as each part begins.
+        on_status: receives a few words as each part begins.
 
     Raises:
         PipeboostError: the model, VAE or a LoRA cannot be loaded, or cannot be accelerated as asked.
     """
-    import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, utils
 
     from pipeboost.acceleration import accelerate_pipeline
 
-    dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
-    tell(f"loading {settings.model_path}")
-    parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, dtype)}
-    with one_sentence("model_path", settings.model_path):
-        pipe = DiffusionPipeline.from_pretrained(
-            settings.model_path,
-            local_files_only=Path(settings.model_path).is_dir(),
-            **{_dtype_argument(): dtype},
-            **parts,
-        )
+    on_status(f"loading {settings.model_path}")
+    # Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name.
+    argument = "dtype" if hasattr(utils, "_resolve_dtype") else "torch_dtype"
+    dtype = {argument: torch.bfloat16 if settings.device == "cuda" else torch.float32}
+    parts = {} if settings.vae_path is None else {"vae": _load_vae(settings, settings.vae_path, **dtype)}
+    with loading_errors("model_path", settings.model_path):
+        local = Path(settings.model_path).is_dir()
+        pipe = DiffusionPipeline.from_pretrained(settings.model_path, local_files_only=local, **dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     load_loras(pipe, settings.loras)
-    with one_sentence("model_path", settings.model_path):
+    with loading_errors("model_path", settings.model_path):
         acceleration = _put_on_device(pipe, settings)
-    tell("accelerating")
+    on_status("accelerating")
     return accelerate_pipeline(pipe, config=acceleration)
 
 
@@ -129,26 +130,20 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
 
     So do those that ranks will split: a device never holds a whole model then.
     """
-    import torch
-
-    from pipeboost.features.parallel.own_device import to_be_split
-
-    if settings.device == "cuda" and world_size() > 1:
-        waiting = to_be_split(pipe, settings.acceleration.parallel)
-        if waiting:
-            for name, component in pipe.components.items():
-                if isinstance(component, torch.nn.Module) and name not in waiting:
-                    component.to(local_device())
-            return settings.acceleration
-    offload = settings.acceleration.offload
+    on_gpu, acceleration = settings.device == "cuda", settings.acceleration
+    waiting = to_be_split(pipe, acceleration.parallel) if on_gpu and world_size() > 1 else ()
+    if waiting:
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module) and name not in waiting:
+                component.to(local_device())
+        return acceleration
+    offload = acceleration.offload
     waits = isinstance(offload, OffloadConfig) and not offload.all_resident
-    if settings.device == "cuda" and (waits or offload == "auto"):
-        models = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-        weights = {id(each): each.numel() * each.element_size() for model in models for each in model.parameters()}
-        if sum(weights.values()) > torch.cuda.mem_get_info()[0]:
-            return replace(settings.acceleration, offload=offload if waits else OffloadConfig())
-    pipe.to(local_device() if settings.device == "cuda" and world_size() > 1 else settings.device)
-    return settings.acceleration
+    may_wait = on_gpu and (waits or offload == "auto")
+    if may_wait and sum(weights_of(pipe.components).values()) > torch.cuda.mem_get_info()[0]:
+        return replace(acceleration, offload=offload if waits else OffloadConfig())
+    pipe.to(local_device() if on_gpu else "cpu")
+    return acceleration
 
 
 def demo_weights() -> Path:
@@ -168,41 +163,32 @@ def demo_weights() -> Path:
 
 
 def _checked_vae(path: Path) -> str:
-    if path.is_dir():
-        if not ((path / "config.json").is_file() or (path / "vae" / "config.json").is_file()):
-            raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
-    elif path.exists() or not is_hub_id(str(path)):
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "vae/config.json")):
+        raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
+    if not path.is_dir() and (path.exists() or not is_hub_id(str(path))):
         raise ConfigurationError(f"vae_path='{path}' is neither a folder nor a hub id such as 'owner/name'")
     return str(path)
 
 
-def _load_vae(settings: ModelSettings, dtype: Any) -> Any:
+def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:
     """Load the VAE that replaces the pipeline's own, which must be of the same class and latent width."""
     import diffusers
 
-    assert settings.vae_path is not None
-    with one_sentence("model_path", settings.model_path):
+    with loading_errors("model_path", settings.model_path):
         index = diffusers.DiffusionPipeline.load_config(settings.model_path)
         own = index.get("vae")
         if not isinstance(own, list):
             raise UnsupportedError(f"vae_path: {index.get('_class_name')} has no VAE; leave vae_path out")
         cls = getattr(diffusers, own[1])
         own = cls.load_config(settings.model_path, subfolder="vae")
-    folder = Path(settings.vae_path)
+    folder = Path(vae_path)
     nested = {"subfolder": "vae"} if folder.is_dir() and not (folder / "config.json").is_file() else {}
-    with one_sentence("vae_path", settings.vae_path):
-        stored = cls.load_config(settings.vae_path, **nested)
+    with loading_errors("vae_path", vae_path):
+        stored = cls.load_config(vae_path, **nested)
         for name in ("_class_name", "latent_channels", "z_dim"):
             if stored.get(name) != own.get(name):
                 found = shortened(str(stored.get(name)))
                 raise ConfigurationError(
-                    f"vae_path={settings.vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
+                    f"vae_path={vae_path!r} has {name.strip('_')} {found}, but the model needs {own.get(name)}"
                 )
-        return cls.from_pretrained(settings.vae_path, **nested, **{_dtype_argument(): dtype})
-
-
-def _dtype_argument() -> str:
-    """Diffusers 0.42 renamed `torch_dtype`; 0.41 would ignore the new name."""
-    import diffusers.utils
-
-    return "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"
+        return cls.from_pretrained(vae_path, **nested, **dtype)

@@ -1,4 +1,4 @@
-"""Where models come from, a folder on this machine or the hub, and what is told when one does not load."""
+"""Where models come from, a folder on this machine or the hub, and the errors of one that does not load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, one_line, quoted
 
@@ -23,29 +26,20 @@ def require_pipeline(model: str) -> None:
     Raises:
         ConfigurationError: the path is missing, or is not the folder of a pipeline.
     """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ConfigurationError(
-                f"model_path={quoted(model)} is not a Diffusers pipeline: it has no model_index.json"
-            )
-    elif path.exists():
-        raise ConfigurationError(
-            f"model_path={quoted(model)} is a file; it must be the folder of a Diffusers pipeline, as save_pretrained "
-            "writes one, or a hub id"
-        )
-    elif not is_hub_id(model):
-        raise ConfigurationError(
-            f"model_path={quoted(model)} does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
-        )
+    path, why = Path(model), ""
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        why = "is not a Diffusers pipeline: it has no model_index.json"
+    elif path.exists() and not path.is_dir():
+        why = "is a file; it must be the folder of a Diffusers pipeline, as save_pretrained writes one, or a hub id"
+    elif not path.exists() and not is_hub_id(model):
+        why = "does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
+    if why:
+        raise ConfigurationError(f"model_path={quoted(model)} {why}")
 
 
 @contextlib.contextmanager
-def one_sentence(argument: str, path: str) -> Iterator[None]:
-    """Whatever a library raises over files that are missing, damaged or too large becomes one sentence."""
-    import torch
-    from safetensors import SafetensorError
-
+def loading_errors(argument: str, path: str) -> Iterator[None]:
+    """Turn what libraries raise over missing, damaged or too large files into one sentence."""
     what = f"{argument}={quoted(path)}"
     try:
         yield

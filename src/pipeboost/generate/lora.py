@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, quoted
 from pipeboost.core.user_files import user_path
-from pipeboost.generate.locations import is_hub_id, one_sentence
+from pipeboost.generate.locations import is_hub_id, loading_errors
 from pipeboost.generate.requests import is_finite
 
 _WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
@@ -65,17 +65,14 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise MissingPackageError("a LoRA needs peft: pip install peft") from error
+    for number, lora in enumerate(loras):
+        path = Path(lora.path)
+        where = {"weight_name": path.name} if path.is_file() else {}
+        with loading_errors("lora_path", lora.path):
+            pipe.load_lora_weights(
+                str(path.parent if path.is_file() else lora.path), adapter_name=f"lora_{number}", **where
+            )
+        if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
+            raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
     names = [f"lora_{number}" for number in range(len(loras))]
-    for name, lora in zip(names, loras, strict=True):
-        _load(pipe, lora, name)
     pipe.set_adapters(names, adapter_weights=[lora.scale for lora in loras])
-
-
-def _load(pipe: Any, lora: Lora, name: str) -> None:
-    path = Path(lora.path)
-    where = {"weight_name": path.name} if path.is_file() else {}
-    with one_sentence("lora_path", lora.path):
-        pipe.load_lora_weights(str(path.parent if path.is_file() else lora.path), adapter_name=name, **where)
-    loaded = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
-    if name not in loaded:
-        raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")

@@ -36,13 +36,12 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
-    if isinstance(entry, str):
-        return {"prompt": entry}
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+    row = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigurationError(f"prompt file {path}, entry {number}, must be a prompt or a mapping with a prompt")
-    for name in entry:
+    for name in row:
         if name not in FIELDS:
             raise ConfigurationError(
                 f"prompt file {path}, entry {number}, has no field {quoted(name)}; it may have {', '.join(FIELDS)}"
             )
-    return dict(entry)
+    return row

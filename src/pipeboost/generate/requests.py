@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -52,14 +54,13 @@ class Request:
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.call, Mapping):
-            raise ConfigurationError(f"call={quoted(self.call)} must map names of the pipeline's arguments to values")
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ConfigurationError(f"prompt={quoted(self.prompt)} must be a text that is not empty")
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise ConfigurationError(f"negative_prompt={quoted(self.negative_prompt)} must be a text")
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt), *self.call.items()):
-            if isinstance(text, str) and not _is_unicode(text):
+            # Bytes that are not UTF-8 become halves of characters on a command line.
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ConfigurationError(f"{name}={quoted(text)} is not text in UTF-8")
         for name in ("width", "height", "num_frames", "num_inference_steps"):
             value = getattr(self, name)
@@ -68,9 +69,8 @@ class Request:
         scale = self.guidance_scale
         is_number = isinstance(scale, float) or _is_integer(scale)
         if scale is not None and not (is_number and is_finite(scale) and scale >= 0):
-            raise ConfigurationError(f"guidance_scale={quoted(scale)} must be a number of at least 0")
-        if not _is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
-            raise ConfigurationError(f"seed={quoted(self.seed)} must be an integer from 0 to {LARGEST_SEED}")
+            raise ConfigurationError(f"guidance_scale={quoted(scale)} must be a finite number of at least 0")
+        _check_seed(self.seed)
         for name, value in self.call.items():
             if not is_finite(value):
                 raise ConfigurationError(f"call={{{quoted(name)}: {quoted(value)}}} must be made of finite numbers")
@@ -82,7 +82,7 @@ def make_requests(
     """A batch: each row's own values win over the defaults, those over the model's, and its pictures are read.
 
     Request `i` without a seed of its own gets the default seed + `i`; without a default one, a random seed is drawn
-    for the batch.
+    for the batch. What a `call` sets, or a schedule in it implies, the model's own values leave alone.
 
     Args:
         rows: values of each request, by the names in `FIELDS`.
@@ -94,80 +94,63 @@ def make_requests(
     """
     if not rows:
         raise ConfigurationError("there is no prompt; give at least one")
-    given = {name: value for name, value in defaults.items() if value is not None}
-    first_seed = given.pop("seed", None)
-    if first_seed is None:
-        first_seed = secrets.randbits(31)
-    pictures: dict[str, Image.Image] = {}
+    read: Callable[[Any], Image.Image] = functools.cache(load_image)
     requests = []
+
+    def picture(source: Any) -> Image.Image:
+        return read(source) if isinstance(source, (str, os.PathLike)) else load_image(source)
+
+    given, given_call = _checked(defaults)
+    model, model_call = _checked(of_model or {})
+    first_seed = given.pop("seed", secrets.randbits(31))
+    _check_seed(first_seed)
     for index, row in enumerate(rows):
-        own = {name: value for name, value in row.items() if value is not None}
+        own, own_call = _checked(row)
+        call = {**given_call, **own_call}
+        implied = {"num_inference_steps"} if {"sigmas", "timesteps"} & call.keys() else set()
         # The pipeline's own arguments are more particular than a default for all.
-        values = {name: value for name, value in given.items() if name not in _mapping(own.get("call"))} | own
-        for name in values:
-            if name not in FIELDS:
-                raise ConfigurationError(f"a request has no field {quoted(name)}; it may have {', '.join(FIELDS)}")
-        if "seed" not in values:
-            if not _is_integer(first_seed):
-                raise ConfigurationError(f"seed={quoted(first_seed)} must be an integer from 0 to {LARGEST_SEED}")
-            values["seed"] = first_seed + index
-        values["images"] = tuple(_picture(source, pictures) for source in _listed(values.pop("image_path", ())))
-        if isinstance(values.get("call", {}), Mapping):
-            _add_defaults(values, own, given, of_model or {})
-            values["call"] = {
-                name: _picture(value, pictures) if name.endswith("image") and isinstance(value, (str, Path)) else value
-                for name, value in values["call"].items()
-            }
+        values = {
+            **{name: value for name, value in model.items() if name == "prompt" or name not in call.keys() | implied},
+            **{name: value for name, value in given.items() if name not in own_call},
+            "seed": first_seed + index,
+            **own,
+        }
+        sources = values.pop("image_path", ())
+        values["images"] = tuple(map(picture, sources if isinstance(sources, (list, tuple)) else (sources,)))
+        values["call"] = {
+            name: picture(value) if name.endswith("image") and isinstance(value, (str, Path)) else value
+            for name, value in {**model_call, **call}.items()
+        }
         requests.append(Request(**{"prompt": "", **values}))
     return requests
 
 
-def _add_defaults(
-    values: dict[str, Any], own: Mapping[str, Any], given: Mapping[str, Any], of_model: Mapping[str, Any]
-) -> None:
-    """Complete a request by what it leaves open; nothing that its `call` sets, or that a schedule in it implies."""
-    call = {**_mapping(given.get("call")), **_mapping(own.get("call"))}
-    implied = {"num_inference_steps"} if {"sigmas", "timesteps"} & call.keys() else set()
-    for name, value in of_model.items():
-        if name not in call.keys() | implied:
-            values.setdefault(name, value)
-    values["call"] = {**_mapping(of_model.get("call")), **call}
+def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The values that are given, and of them the further arguments of the pipeline's call."""
+    values = {name: value for name, value in given.items() if value is not None}
+    for name in values:
+        if name not in FIELDS:
+            raise ConfigurationError(f"a request has no field {quoted(name)}; it may have {', '.join(FIELDS)}")
+    call = values.pop("call", {})
+    if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
+        raise ConfigurationError(f"call={quoted(call)} must map names of the pipeline's arguments to values")
+    return values, call
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _check_seed(seed: object) -> None:
+    if not _is_integer(seed) or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigurationError(f"seed={quoted(seed)} must be an integer from 0 to {LARGEST_SEED}")
 
 
 def is_finite(value: Any) -> bool:
     """Whether a number, and every number in a plain value, is finite and no larger than a float can be."""
-    if isinstance(value, Mapping):
-        return all(is_finite(each) for each in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(is_finite(each) for each in value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return all(map(is_finite, value.values() if isinstance(value, Mapping) else value))
     try:
         return not isinstance(value, (int, float)) or math.isfinite(value)
     except OverflowError:
         return False
 
 
-def _picture(source: Any, known: dict[str, Image.Image]) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return load_image(source)
-    return known.setdefault(str(source), known.get(str(source)) or load_image(source))
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a character, which bytes that are not UTF-8 become on a command line."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, one_line, quoted
@@ -44,10 +46,10 @@ class LoadedModel:
         components: name → bytes and device of its weights, as they were loaded.
     """
 
-    def __init__(self, settings: ModelSettings, *, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, settings: ModelSettings, *, on_status: Callable[[str], None] = lambda text: None) -> None:
         self.settings = settings
         self._lock = threading.Lock()
-        self._pipe: Any = load_pipeline(settings, tell)
+        self._pipe: Any = load_pipeline(settings, on_status)
         self.kind: Kind = CallSignature(self._pipe).kind
         self._truncations = Truncations(self._pipe)
         self.components = {
@@ -57,7 +59,7 @@ class LoadedModel:
         }
 
     @property
-    def loaded_line(self) -> str:
+    def memory_line(self) -> str:
         """The memory of each component, in words."""
         parts = (f"{name} {in_gib(each.bytes)} on {each.device}" for name, each in self.components.items())
         return f"loaded {in_gib(sum(each.bytes for each in self.components.values()))}: {', '.join(parts)}"
@@ -70,25 +72,24 @@ class LoadedModel:
 
     def generate_image(self, prompt: str | Sequence[str] | None = None, **request: Any) -> Any:
         """One image for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_image`."""
-        made = self.generate_all("image", requests_of(self.settings, prompt, request))
-        return made if isinstance(prompt, (list, tuple)) else made[0]
+        return self.generate_all("image", prompt, requests_of(self.settings, prompt, request))
 
     def generate_video(
         self, prompt: str | Sequence[str] | None = None, *, fps: int = DEFAULT_FPS, **request: Any
     ) -> Any:
         """One video for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_video`."""
-        made = self.generate_all("video", requests_of(self.settings, prompt, request), fps=fps)
-        return made if isinstance(prompt, (list, tuple)) else made[0]
+        return self.generate_all("video", prompt, requests_of(self.settings, prompt, request), fps=fps)
 
-    def generate_all(self, kind: Kind, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> list[Generated]:
-        """What `generate` makes of all requests.
+    def generate_all(self, kind: Kind, prompt: Any, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> Any:
+        """Return what `generate` makes of all requests: a list where `prompt` is one.
 
         Raises:
             UnsupportedError: the model makes the other kind.
         """
         if self.kind != kind:
             raise UnsupportedError(f"{stock_class(self.pipe).__name__} makes {self.kind}s; use generate_{self.kind}")
-        return list(self.generate(requests, fps=fps))
+        made = list(self.generate(requests, fps=fps))
+        return made if isinstance(prompt, (list, tuple)) else made[0]
 
     def generate(
         self,
@@ -104,7 +105,7 @@ class LoadedModel:
         Args:
             requests: all of them are checked before the first one runs.
             fps: frame rate that videos are saved at.
-            progress: is told of each stage and step of the running request.
+            progress: called at each stage and step of the running request.
             profiled: measure each stage's own peak memory.
             warm_up: make the first request's output once more at the start, so that no report shows compiling.
 
@@ -112,27 +113,44 @@ class LoadedModel:
             PipeboostError: a request that this model cannot serve; nothing has run then.
         """
         check_fps(fps)
-        # As numbers, since a picture shows one that is not finite as black.
-        signature = CallSignature(self.pipe)
-        calls = [(request, {**signature.arguments(request), "output_type": "np"}) for request in requests]
+        signature, calls = CallSignature(self.pipe), []
+        name = signature.name
+        for request in requests:
+            # As numbers, since a picture shows one that is not finite as black.
+            call = {**signature.arguments(request), "output_type": "np"}
+            calls.append((request, call, signature.value("max_sequence_length", call)))
 
-        def outputs() -> Iterator[Generated]:
-            for index, (request, call) in enumerate(calls):
+        def outputs() -> Iterator[Generated]:  # holds no model, which may be freed before its end
+            for index, (request, call, text_limit) in enumerate(calls):
                 # Not held between outputs: whoever stops reading must not keep the model from others.
                 with self._lock:
                     acceleration = self.pipe.acceleration
                     peaks = acceleration.profiled() if profiled else contextlib.nullcontext()
                     acceleration.progress = progress
-                    self._truncations.begin(call, CallSignature(self.pipe).text_limit(call))
+                    self._truncations.begin(call, text_limit)
                     try:
-                        with peaks, _one_sentence(self.pipe, call):
+                        with peaks, _call_errors(name, call):
                             if warm_up and index == 0:
                                 acceleration.warm_up(**call, generator=_generator(request.seed))
                             output = self.pipe(**call, generator=_generator(request.seed))
                     finally:
                         acceleration.progress = None
                     report, cut = acceleration.report(), self._truncations.notes()
-                yield self._made(request, call, output, report=report, cut=cut, fps=fps)
+                video = self.kind == "video"
+                pixels = _pixels(output.frames[0] if video else output.images[0], name)
+                drawn = {"width": pixels.shape[-2], "height": pixels.shape[-3]}
+                drawn |= {"num_frames": len(pixels)} if video else {}
+                changed = tuple(
+                    f"{key} is {value}, not {call[key]} as asked for: the pipeline changed it"
+                    for key, value in drawn.items()
+                    if call.get(key) not in (None, value)
+                )
+                common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
+                if video:
+                    yield GeneratedVideo(**common, frames=pixels, fps=fps)
+                else:
+                    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+                    yield GeneratedImage(**common, image=picture)
 
         return outputs()
 
@@ -145,47 +163,18 @@ class LoadedModel:
             self._pipe.acceleration.remove()
             self._pipe = None
         gc.collect()
-        import torch
-
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LoadedModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _made(
-        self, request: Request, call: Mapping[str, Any], output: Any, *, report: Any, cut: tuple[str, ...], fps: int
-    ) -> Generated:
-        pixels = _pixels(
-            output.frames[0] if self.kind == "video" else output.images[0], stock_class(self.pipe).__name__
-        )
-        drawn = {"width": pixels.shape[-2], "height": pixels.shape[-3]}
-        if self.kind == "video":
-            drawn["num_frames"] = len(pixels)
-        changed = tuple(
-            f"{name} is {value}, not {call[name]} as asked for: the pipeline changed it"
-            for name, value in drawn.items()
-            if call.get(name) not in (None, value)
-        )
-        common = {"prompt": request.prompt, "seed": request.seed, "report": report, "notes": changed + cut}
-        if self.kind == "video":
-            return GeneratedVideo(**common, frames=pixels, fps=fps)
-        return GeneratedImage(**common, image=Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
 def _pixels(made: Any, name: str) -> Any:
-    """What a pipeline made, in [0, 1], as bytes.
-
-    Raises:
-        PipeboostError: a number is not finite.
-    """
-    import numpy as np
-
+    """What a pipeline made, in [0, 1], as bytes."""
     if isinstance(made, Image.Image):
         return np.asarray(made.convert("RGBA" if "A" in made.mode else "RGB"))
     made = np.asarray(made)
@@ -201,46 +190,39 @@ def requests_of(
     settings: ModelSettings, prompt: str | Sequence[str] | None, request: Mapping[str, Any]
 ) -> list[Request]:
     """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
-    if prompt is not None and not isinstance(prompt, (str, list, tuple)):
+    prompts = prompt if isinstance(prompt, (list, tuple)) else () if prompt is None else (prompt,)
+    if not all(isinstance(each, str) for each in prompts):
         raise ConfigurationError(f"prompt={quoted(prompt)} must be a text or a list of texts")
-    prompts: Sequence[str | None] = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
-    return make_requests([{"prompt": each} for each in prompts], request, of_model=settings.request_defaults)
+    rows: list[dict[str, Any]] = [{}] if prompt is None else [{"prompt": each} for each in prompts]
+    return make_requests(rows, request, of_model=settings.request_defaults)
 
 
-def _generator(seed: int) -> Any:
-    import torch
-
+def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
 @contextlib.contextmanager
-def _one_sentence(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
-    """What the pipeline's own check of its inputs refuses, and a device that is too small, become one sentence."""
-    import torch
-
-    name = stock_class(pipe).__name__
+def _call_errors(name: str, call: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what the pipeline's own check of its inputs refuses, and too little memory, into one sentence."""
     try:
         yield
     except RuntimeError as error:
         of_the_gpu = isinstance(error, torch.OutOfMemoryError)
         if not of_the_gpu and "DefaultCPUAllocator" not in str(error):
-            raise
+            given = [f"{key} of shape {tuple(each.shape)}" for key, each in call.items() if torch.is_tensor(each)]
+            if not given:
+                raise
+            raise ConfigurationError(f"{name} cannot run with {', '.join(given)}: {one_line(error)}") from error
         size = ", ".join(f"{key}={call[key]}" for key in ("width", "height", "num_frames") if key in call)
         raise PipeboostError(
             f"{name} ran out of the {'GPU' if of_the_gpu else 'host'}'s memory{f' at {size}' if size else ''}; make it "
             f"smaller{', or set offload' if of_the_gpu else ''}"
         ) from error
     except (ValueError, TypeError) as error:
-        if isinstance(error, PipeboostError) or not _from_check_inputs(error):
+        # Else the pipeline failed over its arguments, rather than found fault with them.
+        checks = {"check_inputs", "retrieve_timesteps"}
+        if isinstance(error, PipeboostError) or checks.isdisjoint(
+            frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)
+        ):
             raise
         raise ConfigurationError(f"{name} refused the request: {one_line(error)}") from error
-
-
-def _from_check_inputs(error: BaseException) -> bool:
-    """Whether the pipeline itself found fault with its arguments, rather than failed over them."""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name in ("check_inputs", "retrieve_timesteps"):
-            return True
-        trace = trace.tb_next
-    return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,20 +20,21 @@ class Truncations:
         self._template = getattr(pipe, "prompt_template_encode_start_idx", None)
         self._call: Mapping[str, Any] = {}
         self._limit: Any = None
-        self._found: OrderedDict[tuple[str, Any], dict[str, str]] = OrderedDict()
-        tokenizers: dict[int, tuple[str, Any]] = {}
+        self._found: dict[tuple[str, Any], dict[str, str]] = {}
+        tokenizers: dict[int, tuple[Any, Any]] = {}
         for name, component in pipe.components.items():
             for each in (component, getattr(component, "tokenizer", None)):
                 if hasattr(each, "model_max_length") and hasattr(each, "all_special_ids"):
-                    tokenizers.setdefault(id(each), (name, each))
-        self._middleware = [(each, partial(self._tokenize, name)) for name, each in tokenizers.values()]
+                    tokenizers.setdefault(id(each), (each, partial(self._tokenize, name)))
+        self._middleware = list(tokenizers.values())
         for tokenizer, middleware in self._middleware:
             add_middleware(tokenizer, "__call__", middleware, place="component.verify")
 
     def remove(self) -> None:
         """Leave the tokenizers as they were."""
         while self._middleware:
-            remove_middleware(self._middleware[-1][0], "__call__", self._middleware[-1][1])
+            tokenizer, middleware = self._middleware[-1]
+            remove_middleware(tokenizer, "__call__", middleware)
             self._middleware.pop()
 
     def begin(self, call: Mapping[str, Any], limit: Any) -> None:
@@ -50,48 +50,43 @@ class Truncations:
         """A sentence for each text of the call, and each encoder that read only its beginning."""
         return tuple(
             f"{name} was cut: {sentence}"
-            for name, text in _texts(self._call)
+            for name, text in self._texts().items()
             for sentence in self._found.get((text, self._limit), {}).values()
         )
 
+    def _texts(self) -> dict[str, str]:
+        return {name: value for name, value in self._call.items() if "prompt" in name and isinstance(value, str)}
+
     def _tokenize(self, name: str, call_next: Any, tokenizer: Any, *args: Any, **settings: Any) -> Any:
         given = args[0] if args else settings.get("text")
-        most, start = settings.get("max_length"), 0
-        if not settings.get("truncation"):
-            most = None
+        most, start = settings.get("max_length") if settings.get("truncation") else None, 0
         if isinstance(self._template, int) and isinstance(self._limit, int):
             start = self._template
             most = min(most or self._limit + start, self._limit + start)
-        texts = [given] if isinstance(given, str) else given
-        if most is not None and isinstance(texts, (list, tuple)):
-            for text in texts:
-                if isinstance(text, str) and len(text.encode(errors="replace")) + 8 > most - start:
-                    self._count(name, call_next, tokenizer, text, most, start, settings.get("add_special_tokens", True))
+        for text in [given] if isinstance(given, str) else given if most and isinstance(given, (list, tuple)) else ():
+            # A token stands for at least a byte, but for special ones.
+            if most and isinstance(text, str) and len(text.encode(errors="replace")) + 8 > most - start:
+                tokens = partial(call_next, text, truncation=False, padding=False)
+                ids = tokens(add_special_tokens=settings.get("add_special_tokens", True))["input_ids"]
+                if len(ids) > most:
+                    self._note(name.replace("tokenizer", "text_encoder"), tokenizer, text, ids, most, start)
         return call_next(*args, **settings)
 
-    def _count(
-        self, name: str, call_next: Any, tokenizer: Any, text: str, most: int, start: int, specials: bool
-    ) -> None:
-        ids = call_next(text, truncation=False, padding=False, add_special_tokens=specials)["input_ids"]
-        if len(ids) <= most:
-            return
+    def _note(self, encoder: str, tokenizer: Any, text: str, ids: list[int], most: int, start: int) -> None:
         special, end = set(tokenizer.all_special_ids), len(ids)
         while end and ids[end - 1] in special:
             end -= 1
         # An end token takes the place of the last one that would have been kept.
-        lost = tokenizer.decode(ids[most - (len(ids) - end if not start else 0) : end], skip_special_tokens=True)
+        lost = tokenizer.decode(ids[most - (0 if start else len(ids) - end) : end], skip_special_tokens=True)
         # The text may stand in a template, and be cleaned up before.
-        whose = [each for _, each in _texts(self._call) if _letters(each) and _letters(each) in _letters(text)]
-        known = self._found.setdefault((max(whose, key=len, default=self._call.get("prompt", "")), self._limit), {})
-        encoder = name.replace("tokenizer", "text_encoder")
-        known[encoder] = f"{encoder} reads {most - start} tokens of {len(ids) - start}, without {quoted(lost.strip())}"
-        while len(self._found) > _KEPT:
-            self._found.popitem(last=False)
+        whose = [each for each in self._texts().values() if _letters(each) and _letters(each) in _letters(text)]
+        prompt = max(whose, key=len, default=self._call.get("prompt", ""))
+        self._found.setdefault((prompt, self._limit), {})[encoder] = (
+            f"{encoder} reads {most - start} tokens of {len(ids) - start}, without {quoted(lost.strip())}"
+        )
+        if len(self._found) > _KEPT:
+            del self._found[next(iter(self._found))]
 
 
 def _letters(text: str) -> str:
     return "".join(text.lower().split())
-
-
-def _texts(call: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in call.items() if "prompt" in name and isinstance(value, str)]
