@@ -22,7 +22,7 @@ from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.distributed.failure.abort import abort
 from pipeboost.features.compile import compile_model
-from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_bytes
+from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_of
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
 from tests.floors import floor_of
 from tests.pipelines import tiny_parts
@@ -275,7 +275,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     expected, whole = _outputs(model, inputs), _bytes(model)
-    split = split_bytes(model, sharding)
+    split = split_of(model, sharding).nbytes
     floor = group.all_reduce(torch.tensor([_floor(model, inputs) if group.rank == 0 else 0.0])).item()
     ledger = Ledger()
     report: ShardReport = shard_weights(model, sharding, group, ledger)

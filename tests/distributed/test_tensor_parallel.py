@@ -9,7 +9,7 @@ import torch
 from pipeboost.contract.registry import families, family_of, text_encoder_sharding
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.features.parallel.tensor import _reload, split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor import _reload, split_of
 from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
@@ -170,7 +170,7 @@ def test_a_degree_that_does_not_divide_names_those_that_do():
         ConfigurationError, match="tensor=3 does not divide the 4 heads of FluxTransformer2DModel; use 2, 4"
     ):
         layout_of(pipe.transformer, family_of(pipe).tensor).check(3)
-    assert tensor_degrees(pipe.transformer, family_of(pipe).tensor) == (2, 4)
+    assert split_of(pipe.transformer, family_of(pipe).tensor).degrees == (2, 4)
     llama = tiny_parts.llama()
     with pytest.raises(ConfigurationError, match=r"tensor=4 does not divide the 2 heads of layers\.0.*k_proj.*; use 2"):
         layout_of(llama, text_encoder_sharding(llama)).check(4)
@@ -220,7 +220,7 @@ def test_published_sizes_keep_a_few_hundredths_whole():
                 model = getattr(diffusers, size.transformer)(**size.config)
             whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             assert family.tensor is not None
-            assert split_bytes(model, family.tensor) > 0.95 * whole, size.name
+            assert split_of(model, family.tensor).nbytes > 0.95 * whole, size.name
 
 
 def test_where_weights_cannot_be_joined_the_sentence_says_how_to_load_them_again(tmp_path):

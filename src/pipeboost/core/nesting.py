@@ -35,7 +35,6 @@ NESTING: dict[str, dict[str, str]] = {
     },
     "submodule": {
         "sequence": "puts tokens together, or takes a rank's own",
-        "strips": "makes a strip's result part of the whole map's",
     },
     "scheduler": {
         "cancellation": "ranks agree to end before anything of the step is waited for",

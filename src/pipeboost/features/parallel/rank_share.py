@@ -13,7 +13,7 @@ from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations, Family, Linear
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.features.parallel.tensor import bytes_on_other_ranks, split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor import shard_report, split_of
 
 _UNSHARED = 0.2
 """The part of shared activations that every rank has whole, borders and workspaces, at most: of two ranks each took
@@ -32,7 +32,7 @@ def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Spl
         if sharding is None:
             continue
         try:
-            found[path] = Split(split_bytes(module, sharding), tensor_degrees(module, sharding))
+            found[path] = split_of(module, sharding)
         except UnsupportedError:  # `shard_weights` says why, should a degree be asked for
             continue
     return found
@@ -62,7 +62,8 @@ def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig | 
 
 def of_all_ranks(component: ComponentSize, module: nn.Module) -> ComponentSize:
     """A component as it is once an acceleration that has split its weights among ranks is undone."""
-    return _of_size(component, component.nbytes + bytes_on_other_ranks(module))
+    report = shard_report(module)
+    return _of_size(component, component.nbytes + report.whole_bytes - report.own_bytes)
 
 
 def _share(component: ComponentSize, degree: int, splits: Mapping[str, Split] | None) -> ComponentSize:

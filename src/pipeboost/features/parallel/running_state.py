@@ -18,7 +18,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.tracked_module import TrackedModule, class_of, configuration_of, settings_of
 from pipeboost.distributed import suspend_timeout
-from pipeboost.features.parallel.tensor import split_names
+from pipeboost.features.parallel.tensor import shard_report
 
 PIPELINE = "pipeline"
 _WRITING = ("fuse_lora", "unfuse_lora", "half", "float", "double", "bfloat16")
@@ -89,7 +89,7 @@ class RunningState:
     def _tracked(self, module: nn.Module) -> TrackedModule:
         tracked = self._modules.get(module)
         if tracked is None:
-            tracked = self._modules[module] = TrackedModule(module, split_names(module))
+            tracked = self._modules[module] = TrackedModule(module, shard_report(module).names)
         return tracked
 
     def _digest(self, name: str, facts: Mapping[str, Any]) -> bytes:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import cached_property
 
 import torch
 
 from pipeboost.distributed import Group
 from pipeboost.features.parallel.shards import sizes
-
-_current: ContextVar[Strip | None] = ContextVar("pipeboost_vae_strip", default=None)
 
 
 class Strip:
@@ -69,39 +64,19 @@ class Strip:
             before: pixels of padding before its own along `dim`, of which the last `above` are wanted.
             after: the same behind its own, of which the first `below` are wanted.
         """
-        rank, last = self.group.rank, self.group.size - 1
         own = padded.shape[self.dim] - before - after
         self.extents(own)
+        previous, following = self.group.rank - 1, self.group.rank + 1
         sent, received, borders = [], [], []
-        if above and rank < last:
-            sent.append((padded.narrow(self.dim, before + own - above, above).contiguous(), rank + 1))
-        if below and rank > 0:
-            sent.append((padded.narrow(self.dim, before, below).contiguous(), rank - 1))
-        if above and rank > 0:
-            borders.append(padded.narrow(self.dim, before - above, above))
-            received.append((_like(borders[-1]), rank - 1))
-        if below and rank < last:
-            borders.append(padded.narrow(self.dim, before + own, below))
-            received.append((_like(borders[-1]), rank + 1))
+        for rank, count, start, wanted, place in (
+            (previous, below, before, above, before - above),
+            (following, above, before + own - above, below, before + own),
+        ):
+            if 0 <= rank < self.group.size and count:
+                sent.append((padded.narrow(self.dim, start, count).contiguous(), rank))
+            if 0 <= rank < self.group.size and wanted:
+                borders.append(padded.narrow(self.dim, place, wanted))
+                received.append((torch.empty_like(borders[-1], memory_format=torch.contiguous_format), rank))
         self.group.exchange(sent, received).wait()
         for border, (pixels, _) in zip(borders, received, strict=True):
             border.copy_(pixels)
-
-
-def current_strip() -> Strip | None:
-    """The strip that this thread's encoder or decoder works on; None where it has the whole map."""
-    return _current.get()
-
-
-@contextlib.contextmanager
-def working_on(strip: Strip) -> Iterator[None]:
-    """Inside, modules of the VAE see one strip of the map."""
-    token = _current.set(strip)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def _like(part: torch.Tensor) -> torch.Tensor:
-    return torch.empty(part.shape, dtype=part.dtype, device=part.device)
