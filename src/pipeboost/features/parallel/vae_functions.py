@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         return torch.cat([of_frames.repeat_interleave(pixel, dim=-1) for pixel in pixels], dim=-1)
 
 
-_OF_STRIP = {
+_OF_STRIP: dict[Any, Callable[..., torch.Tensor]] = {
     F.conv2d: FunctionsOfStrip._convolve,
     F.conv3d: FunctionsOfStrip._convolve,
     F.group_norm: FunctionsOfStrip._normalise,
