@@ -37,8 +37,7 @@ NESTING: dict[str, dict[str, str]] = {
         "sequence": "puts tokens together, or takes a rank's own",
     },
     "scheduler": {
-        "cancellation": "ranks agree to end before anything of the step is waited for",
-        "latents": "whether the other ranks still run is asked before their branches are",
+        "agreement": "whether the other ranks still run is asked before their branches are",
         "cfg": "fills in the branches of other ranks, which the step reads",
         "stages": "counts the step once it has all it reads",
     },

@@ -17,7 +17,7 @@ def join(pipe: Any, decision: Decision, context: ApplyContext, ledger: Ledger) -
         UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
     """
     team = RankTeam(pipe, context)
-    ledger.record("ranks", team.leave)
+    ledger.record("ranks", team.mesh.close)
     return team
 
 

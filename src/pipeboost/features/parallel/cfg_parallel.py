@@ -47,13 +47,13 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     )
 
 
-def flush_deferred(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
+def flush_deferred(reader: Any, ledger: Ledger, *, method: str = "step") -> None:
     """Fill what is still to be filled before this method of a scheduler or guider reads it."""
-    ledger.share_middleware(reader, door, _settle, place="scheduler.cfg", kind="guidance branches", settings=door)
+    ledger.share_middleware(reader, method, _flush, place="scheduler.cfg", kind="guidance branches", settings=method)
 
 
 @contextlib.contextmanager
-def apart(call: Call) -> Iterator[None]:
+def without_cfg_parallel(call: Call) -> Iterator[None]:
     """Inside, every rank computes the forwards of a call: they are no branches of a step, and may be read at once."""
     before = call.state.get(_APART, False)
     call.state[_APART] = True
@@ -64,41 +64,28 @@ def apart(call: Call) -> Iterator[None]:
 
 
 def callback_without_cfg_parallel(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a callback of the script: forwards that it makes are its own.
+    """Return a callback of the script whose own forwards are no branches of a step.
 
     Scripts look at the class of Diffusers' own callbacks, so one of them has a twin of its class, and of its state.
     """
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        kind: Any = type(callback)
-        twin = object.__new__(_apart_class(kind))
-        twin.__dict__ = vars(callback)
-        return twin
 
     @functools.wraps(callback)
-    def call_apart(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         call = current_call()
-        with contextlib.nullcontext() if call is None else apart(call):
+        with contextlib.nullcontext() if call is None else without_cfg_parallel(call):
             return callback(*args, **kwargs)
 
-    return call_apart
-
-
-@functools.cache
-def _apart_class(cls: Any) -> Any:
-    def call_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = current_call()
-        with contextlib.nullcontext() if call is None else apart(call):
-            return cls.__call__(self, *args, **kwargs)
-
-    return disguised_subclass(cls, {"__call__": call_apart})
+    if not isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return run
+    twin: Any = object.__new__(
+        disguised_subclass(type(callback), {"__call__": lambda _, *args, **kw: run(*args, **kw)})
+    )
+    twin.__dict__ = vars(callback)
+    return twin
 
 
 def _forward(
-    prediction: Prediction,
-    call_next: Callable[..., Any],
-    owner: torch.nn.Module,
-    *args: Any,
-    **kwargs: Any,
+    prediction: Prediction, call_next: Callable[..., Any], owner: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     call = current_call()
     if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call.state.get(_APART):
@@ -118,7 +105,7 @@ def _forward(
     return result
 
 
-def _settle(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+def _flush(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is not None and call.state.get(_STATE):
         _fill(call)

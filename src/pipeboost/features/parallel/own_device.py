@@ -29,11 +29,8 @@ def to_own_device(pipe: Any) -> None:
     device = local_device()
     torch.cuda.set_device(device)
     if device_of(pipe) != device:
-        waiting = [each for each in _modules(pipe).values() if _is_on_host(each)]
-        if not waiting:
-            pipe.to(device)
         for component in _modules(pipe).values():
-            if component not in waiting:
+            if not _is_on_host(component):
                 component.to(device)
 
 
@@ -46,7 +43,7 @@ def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
         layout: the setting `parallel`; only where it names tensor ranks, components wait.
 
     Raises:
-        UnsupportedError: as `Team`.
+        UnsupportedError: a text encoder cannot be split, and was asked to be.
     """
     if not isinstance(layout, ParallelConfig) or layout.tensor == 1:
         return ()

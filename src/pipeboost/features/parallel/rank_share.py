@@ -38,23 +38,22 @@ def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Spl
     return found
 
 
-def of_one_rank(model: ModelInfo, layout: ParallelConfig | None) -> ModelInfo:
+def of_one_rank(model: ModelInfo, layout: ParallelConfig) -> ModelInfo:
     """The model of one of the ranks that share the pipeline's weights."""
-    kinds = layout.split_kinds if layout else ()
-    if layout is None or not kinds:
+    if not layout.split_kinds:
         return model
     components = tuple(
-        _share(component, layout.tensor, model.splits) if component.kind in kinds else component
+        _share(component, layout.tensor, model.splits) if component.kind in layout.split_kinds else component
         for component in model.components
     )
     weights = sum(component.nbytes for component in components) if components else model.weights
     return replace(model, components=components, weights=weights, weighed=f"{model.weighed}, this rank's share,")
 
 
-def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig | None, tier: str) -> Activations | None:
+def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig, tier: str) -> Activations | None:
     """What the stages take on one of the ranks that share tokens and the VAE, at most."""
-    if whole is None or layout is None:
-        return whole
+    if whole is None:
+        return None
     tokens = layout.ulysses * layout.ring
     strips = tokens * layout.cfg * layout.tensor if layout.shares_vae(tier) else 1
     return replace(whole, denoising=_part(whole.denoising, tokens), decoding=_part(whole.decoding, strips))

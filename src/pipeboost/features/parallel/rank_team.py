@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,18 +20,11 @@ from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.distributed import (
-    AXES,
-    SEQUENCE,
-    Mesh,
-    require_same_state,
-)
-from pipeboost.distributed.agreement.arguments import agreed_arguments
+from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.features.parallel.cancellation import agree_on_cancellation, agree_on_interrupts
+from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_steps
 from pipeboost.features.parallel.cfg_batch import share_batch
 from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel, flush_deferred, share_branches
-from pipeboost.features.parallel.latent_check import check_latents
 from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
 from pipeboost.features.parallel.running_state import RunningState
 from pipeboost.features.parallel.sequence_parallel import shard_sequence
@@ -90,10 +82,6 @@ class RankTeam:
     def carrier(self) -> str:
         """What carries heads and tokens between the ranks, in words; empty where they exchange none."""
         return "" if self.mesh.degree("ulysses") == 1 else self.mesh.group("ulysses").carrier
-
-    def leave(self) -> None:
-        """Give up the ranks' groups."""
-        self.mesh.close()
 
     def watched(self, stage: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
         """Inside, what ends a call on one rank ends it on all; `stage` tells another thread where the call is."""
@@ -162,13 +150,12 @@ class RankTeam:
         if not path:
             agree_on_interrupts(obj, ledger)
         if not path and not mesh.main:
-            _hide_progress_bar(obj, ledger)
+            ledger.add_middleware(obj, "progress_bar", _hide_progress_bar, place="pipe.parallel")
         if path == "scheduler":
             flush_deferred(obj, ledger)
-            check_latents(obj, ledger)
-            agree_on_cancellation(obj, ledger)
+            agree_on_steps(obj, ledger)
         if path and path == family.guider:
-            flush_deferred(obj, ledger, door="__call__")
+            flush_deferred(obj, ledger, method="__call__")
         if path == "vae" and self._shares_vae:
             parallelize_vae(obj, family.autoencoder, ledger, owner=owner)
         if path in self.text_encoders:
@@ -183,7 +170,7 @@ class RankTeam:
         take_from_host(model, self.mesh.device, ledger)
 
     def _refuse_different_plans(self, context: ApplyContext) -> None:
-        summary = (f"quality: {context.tier}", *map(_in_words, context.decisions.values()))
+        summary = (f"quality: {context.tier}", *map(_described, context.decisions.values()))
         plans = self.mesh.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
@@ -194,32 +181,20 @@ class RankTeam:
                 )
 
 
-def _in_words(decision: Decision) -> str:
+def _described(decision: Decision) -> str:
     """What all ranks must have decided alike; weights may go to another device on each."""
     settings = decision.settings
     if isinstance(settings, ParallelConfig):
         settings = replace(settings, group=None)
-    told = settings is not None and decision.feature != "offload"
-    return f"{decision.feature}: {decision.choice}{f' ({settings})' if told else ''}"
+    compared = settings is not None and decision.feature != "offload"
+    return f"{decision.feature}: {decision.choice}{f' ({settings})' if compared else ''}"
 
 
-def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
-    """One bar is enough for a team; a user who has said whether it is shown is obeyed."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    if "disable" in (before or {}):
-        return
-    ours = {**(before or {}), "disable": True}
-    reference = weakref.ref(pipe)
-
-    def undo() -> None:
-        ours.pop("disable", None)  # for copies of the pipeline, which have it too
-        target = reference()
-        if target is None or getattr(target, "_progress_bar_config", None) is not ours:
-            return
-        if before is None:
-            del target._progress_bar_config
-        else:
-            target._progress_bar_config = before
-
-    ledger.record("progress bar", undo)
-    pipe._progress_bar_config = ours
+def _hide_progress_bar(call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """One bar is enough for the ranks of a sample; a user who has said whether it is shown is obeyed."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    try:
+        pipe._progress_bar_config = {"disable": True, **before}
+        return call_next(*args, **kwargs)
+    finally:
+        pipe._progress_bar_config = before
