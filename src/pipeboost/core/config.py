@@ -32,8 +32,6 @@ QUANTIZE_SCHEMES = ("fp8",)
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
-Tier = Literal["exact", "lossless", "balanced", "fast"]
-
 
 def tier_allows(tier: str, needed: str) -> bool:
     """Whether a tier permits what the tier `needed` introduces."""

@@ -61,27 +61,34 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     Raises:
         UnsupportedError: this pipeline cannot use that many ranks.
     """
-    cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
-    cfg, tensor = _sharing_weights(ranks, cfg)
-    rest = ranks.count // cfg
-    degrees = reversed(_divisors(rest // tensor))
-    ulysses = next(each for each in degrees if each == 1 or _against(ranks, "ulysses", each, tensor=tensor) is None)
-    layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
-    refusal = _refusal(layout, ranks)
-    if refusal is not None:
-        raise _none_suits(ranks, refusal)
+    # Without guidance branches a second cfg rank has nothing to compute; tensor ranks cost more than they gain.
+    candidates = [
+        layout
+        for layout in _layouts(ranks.count)
+        if layout.replicas == 1
+        and (layout.cfg == 1 or ranks.family.guided)
+        and (layout.tensor == 1 or not ranks.fit(1))
+    ]
+    allowed = [layout for layout in candidates if _objection(layout, ranks) is None]
+    layout = min(
+        allowed or candidates, key=lambda each: (not ranks.fit(each.tensor), -each.cfg, each.tensor, -each.ulysses)
+    )
+    try:
+        check_layout(layout, ranks)
+    except (ConfigurationError, UnsupportedError) as refusal:
+        raise _none_suits(ranks, refusal) from None
     reasons = []
-    if cfg > 1 and ranks.family.batched is None:
+    if layout.cfg > 1 and ranks.family.batched is None:
         reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
-    elif cfg > 1:
+    elif layout.cfg > 1:
         reasons.append(
             "each rank computes its part of a step's batch of guidance branches (where guidance is off, as in calls of "
             "distilled models, one prompt is computed whole by every rank: nothing is gained)"
         )
-    if tensor > 1:
+    if layout.tensor > 1:
         reasons.append("the weights do not fit on one device")
-    if ulysses > 1:
-        reasons.append(f"{ranks.model.heads} heads divide by {ulysses}")
+    if layout.ulysses > 1:
+        reasons.append(f"{ranks.model.heads} heads divide by {layout.ulysses}")
     if layout.ring > 1:
         reasons.append("the remaining ranks pass keys and values around")
     considered = [
@@ -90,18 +97,9 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
             (ParallelConfig(ring=ranks.count), "moves more bytes than Ulysses"),
             (ParallelConfig(tensor=ranks.count), "two sums of all tokens a block; for weights that do not fit"),
         )
-        if other != layout and _refusal(other, ranks) is None
+        if other != layout and _objection(other, ranks) is None
     ]
     return layout, "; ".join(reasons), tuple(considered)
-
-
-def _sharing_weights(ranks: Ranks, cfg: int) -> tuple[int, int]:
-    """How many ranks share branches and weights, so that these fit; nobody shares weights where that is in vain."""
-    for branches in dict.fromkeys((cfg, 1)):
-        for tensor in _divisors(ranks.count // branches):
-            if ranks.fit(tensor) and (tensor == 1 or _against(ranks, "tensor", tensor) is None):
-                return branches, tensor
-    return cfg, 1
 
 
 def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
@@ -111,33 +109,26 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
         ConfigurationError: the product of the degrees is not the number of ranks, or the tier does not allow one.
         UnsupportedError: the model cannot be shared like this.
     """
-    refusal = _refusal(layout, ranks)
-    if refusal is not None:
-        raise refusal
+    degrees = describe_layout(layout)
+    if layout.size != ranks.count:
+        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
+        raise ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
+    if layout.vae is True and not layout.shares_vae(ranks.tier):
+        raise ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
+    if layout.text_encoder is True and layout.tensor == 1:
+        raise ConfigurationError(
+            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
+        )
+    objection = _objection(layout, ranks)
+    if objection is not None:
+        error = ConfigurationError if "quality" in objection else UnsupportedError
+        raise error(f"ParallelConfig({degrees}): {objection}{_way_out(ranks)}")
 
 
 def describe_layout(layout: ParallelConfig) -> str:
     """Such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
     return ", ".join(named) or "one rank"
-
-
-def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
-    degrees = describe_layout(layout)
-    if layout.size != ranks.count:
-        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
-        return ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
-    if layout.vae is True and not layout.shares_vae(ranks.tier):
-        return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
-    if layout.text_encoder is True and layout.tensor == 1:
-        return ConfigurationError(
-            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
-        )
-    objection = _objection(layout, ranks)
-    if objection is None:
-        return None
-    error = ConfigurationError if "quality" in objection else UnsupportedError
-    return error(f"ParallelConfig({degrees}): {objection}{_way_out(ranks)}")
 
 
 def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:

@@ -158,10 +158,10 @@ def _heads_for_tokens(
     """All tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
     batch, own, heads, head_dim = q.shape
     split = (batch, own, group.size, heads // group.size, head_dim)
-    packed = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
+    stacked = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
     # Rank by rank, and token by token within: then all that arrives is in the order of the tokens.
-    parcels = packed.permute(3, 2, 1, 0, 4, 5).reshape(group.size * own, -1)
-    received = group.all_to_all(parcels, [own] * group.size, tokens)
+    packed = stacked.permute(3, 2, 1, 0, 4, 5).reshape(group.size * own, -1)
+    received = group.all_to_all(packed, [own] * group.size, tokens)
     return received.view(sum(tokens), batch, 3, heads // group.size, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
 
 
@@ -169,8 +169,8 @@ def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) ->
     """The inverse: this rank's own tokens with all heads."""
     batch, _, heads, head_dim = out.shape
     own = tokens[group.rank]
-    parcels = out.transpose(0, 1).reshape(sum(tokens), -1)
-    received = group.all_to_all(parcels, tokens, [own] * group.size)
+    packed = out.transpose(0, 1).reshape(sum(tokens), -1)
+    received = group.all_to_all(packed, tokens, [own] * group.size)
     received = received.view(group.size, own, batch, heads, head_dim)
     return received.permute(2, 1, 0, 3, 4).reshape(batch, own, group.size * heads, head_dim)
 
