@@ -51,8 +51,8 @@ def test_four_ranks_split_a_transformer_too(name):
     for ranks in on_ranks(4, tensor_cases.transformers, name, 4, **ARGUMENTS.get(name, {})):
         for result in ranks:
             _check(result)
-            report = result["report"]
-            assert report.own_bytes * 4 == report.whole_bytes
+            own, whole = result["shares"]
+            assert own * 4 == whole
 
 
 def test_two_groups_of_two_among_four_ranks_split_independently():
@@ -136,7 +136,7 @@ def test_pipelines_that_share_a_transformer_share_the_split_and_the_last_one_joi
         split = result["sizes"][0]
         assert result["sizes"] == [split, split, result["whole"]]
         assert split < result["whole"]
-        assert result["reports"][0] == result["reports"][1]
+        assert result["same"]
         assert "QwenImageTransformer2DModel are split already by another accelerated pipeline" in result["said"]
 
 
@@ -161,7 +161,7 @@ def test_tied_weights_stay_tied_and_a_weight_tied_to_a_whole_layer_stays_whole()
     for result in on_ranks(2, tensor_cases.tied):
         _check(result)
         assert result["tied"]
-        assert [path for path, _ in result["report"].left] == ["blocks.2.attn1"]
+        assert [path for path, _ in result["left"]] == ["blocks.2.attn1"]
 
 
 def test_a_degree_that_does_not_divide_names_those_that_do():

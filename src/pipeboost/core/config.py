@@ -83,7 +83,9 @@ class ParallelConfig:
             require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
         for name in ("vae", "text_encoder"):
             require_one_of(f"parallel.{name}", getattr(self, name), ("auto", True, False))
-        if not is_number(self.timeout) or self.timeout < 1:  # ranks hear from each other every twentieth of a second
+        if (
+            not is_number(self.timeout) or self.timeout < 1
+        ):  # ranks send each other signs of life every twentieth of a second
             raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
         if self.group is not None and not is_process_group(self.group):
             raise ConfigurationError(

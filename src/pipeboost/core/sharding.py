@@ -103,7 +103,7 @@ class TensorSharding:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What the encoder and the decoder of a VAE are made of, beside torch's own modules, so that ranks can share a map.
+    """What the encoder and the decoder of a VAE are made of besides torch's own modules, so that ranks can share it.
 
     Attributes:
         local: class names of modules that do the same to every pixel and look at no other, but through modules inside

@@ -93,7 +93,7 @@ def _received(flags: _Flags) -> tuple[bool, bool]:
 
 
 def _receive_the_last(call: Call) -> None:
-    """No message may be under way when the call has ended; whoever ends at the same point has sent it."""
+    """Wait for what is under way when the call ends; a rank that ends at the same point has sent it."""
     flags = call.state.pop(_STATE, None)
     if flags is not None:
         with contextlib.suppress(Exception):  # another rank has failed, which the call raises

@@ -33,10 +33,10 @@ Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's `"cfg"` group compute one guidance branch each.
 
-    A step's calls are told apart by their order. With fewer ranks than branches they take turns.
+    A step's calls are identified by their order. With fewer ranks than branches they take turns.
 
     Args:
-        model: a denoiser; pipelines that share it share the layer, which acts in calls with such a group only.
+        model: a denoiser; pipelines that share it share the middleware, which acts in calls with such a group only.
         family: knows the shape of what a forward returns.
         ledger: takes the inverse.
     """
@@ -125,7 +125,7 @@ def _fill(call: Call) -> None:
 
 
 def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
+    """Return the result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
     if (result.shape, result.dtype) != (like.shape, like.dtype):
         raise UnsupportedError(
             f"cfg-parallel expects predictions like hidden_states, {tuple(like.shape)} of {like.dtype}, and the "
@@ -139,7 +139,7 @@ def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
-    """A forward's `hidden_states`, and whether it returns a tuple."""
+    """Return a forward's `hidden_states`, and whether it returns a tuple."""
     bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     bound.apply_defaults()
     states = bound.arguments["hidden_states"]

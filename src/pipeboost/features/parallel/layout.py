@@ -52,7 +52,7 @@ class Ranks:
 
 
 def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
-    """The layout that `parallel="auto"` takes, why, and what was considered.
+    """Return the layout that `parallel="auto"` takes, why, and what was considered.
 
     Guidance branches come first, which exchange least; then heads, then tokens around a ring; weights are shared where
     they do not fit, by as few ranks as will do, and where even all are too few they are left whole, which can wait on
@@ -126,13 +126,13 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
 
 
 def describe_layout(layout: ParallelConfig) -> str:
-    """Such as `cfg=2, ulysses=2`."""
+    """Describe a layout, such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
     return ", ".join(named) or "one rank"
 
 
 def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:
-    """The first degree that something speaks against, and what."""
+    """Return the first degree that something speaks against, and what."""
     for axis in DEGREES[1:]:
         degree = getattr(layout, axis)
         against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
@@ -142,7 +142,7 @@ def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:
 
 
 def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
-    """What `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
+    """Return what `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
     if tier_allows(ranks.tier, "lossless"):
         return type(refusal)(f"parallel='auto' finds no layout for {ranks.count} ranks; of the last one, {refusal}")
     way_out = _way_out(ranks)
@@ -156,7 +156,7 @@ def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
 
 
 def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
-    """What speaks against a degree, as the end of a sentence that begins with it."""
+    """Return what speaks against a degree, as the end of a sentence that begins with it."""
     family, model, heads = ranks.family, ranks.model.model, ranks.model.heads
     if axis == "cfg" and not family.pipelines:
         return f"is not known to be possible for {model} in this pipeline, which no family lists"
@@ -195,7 +195,7 @@ def _way_out(ranks: Ranks) -> str:
 
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
-    """All layouts of `count` ranks, those of one axis first; last those that share several samples."""
+    """Return all layouts of `count` ranks, those of one axis first; last those that share several samples."""
     for replicas in _divisors(count)[:-1]:
         share = count // replicas
         every = [

@@ -35,7 +35,7 @@ def to_own_device(pipe: Any) -> None:
 
 
 def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
-    """Components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
+    """Return components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
 
     It moves each rank's share to its device. The rest of the pipeline is on that device.
 
@@ -73,7 +73,7 @@ def take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger)
 
 
 def shared_encoders(pipe: Any, layout: ParallelConfig, splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """The text encoders whose weights the ranks share; left to us, those that can be split so.
+    """Return the text encoders whose weights the ranks share; left to us, those that can be split so.
 
     Raises:
         UnsupportedError: they were asked to, and one cannot be split.

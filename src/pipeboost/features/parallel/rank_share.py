@@ -13,7 +13,7 @@ from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations, Family, Linear
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.features.parallel.tensor import shard_report, split_of
+from pipeboost.features.parallel.tensor import shares_of, split_of
 
 _UNSHARED = 0.2
 """The part of shared activations that every rank has whole, borders and workspaces, at most: of two ranks each took
@@ -21,7 +21,7 @@ _UNSHARED = 0.2
 
 
 def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Split]:
-    """What tensor parallelism can split of each component: transformers and text encoders."""
+    """Return what tensor parallelism can split of each component: transformers and text encoders."""
     found = {}
     for path, module in modules.items():
         sharding: TensorSharding | None = None
@@ -39,7 +39,7 @@ def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Spl
 
 
 def of_one_rank(model: ModelInfo, layout: ParallelConfig) -> ModelInfo:
-    """The model of one of the ranks that share the pipeline's weights."""
+    """Return the model of one of the ranks that share the pipeline's weights."""
     if not layout.split_kinds:
         return model
     components = tuple(
@@ -51,7 +51,7 @@ def of_one_rank(model: ModelInfo, layout: ParallelConfig) -> ModelInfo:
 
 
 def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig, tier: str) -> Activations | None:
-    """What the stages take on one of the ranks that share tokens and the VAE, at most."""
+    """Return what the stages take on one of the ranks that share tokens and the VAE, at most."""
     if whole is None:
         return None
     tokens = layout.ulysses * layout.ring
@@ -60,13 +60,15 @@ def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig, t
 
 
 def of_all_ranks(component: ComponentSize, module: nn.Module) -> ComponentSize:
-    """A component as it is once an acceleration that has split its weights among ranks is undone."""
-    report = shard_report(module)
-    return _of_size(component, component.nbytes + report.whole_bytes - report.own_bytes)
+    """Return a component as it is once an acceleration that has split its weights among ranks is undone."""
+    shares = shares_of(module)
+    return (
+        component if shares is None else _of_size(component, component.nbytes + shares.whole_bytes - shares.own_bytes)
+    )
 
 
 def _share(component: ComponentSize, degree: int, splits: Mapping[str, Split] | None) -> ComponentSize:
-    """What a rank has of a component; an even part where nobody has looked at its layers."""
+    """Return what a rank has of a component; an even part where its layers were not looked at."""
     split = Split(component.nbytes, (degree,)) if splits is None else splits.get(component.path)
     if split is None or degree not in split.degrees:
         return component

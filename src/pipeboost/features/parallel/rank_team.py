@@ -100,11 +100,11 @@ class RankTeam:
             yield
 
     def telling(self) -> contextlib.AbstractContextManager[None]:
-        """Inside `all_or_none`, an error is told before anything is taken back, for which ranks may need each other."""
+        """Inside `all_or_none`, an error is sent to the others before anything is undone, which may need all ranks."""
         return self._all_or_none.telling()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
-        """The arguments of a call that all ranks go on with.
+        """Return the arguments of a call that all ranks go on with.
 
         Raises:
             DisagreementError: they were called differently.
@@ -130,7 +130,7 @@ class RankTeam:
             require_same_state(self.mesh, digests, functools.partial(self._state.facts, pipe))
 
     def components(self, pipe: Any) -> dict[str, Any]:
-        """Components that the ranks share beside those that every acceleration looks at."""
+        """Return components that the ranks share besides those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
         return {name: pipe.components[name] for name in names}
 
@@ -182,7 +182,7 @@ class RankTeam:
 
 
 def _described(decision: Decision) -> str:
-    """What all ranks must have decided alike; weights may go to another device on each."""
+    """Return what all ranks must have decided alike; weights may go to another device on each."""
     settings = decision.settings
     if isinstance(settings, ParallelConfig):
         settings = replace(settings, group=None)
@@ -191,7 +191,7 @@ def _described(decision: Decision) -> str:
 
 
 def _hide_progress_bar(call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
-    """One bar is enough for the ranks of a sample; a user who has said whether it is shown is obeyed."""
+    """Hide all progress bars but one for the ranks of a sample, unless the user has said whether they are shown."""
     before = getattr(pipe, "_progress_bar_config", {})
     try:
         pipe._progress_bar_config = {"disable": True, **before}

@@ -18,7 +18,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.tracked_module import TrackedModule, class_of, configuration_of, settings_of
 from pipeboost.distributed import suspend_timeout
-from pipeboost.features.parallel.tensor import shard_report
+from pipeboost.features.parallel.tensor import shares_of
 
 PIPELINE = "pipeline"
 _WRITING = ("fuse_lora", "unfuse_lora", "load_lora_adapter", "to", "half", "float", "double", "bfloat16")
@@ -84,7 +84,9 @@ class RunningState:
     def _tracked(self, module: nn.Module) -> TrackedModule:
         tracked = self._modules.get(module)
         if tracked is None:
-            tracked = self._modules[module] = TrackedModule(module, shard_report(module).names)
+            shares = shares_of(module)
+            names = frozenset() if shares is None else shares.names
+            tracked = self._modules[module] = TrackedModule(module, names)
         return tracked
 
     def _digest(self, name: str, facts: Mapping[str, Any]) -> bytes:
@@ -124,7 +126,7 @@ def facts_of_pipeline(pipe: Any, components: Mapping[str, Any]) -> dict[str, Any
 
 @functools.cache
 def _set_by_calls(cls: type) -> frozenset[str]:
-    """Attributes that a script's calls set anew, so that what an earlier call left in them does not matter."""
+    """Return the attributes that a script's calls set anew: what an earlier call left in them does not matter."""
     waiting, seen, written = [*_FROM_CALLS], {*_FROM_CALLS}, set()
     while waiting:
         function = inspect.unwrap(getattr(cls, waiting.pop(), None) or int)

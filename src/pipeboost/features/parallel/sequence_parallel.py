@@ -39,8 +39,8 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
         first = True
         for blocks in family.blocks:
             for block in operator.attrgetter(blocks.path)(model):
-                layer = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_middleware(block, "__call__", layer, place="block.sequence")
+                middleware = functools.partial(_block, sharding, sharding.streams if first else (), name)
+                inner.add_middleware(block, "__call__", middleware, place="block.sequence")
                 first = False
         for path, outputs in sharding.outputs.items():
             inner.add_middleware(
@@ -139,7 +139,7 @@ def _refuse_too_few(shards: Shards, sharding: TokenSharding, model: str) -> None
 
 
 def _refuse_adapter_tokens(shards: Shards, given: Mapping[str, Any]) -> None:
-    """Attention to an adapter's tokens is told from attention among a rank's own by their number alone."""
+    """Refuse an adapter with as many tokens as a rank has: attention to them looks like that among the rank's own."""
     adapter = (given.get("joint_attention_kwargs") or {}).get("ip_hidden_states") or ()
     own = sizes(shards.image, shards.ranks)
     for states in adapter if isinstance(adapter, (list, tuple)) else (adapter,):
@@ -164,7 +164,7 @@ def _take_own_tokens(shards: Shards, arguments: Sequence[TokenArgument], given: 
 
 
 def _named(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name."""
+    """Return the arguments of a forward by name."""
     return {**dict(zip(_names(stock_class(owner)), args, strict=False)), **kwargs}
 
 

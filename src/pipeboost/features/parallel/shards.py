@@ -14,7 +14,7 @@ SHARDS = "token shards"
 
 
 def sizes(tokens: int, ranks: int) -> list[int]:
-    """How many of `tokens` each rank has; the first ones have one more where they cannot be equal."""
+    """Return how many of `tokens` each rank has; the first ones have one more where they cannot be equal."""
     return [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
 
 
@@ -44,7 +44,7 @@ class Shards:
         ]
 
     def own(self, value: Any, argument: TokenArgument) -> Any:
-        """This rank's tokens of a tensor, or of each in a tuple or list.
+        """Return this rank's tokens of a tensor, or of each in a tuple or list.
 
         Asked again for the same tensor it gives the same answer, and its own answers are taken for what they are.
         """
@@ -65,7 +65,7 @@ class Shards:
         return known is not None and known[1] is value
 
     def leading(self, tokens: int) -> int:
-        """How many of the first `tokens` of the image are this rank's."""
+        """Return how many of the first `tokens` of the image are this rank's."""
         share = sizes(self.image, self.ranks)
         start = sum(share[: self.rank])
         return min(max(tokens - start, 0), share[self.rank])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,129 +25,25 @@ from pipeboost.features.parallel.tensor_layout import Layout, layout_of
 _SAMPLES = 16
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    """What became of a model's weights.
+class Shares:
+    """The shares of one model's weights on this rank. Holds its layers, not the model.
 
     Attributes:
-        whole_bytes: size of the split weights when they were whole.
-        own_bytes: size of this rank's share of them.
-        left: path and reason, for layers that could be split and stay whole on every rank.
-        degrees: that the whole model allows.
-        names: of the parameters of which it has a share.
+        layout: what is split.
+        names: of the parameters of which this rank has a share.
+        whole_bytes: size of these when they were whole.
+        own_bytes: size of the shares.
     """
 
-    whole_bytes: int = 0
-    own_bytes: int = 0
-    left: tuple[tuple[str, str], ...] = ()
-    degrees: tuple[int, ...] = ()
-    names: frozenset[str] = frozenset()
-
-
-_reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
-
-
-def shard_weights(
-    model: nn.Module,
-    sharding: TensorSharding,
-    group: Group,
-    ledger: Ledger,
-    *,
-    ready: Callable[[], None] = lambda: None,
-) -> ShardReport:
-    """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
-
-    Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
-    the inverse gathers the shares on every rank, and waits for the ranks that have not come to it yet. What the
-    user put in a parameter's place meanwhile stays. Outside a call with the feature `"parallel"` the model raises, and
-    so it does where it is saved, copied or given a LoRA.
-
-    Args:
-        model: a transformer or a text encoder; pipelines that share it share the change, if they share the group.
-        sharding: of its family, or `families.text_encoder_sharding(model)`.
-        group: the ranks of the mesh axis `tensor`; a group of one changes nothing.
-        ledger: takes the inverse.
-        ready: called when this rank has found nothing against it, before it talks to the others; may raise.
-
-    Raises:
-        ConfigurationError: the size of the group does not divide the heads or a width.
-        UnsupportedError: the model has none of the layers, or they are quantised, offloaded, fused or have a LoRA; the
-            ranks have different weights; the model is shared with a pipeline that splits it otherwise.
-    """
-    if group.size == 1:
-        return ShardReport()
-
-    # The ledger of a shared change must not keep its model alive.
-    reference = weakref.ref(model)
-
-    def apply(inner: Ledger) -> None:
-        layout = layout_of(model, sharding)
-        layout.check(group.size)
-        ready()
-        _refuse_different_weights(model, group)
-        whole_bytes, parameters = layout.bytes, frozenset(layout.cuts)
-        guards = Ledger()
-        with guards:
-            guard_model(model, group, guards)
-            shares = _Shares(layout, group)
-
-        def join() -> None:
-            joined = reference()
-            try:
-                shares.join(_reload(joined))
-            except RuntimeError as error:
-                # The guards stay, so that the model goes on to raise.
-                raise PipeboostError(
-                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
-                    f"other; {_reload(joined)}"
-                ) from error
-            guards.undo()
-            if joined is not None:
-                _reports.pop(joined, None)
-
-        inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        named = model.named_parameters(remove_duplicate=False)
-        names = frozenset(name for name, parameter in named if parameter in parameters)
-        _reports[model] = ShardReport(whole_bytes, whole_bytes // group.size, layout.left, layout.degrees, names)
-
-    try:
-        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
-    except UnsupportedError as error:
-        if model not in _reports:
-            raise
-        raise UnsupportedError(
-            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
-            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
-        ) from error
-    return _reports[model]
-
-
-def split_of(model: nn.Module, sharding: TensorSharding) -> Split:
-    """Return what tensor parallelism splits of a model, split or whole.
-
-    Raises:
-        UnsupportedError: its weights cannot be split at all.
-    """
-    report = _reports.get(model)
-    if report is not None:
-        return Split(report.whole_bytes, report.degrees)
-    layout = layout_of(model, sharding)
-    return Split(layout.bytes, layout.degrees)
-
-
-def shard_report(model: nn.Module) -> ShardReport:
-    """Return what has become of a model's weights; nothing where they are whole."""
-    return _reports.get(model, ShardReport())
-
-
-class _Shares:
-    """The shares of one model on this rank. Holds its layers, not the model."""
-
-    def __init__(self, layout: Layout, group: Group) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, group: Group) -> None:
         self.layout = layout
         self.group = group
         self.joined = False
         self.cuts = layout.cuts
+        named = model.named_parameters(remove_duplicate=False)
+        self.names = frozenset(name for name, parameter in named if parameter in self.cuts)
+        self.whole_bytes = layout.bytes
+        self.own_bytes = self.whole_bytes // group.size
         # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
         with torch.inference_mode(False):
             for parameter, (dim, parts) in self.cuts.items():
@@ -189,8 +84,96 @@ class _Shares:
         self.joined = True
 
 
+_shares: weakref.WeakKeyDictionary[nn.Module, Shares] = weakref.WeakKeyDictionary()
+
+
+def shard_weights(
+    model: nn.Module,
+    sharding: TensorSharding,
+    group: Group,
+    ledger: Ledger,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> Shares:
+    """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
+
+    Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
+    the inverse gathers the shares on every rank, and waits for the ranks that have not come to it yet. What the
+    user put in a parameter's place meanwhile stays. Outside a call with the feature `"parallel"` the model raises, and
+    so it does where it is saved, copied or given a LoRA.
+
+    Args:
+        model: a transformer or a text encoder; pipelines that share it share the change, if they share the group.
+        sharding: of its family, or `families.text_encoder_sharding(model)`.
+        group: the ranks of the mesh axis `tensor`.
+        ledger: takes the inverse.
+        ready: called when this rank has found nothing against it, before it talks to the others; may raise.
+
+    Raises:
+        ConfigurationError: the size of the group does not divide the heads or a width.
+        UnsupportedError: the model has none of the layers, or they are quantised, offloaded, fused or have a LoRA; the
+            ranks have different weights; the model is shared with a pipeline that splits it otherwise.
+    """
+    # The ledger of a shared change must not keep its model alive.
+    reference = weakref.ref(model)
+
+    def apply(inner: Ledger) -> None:
+        layout = layout_of(model, sharding)
+        layout.check(group.size)
+        ready()
+        _refuse_different_weights(model, group)
+        guards = Ledger()
+        with guards:
+            guard_model(model, group, guards)
+            shares = Shares(model, layout, group)
+
+        def join() -> None:
+            joined = reference()
+            try:
+                shares.join(_reload(joined))
+            except RuntimeError as error:
+                # The guards stay, so that the model goes on to raise.
+                raise PipeboostError(
+                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
+                    f"other; {_reload(joined)}"
+                ) from error
+            guards.undo()
+            if joined is not None:
+                _shares.pop(joined, None)
+
+        inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
+        _shares[model] = shares
+
+    try:
+        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
+    except UnsupportedError as error:
+        if model not in _shares:
+            raise
+        raise UnsupportedError(
+            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
+            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
+        ) from error
+    return _shares[model]
+
+
+def split_of(model: nn.Module, sharding: TensorSharding) -> Split:
+    """Return what tensor parallelism splits of a model, split or whole.
+
+    Raises:
+        UnsupportedError: its weights cannot be split at all.
+    """
+    shares = _shares.get(model)
+    layout = layout_of(model, sharding) if shares is None else shares.layout
+    return Split(layout.bytes if shares is None else shares.whole_bytes, layout.degrees)
+
+
+def shares_of(model: nn.Module) -> Shares | None:
+    """Return this rank's shares of a model's weights; None where they are whole."""
+    return _shares.get(model)
+
+
 def _reload(model: Any) -> str:
-    """How to have the whole weights again, as the end of a sentence."""
+    """Say how to have the whole weights again, as the end of a sentence."""
     config = getattr(model, "config", None)
     folder = str(getattr(config, "_name_or_path", None) or "")
     if not folder or not Path(folder).is_dir():
@@ -206,7 +189,7 @@ def _share_of(whole: torch.Tensor, dim: int, parts: tuple[int, ...], group: Grou
 
 
 def _whole_of(share: torch.Tensor, dim: int, parts: tuple[int, ...], group: Group) -> torch.Tensor:
-    """The parameter whose shares the ranks have, on the device where this rank has its own."""
+    """Return the parameter whose shares the ranks have, on the device where this rank has its own."""
     there = share if share.device.type == group.device else share.to(group.device)
     width = share.shape[dim]
     gathered = group.all_gather(there, dim, [width] * group.size).split(width, dim)
@@ -216,7 +199,7 @@ def _whole_of(share: torch.Tensor, dim: int, parts: tuple[int, ...], group: Grou
 
 
 def _refuse_different_weights(model: nn.Module, group: Group) -> None:
-    """Ranks that built a model from different random seeds would join shares of different models."""
+    """Refuse ranks that have built a model from different random seeds: they would join shares of different models."""
     plain = ((name, each) for name, each in model.named_parameters() if type(each.data) is torch.Tensor)
     named = {name: each for name, each in plain if can_be_sampled(each)}
     shapes = zlib.crc32(repr([(name, each.shape, each.dtype) for name, each in named.items()]).encode())

@@ -187,7 +187,7 @@ def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> _Un
 
 
 def _plain(layer: nn.Module, role: Role, path: str, model: str) -> nn.Module:
-    """The layer if its weights can be split."""
+    """Return the layer if its weights can be split."""
     if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
         raise UnsupportedError(
             f"{path} of {model} has a LoRA, which tensor parallelism cannot split; "

@@ -78,7 +78,7 @@ def _divided(
 
 
 def _strip(part: nn.Module, autoencoder: Autoencoder | None, group: Group, states: torch.Tensor) -> Strip | str:
-    """This rank's strip of a map, or why ranks cannot share the map."""
+    """Return this rank's strip of a map, or why ranks cannot share the map."""
     height, width = states.shape[-2:]
     structure = structure_of(part, autoencoder)
     if isinstance(structure, str):

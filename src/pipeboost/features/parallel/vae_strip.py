@@ -41,23 +41,23 @@ class Strip:
         return torch.tensor(self.rows, dtype=torch.float64, device=self.device) / sum(self.rows)
 
     def extents(self, own: int) -> list[int]:
-        """How much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
+        """Return how much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
         scale, rest = divmod(own, self.own_rows)
         assert rest == 0, f"{own} does not consist of {self.own_rows} equal parts"
         return [scale * rows for rows in self.rows]
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a map that all ranks have."""
+        """Return this rank's part of a map that all ranks have."""
         scale = whole.shape[self.dim] // sum(self.rows)
         start = sum(self.rows[: self.group.rank])
         return whole.narrow(self.dim, scale * start, scale * self.own_rows).contiguous()
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """The whole map, on all ranks."""
+        """Return the whole map, on all ranks."""
         return self.group.all_gather(own, own.ndim + self.dim, self.extents(own.shape[self.dim]))
 
     def fill_borders(self, padded: torch.Tensor, *, before: int, after: int, above: int, below: int) -> None:
-        """Write the neighbours' nearest pixels over the padding of a strip, in place; at the map's edges it stays.
+        """Write the nearest pixels of the adjacent strips over this one's padding, which stays at the edges of the map.
 
         Args:
             padded: this rank's pixels with padding.

@@ -81,7 +81,7 @@ def _is_whole(scale: object) -> bool:
 
 
 def _why_not_convolution(module: nn.Conv2d | nn.Conv3d) -> str | None:
-    """Why ranks cannot share a convolution; None where they can.
+    """Return why ranks cannot share a convolution; None where they can.
 
     With a kernel of 3 or more along a dimension it keeps the extent (stride 1) or halves it (stride 2), given an even
     one. What it does not pad itself was padded before it: by half a kernel on both sides where the stride is 1, by one
