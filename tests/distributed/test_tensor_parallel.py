@@ -137,7 +137,10 @@ def test_pipelines_that_share_a_transformer_share_the_split_and_the_last_one_joi
         assert result["sizes"] == [split, split, result["whole"]]
         assert split < result["whole"]
         assert result["same"]
-        assert "QwenImageTransformer2DModel are split already by another accelerated pipeline" in result["said"]
+        assert (
+            "QwenImageTransformer2DModel is shared with another accelerated pipeline that has split its weights"
+            in result["said"]
+        )
 
 
 def test_a_pipeline_that_is_dropped_frees_its_shares():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ class ParallelConfig:
     tensor: int = 1
     vae: str | bool = "auto"
     text_encoder: str | bool = "auto"
-    group: Any = None
+    group: Any = field(default=None, repr=False)
     timeout: float = 30.0
 
     def __post_init__(self) -> None:

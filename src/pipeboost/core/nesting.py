@@ -10,7 +10,7 @@ NESTING: dict[str, dict[str, str]] = {
         "call": "opens the call, in which everything below acts",
         "stages": "a stage spans whatever else its method has become",
         "reuse": "a prompt that was kept is a stage that took no time",
-        "parallel": "stops what ranks cannot do while they share weights, and shares the `interrupt` flag",
+        "parallel": "stops what ranks cannot do while they share weights; shares the `interrupt` flag; shows one bar",
         "offload": "answers where the script is to run",
     },
     "component": {

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
+from torch.utils._pytree import tree_leaves
 
 from pipeboost.contract.call import current_call
 from pipeboost.core.families import Family
@@ -66,7 +67,7 @@ def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None
         if name in batched.samples and value is not None:
             several = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
             sizes.add(len(value) if several else None)
-        elif name != "self" and _has_tensors(value):
+        elif name != "self" and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             return None
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -75,14 +76,6 @@ def _alike(samples: Any) -> bool:
     """Whether this is a list of tensors of one shape."""
     tensors = isinstance(samples, list) and all(isinstance(sample, torch.Tensor) for sample in samples)
     return tensors and len({sample.shape for sample in samples}) == 1
-
-
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_tensors, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, torch.Tensor)
 
 
 def _gathered(value: Any, group: Group, share: int) -> Any:

@@ -1,4 +1,4 @@
-"""`RankTeam`: the ranks that run one accelerated pipeline together, and what each of them does to its components."""
+"""`RankTeam`: the ranks that run one accelerated pipeline together, and what they agree on."""
 
 from __future__ import annotations
 
@@ -6,32 +6,22 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipeboost.contract.context import ApplyContext, RankContext
 from pipeboost.contract.decision import Decision
-from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
-from pipeboost.core.ledger import Ledger
-from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_steps
-from pipeboost.features.parallel.cfg_batch import share_batch
-from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel, flush_deferred, share_branches
-from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
+from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel
+from pipeboost.features.parallel.own_device import shared_encoders
 from pipeboost.features.parallel.running_state import RunningState
-from pipeboost.features.parallel.sequence_parallel import shard_sequence
-from pipeboost.features.parallel.tensor import shard_weights
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
 from pipeboost.features.parallel.ulysses_ring import UlyssesRing
-from pipeboost.features.parallel.vae import parallelize_vae
 
 
 class RankTeam:
@@ -45,6 +35,7 @@ class RankTeam:
         mesh: the ranks.
         across: attention among the tokens of all ranks; None where each rank has all tokens.
         text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
+        state: what a call runs with on this rank.
 
     Raises:
         UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
@@ -55,8 +46,7 @@ class RankTeam:
         self.text_encoders = shared_encoders(pipe, layout, context.model.splits or {})
         self._layout = layout
         self._family: Family = context.family
-        self._state = RunningState()
-        self._shares_vae = layout.shares_vae(context.tier)
+        self.state = RunningState()
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
@@ -99,6 +89,10 @@ class RankTeam:
         with self._all_or_none():
             yield
 
+    def require_all(self) -> None:
+        """Inside `all_or_none`, wait until all ranks have come here, or raise what one has raised."""
+        self._all_or_none.require_all()
+
     def telling(self) -> contextlib.AbstractContextManager[None]:
         """Inside `all_or_none`, an error is sent to the others before anything is undone, which may need all ranks."""
         return self._all_or_none.telling()
@@ -126,48 +120,13 @@ class RankTeam:
             DisagreementError: on all ranks alike.
         """
         if self.mesh.control.size > 1:
-            digests = self._state.digests(pipe, counts)
-            require_same_state(self.mesh, digests, functools.partial(self._state.facts, pipe))
+            digests = self.state.digests(pipe, counts)
+            require_same_state(self.mesh, digests, functools.partial(self.state.facts, pipe))
 
     def components(self, pipe: Any) -> dict[str, Any]:
         """Return components that the ranks share besides those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
         return {name: pipe.components[name] for name in names}
-
-    def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
-        """Let the ranks share one component of the pipeline, in the calls of `owner`."""
-        family, mesh = self._family, self.mesh
-        if path in family.denoisers:
-            if mesh.degree("tensor") > 1:
-                assert family.tensor is not None
-                self._shard_weights(obj, family.tensor, ledger)
-            if mesh.degree("cfg") > 1:
-                (share_branches if family.batched is None else share_batch)(obj, family, ledger)
-            if self.across is not None:
-                shard_sequence(obj, family, ledger)
-        if not path and mesh.degree("tensor") > 1:
-            guard_pipeline(obj, mesh.group("tensor"), ledger)
-        if not path:
-            agree_on_interrupts(obj, ledger)
-        if not path and not mesh.main:
-            ledger.add_middleware(obj, "progress_bar", _hide_progress_bar, place="pipe.parallel")
-        if path == "scheduler":
-            flush_deferred(obj, ledger)
-            agree_on_steps(obj, ledger)
-        if path and path == family.guider:
-            flush_deferred(obj, ledger, method="__call__")
-        if path == "vae" and self._shares_vae:
-            parallelize_vae(obj, family.autoencoder, ledger, owner=owner)
-        if path in self.text_encoders:
-            sharding = text_encoder_sharding(obj)
-            assert sharding is not None
-            self._shard_weights(obj, sharding, ledger)
-        if isinstance(obj, torch.nn.Module):  # whose weights have been split where they are to be
-            self._state.watch(obj, ledger)
-
-    def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
-        shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
-        take_from_host(model, self.mesh.device, ledger)
 
     def _refuse_different_plans(self, context: ApplyContext) -> None:
         summary = (f"quality: {context.tier}", *map(_described, context.decisions.values()))
@@ -183,18 +142,5 @@ class RankTeam:
 
 def _described(decision: Decision) -> str:
     """Return what all ranks must have decided alike; weights may go to another device on each."""
-    settings = decision.settings
-    if isinstance(settings, ParallelConfig):
-        settings = replace(settings, group=None)
-    compared = settings is not None and decision.feature != "offload"
-    return f"{decision.feature}: {decision.choice}{f' ({settings})' if compared else ''}"
-
-
-def _hide_progress_bar(call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hide all progress bars but one for the ranks of a sample, unless the user has said whether they are shown."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    try:
-        pipe._progress_bar_config = {"disable": True, **before}
-        return call_next(*args, **kwargs)
-    finally:
-        pipe._progress_bar_config = before
+    compared = decision.on and decision.feature != "offload"
+    return f"{decision.feature}: {decision.choice}{f' ({decision.settings})' if compared else ''}"

@@ -38,10 +38,8 @@ class Shards:
     @property
     def joint_sizes(self) -> list[int]:
         """How many tokens of image and text each rank has."""
-        return [
-            image + text
-            for image, text in zip(sizes(self.image, self.ranks), sizes(self.text, self.ranks), strict=True)
-        ]
+        image, text = sizes(self.image, self.ranks), sizes(self.text, self.ranks)
+        return [sum(own) for own in zip(image, text, strict=True)]
 
     def own(self, value: Any, argument: TokenArgument) -> Any:
         """Return this rank's tokens of a tensor, or of each in a tuple or list.

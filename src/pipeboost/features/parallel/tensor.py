@@ -144,15 +144,8 @@ def shard_weights(
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
         _shares[model] = shares
 
-    try:
-        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
-    except UnsupportedError as error:
-        if model not in _shares:
-            raise
-        raise UnsupportedError(
-            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
-            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
-        ) from error
+    taken = "that has split its weights over a mesh of its own; accelerate one of the two"
+    ledger.share(model, "tensor parallel", (group.size, group.name), apply, explain=lambda _: taken)
     return _shares[model]
 
 
