@@ -16,7 +16,7 @@ _FREE_NODES = 10_000
 
 
 def user_path(given: str | os.PathLike[str], what: str) -> Path:
-    """Return the path that a user gave, with `~` expanded; there need be nothing at it yet.
+    """The path that a user gave, with `~` expanded; there need be nothing at it yet.
 
     Args:
         what: names the path in the error.
@@ -53,7 +53,7 @@ def make_folder(path: Path, what: str) -> None:
 
 
 def read_file(given: str | os.PathLike[str], what: str, *, most: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
-    """Return the bytes of a regular file, or of a pipe where those are taken.
+    """The bytes of a regular file, or of a pipe where those are taken.
 
     Raises:
         ConfigurationError: it is missing, no file, larger than `most` bytes, or cannot be read.
@@ -75,7 +75,7 @@ def read_file(given: str | os.PathLike[str], what: str, *, most: int = LARGEST_T
 
 
 def read_text(path: Path, what: str) -> str:
-    """Return a file's text.
+    """A file's text.
 
     Raises:
         ConfigurationError: it cannot be read, or is not UTF-8.
@@ -87,7 +87,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def parse_json(text: str, what: str, **hooks: Any) -> Any:
-    """Return what JSON says.
+    """What JSON says.
 
     Raises:
         ConfigurationError: it is not JSON.
@@ -101,7 +101,7 @@ def parse_json(text: str, what: str, **hooks: Any) -> Any:
 
 
 def parse_yaml(text: str, what: str, *, loader: Any = None) -> Any:
-    """Return what YAML says, read by PyYAML's safe loader or a subclass of it.
+    """What YAML says, read by PyYAML's safe loader or a subclass of it.
 
     Raises:
         ConfigurationError: it is not YAML, or its aliases stand for far more than it holds.
@@ -125,7 +125,7 @@ def parse_yaml(text: str, what: str, *, loader: Any = None) -> Any:
 
 
 def _size(node: Any, known: dict[int, float]) -> float:
-    """Return how many values a node stands for once its aliases are written out; infinite where it holds itself."""
+    """How many values a node stands for once its aliases are written out; infinite where it holds itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")
         values = node.value if isinstance(node.value, list) else []
