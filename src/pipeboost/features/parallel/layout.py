@@ -61,7 +61,7 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     Raises:
         UnsupportedError: this pipeline cannot use that many ranks.
     """
-    # Without guidance branches a second cfg rank has nothing to compute; tensor ranks cost more than they gain.
+    # A second cfg rank needs a second branch; sharing weights exchanges most, so it is for those that do not fit.
     candidates = [
         layout
         for layout in _layouts(ranks.count)
