@@ -59,20 +59,21 @@ def structure_of(part: nn.Module, autoencoder: Autoencoder | None) -> Structure 
 
 def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
     cls = stock_class(module)
-    declared = cls.__name__ in autoencoder.local
+    name = cls.__name__
+    declared = name in autoencoder.local
     if isinstance(module, (nn.Conv2d, nn.Conv3d)):
         known = declared or cls in (nn.Conv2d, nn.Conv3d)
-        return _why_not_convolution(module) if known else f"{cls.__name__} is not known"
+        return _why_not_convolution(module) if known else f"{name} is not known"
     if isinstance(module, nn.Upsample):
         whole = module.size is None and _is_whole(module.scale_factor)
         known = (declared or cls is nn.Upsample) and module.mode in _UPSAMPLING and whole
         return None if known else f"upsampling by {module.scale_factor}, {module.mode}"
-    processors = [processor for name, processor in autoencoder.attention if name == cls.__name__]
+    processors = [processor for attention, processor in autoencoder.attention if attention == name]
     if processors:
         processor = getattr(module, "processor", None)
-        name = "" if processor is None else stock_class(processor).__name__
-        return None if name in processors else f"its attention processor {name} is not known"
-    return None if declared or cls in _PER_PIXEL else f"{cls.__name__} is not known"
+        given = "" if processor is None else stock_class(processor).__name__
+        return None if given in processors else f"its attention processor {given} is not known"
+    return None if declared or cls in _PER_PIXEL else f"{name} is not known"
 
 
 def _is_whole(scale: object) -> bool:
