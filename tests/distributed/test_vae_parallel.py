@@ -117,9 +117,11 @@ def test_a_vae_of_two_pipelines_is_shared_in_the_calls_of_those_that_hold_it():
         assert found == {"first": [1, 0, 0], "second": [1, 1, 0], "stranger": [0, 0, 0]}
 
 
-def test_a_vae_with_attention_that_ranks_cannot_share_is_computed_whole_with_the_reason():
-    for found in on_ranks(2, vae_cases.share_with_another_processor, "flux"):
-        assert found == (True, {"decoder whole: its attention processor AttnProcessor is not known": 1})
+def test_attention_that_ranks_cannot_share_is_computed_whole_with_the_reason_or_refused():
+    for same, counts, said in on_ranks(2, vae_cases.share_with_other_attention, "flux"):
+        assert same
+        assert counts == {"decoder whole: its attention processor AttnProcessor is not known": 1}
+        assert "attention in the VAE's decoder does not use torch's scaled_dot_product_attention" in said
 
 
 def test_an_encoder_or_decoder_with_a_module_that_is_not_known_is_not_divided_and_the_reason_names_it():
@@ -133,4 +135,4 @@ def test_an_encoder_or_decoder_with_a_module_that_is_not_known_is_not_divided_an
     other = vae_cases.build("qwen_image")
     other.encoder.nonlinearity = nn.LayerNorm(8)
     assert structure_of(other.encoder, _facts("qwen_image")) == "LayerNorm is not known"
-    assert structure_of(other.decoder, _facts("qwen_image")) == Structure(stride=1, reach=1)
+    assert structure_of(other.decoder, _facts("qwen_image")) == Structure(stride=1, reach=1, attention=1)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import families
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
 from pipeboost.features.parallel.vae import parallelize_vae
@@ -149,21 +150,33 @@ def share(name: str, maps: list[Map]) -> Results:
         mesh.close()
 
 
-def share_with_another_processor(name: str) -> tuple[bool, dict[str, int]]:
-    """Whether a VAE with an attention processor of another kind computes what stock does, and what its call counts."""
+def share_with_other_attention(name: str) -> tuple[bool, dict[str, int], str]:
+    """Whether a VAE with another attention processor computes what stock does, what its call counts, and what it says
+    where attention has another forward.
+    """
     vae = build(name)
     family = next(family for family in families() if family.name == VAES[name][0])
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     ledger = Ledger()
     try:
         parallelize_vae(vae, family.autoencoder, ledger)
-        for module in vae.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttnProcessor())
+        attention = [module for module in vae.decoder.modules() if isinstance(module, Attention)]
+        processors = [module.processor for module in attention]
+        for module in attention:
+            module.set_processor(AttnProcessor())
         stock = result_of(vae, name, Map("decode", 8, 8))
         with open_call(None, owner=None, mesh=mesh) as call:
             same = torch.equal(result_of(vae, name, Map("decode", 8, 8)), stock)
-        return same, dict(call.state["vae"])
+        for module, processor in zip(attention, processors, strict=True):
+            module.set_processor(processor)
+            module.forward = lambda states, **_: states
+        said = ""
+        with open_call(None, owner=None, mesh=mesh):
+            try:
+                result_of(vae, name, Map("decode", 8, 8))
+            except UnsupportedError as error:
+                said = str(error)
+        return same, dict(call.state["vae"]), said
     finally:
         mesh.close()
 

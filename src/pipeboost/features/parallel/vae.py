@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from pipeboost.contract.call import current_call
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.sharding import Autoencoder
 from pipeboost.distributed import SAMPLE, Group
 from pipeboost.features.parallel.vae_functions import FunctionsOfStrip
 from pipeboost.features.parallel.vae_strip import Strip
-from pipeboost.features.parallel.vae_structure import structure_of
+from pipeboost.features.parallel.vae_structure import Structure, structure_of
 
 PARTS = ("encoder", "decoder")
 STATE = "vae"
@@ -67,22 +68,25 @@ def _divided(
     if acceleration is not None and acceleration() is not call.owner:
         return call_next(states, *args, **kwargs)
     counts: Counter[str] = call.state.setdefault(STATE, Counter())
-    strip = _strip(part, autoencoder, call.mesh.group(*SAMPLE), states)
-    if isinstance(strip, str):
+    structure = structure_of(part, autoencoder)
+    strip = structure if isinstance(structure, str) else _strip(structure, call.mesh.group(*SAMPLE), states)
+    if isinstance(structure, str) or isinstance(strip, str):
         counts[f"{name} whole: {strip}"] += 1
         return call_next(states, *args, **kwargs)
     counts[f"{name} shared"] += 1
-    with FunctionsOfStrip(strip):
+    with FunctionsOfStrip(strip) as functions:
         own = call_next(strip.cut(states), *args, **kwargs)
+    if functions.attended < structure.attention:
+        raise UnsupportedError(
+            f"attention in the VAE's {name} does not use torch's scaled_dot_product_attention, so that ranks cannot "
+            "share it; restore it or use ParallelConfig(vae=False)"
+        )
     return strip.gather(own)
 
 
-def _strip(part: nn.Module, autoencoder: Autoencoder | None, group: Group, states: torch.Tensor) -> Strip | str:
+def _strip(structure: Structure, group: Group, states: torch.Tensor) -> Strip | str:
     """Return this rank's strip of a map, or why ranks cannot share the map."""
     height, width = states.shape[-2:]
-    structure = structure_of(part, autoencoder)
-    if isinstance(structure, str):
-        return structure
     if torch.is_grad_enabled():
         return "gradients are on"
     if states.device.type != group.device:

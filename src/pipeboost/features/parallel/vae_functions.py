@@ -20,11 +20,15 @@ class FunctionsOfStrip(TorchFunctionMode):
     Convolutions see the border pixels of the ranks on both sides, group norms have the statistics of the whole map,
     and scaled dot product attention has the keys and values of all ranks. `vae_structure.py` says which modules may
     call them, and how.
+
+    Attributes:
+        attended: how often scaled dot product attention was called.
     """
 
     def __init__(self, strip: Strip) -> None:
         super().__init__()
         self.strip = strip
+        self.attended = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ours = _OF_STRIP.get(function)
@@ -97,6 +101,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        self.attended += 1
         tokens = self.strip.extents(key.shape[-2])
         if attn_mask is not None:
             attn_mask = self._mask_of_all(attn_mask, tokens)

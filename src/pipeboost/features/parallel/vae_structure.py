@@ -34,27 +34,31 @@ class Structure:
     Attributes:
         stride: pixels of its input that are one row of the latent map.
         reach: how many pixels beyond its own its largest convolution looks.
+        attention: how many of its modules attend to the whole map.
     """
 
     stride: int
     reach: int
+    attention: int
 
 
 def structure_of(part: nn.Module, autoencoder: Autoencoder | None) -> Structure | str:
     """Return the structure of an encoder or decoder, or why ranks cannot share its forwards."""
     if autoencoder is None:
         return "its family does not say what it is made of"
-    convolutions = []
+    attending, attention, convolutions = {name for name, _ in autoencoder.attention}, 0, []
     for module in part.modules():
         reason = _why_not(module, autoencoder)
         if reason is not None:
             return reason
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             convolutions.append(module)
+        attention += stock_class(module).__name__ in attending
     vertical, horizontal = (math.prod(each.stride[dim] for each in convolutions) for dim in (-2, -1))
     if vertical != horizontal:
         return "it scales height and width differently"
-    return Structure(vertical, max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1)))
+    reach = max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1))
+    return Structure(vertical, reach, attention)
 
 
 def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
