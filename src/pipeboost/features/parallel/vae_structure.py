@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,19 +47,19 @@ def structure_of(part: nn.Module, autoencoder: Autoencoder | None) -> Structure 
     """Return the structure of an encoder or decoder, or why ranks cannot share its forwards."""
     if autoencoder is None:
         return "its family does not say what it is made of"
-    attending, attention, convolutions = {name for name, _ in autoencoder.attention}, 0, []
+    convolutions = []
     for module in part.modules():
         reason = _why_not(module, autoencoder)
         if reason is not None:
             return reason
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             convolutions.append(module)
-        attention += stock_class(module).__name__ in attending
     vertical, horizontal = (math.prod(each.stride[dim] for each in convolutions) for dim in (-2, -1))
     if vertical != horizontal:
         return "it scales height and width differently"
     reach = max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1))
-    return Structure(vertical, reach, attention)
+    classes = Counter(stock_class(module).__name__ for module in part.modules())
+    return Structure(vertical, reach, sum(classes[name] for name in {name for name, _ in autoencoder.attention}))
 
 
 def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
