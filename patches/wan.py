@@ -92,7 +92,7 @@ FAMILY = Family(
             source="benchmarks/results/wan2.1-1.3b_h100-80gb-hbm3_2026-11-22.md",
         ),
     ),
-    # At one size only, so that other sizes are told by proportion; decoding in float32, as the model card asks.
+    # At one size only, so other sizes are estimated by proportion; decoding in float32, as the model card asks.
     activations=Activations(
         denoising=Linear(fixed=0, per_pixel=29.5),
         decoding=Linear(fixed=0, per_pixel=291.8),

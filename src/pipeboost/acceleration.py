@@ -15,7 +15,7 @@ from pipeboost.core.config import AccelerationConfig, resolve_config
 from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import attach
-from pipeboost.features.parallel.cfg_parallel import apart
+from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests
@@ -288,7 +288,7 @@ class Acceleration:
         with self._calls.in_turn(record, pipe):
             device = self._applied.follow_device(pipe)
             self._applied.bind_on_all_ranks(pipe, "open()")
-            with self._calls.opened(pipe, {}, device, record) as call, apart(call):
+            with self._calls.opened(pipe, {}, device, record) as call, without_cfg_parallel(call):
                 yield call
 
     def cancel(self, call: Call | None = None) -> None:

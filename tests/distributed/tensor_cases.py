@@ -21,7 +21,7 @@ from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.features.compile import compile_model
-from pipeboost.features.parallel.tensor import ShardReport, shard_weights, split_bytes
+from pipeboost.features.parallel.tensor import shard_weights, split_of
 from pipeboost.features.parallel.tensor_guards import guard_pipeline
 from tests.floors import floor_of
 from tests.pipelines import tiny_parts
@@ -175,8 +175,7 @@ def shared() -> dict[str, Any]:
     model, sharding, first, second, third = pipe.transformer, _sharding(pipe), Ledger(), Ledger(), Ledger()
     whole = _bytes(model)
     with tensor_group(2) as group:
-        report = shard_weights(model, sharding, group, first)
-        again = shard_weights(model, sharding, group, second)
+        same = shard_weights(model, sharding, group, first) is shard_weights(model, sharding, group, second)
         with tensor_group(2) as other:
             try:
                 shard_weights(model, sharding, other, third)
@@ -186,7 +185,7 @@ def shared() -> dict[str, Any]:
         for ledger in (first, second):
             ledger.undo()
             sizes.append(_bytes(model))
-    return {"whole": whole, "sizes": sizes, "reports": (report, again), "said": said}
+    return {"whole": whole, "sizes": sizes, "same": same, "said": said}
 
 
 def dropped() -> tuple[int, int]:
@@ -274,10 +273,10 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
     before = {path: (parameter, parameter.data.clone()) for path, parameter in model.named_parameters()}
     classes = [type(module) for module in model.modules()]
     expected, whole = _outputs(model, inputs), _bytes(model)
-    split = split_bytes(model, sharding)
+    split = split_of(model, sharding).nbytes
     floor = group.all_reduce(torch.tensor([_floor(model, inputs) if group.rank == 0 else 0.0])).item()
     ledger = Ledger()
-    report: ShardReport = shard_weights(model, sharding, group, ledger)
+    shares = shard_weights(model, sharding, group, ledger)
     own = _bytes(model)
     with open_call(None, owner=None):
         actual = _outputs(model, inputs)
@@ -291,7 +290,8 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "whole": whole,
         "own": own,
         "predicted": whole - split + split // group.size,
-        "report": report,
+        "shares": (shares.own_bytes, shares.whole_bytes),
+        "left": shares.layout.left,
         "left_in_place": all(after[path] is parameter for path, (parameter, _) in before.items()),
         "restored": all(torch.equal(parameter.data, value) for parameter, value in before.values()),
         "classes": classes == [type(module) for module in model.modules()],

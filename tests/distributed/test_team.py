@@ -1,8 +1,10 @@
 """Ranks form a team only where all want the same, share the script's forwards only, and leave nothing."""
 
 import pytest
+import torch
 
 from pipeboost import ParallelConfig
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.contract.registry import family_of
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.features.parallel.layout import Ranks, check_layout
@@ -83,8 +85,9 @@ def test_a_pipeline_that_is_dropped_takes_the_groups_of_its_ranks_along():
 
 def test_more_ranks_than_guidance_branches_are_refused_where_the_script_combines_them():
     family = family_of(TINY["wan21_t2v"].build())
+    model = ModelInfo("WanPipeline", torch.float32, 0, model="Wan", heads=4)
     with pytest.raises(UnsupportedError, match="cfg=4 is not 2, as many guidance branches as a step of Wan has; use"):
-        check_layout(ParallelConfig(cfg=4), Ranks(4, family, "Wan", 4, "lossless", attention=True))
+        check_layout(ParallelConfig(cfg=4), Ranks(4, family, model, "lossless", attention=True))
 
 
 @pytest.mark.parametrize("second", [{"ulysses": 2}, {"ring": 2}], ids=["ulysses", "ring"])
@@ -119,4 +122,4 @@ def test_where_no_layout_suits_the_tier_the_sentence_speaks_of_the_tier_and_of_n
 
 
 def test_a_copy_of_a_pipeline_shows_its_progress_again_once_the_pipeline_is_stock():
-    assert on_ranks(2, progress_of_a_copy, "flux_dev", ulysses=2) == [[{}, {}], [{"disable": True}, {}]]
+    assert on_ranks(2, progress_of_a_copy, "flux_dev", ulysses=2) == [[False, False], [True, False]]

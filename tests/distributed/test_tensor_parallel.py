@@ -9,7 +9,7 @@ import torch
 from pipeboost.contract.registry import families, family_of, text_encoder_sharding
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.features.parallel.tensor import _reload, split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor import _reload, split_of
 from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
@@ -51,8 +51,8 @@ def test_four_ranks_split_a_transformer_too(name):
     for ranks in on_ranks(4, tensor_cases.transformers, name, 4, **ARGUMENTS.get(name, {})):
         for result in ranks:
             _check(result)
-            report = result["report"]
-            assert report.own_bytes * 4 == report.whole_bytes
+            own, whole = result["shares"]
+            assert own * 4 == whole
 
 
 def test_two_groups_of_two_among_four_ranks_split_independently():
@@ -136,8 +136,11 @@ def test_pipelines_that_share_a_transformer_share_the_split_and_the_last_one_joi
         split = result["sizes"][0]
         assert result["sizes"] == [split, split, result["whole"]]
         assert split < result["whole"]
-        assert result["reports"][0] == result["reports"][1]
-        assert "QwenImageTransformer2DModel are split already by another accelerated pipeline" in result["said"]
+        assert result["same"]
+        assert (
+            "QwenImageTransformer2DModel is shared with another accelerated pipeline that has split its weights"
+            in result["said"]
+        )
 
 
 def test_a_pipeline_that_is_dropped_frees_its_shares():
@@ -161,7 +164,7 @@ def test_tied_weights_stay_tied_and_a_weight_tied_to_a_whole_layer_stays_whole()
     for result in on_ranks(2, tensor_cases.tied):
         _check(result)
         assert result["tied"]
-        assert [path for path, _ in result["report"].left] == ["blocks.2.attn1"]
+        assert [path for path, _ in result["left"]] == ["blocks.2.attn1"]
 
 
 def test_a_degree_that_does_not_divide_names_those_that_do():
@@ -170,7 +173,7 @@ def test_a_degree_that_does_not_divide_names_those_that_do():
         ConfigurationError, match="tensor=3 does not divide the 4 heads of FluxTransformer2DModel; use 2, 4"
     ):
         layout_of(pipe.transformer, family_of(pipe).tensor).check(3)
-    assert tensor_degrees(pipe.transformer, family_of(pipe).tensor) == (2, 4)
+    assert split_of(pipe.transformer, family_of(pipe).tensor).degrees == (2, 4)
     llama = tiny_parts.llama()
     with pytest.raises(ConfigurationError, match=r"tensor=4 does not divide the 2 heads of layers\.0.*k_proj.*; use 2"):
         layout_of(llama, text_encoder_sharding(llama)).check(4)
@@ -220,7 +223,7 @@ def test_published_sizes_keep_a_few_hundredths_whole():
                 model = getattr(diffusers, size.transformer)(**size.config)
             whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             assert family.tensor is not None
-            assert split_bytes(model, family.tensor) > 0.95 * whole, size.name
+            assert split_of(model, family.tensor).nbytes > 0.95 * whole, size.name
 
 
 def test_where_weights_cannot_be_joined_the_sentence_says_how_to_load_them_again(tmp_path):

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from pipeboost.contract.registry import families
-from pipeboost.core.ledger import Ledger
 from pipeboost.core.sharding import Autoencoder
-from pipeboost.features.parallel.vae import parallelize_vae
+from pipeboost.features.parallel.vae_structure import Structure, structure_of
 from tests.distributed import vae_cases
 from tests.distributed.ranks import on_ranks
 from tests.distributed.vae_cases import VAES, Map, Results
@@ -75,7 +74,6 @@ def test_a_shared_vae_gives_the_undivided_result_and_leaves_no_trace(name, ranks
             *({"decoder shared"}, {"decoder shared"}, {"encoder shared"}, {"encoder shared"}, {"decoder shared"}),
             {f"decoder whole: 1 latent rows are too few for {ranks} ranks"},
         ]
-        assert not result.left
         assert not result.traces
         assert torch.equal(result.outside, stock)
         assert torch.equal(result.again, stock)
@@ -119,33 +117,22 @@ def test_a_vae_of_two_pipelines_is_shared_in_the_calls_of_those_that_hold_it():
         assert found == {"first": [1, 0, 0], "second": [1, 1, 0], "stranger": [0, 0, 0]}
 
 
-def test_attention_that_ranks_cannot_share_raises():
-    for message in on_ranks(2, vae_cases.share_with_another_processor, "flux"):
-        assert "restore its attention processor" in message
+def test_attention_that_ranks_cannot_share_is_computed_whole_with_the_reason_or_refused():
+    for same, counts, said in on_ranks(2, vae_cases.share_with_other_attention, "flux"):
+        assert same
+        assert counts == {"decoder whole: its attention processor AttnProcessor is not known": 1}
+        assert "attention in the VAE's decoder does not use torch's scaled_dot_product_attention" in said
 
 
-def test_a_vae_with_a_module_that_is_not_known_is_left_with_the_reason():
+def test_an_encoder_or_decoder_with_a_module_that_is_not_known_is_not_divided_and_the_reason_names_it():
     vae = vae_cases.build("flux")
     vae.decoder.conv_act = nn.Softmax(dim=1)
     vae.encoder.conv_out = nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")
-    ledger = Ledger()
-    left = parallelize_vae(vae, _facts("flux"), ledger)
-    assert left == {
-        "decoder": "Softmax is not known",
-        "encoder": "padding 'reflect' inside a convolution",
-    }
-    assert not ledger.changes
-
-
-def test_a_vae_that_no_family_describes_is_left_with_the_reason():
-    left = parallelize_vae(vae_cases.build("flux"), None, Ledger())
-    assert {*left.values()} == {"its family does not say what it is made of"}
-    other = parallelize_vae(vae_cases.build("wan21"), _facts("flux"), Ledger())
-    assert other == {"encoder": "WanEncoder3d is not known", "decoder": "WanDecoder3d is not known"}
-
-
-def test_one_half_of_a_vae_may_be_left():
-    vae = vae_cases.build("qwen_image")
-    vae.encoder.nonlinearity = nn.LayerNorm(8)
-    left = parallelize_vae(vae, _facts("qwen_image"), Ledger())
-    assert left == {"encoder": "LayerNorm is not known"}
+    assert structure_of(vae.decoder, _facts("flux")) == "Softmax is not known"
+    assert structure_of(vae.encoder, _facts("flux")) == "padding 'reflect' inside a convolution"
+    assert structure_of(vae_cases.build("flux").decoder, None) == "its family does not say what it is made of"
+    assert structure_of(vae_cases.build("wan21").encoder, _facts("flux")) == "WanEncoder3d is not known"
+    other = vae_cases.build("qwen_image")
+    other.encoder.nonlinearity = nn.LayerNorm(8)
+    assert structure_of(other.encoder, _facts("qwen_image")) == "LayerNorm is not known"
+    assert structure_of(other.decoder, _facts("qwen_image")) == Structure(stride=1, reach=1, attention=1)

@@ -80,7 +80,6 @@ class Results:
     counts: list[dict[str, int]]
     again: torch.Tensor
     outside: torch.Tensor
-    left: dict[str, str]
     traces: list[str]
 
 
@@ -135,7 +134,7 @@ def share(name: str, maps: list[Map]) -> Results:
     ledger = Ledger()
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     try:
-        left = parallelize_vae(vae, family.autoencoder, ledger)
+        parallelize_vae(vae, family.autoencoder, ledger)
         outputs, counts = [], []
         for what in maps:
             with open_call(None, owner=None, mesh=mesh) as call, poisoned():
@@ -146,28 +145,38 @@ def share(name: str, maps: list[Map]) -> Results:
         with open_call(None, owner=None, mesh=mesh):
             again = result_of(vae, name, maps[0])
         traces = [key for module in vae.modules() for key in vars(module) if "pipeboost" in key]
-        return Results(outputs, counts, again, outside, left, traces)
+        return Results(outputs, counts, again, outside, traces)
     finally:
         mesh.close()
 
 
-def share_with_another_processor(name: str) -> str:
-    """What a call says whose VAE got an attention processor without scaled dot product attention."""
+def share_with_other_attention(name: str) -> tuple[bool, dict[str, int], str]:
+    """Whether a VAE with another attention processor computes what stock does, what its call counts, and what it says
+    where attention has another forward.
+    """
     vae = build(name)
     family = next(family for family in families() if family.name == VAES[name][0])
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     ledger = Ledger()
     try:
         parallelize_vae(vae, family.autoencoder, ledger)
-        for module in vae.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttnProcessor())
+        attention = [module for module in vae.decoder.modules() if isinstance(module, Attention)]
+        processors = [module.processor for module in attention]
+        for module in attention:
+            module.set_processor(AttnProcessor())
+        stock = result_of(vae, name, Map("decode", 8, 8))
+        with open_call(None, owner=None, mesh=mesh) as call:
+            same = torch.equal(result_of(vae, name, Map("decode", 8, 8)), stock)
+        for module, processor in zip(attention, processors, strict=True):
+            module.set_processor(processor)
+            module.forward = lambda states, **_: states
+        said = ""
         with open_call(None, owner=None, mesh=mesh):
             try:
                 result_of(vae, name, Map("decode", 8, 8))
             except UnsupportedError as error:
-                return str(error)
-        return ""
+                said = str(error)
+        return same, dict(call.state["vae"]), said
     finally:
         mesh.close()
 

@@ -50,7 +50,7 @@ def test_what_only_the_script_can_tell_is_off_with_its_reason(name):
     assert f"{kind}" in plan["cache"].why
     with pytest.raises(UnsupportedError, match=kind):
         make_plan(AccelerationConfig(quality="fast", parallel=None, cache=CacheConfig()), H100, family, info)
-    ranks = Ranks(2, family, info.model, info.heads, "lossless", attention=True)
+    ranks = Ranks(2, family, info, "lossless", attention=True)
     with pytest.raises(UnsupportedError, match="in this pipeline, which no family lists"):
         check_layout(ParallelConfig(cfg=2), ranks)
 

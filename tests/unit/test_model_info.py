@@ -48,7 +48,7 @@ def test_of_a_model_nobody_has_looked_at_a_rank_counts_an_even_part():
     assert weights(of_one_rank(FACTS, ParallelConfig(tensor=2))) == [100, 500, 5000]
 
 
-@pytest.mark.parametrize("layout", [None, ParallelConfig(), ParallelConfig(cfg=2, ulysses=2)])
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(cfg=2, ulysses=2)])
 def test_weights_that_nobody_splits_are_whole_on_every_rank(layout):
     assert of_one_rank(FACTS, layout) is FACTS
 
@@ -80,7 +80,6 @@ def test_what_can_be_split_is_read_off_transformers_and_text_encoders():
 @pytest.mark.parametrize(
     ("layout", "tier", "denoising", "decoding"),
     [
-        (None, "lossless", 1.0, 1.0),
         (ParallelConfig(ulysses=2), "lossless", 0.6, 0.6),
         (ParallelConfig(ring=2, cfg=2), "lossless", 0.6, 0.4),
         (ParallelConfig(tensor=4), "lossless", 1.0, 0.4),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,6 @@ COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
-
-Tier = Literal["exact", "lossless", "balanced", "fast"]
 
 
 def tier_allows(tier: str, needed: str) -> bool:
@@ -78,7 +76,7 @@ class ParallelConfig:
     tensor: int = 1
     vae: str | bool = "auto"
     text_encoder: str | bool = "auto"
-    group: Any = None
+    group: Any = field(default=None, repr=False)
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
@@ -86,7 +84,9 @@ class ParallelConfig:
             require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
         for name in ("vae", "text_encoder"):
             require_one_of(f"parallel.{name}", getattr(self, name), ("auto", True, False))
-        if not is_number(self.timeout) or self.timeout < 1:  # ranks hear from each other every twentieth of a second
+        if (
+            not is_number(self.timeout) or self.timeout < 1
+        ):  # ranks send each other signs of life every twentieth of a second
             raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
         if self.group is not None and not is_process_group(self.group):
             raise ConfigurationError(

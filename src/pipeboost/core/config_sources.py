@@ -13,7 +13,7 @@ _PREFIX = "PIPEBOOST_"
 
 
 def environment_settings(environment: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
-    """The text of each `PIPEBOOST_*` variable that is set, by the setting's name.
+    """Return the text of each `PIPEBOOST_*` variable that is set, by the setting's name.
 
     Raises:
         ConfigurationError: a `PIPEBOOST_*` variable that stands for none of the `known` settings.
@@ -28,12 +28,12 @@ def environment_settings(environment: Mapping[str, str], known: Sequence[str]) -
 
 
 def variable_of(name: str) -> str:
-    """The environment variable of a setting."""
+    """Return the environment variable of a setting."""
     return f"{_PREFIX}{name.upper()}"
 
 
 def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file.
+    """Return the mapping in a YAML or JSON file.
 
     Raises:
         ConfigurationError: the file is missing or unreadable, or has a key that is not one of the `known` settings.
@@ -53,7 +53,7 @@ def file_settings(path: Path, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _loader(path: Path) -> Any:
-    """PyYAML's safe loader, which by itself lets the last of several equal keys win."""
+    """Return PyYAML's safe loader, which by itself lets the last of several equal keys win."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -30,7 +30,7 @@ class RankFailedError(PipeboostError):
     """Another rank ended the call on all of them, or a rank that `launch` had started failed.
 
     Attributes:
-        rank: the first one that failed; None if it cannot be told.
+        rank: the first one that failed; None if that is not known.
         stage: the last that is known of where it was; empty if nothing is.
         signal: name of the signal that killed it, such as `"SIGKILL"`; None where none did.
         traceback: its traceback as Python prints it; empty where it raised nothing.
@@ -61,21 +61,21 @@ _QUOTE = _Quote()
 
 
 def quoted(value: object) -> str:
-    """A user's value as every message shows it: as Python writes it, shortened where it is long, wide or deep."""
+    """Return a user's value as messages show it: as Python writes it, shortened where it is long, wide or deep."""
     return _QUOTE.repr(value)
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """A text in one line of at most `most` characters."""
+    """Return a text in one line of at most `most` characters."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else f"{line[: most - 3]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says of its error, in one line that is not endless."""
+    """Return what a library says of its error, in one line that is not endless."""
     return shortened(str(error), 300) or type(error).__name__
 
 
 def not_one_of(argument: str, value: object, allowed: Iterable[object]) -> ConfigurationError:
-    """The error for a value outside a fixed set: names the argument, the value and what is allowed."""
+    """Return the error for a value outside a fixed set: names the argument, the value and what is allowed."""
     return ConfigurationError(f"{argument}={quoted(value)} is not allowed; use one of {', '.join(map(repr, allowed))}")

@@ -32,7 +32,7 @@ class StageDoor:
 
 
 def stage_doors(*, text_outputs: tuple[str, ...] = ("prompt_embeds",)) -> tuple[StageDoor, ...]:
-    """The doors of a Diffusers pipeline by the names that Diffusers gives them; a pipeline has some of them.
+    """Return the doors of a Diffusers pipeline by the names that Diffusers gives them; a pipeline has some of them.
 
     Args:
         text_outputs: names of what its `encode_prompt` returns.
@@ -141,7 +141,7 @@ class Linear:
     per_pixel: float
 
     def at(self, width: int, height: int, frames: int) -> int:
-        """Bytes for an output of `frames` pictures of `width` times `height` pixels."""
+        """Return the bytes for an output of `frames` pictures of `width` times `height` pixels."""
         return max(0, round(self.fixed + self.per_pixel * width * height * frames))
 
 
@@ -181,11 +181,11 @@ class Family:
         padded_text: how it masks padded text, where it does.
         full_sizes: published sizes for `pipeboost bench`.
         measured: speeds we measured, which a plan quotes on the same hardware.
-        activations: what a call needs beside the weights, where it was measured.
+        activations: what a call needs besides the weights, where it was measured.
         expert_steps: `(pipe) -> the steps that each of `denoisers` makes in the running call`, for a family whose loop
             hands over from one to the next; None where the first one makes them all. Asked inside the loop.
         doors: where the stages of a call begin and end.
-        guided: whether a call makes two guidance branches a step unless it is told otherwise.
+        guided: whether a call makes two guidance branches a step unless its arguments say otherwise.
         prediction: `(transformer, its hidden_states) -> memory for what a forward returns`, not written to, with its
             shape, dtype and strides; None where that is not known.
         guider: component that puts a step's predictions together, where the script leaves that to one.
@@ -222,17 +222,17 @@ class Family:
         return any(way is not None for way in (self.prediction, self.batched, self.token_sharding))
 
     def models(self, pipe: Any) -> dict[str, Any]:
-        """The transformers this pipeline has, by attribute name, in the order the loop uses them."""
+        """Return the transformers this pipeline has, by attribute name, in the order the loop uses them."""
         found = {name: getattr(pipe, name, None) for name in self.denoisers}
         return {name: model for name, model in found.items() if model is not None}
 
 
 def prediction_of_tokens(model: Any, hidden_states: Any) -> Any:
-    """Memory for a prediction for tokens `(batch, tokens, channels)`."""
+    """Allocate memory for a prediction for tokens `(batch, tokens, channels)`."""
     return hidden_states.new_empty((*hidden_states.shape[:-1], model.proj_out.out_features))
 
 
 def prediction_of_latents(model: Any, hidden_states: Any) -> Any:
-    """Memory for a prediction for latents `(batch, channels, frames, height, width)`."""
+    """Allocate memory for a prediction for latents `(batch, channels, frames, height, width)`."""
     batch, _, *sizes = hidden_states.shape
     return hidden_states.new_empty((batch, model.config.out_channels, *sizes))

@@ -72,7 +72,7 @@ def detect_hardware(device: str | torch.device | None = None) -> Hardware:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that torch in this process could still allocate on a device; on a CPU, the memory of the machine.
+    """Return the bytes that torch here could still allocate on a device; on a CPU, the memory of the machine.
 
     It counts what torch's allocator keeps cached, and obeys `torch.cuda.set_per_process_memory_fraction`.
     """
@@ -90,7 +90,7 @@ def has_cuda() -> bool:
 
 
 def device_type(name: str) -> str:
-    """`"cpu"` or `"cuda"`: what a user named, or for `"auto"` what is here.
+    """Return `"cpu"` or `"cuda"`: what a user named, or for `"auto"` what is here.
 
     Raises:
         ConfigurationError: another name, or there is no GPU.
@@ -103,7 +103,7 @@ def device_type(name: str) -> str:
 
 
 def device_of(pipe: Any) -> torch.device:
-    """Where a pipeline's script runs: what its `_execution_device` says.
+    """Return where a pipeline's script runs: what its `_execution_device` says.
 
     Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
     Where some are on a GPU, the others wait on the host for their turn.
@@ -117,7 +117,7 @@ def device_of(pipe: Any) -> torch.device:
 
 
 def device_of_weights(pipe: Any) -> torch.device | None:
-    """The one device that components' weights are on, beside the host where some may wait; None if there is none."""
+    """Return the one device that components' weights are on, besides the host where some may wait; None for several."""
     return _where_they_run(_modules_of(pipe))
 
 

@@ -52,21 +52,21 @@ class Ledger:
         """
         self._changes.append(Change(what, undo))
 
-    def add_middleware(self, obj: Any, door: str, layer: Middleware, *, place: str) -> None:
-        """Hang a layer on a door, once: a layer that is already there stays where it is."""
-        if has_middleware(obj, door, layer):
+    def add_middleware(self, obj: Any, method: str, middleware: Middleware, *, place: str) -> None:
+        """Wrap a method of an object, once: middleware that is already there stays where it is."""
+        if has_middleware(obj, method, middleware):
             return
 
         def undo() -> None:
             target = reference()
             if target is not None:
-                remove_middleware(target, door, layer)
+                remove_middleware(target, method, middleware)
 
-        change = Change(f"layer on {type(obj).__name__}.{door}", undo)
+        change = Change(f"middleware of {type(obj).__name__}.{method}", undo)
         # A user may replace a scheduler on every call: what is gone needs no undoing, nor may the ledger keep it alive.
         reference = weakref.ref(obj, lambda _: self._forget(change))
         self._changes.append(change)
-        add_middleware(obj, door, layer, place=place)
+        add_middleware(obj, method, middleware, place=place)
 
     def _forget(self, change: Change) -> None:
         with contextlib.suppress(ValueError):
@@ -122,10 +122,10 @@ class Ledger:
         return True
 
     def share_middleware(
-        self, obj: Any, door: str, layer: Middleware, *, place: str, kind: str, settings: Hashable = None
+        self, obj: Any, method: str, middleware: Middleware, *, place: str, kind: str, settings: Hashable = None
     ) -> None:
-        """`add_middleware` for an object that several accelerations may hold; see `share`."""
-        self.share(obj, kind, settings, lambda inner: inner.add_middleware(obj, door, layer, place=place))
+        """Do what `add_middleware` does for an object that several accelerations may hold; see `share`."""
+        self.share(obj, kind, settings, lambda inner: inner.add_middleware(obj, method, middleware, place=place))
 
     def _leave(self, reference: weakref.ref[Any], kind: str) -> None:
         with _lock:

@@ -10,7 +10,7 @@ NESTING: dict[str, dict[str, str]] = {
         "call": "opens the call, in which everything below acts",
         "stages": "a stage spans whatever else its method has become",
         "reuse": "a prompt that was kept is a stage that took no time",
-        "parallel": "stops what ranks cannot do while they share weights, and shares the `interrupt` flag",
+        "parallel": "stops what ranks cannot do while they share weights; shares the `interrupt` flag; shows one bar",
         "offload": "answers where the script is to run",
     },
     "component": {
@@ -35,11 +35,9 @@ NESTING: dict[str, dict[str, str]] = {
     },
     "submodule": {
         "sequence": "puts tokens together, or takes a rank's own",
-        "strips": "makes a strip's result part of the whole map's",
     },
     "scheduler": {
-        "cancellation": "ranks agree to end before anything of the step is waited for",
-        "latents": "whether the other ranks still run is asked before their branches are",
+        "agreement": "whether the other ranks still run is asked before their branches are",
         "cfg": "fills in the branches of other ranks, which the step reads",
         "stages": "counts the step once it has all it reads",
     },

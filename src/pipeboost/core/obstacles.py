@@ -10,7 +10,7 @@ from torch import nn
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
-    """What `root.modules()` yields, in its order, for calls that cannot afford its Python frames for each module."""
+    """Return what `root.modules()` yields, in its order, without a Python frame for each module."""
     found: dict[int, nn.Module] = {}
     waiting: list[nn.Module | None] = [root]
     while waiting:
@@ -22,7 +22,7 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
 
 
 def hook_of(members: Mapping[str, Any]) -> str | None:
-    """The hooks of Diffusers or accelerate that a module's attributes show, in words; None where there are none."""
+    """Describe the hooks of Diffusers or accelerate that a module's attributes show; None where there are none."""
     if "_hf_hook" in members:
         return "an offload hook of accelerate"
     registry = members.get("_diffusers_hook")
@@ -33,13 +33,13 @@ def hook_of(members: Mapping[str, Any]) -> str | None:
 
 
 def hooks_in(module: nn.Module) -> str | None:
-    """As `hook_of`, of a module and all inside it."""
+    """Describe the hooks of a module and all inside it, as `hook_of` does."""
     marked = [vars(each) for each in modules_of(module) if "_hf_hook" in vars(each) or "_diffusers_hook" in vars(each)]
     return next(filter(None, map(hook_of, marked)), None)
 
 
 def odd_weights_of(module: nn.Module) -> str | None:
-    """The type of weights of its own that are no plain tensors, as quantised ones are; None where all are plain."""
+    """Return the type of a module's own weights that are no plain tensors, as quantised ones; None where all are."""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             return f"weights of type {type(tensor).__name__}"

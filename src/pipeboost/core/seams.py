@@ -1,10 +1,10 @@
-"""Seams: chains of layers around the methods ("doors") of one object, without touching its class.
+"""Seams: chains of middleware around the methods of one object, without touching its class.
 
-A layer is a callable `layer(call_next, owner, *args, **kwargs)`: `call_next(*args, **kwargs)` continues the chain and
-ends in the stock method; `owner` is the object the door was called on, which for a `copy.copy` view is the view.
-A door may also be a property, which is read through the chain: `layer(call_next, owner)`.
+Middleware is a callable `(call_next, owner, *args, **kwargs)`: `call_next(*args, **kwargs)` continues the chain and
+ends in the stock method; `owner` is the object the method was called on, which for a `copy.copy` view is the view.
+A property can be wrapped too, and is then read through the chain: `(call_next, owner)`.
 The object's `__class__` becomes a subclass that passes for the stock class (same name, module, signatures; it pickles
-and saves as the stock class; what others read, set or delete on it is the stock class's) and whose doors look up the
+and saves as the stock class; what others read, set or delete on it is the stock class's) and whose methods look up the
 object's own chain. A `copy.copy` shares the chain; a deep copy, like a pickle, is a stock object.
 """
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _CHAINS = "_pipeboost_chains"
 _STOCK = "__pipeboost_stock_class__"
-_WRAPPED = "__pipeboost_doors__"
+_WRAPPED = "__pipeboost_wrapped__"
 _SHOWN = "__pipeboost_shown__"
 _MADE = "__pipeboost_made__"
 """On a class of ours that is complete: while it is made, what its metaclass sets on it is its own."""
@@ -43,7 +43,7 @@ _lock = threading.RLock()
 
 
 class _Chains(dict[str, tuple[tuple[int, Middleware], ...]]):
-    """The layers of one object: door name → ((order, layer), …), outermost first.
+    """The middleware of one object: method name → ((order, middleware), …), outermost first.
 
     Attributes:
         attached: names of attributes of ours, which deep copies and pickles leave out.
@@ -64,12 +64,12 @@ def signature_of(cls: type, method: str) -> inspect.Signature:
 
 
 def stock_class(obj: object) -> type:
-    """The class the object had before pipeboost stood in its doors."""
+    """Return the class the object had before pipeboost wrapped its methods."""
     return _stock_of(type(obj))
 
 
 def disguised_subclass(base: type, namespace: Mapping[str, Any], *, shown: frozenset[str] = frozenset()) -> type:
-    """A subclass of `base` with the members of `namespace` that passes for `base`.
+    """Return a subclass of `base` with the members of `namespace` that passes for `base`.
 
     It has the same `__name__`, `__qualname__`, `__module__` and `__doc__`, and equals `base`. Its attributes, as others
     read, set and delete them, are those of `base`, which it also constructs; only its instances have `namespace`. Deep
@@ -94,29 +94,29 @@ def disguised_subclass(base: type, namespace: Mapping[str, Any], *, shown: froze
     return subclass
 
 
-def add_middleware(obj: Any, door: str, layer: Middleware, *, place: str) -> None:
-    """Hang `layer` on the method or property `door` of this one object.
+def add_middleware(obj: Any, method: str, middleware: Middleware, *, place: str) -> None:
+    """Wrap a method or property of this one object.
 
-    `place` is where it nests (`nesting.py`); among equals the first added is outermost. Adding a layer twice is an
-    error of ours.
+    `place` is where the middleware nests (`nesting.py`); among equals the first added is outermost. Adding the same
+    twice is an error of ours.
 
     Raises:
         AttributeError: the object has no such method or property.
     """
     order = order_of(place)
-    stock = getattr(stock_class(obj), door, None)
+    stock = getattr(stock_class(obj), method, None)
     if not callable(stock) and not isinstance(stock, property):
-        raise AttributeError(f"{stock_class(obj).__name__} has no method {door!r} to stand in")
+        raise AttributeError(f"{stock_class(obj).__name__} has no method {method!r} to wrap")
     with _lock:
         chains = vars(obj).setdefault(_CHAINS, _Chains())
-        chain = chains.get(door, ())
-        assert all(present is not layer for _, present in chain), f"layer is already on {door}"
-        chains[door] = tuple(sorted((*chain, (order, layer)), key=lambda entry: entry[0]))
+        chain = chains.get(method, ())
+        assert all(present is not middleware for _, present in chain), f"{method} has this middleware already"
+        chains[method] = tuple(sorted((*chain, (order, middleware)), key=lambda entry: entry[0]))
         _set_wrapped(obj, frozenset(chains))
 
 
 def attach(obj: Any, name: str, value: Any) -> None:
-    """Set an attribute on an object that has layers; deep copies and pickles of the object come without it.
+    """Set an attribute on an object that has middleware; deep copies and pickles of the object come without it.
 
     A shallow copy has `value.of_copy(the copy)`.
     """
@@ -124,30 +124,30 @@ def attach(obj: Any, name: str, value: Any) -> None:
     setattr(obj, name, value)
 
 
-def remove_middleware(obj: Any, door: str, layer: Middleware) -> None:
-    """Take `layer` off again; when the last one goes the object has its stock class back. Absent layers are ignored."""
+def remove_middleware(obj: Any, method: str, middleware: Middleware) -> None:
+    """Take middleware off again, if it is there; when the last goes, the object has its stock class back."""
     with _lock:
         chains = vars(obj).get(_CHAINS)
         if chains is None:
             return
-        chain = tuple(entry for entry in chains.get(door, ()) if entry[1] is not layer)
+        chain = tuple(entry for entry in chains.get(method, ()) if entry[1] is not middleware)
         if chain:
-            chains[door] = chain
+            chains[method] = chain
         else:
-            chains.pop(door, None)
+            chains.pop(method, None)
         _set_wrapped(obj, frozenset(chains))
         if not chains:
             del vars(obj)[_CHAINS]
 
 
-def middleware_of(obj: Any, door: str) -> tuple[Middleware, ...]:
-    """The layers on `door`, outermost first."""
-    return tuple(layer for _, layer in vars(obj).get(_CHAINS, {}).get(door, ()))
+def middleware_of(obj: Any, method: str) -> tuple[Middleware, ...]:
+    """Return the middleware of a method, outermost first."""
+    return tuple(middleware for _, middleware in vars(obj).get(_CHAINS, {}).get(method, ()))
 
 
-def has_middleware(obj: Any, door: str, layer: Middleware) -> bool:
-    """Whether `layer` hangs on `door` and would be called."""
-    return any(present is layer for present in middleware_of(obj, door)) and door in _members(type(obj)).get(
+def has_middleware(obj: Any, method: str, middleware: Middleware) -> bool:
+    """Whether a method has this middleware, which would be called."""
+    return any(present is middleware for present in middleware_of(obj, method)) and method in _members(type(obj)).get(
         _WRAPPED, ()
     )
 
@@ -163,7 +163,7 @@ def _stock_of(cls: Any) -> Any:
 
 @functools.cache
 def _passing(stock_metaclass: Any) -> type:
-    """The metaclass of subclasses that pass for their stock class.
+    """Return the metaclass of subclasses that pass for their stock class.
 
     `from_pipe` asks whether `type(component) in` some types, and is called on `type(pipe)`. Diffusers' hooks look
     classes up in registries. Recipes and cache-dit keep their switches on `type(model)` and wrap its methods there.
@@ -202,18 +202,18 @@ def _passing(stock_metaclass: Any) -> type:
     return type(stock_metaclass.__name__, (stock_metaclass,), members)
 
 
-def _set_wrapped(obj: Any, doors: frozenset[str]) -> None:
+def _set_wrapped(obj: Any, methods: frozenset[str]) -> None:
     stock = stock_class(obj)
-    wanted = _seamed_class(stock, doors) if doors else stock
+    wanted = _seamed_class(stock, methods) if methods else stock
     if type(obj) is not wanted:
         obj.__class__ = wanted
 
 
-def _seamed_class(stock: type, doors: frozenset[str]) -> type:
-    """One subclass per stock class and set of doors, so that objects of one class stay of one class (dynamo guards)."""
-    key = (stock, doors)
+def _seamed_class(stock: type, methods: frozenset[str]) -> type:
+    """One subclass for each stock class and set of methods: objects of one class stay of one class (dynamo guards)."""
+    key = (stock, methods)
     if key not in _seamed_classes:
-        members = {_WRAPPED: doors, **{door: _wrapped_method(stock, door) for door in doors}}
+        members = {_WRAPPED: methods, **{method: _wrapped_method(stock, method) for method in methods}}
         _seamed_classes[key] = disguised_subclass(stock, members)
     return _seamed_classes[key]
 
@@ -223,7 +223,7 @@ def _wrapped_method(stock: type, name: str) -> Any:
     if isinstance(static, property):
         return _wrapped_property(stock, static, name)
     if isinstance(static, (staticmethod, classmethod)):
-        raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so no layer can stand in it")
+        raise AttributeError(f"{stock.__name__}.{name} is not an instance method, so it cannot be wrapped")
 
     @functools.wraps(getattr(stock, name))
     def through_the_chain(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,15 +240,15 @@ def _wrapped_property(stock: type, static: property, name: str) -> property:
 
 
 def _chained(owner: Any, name: str, stock_method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method as its layers make it."""
+    """Return the method as its middleware makes it."""
     call_next = functools.partial(stock_method, owner)
-    for _, layer in reversed(vars(owner).get(_CHAINS, {}).get(name, ())):
-        call_next = functools.partial(layer, call_next, owner)
+    for _, middleware in reversed(vars(owner).get(_CHAINS, {}).get(name, ())):
+        call_next = functools.partial(middleware, call_next, owner)
     return call_next
 
 
 def _reduce_as_stock(self: Any, protocol: Any) -> Any:
-    """Pickle as the stock class and without layers: what is loaded elsewhere, without pipeboost, is a stock object."""
+    """Pickle as the stock class, without middleware: what is loaded elsewhere, without pipeboost, is a stock object."""
     _, _, *rest = super(type(self), self).__reduce_ex__(protocol)
     if rest and isinstance(rest[0], dict):
         rest[0] = _without_ours(rest[0])

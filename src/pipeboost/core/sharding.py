@@ -103,11 +103,11 @@ class TensorSharding:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What the encoder and the decoder of a VAE are made of, beside torch's own modules, so that ranks can share a map.
+    """What the encoder and the decoder of a VAE are made of besides torch's own modules, so that ranks can share it.
 
     Attributes:
         local: class names of modules that do the same to every pixel and look at no other, but through modules inside
-            them; and of convolutions and nearest upsampling that prepare their input. `parallel/vae_layers.py` says
+            them; and of convolutions and nearest upsampling that prepare their input. `parallel/vae_structure.py` says
             how they may pad it.
         attention: class names of modules that attend to the whole map by torch's scaled dot product attention, with
             that of the processor that does so, or `""`. Their tokens are in the order (frames, rows, columns), and
@@ -116,11 +116,3 @@ class Autoencoder:
 
     local: tuple[str, ...]
     attention: tuple[tuple[str, str], ...] = ()
-
-    def is_local(self, name: str) -> bool:
-        """Whether modules of this class are declared as `local`."""
-        return name in self.local
-
-    def attends(self, name: str) -> bool:
-        """Whether modules of this class attend to the whole map."""
-        return any(name == module for module, _ in self.attention)

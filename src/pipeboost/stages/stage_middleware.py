@@ -18,7 +18,7 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.families import StageDoor
 from pipeboost.core.seams import Middleware, stock_class
-from pipeboost.features.parallel.cfg_parallel import apart
+from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
 from pipeboost.stages.composition import FRAMES, Composition, Slot
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import WAITING, recorder_of
@@ -112,7 +112,7 @@ def _run_user_stage(call: Call, stage: Stage, values: Values, more: Callable[[],
 
     def work() -> tuple[Values, Any]:
         call.state[COMPOSITION].load(stage)
-        with apart(call):
+        with without_cfg_parallel(call):
             result = stage.run(dict(verified(stage, stage.name, "input", values)))
         if not isinstance(result, dict):
             raise PipeboostError(

@@ -1,6 +1,6 @@
-"""Stops: a call that is to end early on one rank ends on all of them, at the same step.
+"""What ranks agree on at each step: that all still run, that their latents are equal, and whether the call ends early.
 
-Ranks tell each other at each step what is asked of them, and hear it at the next one: nobody waits for it. So
+Ranks send each other at each step what is asked of them, and receive it at the next one: nobody waits for it. So
 `Acceleration.cancel()` and `pipe._interrupt` may reach one rank only, and another thread may set them. What a callback
 of the script sets counts at once, as in stock, so after each one the ranks do wait for each other.
 """
@@ -15,19 +15,23 @@ import torch
 
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import Mesh, Pending
+from pipeboost.distributed import Mesh, Pending, checked_latents
 
 _STATE = "stops"
 _INTERRUPTED = "interrupted"
 
 
-def agree_on_cancellation(scheduler: Any, ledger: Ledger) -> None:
-    """Let the ranks of a call hear at each step whether one of them is to end it.
+def agree_on_steps(scheduler: Any, ledger: Ledger) -> None:
+    """Let the ranks of a call learn at each step whether one of them has failed or is to end it.
+
+    After the first step of each new size of latents on a mesh they compare these; later calls do not wait.
 
     Raises:
         Cancelled: in a step, on all ranks alike.
+        DisagreementError: in such a first step, on all ranks alike.
+        RankFailedError: in a step, where another rank has failed.
     """
-    ledger.share_middleware(scheduler, "step", _step, place="scheduler.cancellation", kind="stops")
+    ledger.share_middleware(scheduler, "step", _step, place="scheduler.agreement", kind="agreement at each step")
 
 
 def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:
@@ -36,8 +40,8 @@ def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:
         ledger.add_middleware(pipe, "interrupt", _interrupt, place="pipe.parallel")
 
 
-class _Told(NamedTuple):
-    """What is under way between the ranks.
+class _Flags(NamedTuple):
+    """Flags that are under way between the ranks.
 
     Attributes:
         own: two flags, whether this rank is to cancel and to interrupt the call.
@@ -50,43 +54,50 @@ class _Told(NamedTuple):
 
 
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    result = call_next(*args, **kwargs)
     call = current_call()
-    if call is None or not call.of_several_ranks or call.mesh is None:
+    if call is None or call.mesh is None:
+        return call_next(*args, **kwargs)
+    call.mesh.watchdog.check()
+    result = call_next(*args, **kwargs)
+    latents = result[0] if call.step == 1 else None
+    if isinstance(latents, torch.Tensor) and latents.shape not in call.mesh.compared:
+        checked_latents(call.mesh, latents)
+        call.mesh.compared.add(latents.shape)
+    if not call.of_several_ranks:
         return result
     if _STATE in call.state:
-        cancelled, interrupted = _heard(call.state.pop(_STATE))
+        cancelled, interrupted = _received(call.state.pop(_STATE))
         if interrupted:
             call.state[_INTERRUPTED] = True
         if cancelled:
             raise call.cancelled()
     else:
-        call.resources.callback(_hear_the_last, call)
-    call.state[_STATE] = _tell(call, call.mesh)
+        call.resources.callback(_receive_the_last, call)
+    call.state[_STATE] = _send(call, call.mesh)
     return result
 
 
-def _tell(call: Call, mesh: Mesh) -> _Told:
+def _send(call: Call, mesh: Mesh) -> _Flags:
     control = mesh.control
     own = torch.tensor([call.is_to_be_cancelled, bool(getattr(call.pipe, "_interrupt", False))])
     others = [rank for rank in range(control.size) if rank != control.rank]
     theirs = tuple(torch.zeros_like(own) for _ in others)
     pending = control.exchange([(own, rank) for rank in others], list(zip(theirs, others, strict=True)))
-    return _Told(own, theirs, pending)
+    return _Flags(own, theirs, pending)
 
 
-def _heard(told: _Told) -> tuple[bool, bool]:
-    told.pending.wait()
-    cancelled, interrupted = torch.stack([told.own, *told.others]).any(dim=0).tolist()
+def _received(flags: _Flags) -> tuple[bool, bool]:
+    flags.pending.wait()
+    cancelled, interrupted = torch.stack([flags.own, *flags.others]).any(dim=0).tolist()
     return cancelled, interrupted
 
 
-def _hear_the_last(call: Call) -> None:
-    """No message may be under way when the call has ended; whoever ends at the same point has sent it."""
-    told = call.state.pop(_STATE, None)
-    if told is not None:
+def _receive_the_last(call: Call) -> None:
+    """Wait for what is under way when the call ends; a rank that ends at the same point has sent it."""
+    flags = call.state.pop(_STATE, None)
+    if flags is not None:
         with contextlib.suppress(Exception):  # another rank has failed, which the call raises
-            told.pending.wait()
+            flags.pending.wait()
 
 
 def _interrupt(call_next: Callable[..., Any], owner: Any) -> Any:

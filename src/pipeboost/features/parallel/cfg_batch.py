@@ -1,4 +1,4 @@
-"""CFG-parallel where a step's guidance branches are one batch: each rank computes some samples and is given the others.
+"""CFG-parallel where a step's guidance branches are one batch: each rank computes some samples and receives the others.
 
 Samples of a batch know nothing of each other, so any batch that divides by the ranks is shared, be it of two branches
 or of two prompts without guidance; one that does not is computed whole by every rank. A smaller batch may take other
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
+from torch.utils._pytree import tree_leaves
 
 from pipeboost.contract.call import current_call
 from pipeboost.core.families import Family
@@ -26,7 +27,7 @@ def share_batch(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's `"cfg"` group compute a part of each batch.
 
     Args:
-        model: a denoiser; pipelines that share it share the layer, which acts in calls with such a group only.
+        model: a denoiser; pipelines that share it share the middleware, which acts in calls with such a group only.
         family: knows which arguments have an entry for each sample.
         ledger: takes the inverse.
     """
@@ -57,7 +58,7 @@ def _forward(
 
 
 def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None:
-    """How many samples a forward gets; None where that is not certain, or another argument may belong to some."""
+    """Return how many samples a forward gets; None where that is not certain, or other arguments may belong to some."""
     first = arguments.get(batched.samples[0])
     if not isinstance(first, torch.Tensor) and not _alike(first):
         return None
@@ -66,7 +67,7 @@ def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None
         if name in batched.samples and value is not None:
             several = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
             sizes.add(len(value) if several else None)
-        elif name != "self" and _has_tensors(value):
+        elif name != "self" and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             return None
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -77,16 +78,8 @@ def _alike(samples: Any) -> bool:
     return tensors and len({sample.shape for sample in samples}) == 1
 
 
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_tensors, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_tensors, value))
-    return isinstance(value, torch.Tensor)
-
-
 def _gathered(value: Any, group: Group, share: int) -> Any:
-    """What a forward of all samples would have returned, from what those of the ranks returned."""
+    """Return what a forward of all samples would have returned, from what those of the ranks returned."""
     if isinstance(value, torch.Tensor):
         return group.all_gather(value, 0, [share] * group.size)
     if isinstance(value, list):

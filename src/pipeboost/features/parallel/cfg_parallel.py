@@ -33,10 +33,10 @@ Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
     """Let the ranks of a call's `"cfg"` group compute one guidance branch each.
 
-    A step's calls are told apart by their order. With fewer ranks than branches they take turns.
+    A step's calls are identified by their order. With fewer ranks than branches they take turns.
 
     Args:
-        model: a denoiser; pipelines that share it share the layer, which acts in calls with such a group only.
+        model: a denoiser; pipelines that share it share the middleware, which acts in calls with such a group only.
         family: knows the shape of what a forward returns.
         ledger: takes the inverse.
     """
@@ -47,13 +47,13 @@ def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     )
 
 
-def flush_deferred(reader: Any, ledger: Ledger, *, door: str = "step") -> None:
+def flush_deferred(reader: Any, ledger: Ledger, *, method: str = "step") -> None:
     """Fill what is still to be filled before this method of a scheduler or guider reads it."""
-    ledger.share_middleware(reader, door, _settle, place="scheduler.cfg", kind="guidance branches", settings=door)
+    ledger.share_middleware(reader, method, _flush, place="scheduler.cfg", kind="guidance branches", settings=method)
 
 
 @contextlib.contextmanager
-def apart(call: Call) -> Iterator[None]:
+def without_cfg_parallel(call: Call) -> Iterator[None]:
     """Inside, every rank computes the forwards of a call: they are no branches of a step, and may be read at once."""
     before = call.state.get(_APART, False)
     call.state[_APART] = True
@@ -64,41 +64,28 @@ def apart(call: Call) -> Iterator[None]:
 
 
 def callback_without_cfg_parallel(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a callback of the script: forwards that it makes are its own.
+    """Return a callback of the script whose own forwards are no branches of a step.
 
     Scripts look at the class of Diffusers' own callbacks, so one of them has a twin of its class, and of its state.
     """
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        kind: Any = type(callback)
-        twin = object.__new__(_apart_class(kind))
-        twin.__dict__ = vars(callback)
-        return twin
 
     @functools.wraps(callback)
-    def call_apart(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         call = current_call()
-        with contextlib.nullcontext() if call is None else apart(call):
+        with contextlib.nullcontext() if call is None else without_cfg_parallel(call):
             return callback(*args, **kwargs)
 
-    return call_apart
-
-
-@functools.cache
-def _apart_class(cls: Any) -> Any:
-    def call_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = current_call()
-        with contextlib.nullcontext() if call is None else apart(call):
-            return cls.__call__(self, *args, **kwargs)
-
-    return disguised_subclass(cls, {"__call__": call_apart})
+    if not isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return run
+    twin: Any = object.__new__(
+        disguised_subclass(type(callback), {"__call__": lambda _, *args, **kw: run(*args, **kw)})
+    )
+    twin.__dict__ = vars(callback)
+    return twin
 
 
 def _forward(
-    prediction: Prediction,
-    call_next: Callable[..., Any],
-    owner: torch.nn.Module,
-    *args: Any,
-    **kwargs: Any,
+    prediction: Prediction, call_next: Callable[..., Any], owner: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     call = current_call()
     if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call.state.get(_APART):
@@ -118,7 +105,7 @@ def _forward(
     return result
 
 
-def _settle(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+def _flush(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is not None and call.state.get(_STATE):
         _fill(call)
@@ -138,7 +125,7 @@ def _fill(call: Call) -> None:
 
 
 def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
+    """Return the result, or a copy of it where the other ranks keep theirs in another order of dimensions."""
     if (result.shape, result.dtype) != (like.shape, like.dtype):
         raise UnsupportedError(
             f"cfg-parallel expects predictions like hidden_states, {tuple(like.shape)} of {like.dtype}, and the "
@@ -152,7 +139,7 @@ def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:
-    """A forward's `hidden_states`, and whether it returns a tuple."""
+    """Return a forward's `hidden_states`, and whether it returns a tuple."""
     bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
     bound.apply_defaults()
     states = bound.arguments["hidden_states"]

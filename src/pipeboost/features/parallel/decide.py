@@ -10,7 +10,7 @@ from pipeboost.core.config import AccelerationConfig, CompileConfig, ParallelCon
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.parallel.layout import Ranks, check_layout, choose_layout, layout_in_words
+from pipeboost.features.parallel.layout import Ranks, check_layout, choose_layout, describe_layout
 from pipeboost.features.parallel.rank_share import activations_of_one_rank, of_one_rank
 
 
@@ -26,21 +26,17 @@ def decide(
     asked = config.parallel
     given = asked if isinstance(asked, ParallelConfig) else None
     count = model.ranks if given is None or given.group is None else given.group.size()
+    alone = f"each of the {count} ranks works by itself"
     if asked is None:
-        apart = f"turned off; the {count} ranks work apart" if count > 1 else "turned off"
-        return Decision("parallel", "off", apart)
+        return Decision("parallel", "off", f"turned off; {alone}" if count > 1 else "turned off")
     if count == 1 and (given is None or given.size == 1):
         return Decision("parallel", "off", "one process")
     ranks = Ranks(
         count=count,
         family=family,
-        model=model.model,
-        heads=model.heads,
-        splits=model.degrees(family.denoisers),
+        model=model,
         tier=config.quality,
         attention=earlier["attention"].on,
-        weights=sum(component.nbytes for component in model.components if component.path in family.denoisers),
-        resident={degree: of_one_rank(model, ParallelConfig(tensor=degree)).weights for degree in range(2, count + 1)},
         free=hardware.memory if model.free is None and hardware.device == "cuda" else model.free,
     )
     considered: tuple[str, ...] = ()
@@ -48,8 +44,7 @@ def decide(
         check_layout(given, ranks)
         layout, why = given, "as asked for"
     elif not family.shares_samples:
-        why = f"no family tells how ranks could share {model.pipeline}; the {count} ranks work apart"
-        return Decision("parallel", "off", why)
+        return Decision("parallel", "off", f"no family tells how ranks could share {model.pipeline}; {alone}")
     else:
         layout, why, considered = choose_layout(ranks)
     if (
@@ -62,4 +57,4 @@ def decide(
         )
     activations = activations_of_one_rank(model.activations, layout, config.quality)
     leaves = replace(of_one_rank(model, layout), activations=activations)
-    return Decision("parallel", layout_in_words(layout), why, considered, layout, leaves)
+    return Decision("parallel", describe_layout(layout), why, considered, layout, leaves)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.config import ParallelConfig, tier_allows
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
+from pipeboost.features.parallel.rank_share import of_one_rank
 
 _FOR_WEIGHTS = 0.8
 """Share of a device's memory that weights may take."""
@@ -24,37 +26,33 @@ class Ranks:
     Attributes:
         count: ranks of the group that runs the pipeline.
         family: the model family.
-        model: class name of the transformer.
-        heads: its attention heads; None where it does not say.
+        model: of one rank that has it all.
         tier: the quality tier.
         attention: whether its attention processors call our dispatcher.
-        splits: degrees of tensor parallelism that its widths allow; None where that is not known.
-        weights: bytes of the transformers' weights.
-        resident: degree of tensor parallelism above 1 → bytes of all weights that a rank then has, none of which can
-            wait elsewhere.
         free: bytes a rank's device could hold; None where that is not known.
     """
 
     count: int
     family: Family
-    model: str
-    heads: int | None
+    model: ModelInfo
     tier: str
     attention: bool
-    splits: tuple[int, ...] | None = None
-    weights: int = 0
-    resident: Mapping[int, int] = field(default_factory=dict)
     free: int | None = None
 
     def fit(self, tensor: int) -> bool:
-        """Whether the weights fit on a rank, with room for activations, where so many share them."""
+        """Whether the weights fit on a rank, with room for activations, where so many share them.
+
+        Whole weights of other components can wait elsewhere; those that ranks share cannot.
+        """
         if self.free is None:
             return True
-        return (self.weights if tensor == 1 else self.resident.get(tensor, 0)) <= _FOR_WEIGHTS * self.free
+        denoisers = [each.nbytes for each in self.model.components if each.path in self.family.denoisers]
+        shared = ParallelConfig(tensor=tensor)
+        return (sum(denoisers) if tensor == 1 else of_one_rank(self.model, shared).weights) <= _FOR_WEIGHTS * self.free
 
 
 def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
-    """The layout that `parallel="auto"` takes, why, and what was considered.
+    """Return the layout that `parallel="auto"` takes, why, and what was considered.
 
     Guidance branches come first, which exchange least; then heads, then tokens around a ring; weights are shared where
     they do not fit, by as few ranks as will do, and where even all are too few they are left whole, which can wait on
@@ -63,47 +61,45 @@ def choose_layout(ranks: Ranks) -> tuple[ParallelConfig, str, tuple[str, ...]]:
     Raises:
         UnsupportedError: this pipeline cannot use that many ranks.
     """
-    cfg = 2 if ranks.family.guided and ranks.count % 2 == 0 and _against(ranks, "cfg", 2) is None else 1
-    cfg, tensor = _sharing_weights(ranks, cfg)
-    rest = ranks.count // cfg
-    degrees = reversed(_divisors(rest // tensor))
-    ulysses = next(each for each in degrees if each == 1 or _against(ranks, "ulysses", each, tensor=tensor) is None)
-    layout = ParallelConfig(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=rest // tensor // ulysses)
-    refusal = _refusal(layout, ranks)
-    if refusal is not None:
-        raise _none_suits(ranks, refusal)
+    # A second cfg rank needs a second branch; sharing weights exchanges most, so it is for those that do not fit.
+    candidates = [
+        layout
+        for layout in _layouts(ranks.count)
+        if layout.replicas == 1
+        and (layout.cfg == 1 or ranks.family.guided)
+        and (layout.tensor == 1 or not ranks.fit(1))
+    ]
+    allowed = [layout for layout in candidates if _objection(layout, ranks) is None]
+    layout = min(
+        allowed or candidates, key=lambda each: (not ranks.fit(each.tensor), -each.cfg, each.tensor, -each.ulysses)
+    )
+    try:
+        check_layout(layout, ranks)
+    except (ConfigurationError, UnsupportedError) as refusal:
+        raise _none_suits(ranks, refusal) from None
     reasons = []
-    if cfg > 1 and ranks.family.batched is None:
+    if layout.cfg > 1 and ranks.family.batched is None:
         reasons.append("each rank computes a guidance branch (without guidance in a call, half of them wait)")
-    elif cfg > 1:
+    elif layout.cfg > 1:
         reasons.append(
             "each rank computes its part of a step's batch of guidance branches (where guidance is off, as in calls of "
             "distilled models, one prompt is computed whole by every rank: nothing is gained)"
         )
-    if tensor > 1:
+    if layout.tensor > 1:
         reasons.append("the weights do not fit on one device")
-    if ulysses > 1:
-        reasons.append(f"{ranks.heads} heads divide by {ulysses}")
+    if layout.ulysses > 1:
+        reasons.append(f"{ranks.model.heads} heads divide by {layout.ulysses}")
     if layout.ring > 1:
         reasons.append("the remaining ranks pass keys and values around")
     considered = [
-        f"{layout_in_words(other)}: {reason}"
+        f"{describe_layout(other)}: {reason}"
         for other, reason in (
             (ParallelConfig(ring=ranks.count), "moves more bytes than Ulysses"),
             (ParallelConfig(tensor=ranks.count), "two sums of all tokens a block; for weights that do not fit"),
         )
-        if other != layout and _refusal(other, ranks) is None
+        if other != layout and _objection(other, ranks) is None
     ]
     return layout, "; ".join(reasons), tuple(considered)
-
-
-def _sharing_weights(ranks: Ranks, cfg: int) -> tuple[int, int]:
-    """How many ranks share branches and weights, so that these fit; nobody shares weights where that is in vain."""
-    for branches in dict.fromkeys((cfg, 1)):
-        for tensor in _divisors(ranks.count // branches):
-            if ranks.fit(tensor) and (tensor == 1 or _against(ranks, "tensor", tensor) is None):
-                return branches, tensor
-    return cfg, 1
 
 
 def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
@@ -113,37 +109,30 @@ def check_layout(layout: ParallelConfig, ranks: Ranks) -> None:
         ConfigurationError: the product of the degrees is not the number of ranks, or the tier does not allow one.
         UnsupportedError: the model cannot be shared like this.
     """
-    refusal = _refusal(layout, ranks)
-    if refusal is not None:
-        raise refusal
+    degrees = describe_layout(layout)
+    if layout.size != ranks.count:
+        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
+        raise ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
+    if layout.vae is True and not layout.shares_vae(ranks.tier):
+        raise ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
+    if layout.text_encoder is True and layout.tensor == 1:
+        raise ConfigurationError(
+            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
+        )
+    objection = _objection(layout, ranks)
+    if objection is not None:
+        error = ConfigurationError if "quality" in objection else UnsupportedError
+        raise error(f"ParallelConfig({degrees}): {objection}{_way_out(ranks)}")
 
 
-def layout_in_words(layout: ParallelConfig) -> str:
-    """Such as `cfg=2, ulysses=2`."""
+def describe_layout(layout: ParallelConfig) -> str:
+    """Describe a layout, such as `cfg=2, ulysses=2`."""
     named = [f"{name}={getattr(layout, name)}" for name in DEGREES if getattr(layout, name) > 1]
     return ", ".join(named) or "one rank"
 
 
-def _refusal(layout: ParallelConfig, ranks: Ranks) -> Exception | None:
-    degrees = layout_in_words(layout)
-    if layout.size != ranks.count:
-        there = "there is 1 rank" if ranks.count == 1 else f"there are {ranks.count} ranks"
-        return ConfigurationError(f"ParallelConfig({degrees}) is for {layout.size} ranks, and {there}{_way_out(ranks)}")
-    if layout.vae is True and not layout.shares_vae(ranks.tier):
-        return ConfigurationError(f"parallel.vae=True changes rounding, which quality={ranks.tier!r} does not allow")
-    if layout.text_encoder is True and layout.tensor == 1:
-        return ConfigurationError(
-            "parallel.text_encoder=True is for tensor ranks, and tensor=1; use 'auto', then the first rank encodes"
-        )
-    objection = _objection(layout, ranks)
-    if objection is None:
-        return None
-    error = ConfigurationError if "quality" in objection else UnsupportedError
-    return error(f"ParallelConfig({degrees}): {objection}{_way_out(ranks)}")
-
-
 def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:
-    """The first degree that something speaks against, and what."""
+    """Return the first degree that something speaks against, and what."""
     for axis in DEGREES[1:]:
         degree = getattr(layout, axis)
         against = None if degree == 1 else _against(ranks, axis, degree, tensor=layout.tensor)
@@ -153,7 +142,7 @@ def _objection(layout: ParallelConfig, ranks: Ranks) -> str | None:
 
 
 def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
-    """What `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
+    """Return what `parallel="auto"` raises: the layout that it came to last may be none that a user would think of."""
     if tier_allows(ranks.tier, "lossless"):
         return type(refusal)(f"parallel='auto' finds no layout for {ranks.count} ranks; of the last one, {refusal}")
     way_out = _way_out(ranks)
@@ -161,14 +150,14 @@ def _none_suits(ranks: Ranks, refusal: Exception) -> Exception:
         choose_layout(replace(ranks, tier="lossless", attention=True))
         way_out = way_out.replace("; use ", "; use quality='lossless' or ", 1)
     return ConfigurationError(
-        f"parallel='auto': {ranks.count} ranks cannot share {ranks.model} at quality={ranks.tier!r}, which allows "
-        f"nothing but guidance branches that the script computes one after the other{way_out}"
+        f"parallel='auto': {ranks.count} ranks cannot share {ranks.model.model} at quality={ranks.tier!r}, which "
+        f"allows nothing but guidance branches that the script computes one after the other{way_out}"
     )
 
 
 def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | None:
-    """What speaks against a degree, as the end of a sentence that begins with it."""
-    family, model = ranks.family, ranks.model
+    """Return what speaks against a degree, as the end of a sentence that begins with it."""
+    family, model, heads = ranks.family, ranks.model.model, ranks.model.heads
     if axis == "cfg" and not family.pipelines:
         return f"is not known to be possible for {model} in this pipeline, which no family lists"
     if axis == "cfg" and family.prediction is not None:
@@ -183,7 +172,8 @@ def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | 
     if axis == "tensor":
         if family.tensor is None:
             return f"is not known to be possible for {model}"
-        if ranks.splits is not None and degree not in ranks.splits:
+        splits = ranks.model.degrees(family.denoisers)
+        if splits is not None and degree not in splits:
             return f"does not divide the heads and widths of {model}"
     else:
         if family.token_sharding is None:
@@ -191,23 +181,21 @@ def _against(ranks: Ranks, axis: str, degree: int, *, tensor: int = 1) -> str | 
         if not ranks.attention:
             return "needs attention processors that call pipeboost's dispatcher, so not attention=None"
     shared = {"ulysses": degree * tensor, "tensor": degree}.get(axis)
-    if shared is not None and ranks.heads is not None and ranks.heads % shared:
+    if shared is not None and heads is not None and heads % shared:
         together = f" and tensor={tensor}" if axis == "ulysses" and tensor > 1 else ""
-        return (
-            f"{together.removeprefix(' ') + ' ' if together else ''}does not divide the {ranks.heads} heads of {model}"
-        )
+        return f"{together.removeprefix(' ') + ' ' if together else ''}does not divide the {heads} heads of {model}"
     return None
 
 
 def _way_out(ranks: Ranks) -> str:
-    fitting = [layout_in_words(layout) for layout in _layouts(ranks.count) if _objection(layout, ranks) is None]
+    fitting = [describe_layout(layout) for layout in _layouts(ranks.count) if _objection(layout, ranks) is None]
     if ranks.count == 1:
         return "; start more (torchrun --nproc-per-node), or use parallel=None"
     return f"; use {' or '.join(fitting[:4])}" if fitting else "; use parallel=None, then every rank runs by itself"
 
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
-    """All layouts of `count` ranks, those of one axis first; last those that share several samples."""
+    """Return all layouts of `count` ranks, those of one axis first; last those that share several samples."""
     for replicas in _divisors(count)[:-1]:
         share = count // replicas
         every = [

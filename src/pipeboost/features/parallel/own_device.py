@@ -29,16 +29,13 @@ def to_own_device(pipe: Any) -> None:
     device = local_device()
     torch.cuda.set_device(device)
     if device_of(pipe) != device:
-        waiting = [each for each in _modules(pipe).values() if _is_on_host(each)]
-        if not waiting:
-            pipe.to(device)
         for component in _modules(pipe).values():
-            if component not in waiting:
+            if not _is_on_host(component):
                 component.to(device)
 
 
 def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
-    """Components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
+    """Return components that may wait on the host for `accelerate_pipeline`, so that no device ever holds a whole one.
 
     It moves each rank's share to its device. The rest of the pipeline is on that device.
 
@@ -46,7 +43,7 @@ def to_be_split(pipe: Any, layout: Any) -> tuple[str, ...]:
         layout: the setting `parallel`; only where it names tensor ranks, components wait.
 
     Raises:
-        UnsupportedError: as `Team`.
+        UnsupportedError: a text encoder cannot be split, and was asked to be.
     """
     if not isinstance(layout, ParallelConfig) or layout.tensor == 1:
         return ()
@@ -76,7 +73,7 @@ def take_from_host(model: torch.nn.Module, device: torch.device, ledger: Ledger)
 
 
 def shared_encoders(pipe: Any, layout: ParallelConfig, splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """The text encoders whose weights the ranks share; left to us, those that can be split so.
+    """Return the text encoders whose weights the ranks share; left to us, those that can be split so.
 
     Raises:
         UnsupportedError: they were asked to, and one cannot be split.

@@ -13,7 +13,7 @@ from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations, Family, Linear
 from pipeboost.core.sharding import TensorSharding
-from pipeboost.features.parallel.tensor import bytes_on_other_ranks, split_bytes, tensor_degrees
+from pipeboost.features.parallel.tensor import shares_of, split_of
 
 _UNSHARED = 0.2
 """The part of shared activations that every rank has whole, borders and workspaces, at most: of two ranks each took
@@ -21,7 +21,7 @@ _UNSHARED = 0.2
 
 
 def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Split]:
-    """What tensor parallelism can split of each component: transformers and text encoders."""
+    """Return what tensor parallelism can split of each component: transformers and text encoders."""
     found = {}
     for path, module in modules.items():
         sharding: TensorSharding | None = None
@@ -32,41 +32,43 @@ def splits_of(modules: Mapping[str, nn.Module], family: Family) -> dict[str, Spl
         if sharding is None:
             continue
         try:
-            found[path] = Split(split_bytes(module, sharding), tensor_degrees(module, sharding))
+            found[path] = split_of(module, sharding)
         except UnsupportedError:  # `shard_weights` says why, should a degree be asked for
             continue
     return found
 
 
-def of_one_rank(model: ModelInfo, layout: ParallelConfig | None) -> ModelInfo:
-    """The model of one of the ranks that share the pipeline's weights."""
-    kinds = layout.split_kinds if layout else ()
-    if layout is None or not kinds:
+def of_one_rank(model: ModelInfo, layout: ParallelConfig) -> ModelInfo:
+    """Return the model of one of the ranks that share the pipeline's weights."""
+    if not layout.split_kinds:
         return model
     components = tuple(
-        _share(component, layout.tensor, model.splits) if component.kind in kinds else component
+        _share(component, layout.tensor, model.splits) if component.kind in layout.split_kinds else component
         for component in model.components
     )
     weights = sum(component.nbytes for component in components) if components else model.weights
     return replace(model, components=components, weights=weights, weighed=f"{model.weighed}, this rank's share,")
 
 
-def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig | None, tier: str) -> Activations | None:
-    """What the stages take on one of the ranks that share tokens and the VAE, at most."""
-    if whole is None or layout is None:
-        return whole
+def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig, tier: str) -> Activations | None:
+    """Return what the stages take on one of the ranks that share tokens and the VAE, at most."""
+    if whole is None:
+        return None
     tokens = layout.ulysses * layout.ring
     strips = tokens * layout.cfg * layout.tensor if layout.shares_vae(tier) else 1
     return replace(whole, denoising=_part(whole.denoising, tokens), decoding=_part(whole.decoding, strips))
 
 
 def of_all_ranks(component: ComponentSize, module: nn.Module) -> ComponentSize:
-    """A component as it is once an acceleration that has split its weights among ranks is undone."""
-    return _of_size(component, component.nbytes + bytes_on_other_ranks(module))
+    """Return a component as it is once an acceleration that has split its weights among ranks is undone."""
+    shares = shares_of(module)
+    return (
+        component if shares is None else _of_size(component, component.nbytes + shares.whole_bytes - shares.own_bytes)
+    )
 
 
 def _share(component: ComponentSize, degree: int, splits: Mapping[str, Split] | None) -> ComponentSize:
-    """What a rank has of a component; an even part where nobody has looked at its layers."""
+    """Return what a rank has of a component; an even part where its layers were not looked at."""
     split = Split(component.nbytes, (degree,)) if splits is None else splits.get(component.path)
     if split is None or degree not in split.degrees:
         return component

@@ -1,45 +1,27 @@
-"""`RankTeam`: the ranks that run one accelerated pipeline together, and what each of them does to its components."""
+"""`RankTeam`: the ranks that run one accelerated pipeline together, and what they agree on."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipeboost.contract.context import ApplyContext, RankContext
 from pipeboost.contract.decision import Decision
-from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.config import ParallelConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
-from pipeboost.core.ledger import Ledger
-from pipeboost.core.sharding import TensorSharding
-from pipeboost.distributed import (
-    AXES,
-    SEQUENCE,
-    Mesh,
-    require_same_state,
-)
-from pipeboost.distributed.agreement.arguments import agreed_arguments
+from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
 from pipeboost.distributed.failure.collective_errors import CollectiveErrors
-from pipeboost.features.parallel.cancellation import agree_on_cancellation, agree_on_interrupts
-from pipeboost.features.parallel.cfg_batch import share_batch
-from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel, flush_deferred, share_branches
-from pipeboost.features.parallel.latent_check import check_latents
-from pipeboost.features.parallel.own_device import shared_encoders, take_from_host
+from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel
+from pipeboost.features.parallel.own_device import shared_encoders
 from pipeboost.features.parallel.running_state import RunningState
-from pipeboost.features.parallel.sequence_parallel import shard_sequence
-from pipeboost.features.parallel.tensor import shard_weights
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
 from pipeboost.features.parallel.ulysses_ring import UlyssesRing
-from pipeboost.features.parallel.vae import parallelize_vae
 
 
 class RankTeam:
@@ -53,6 +35,7 @@ class RankTeam:
         mesh: the ranks.
         across: attention among the tokens of all ranks; None where each rank has all tokens.
         text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
+        state: what a call runs with on this rank.
 
     Raises:
         UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
@@ -63,8 +46,7 @@ class RankTeam:
         self.text_encoders = shared_encoders(pipe, layout, context.model.splits or {})
         self._layout = layout
         self._family: Family = context.family
-        self._state = RunningState()
-        self._shares_vae = layout.shares_vae(context.tier)
+        self.state = RunningState()
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
@@ -91,10 +73,6 @@ class RankTeam:
         """What carries heads and tokens between the ranks, in words; empty where they exchange none."""
         return "" if self.mesh.degree("ulysses") == 1 else self.mesh.group("ulysses").carrier
 
-    def leave(self) -> None:
-        """Give up the ranks' groups."""
-        self.mesh.close()
-
     def watched(self, stage: str) -> contextlib.AbstractContextManager[None]:
         """Inside, what ends a call on one rank ends it on all; it begins in `stage`."""
         return self.mesh.watchdog.watched(stage, timeout=self._layout.timeout)
@@ -111,12 +89,16 @@ class RankTeam:
         with self._all_or_none:
             yield
 
+    def require_all(self) -> None:
+        """Inside `all_or_none`, wait until all ranks have come here, or raise what one has raised."""
+        self._all_or_none.require_all()
+
     def telling(self) -> contextlib.AbstractContextManager[None]:
-        """Inside `all_or_none`, an error is told before anything is taken back, for which ranks may need each other."""
+        """Inside `all_or_none`, an error is sent to the others before anything is undone, which may need all ranks."""
         return self._all_or_none.telling()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
-        """The arguments of a call that all ranks go on with.
+        """Return the arguments of a call that all ranks go on with.
 
         Raises:
             DisagreementError: they were called differently.
@@ -138,52 +120,16 @@ class RankTeam:
             DisagreementError: on all ranks alike.
         """
         if self.mesh.control.size > 1:
-            digests = self._state.digests(pipe, counts)
-            require_same_state(self.mesh, digests, functools.partial(self._state.facts, pipe))
+            digests = self.state.digests(pipe, counts)
+            require_same_state(self.mesh, digests, functools.partial(self.state.facts, pipe))
 
     def components(self, pipe: Any) -> dict[str, Any]:
-        """Components that the ranks share beside those that every acceleration looks at."""
+        """Return components that the ranks share besides those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
         return {name: pipe.components[name] for name in names}
 
-    def share(self, path: str, obj: Any, ledger: Ledger, *, owner: object) -> None:
-        """Let the ranks share one component of the pipeline, in the calls of `owner`."""
-        family, mesh = self._family, self.mesh
-        if path in family.denoisers:
-            if mesh.degree("tensor") > 1:
-                assert family.tensor is not None
-                self._shard_weights(obj, family.tensor, ledger)
-            if mesh.degree("cfg") > 1:
-                (share_branches if family.batched is None else share_batch)(obj, family, ledger)
-            if self.across is not None:
-                shard_sequence(obj, family, ledger)
-        if not path and mesh.degree("tensor") > 1:
-            guard_pipeline(obj, mesh.group("tensor"), ledger)
-        if not path:
-            agree_on_interrupts(obj, ledger)
-        if not path and not mesh.main:
-            _hide_progress_bar(obj, ledger)
-        if path == "scheduler":
-            flush_deferred(obj, ledger)
-            check_latents(obj, ledger)
-            agree_on_cancellation(obj, ledger)
-        if path and path == family.guider:
-            flush_deferred(obj, ledger, door="__call__")
-        if path == "vae" and self._shares_vae:
-            parallelize_vae(obj, family.autoencoder, ledger, owner=owner)
-        if path in self.text_encoders:
-            sharding = text_encoder_sharding(obj)
-            assert sharding is not None
-            self._shard_weights(obj, sharding, ledger)
-        if isinstance(obj, torch.nn.Module):  # whose weights have been split where they are to be
-            self._state.watch(obj, ledger)
-
-    def _shard_weights(self, model: Any, sharding: TensorSharding, ledger: Ledger) -> None:
-        shard_weights(model, sharding, self.mesh.group("tensor"), ledger, ready=self._all_or_none.require_all)
-        take_from_host(model, self.mesh.device, ledger)
-
     def _refuse_different_plans(self, context: ApplyContext) -> None:
-        summary = (f"quality: {context.tier}", *map(_in_words, context.decisions.values()))
+        summary = (f"quality: {context.tier}", *map(_described, context.decisions.values()))
         plans = self.mesh.control.all_gather_objects(summary)
         for rank, other in enumerate(plans):
             if other != plans[0]:
@@ -194,32 +140,7 @@ class RankTeam:
                 )
 
 
-def _in_words(decision: Decision) -> str:
-    """What all ranks must have decided alike; weights may go to another device on each."""
-    settings = decision.settings
-    if isinstance(settings, ParallelConfig):
-        settings = replace(settings, group=None)
-    told = settings is not None and decision.feature != "offload"
-    return f"{decision.feature}: {decision.choice}{f' ({settings})' if told else ''}"
-
-
-def _hide_progress_bar(pipe: Any, ledger: Ledger) -> None:
-    """One bar is enough for a team; a user who has said whether it is shown is obeyed."""
-    before = getattr(pipe, "_progress_bar_config", None)
-    if "disable" in (before or {}):
-        return
-    ours = {**(before or {}), "disable": True}
-    reference = weakref.ref(pipe)
-
-    def undo() -> None:
-        ours.pop("disable", None)  # for copies of the pipeline, which have it too
-        target = reference()
-        if target is None or getattr(target, "_progress_bar_config", None) is not ours:
-            return
-        if before is None:
-            del target._progress_bar_config
-        else:
-            target._progress_bar_config = before
-
-    ledger.record("progress bar", undo)
-    pipe._progress_bar_config = ours
+def _described(decision: Decision) -> str:
+    """Return what all ranks must have decided alike; weights may go to another device on each."""
+    compared = decision.on and decision.feature != "offload"
+    return f"{decision.feature}: {decision.choice}{f' ({decision.settings})' if compared else ''}"

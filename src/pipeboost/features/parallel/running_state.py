@@ -18,10 +18,10 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.tracked_module import TrackedModule, class_of, configuration_of, settings_of
 from pipeboost.distributed import suspend_timeout
-from pipeboost.features.parallel.tensor import split_names
+from pipeboost.features.parallel.tensor import shares_of
 
 PIPELINE = "pipeline"
-_WRITING = ("fuse_lora", "unfuse_lora", "half", "float", "double", "bfloat16")
+_WRITING = ("fuse_lora", "unfuse_lora", "load_lora_adapter", "to", "half", "float", "double", "bfloat16")
 _FROM_CALLS = (
     *("set_timesteps", "set_begin_index", "scale_model_input", "step", "scale_noise", "add_noise"),
     *("set_state", "prepare_models", "prepare_inputs", "forward", "cleanup_models", "__call__"),
@@ -69,27 +69,24 @@ class RunningState:
         """Look at all weights of a module again after methods that write to some in a way torch does not count."""
         tracked = self._tracked(module)
 
-        def forget(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-            tracked.forget()
-            return call_next(*args, **kwargs)
-
-        def convert(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(each, (torch.dtype, torch.Tensor)) for each in (*args, *kwargs.values())):
+        def forget(method: str, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+            converts = any(isinstance(each, (torch.dtype, torch.Tensor)) for each in (*args, *kwargs.values()))
+            if method == "load_lora_adapter":
+                tracked.forget(named="lora_")  # which may be exchanged where they lie
+            elif method != "to" or converts:
                 tracked.forget()
             return call_next(*args, **kwargs)
 
-        def load(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-            tracked.forget(named="lora_")  # which may be exchanged where they lie
-            return call_next(*args, **kwargs)
-
-        for method, layer in (*((each, forget) for each in _WRITING), ("to", convert), ("load_lora_adapter", load)):
+        for method in _WRITING:
             if callable(getattr(stock_class(module), method, None)):
-                ledger.add_middleware(module, method, layer, place="component.writes")
+                ledger.add_middleware(module, method, functools.partial(forget, method), place="component.writes")
 
     def _tracked(self, module: nn.Module) -> TrackedModule:
         tracked = self._modules.get(module)
         if tracked is None:
-            tracked = self._modules[module] = TrackedModule(module, split_names(module))
+            shares = shares_of(module)
+            names = frozenset() if shares is None else shares.names
+            tracked = self._modules[module] = TrackedModule(module, names)
         return tracked
 
     def _digest(self, name: str, facts: Mapping[str, Any]) -> bytes:
@@ -129,7 +126,7 @@ def facts_of_pipeline(pipe: Any, components: Mapping[str, Any]) -> dict[str, Any
 
 @functools.cache
 def _set_by_calls(cls: type) -> frozenset[str]:
-    """Attributes that a script's calls set anew, so that what an earlier call left in them does not matter."""
+    """Return the attributes that a script's calls set anew: what an earlier call left in them does not matter."""
     waiting, seen, written = [*_FROM_CALLS], {*_FROM_CALLS}, set()
     while waiting:
         function = inspect.unwrap(getattr(cls, waiting.pop(), None) or int)

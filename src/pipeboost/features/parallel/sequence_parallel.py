@@ -1,6 +1,6 @@
-"""Token sharding: layers outside the blocks give each rank its own tokens, and put the result together again.
+"""Token sharding: middleware outside the blocks gives each rank its own tokens, and puts the result together again.
 
-All stand outside compiled code. Only attention looks beyond a rank's own tokens: see `attend`.
+All of it is outside compiled code. Only attention looks beyond a rank's own tokens: see `ulysses_ring.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
     """Let the ranks of a call's sequence group share the tokens of a transformer.
 
     Args:
-        model: pipelines that share it share the layers, which act in calls with such a group only.
+        model: pipelines that share it share the middleware, which acts in calls with such a group only.
         family: has a `token_sharding`.
         ledger: takes the inverse.
     """
@@ -39,8 +39,8 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
         first = True
         for blocks in family.blocks:
             for block in operator.attrgetter(blocks.path)(model):
-                layer = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_middleware(block, "__call__", layer, place="block.sequence")
+                middleware = functools.partial(_block, sharding, sharding.streams if first else (), name)
+                inner.add_middleware(block, "__call__", middleware, place="block.sequence")
                 first = False
         for path, outputs in sharding.outputs.items():
             inner.add_middleware(
@@ -64,10 +64,11 @@ def _forward(
         return call_next(*args, **kwargs)
     group = call.mesh.group(*SEQUENCE)
     shards = Shards(group.size, group.rank)
-    args, kwargs = _with_own_tokens(shards, sharding.forward, owner, args, kwargs)
+    given = _named(owner, args, kwargs)
+    _take_own_tokens(shards, sharding.forward, given)
     call.state[SHARDS] = shards
     try:
-        return call_next(*args, **kwargs)
+        return call_next(*_positional(owner, args, given), **given)
     finally:
         del call.state[SHARDS]
 
@@ -91,12 +92,13 @@ def _block(
         for stream in streams:
             setattr(shards, stream.tokens, given[stream.name].shape[stream.dim])
         _refuse_too_few(shards, sharding, model)
-        args, kwargs = _with_own_tokens(shards, streams, owner, args, kwargs)
+        _take_own_tokens(shards, streams, given)
     _refuse_adapter_tokens(shards, given)
-    args, kwargs = _with_own_tokens(shards, sharding.constants, owner, args, kwargs)
+    _take_own_tokens(shards, sharding.constants, given)
     for name in sharding.leading:
-        args, kwargs = _changed(owner, args, kwargs, name, shards.leading)
-    return call_next(*args, **kwargs)
+        if given.get(name) is not None:
+            given[name] = shards.leading(given[name])
+    return call_next(*_positional(owner, args, given), **given)
 
 
 def _output(
@@ -137,7 +139,7 @@ def _refuse_too_few(shards: Shards, sharding: TokenSharding, model: str) -> None
 
 
 def _refuse_adapter_tokens(shards: Shards, given: Mapping[str, Any]) -> None:
-    """Attention to an adapter's tokens is told from attention among a rank's own by their number alone."""
+    """Refuse an adapter with as many tokens as a rank has: attention to them looks like that among the rank's own."""
     adapter = (given.get("joint_attention_kwargs") or {}).get("ip_hidden_states") or ()
     own = sizes(shards.image, shards.ranks)
     for states in adapter if isinstance(adapter, (list, tuple)) else (adapter,):
@@ -149,44 +151,28 @@ def _refuse_adapter_tokens(shards: Shards, given: Mapping[str, Any]) -> None:
             )
 
 
-def _with_own_tokens(
-    shards: Shards,
-    arguments: Sequence[TokenArgument],
-    owner: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _take_own_tokens(shards: Shards, arguments: Sequence[TokenArgument], given: dict[str, Any]) -> None:
     for argument in arguments:
         name, _, item = argument.name.partition(".")
-
-        def own(value: Any, argument: TokenArgument = argument, item: str = item) -> Any:
-            if not item:
-                return shards.own(value, argument)
+        value = given.get(name)
+        if value is not None and item:
             parts = list(value)
             parts[int(item)] = shards.own(parts[int(item)], argument)
-            return type(value)(parts)
-
-        args, kwargs = _changed(owner, args, kwargs, name, own)
-    return args, kwargs
-
-
-def _changed(
-    owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, change: Callable[[Any], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with one of them changed, where it is among them and not None."""
-    if kwargs.get(name) is not None:
-        return args, {**kwargs, name: change(kwargs[name])}
-    position = _positions(stock_class(owner)).get(name, len(args))
-    if position < len(args) and args[position] is not None:
-        return (*args[:position], change(args[position]), *args[position + 1 :]), kwargs
-    return args, kwargs
+            given[name] = type(value)(parts)
+        elif value is not None:
+            given[name] = shards.own(value, argument)
 
 
 def _named(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(_positions(stock_class(owner)))
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """Return the arguments of a forward by name."""
+    return {**dict(zip(_names(stock_class(owner)), args, strict=False)), **kwargs}
+
+
+def _positional(owner: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> list[Any]:
+    """Take out of `given` what was given by position, as what lies further inside expects it."""
+    return [given.pop(name) for name in _names(stock_class(owner))[: len(args)]]
 
 
 @functools.cache
-def _positions(cls: type) -> dict[str, int]:
-    return {name: position for position, name in enumerate([*signature_of(cls, "forward").parameters][1:])}
+def _names(cls: type) -> list[str]:
+    return [*signature_of(cls, "forward").parameters][1:]

@@ -14,7 +14,7 @@ SHARDS = "token shards"
 
 
 def sizes(tokens: int, ranks: int) -> list[int]:
-    """How many of `tokens` each rank has; the first ones have one more where they cannot be equal."""
+    """Return how many of `tokens` each rank has; the first ones have one more where they cannot be equal."""
     return [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
 
 
@@ -38,13 +38,11 @@ class Shards:
     @property
     def joint_sizes(self) -> list[int]:
         """How many tokens of image and text each rank has."""
-        return [
-            image + text
-            for image, text in zip(sizes(self.image, self.ranks), sizes(self.text, self.ranks), strict=True)
-        ]
+        image, text = sizes(self.image, self.ranks), sizes(self.text, self.ranks)
+        return [sum(own) for own in zip(image, text, strict=True)]
 
     def own(self, value: Any, argument: TokenArgument) -> Any:
-        """This rank's tokens of a tensor, or of each in a tuple or list.
+        """Return this rank's tokens of a tensor, or of each in a tuple or list.
 
         Asked again for the same tensor it gives the same answer, and its own answers are taken for what they are.
         """
@@ -65,7 +63,7 @@ class Shards:
         return known is not None and known[1] is value
 
     def leading(self, tokens: int) -> int:
-        """How many of the first `tokens` of the image are this rank's."""
+        """Return how many of the first `tokens` of the image are this rank's."""
         share = sizes(self.image, self.ranks)
         start = sum(share[: self.rank])
         return min(max(tokens - start, 0), share[self.rank])

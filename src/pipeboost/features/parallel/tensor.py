@@ -5,15 +5,16 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeboost.contract.model_info import Split
 from pipeboost.core.errors import PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.sample import Sample, can_be_sampled
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group
@@ -24,26 +25,66 @@ from pipeboost.features.parallel.tensor_layout import Layout, layout_of
 _SAMPLES = 16
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    """What became of a model's weights.
+class Shares:
+    """The shares of one model's weights on this rank. Holds its layers, not the model.
 
     Attributes:
-        whole_bytes: size of the split weights when they were whole.
-        own_bytes: size of this rank's share of them.
-        left: path and reason, for layers that could be split and stay whole on every rank.
-        degrees: that the whole model allows.
-        names: of the parameters of which it has a share.
+        layout: what is split.
+        names: of the parameters of which this rank has a share.
+        whole_bytes: size of these when they were whole.
+        own_bytes: size of the shares.
     """
 
-    whole_bytes: int
-    own_bytes: int
-    left: tuple[tuple[str, str], ...]
-    degrees: tuple[int, ...]
-    names: frozenset[str] = frozenset()
+    def __init__(self, model: nn.Module, layout: Layout, group: Group) -> None:
+        self.layout = layout
+        self.group = group
+        self.joined = False
+        self.cuts = layout.cuts
+        named = model.named_parameters(remove_duplicate=False)
+        self.names = frozenset(name for name, parameter in named if parameter in self.cuts)
+        self.whole_bytes = layout.bytes
+        self.own_bytes = self.whole_bytes // group.size
+        # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
+        with torch.inference_mode(False):
+            for parameter, (dim, parts) in self.cuts.items():
+                parameter.data = _share_of(parameter.data, dim, parts, group)
+        self.shapes = {parameter: parameter.shape for parameter in self.cuts}
+        for layer in layout.layers:
+            become_share(layer.module, layer.role, group)
+        self.counts = [(module, name, getattr(module, name)) for module, name in layout.counts]
+        for module, name, whole in self.counts:
+            setattr(module, name, whole // group.size)
+
+    def join(self, way_out: str) -> None:
+        """Make every layer whole again, once. A collective operation.
+
+        Args:
+            way_out: for where it cannot be done, as the end of a sentence.
+        """
+        if self.joined:
+            return
+        held = {each for layer in self.layout.layers for each in layer.module.parameters(recurse=False)}
+        # What the user has put in a parameter's place is theirs; with other values it is still ours.
+        ours = [each in held and each.shape == shape for each, shape in self.shapes.items()]
+        ranks = self.group.all_reduce(torch.tensor(ours, dtype=torch.int32, device=self.group.device)).tolist()
+        with torch.inference_mode(False):
+            for (parameter, (dim, parts)), count in zip(self.cuts.items(), ranks, strict=True):
+                if count == self.group.size:
+                    parameter.data = _whole_of(parameter.data, dim, parts, self.group)
+        for layer in self.layout.layers:
+            become_whole(layer.module)
+        for module, name, whole in self.counts:
+            if getattr(module, name) == whole // self.group.size:
+                setattr(module, name, whole)
+        if any(0 < count < self.group.size for count in ranks):
+            raise PipeboostError(
+                f"a weight of {self.layout.model} was replaced on some ranks and not on others, so it cannot be joined "
+                f"there; {way_out}"
+            )
+        self.joined = True
 
 
-_reports: weakref.WeakKeyDictionary[nn.Module, ShardReport] = weakref.WeakKeyDictionary()
+_shares: weakref.WeakKeyDictionary[nn.Module, Shares] = weakref.WeakKeyDictionary()
 
 
 def shard_weights(
@@ -53,7 +94,7 @@ def shard_weights(
     ledger: Ledger,
     *,
     ready: Callable[[], None] = lambda: None,
-) -> ShardReport:
+) -> Shares:
     """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
 
     Every rank of the group calls it, with the same weights, at the same point of its program, and so it undoes it:
@@ -64,7 +105,7 @@ def shard_weights(
     Args:
         model: a transformer or a text encoder; pipelines that share it share the change, if they share the group.
         sharding: of its family, or `families.text_encoder_sharding(model)`.
-        group: the ranks of the mesh axis `tensor`; a group of one changes nothing.
+        group: the ranks of the mesh axis `tensor`.
         ledger: takes the inverse.
         ready: called when this rank has found nothing against it, before it talks to the others; may raise.
 
@@ -73,9 +114,6 @@ def shard_weights(
         UnsupportedError: the model has none of the layers, or they are quantised, offloaded, fused or have a LoRA; the
             ranks have different weights; the model is shared with a pipeline that splits it otherwise.
     """
-    if group.size == 1:
-        return ShardReport(0, 0, (), ())
-
     # The ledger of a shared change must not keep its model alive.
     reference = weakref.ref(model)
 
@@ -87,7 +125,7 @@ def shard_weights(
         guards = Ledger()
         with guards:
             guard_model(model, group, guards)
-            shares = _Shares(layout, group)
+            shares = Shares(model, layout, group)
 
         def join() -> None:
             joined = reference()
@@ -101,132 +139,34 @@ def shard_weights(
                 ) from error
             guards.undo()
             if joined is not None:
-                _reports.pop(joined, None)
+                _shares.pop(joined, None)
 
         inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        names = frozenset(name for name, each in model.named_parameters(remove_duplicate=False) if each in shares)
-        _reports[model] = ShardReport(shares.whole_bytes, layout.bytes, layout.left, layout.degrees, names)
+        _shares[model] = shares
 
-    try:
-        ledger.share(model, "tensor parallel", (group.size, group.name), apply)
-    except UnsupportedError as error:
-        if model not in _reports:
-            raise
-        raise UnsupportedError(
-            f"the weights of this {stock_class(model).__name__} are split already by another accelerated pipeline that "
-            "shares it, with a mesh of its own; call acceleration.remove() there, or accelerate one of the two"
-        ) from error
-    return _reports[model]
+    taken = "that has split its weights over a mesh of its own; accelerate one of the two"
+    ledger.share(model, "tensor parallel", (group.size, group.name), apply, explain=lambda _: taken)
+    return _shares[model]
 
 
-def tensor_degrees(model: nn.Module, sharding: TensorSharding) -> tuple[int, ...]:
-    """The degrees of tensor parallelism above 1 that the heads and widths of a model, split or whole, allow.
+def split_of(model: nn.Module, sharding: TensorSharding) -> Split:
+    """Return what tensor parallelism splits of a model, split or whole.
 
     Raises:
         UnsupportedError: its weights cannot be split at all.
     """
-    report = _reports.get(model)
-    return layout_of(model, sharding).degrees if report is None else report.degrees
+    shares = _shares.get(model)
+    layout = layout_of(model, sharding) if shares is None else shares.layout
+    return Split(layout.bytes if shares is None else shares.whole_bytes, layout.degrees)
 
 
-def bytes_on_other_ranks(model: nn.Module) -> int:
-    """How much of a model's weights is on other ranks alone."""
-    report = _reports.get(model)
-    return 0 if report is None else report.whole_bytes - report.own_bytes
-
-
-def split_names(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of which this rank has a share."""
-    report = _reports.get(model)
-    return frozenset() if report is None else report.names
-
-
-def split_bytes(model: nn.Module, sharding: TensorSharding) -> int:
-    """How much of the weights of a model, split or whole, tensor parallelism splits; the rest is whole on every rank.
-
-    Raises:
-        UnsupportedError: its weights cannot be split at all.
-    """
-    report = _reports.get(model)
-    return layout_of(model, sharding).bytes if report is None else report.whole_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class _Share:
-    """One parameter of which this rank has a share, and the layers that hold it: several where it is tied."""
-
-    parameter: nn.Parameter
-    holders: tuple[tuple[nn.Module, str], ...]
-    dim: int
-    parts: tuple[int, ...]
-    shape: torch.Size
-
-    @property
-    def untouched(self) -> bool:
-        """Whether it is still what we made of it, with whatever values."""
-        held = any(module._parameters.get(name) is self.parameter for module, name in self.holders)
-        return held and self.parameter.shape == self.shape
-
-
-class _Shares:
-    """The shares of one model on this rank. Holds its layers, not the model."""
-
-    def __init__(self, layout: Layout, group: Group) -> None:
-        self.model = layout.model
-        self.group = group
-        self.joined = False
-        self.layers = tuple(layer.module for layer in layout.layers)
-        self.whole_bytes = layout.bytes
-        holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-        for layer in layout.layers:
-            for name, parameter, _ in layer.parameters():
-                holders.setdefault(parameter, []).append((layer.module, name))
-        cuts = {parameter: (dim, layer.parts) for layer in layout.layers for _, parameter, dim in layer.parameters()}
-        shares = []
-        # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
-        with torch.inference_mode(False):
-            for parameter, (dim, parts) in cuts.items():
-                parameter.data = _share_of(parameter.data, dim, parts, group)
-                shares.append(_Share(parameter, tuple(holders[parameter]), dim, parts, parameter.shape))
-        self.shares = tuple(shares)
-        for layer in layout.layers:
-            become_share(layer.module, layer.role, group)
-        self.counts = tuple((count, count.value) for count in layout.counts)
-        for count, whole in self.counts:
-            setattr(count.module, count.name, whole // group.size)
-
-    def __contains__(self, parameter: object) -> bool:
-        return any(share.parameter is parameter for share in self.shares)
-
-    def join(self, way_out: str) -> None:
-        """Make every layer whole again, once. A collective operation.
-
-        Args:
-            way_out: for where it cannot be done, as the end of a sentence.
-        """
-        if self.joined:
-            return
-        own = torch.tensor([share.untouched for share in self.shares], dtype=torch.int32, device=self.group.device)
-        ranks = self.group.all_reduce(own).tolist()
-        with torch.inference_mode(False):
-            for share, count in zip(self.shares, ranks, strict=True):
-                if count == self.group.size:
-                    share.parameter.data = _whole_of(share.parameter.data, share.dim, share.parts, self.group)
-        for layer in self.layers:
-            become_whole(layer)
-        for count, whole in self.counts:
-            if count.value == whole // self.group.size:
-                setattr(count.module, count.name, whole)
-        if any(0 < count < self.group.size for count in ranks):
-            raise PipeboostError(
-                f"a weight of {self.model} was replaced on some ranks and not on others, so it cannot be joined there; "
-                f"{way_out}"
-            )
-        self.joined = True
+def shares_of(model: nn.Module) -> Shares | None:
+    """Return this rank's shares of a model's weights; None where they are whole."""
+    return _shares.get(model)
 
 
 def _reload(model: Any) -> str:
-    """How to have the whole weights again, as the end of a sentence."""
+    """Say how to have the whole weights again, as the end of a sentence."""
     config = getattr(model, "config", None)
     folder = str(getattr(config, "_name_or_path", None) or "")
     if not folder or not Path(folder).is_dir():
@@ -242,7 +182,7 @@ def _share_of(whole: torch.Tensor, dim: int, parts: tuple[int, ...], group: Grou
 
 
 def _whole_of(share: torch.Tensor, dim: int, parts: tuple[int, ...], group: Group) -> torch.Tensor:
-    """The parameter whose shares the ranks have, on the device where this rank has its own."""
+    """Return the parameter whose shares the ranks have, on the device where this rank has its own."""
     there = share if share.device.type == group.device else share.to(group.device)
     width = share.shape[dim]
     gathered = group.all_gather(there, dim, [width] * group.size).split(width, dim)
@@ -252,27 +192,23 @@ def _whole_of(share: torch.Tensor, dim: int, parts: tuple[int, ...], group: Grou
 
 
 def _refuse_different_weights(model: nn.Module, group: Group) -> None:
-    """Ranks that built a model from different random seeds would join shares of different models."""
-    plain = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.numel()
-    ]
-    shapes = zlib.crc32(repr([(name, parameter.shape, parameter.dtype) for name, parameter in plain]).encode())
+    """Refuse ranks that have built a model from different random seeds: they would join shares of different models."""
+    plain = ((name, each) for name, each in model.named_parameters() if type(each.data) is torch.Tensor)
+    named = {name: each for name, each in plain if can_be_sampled(each)}
+    shapes = zlib.crc32(repr([(name, each.shape, each.dtype) for name, each in named.items()]).encode())
     everyone = group.all_gather(torch.tensor([shapes], device=group.device), 0, [1] * group.size)
-    different = "" if bool((everyone == shapes).all()) else "parameters"
-    if not different:
-        own = torch.stack([_samples(parameter.data) for _, parameter in plain]).to(group.device)
-        ranks = group.all_gather(own, 0, [len(plain)] * group.size).reshape(group.size, *own.shape)
-        same = ((ranks == ranks[0]) | (ranks.isnan() & ranks[0].isnan())).all(-1).all(0).tolist()
-        different = next((name for (name, _), equal in zip(plain, same, strict=True) if not equal), "")
-    if different:
+    different = None if bool((everyone == shapes).all()) else "parameters"
+    if different is None:
+        own = torch.tensor(Sample(list(named.values()), _spread).sums(), device=group.device)
+        ranks = group.all_gather(own[None], 0, [1] * group.size)
+        differs = (ranks != ranks[0]).any(0).tolist()
+        different = next((name for name, each in zip(named, differs, strict=True) if each), None)
+    if different is not None:
         raise UnsupportedError(
             f"the ranks have different weights of {stock_class(model).__name__} ({different}); load the same "
             "checkpoint on every rank, or set the same seed before building the model"
         )
 
 
-def _samples(data: torch.Tensor) -> torch.Tensor:
-    places = torch.linspace(0, data.numel() - 1, _SAMPLES, device=data.device, dtype=torch.float64).long()
-    return data.detach().reshape(-1)[places].double()
+def _spread(shape: torch.Size) -> tuple[int, int]:
+    return min(shape.numel(), _SAMPLES), max((shape.numel() - 1) // (_SAMPLES - 1), 1)

@@ -77,9 +77,10 @@ def _norm(stock: type, group: Group) -> Callable[..., torch.Tensor]:
 
 
 _FORWARDS: dict[Role, Callable[[Any, Group], Callable[..., torch.Tensor]]] = {
-    "row": _row,
+    "rows": _row,
+    "packed_rows": _row,
     "gathered": _gathered,
-    "norm": _norm,
+    "norms": _norm,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,18 +11,21 @@ import torch
 from torch import nn
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.obstacles import hook_of
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import SplitLayers, TensorSharding
 
-Role = Literal["column", "row", "gathered", "norm", "head_bias"]
+Role = Literal["columns", "rows", "packed_rows", "gathered", "norms", "head_biases"]
 _KINDS: dict[Role, tuple[type[nn.Module], ...]] = {
-    "column": (nn.Linear,),
-    "row": (nn.Linear,),
+    "columns": (nn.Linear,),
+    "rows": (nn.Linear,),
+    "packed_rows": (nn.Linear,),
     "gathered": (nn.Linear, nn.Embedding),
-    "norm": (nn.RMSNorm,),
-    "head_bias": (nn.Embedding,),
+    "norms": (nn.RMSNorm,),
+    "head_biases": (nn.Embedding,),
 }
-_HOOKS = ("_hf_hook", "_diffusers_hook")
+"""The fields of `SplitLayers` that list layers → the classes that these may have."""
+_ROWS = ("rows", "packed_rows")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +45,16 @@ class SplitLayer:
     role: Role
     parts: tuple[int, ...]
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
-        """The parameters that are split: name, parameter, dimension. A row's bias is whole on every rank."""
-        dim = _split_dim(self.role, self.module)
-        for name, parameter in self.module.named_parameters(recurse=False):
-            if self.role != "row" or name == "weight":
-                yield name, parameter, dim
-
-
-@dataclass(frozen=True, eq=False)
-class Count:
-    """An attribute of a module that counts heads or the width of all heads."""
-
-    module: nn.Module
-    name: str
+    @property
+    def dim(self) -> int:
+        """The dimension that is split: outputs are the first one of a linear's weight, the last of an embedding's."""
+        return _split_dim(self.role, self.module)
 
     @property
-    def value(self) -> int:
-        """What it says now."""
-        return int(getattr(self.module, self.name))
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are split. A row's bias is whole on every rank."""
+        named = self.module.named_parameters(recurse=False)
+        return [parameter for name, parameter in named if name == "weight" or self.role not in _ROWS]
 
 
 @dataclass(frozen=True)
@@ -70,16 +64,21 @@ class Layout:
     Attributes:
         model: the name of its class.
         layers: each layer that is split.
-        counts: each attribute that will count one rank's share.
+        counts: module and attribute, for each that will count one rank's share of the heads, or of their width.
         left: path and reason, for what could be split and stays whole.
         sizes: what a degree must divide, and its name.
     """
 
     model: str
     layers: tuple[SplitLayer, ...]
-    counts: tuple[Count, ...]
+    counts: tuple[tuple[nn.Module, str], ...]
     left: tuple[tuple[str, str], ...]
     sizes: tuple[tuple[int, str], ...]
+
+    @property
+    def cuts(self) -> dict[nn.Parameter, tuple[int, tuple[int, ...]]]:
+        """Each parameter that is split, the dimension, and the parts of that; one that is tied is here once."""
+        return {parameter: (layer.dim, layer.parts) for layer in self.layers for parameter in layer.parameters}
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -90,8 +89,7 @@ class Layout:
     @property
     def bytes(self) -> int:
         """Size of all parameters that are split, as they are now."""
-        split = {parameter for layer in self.layers for _, parameter, _ in layer.parameters()}
-        return sum(parameter.numel() * parameter.element_size() for parameter in split)
+        return sum(parameter.nbytes for parameter in self.cuts)
 
     def check(self, degree: int) -> None:
         """Refuse a degree that does not fit.
@@ -113,12 +111,12 @@ class _Unit:
 
     path: str
     layers: tuple[SplitLayer, ...]
-    counts: tuple[Count, ...]
+    counts: tuple[tuple[nn.Module, str], ...]
     heads: tuple[tuple[int, str], ...]
 
 
 def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
-    """What of `model` is split, as its family or encoder declares it. Changes nothing.
+    """Return what of `model` is split, as its family or encoder declares it. Changes nothing.
 
     An attention whose processor has weights of its own, as an IP-Adapter's has, stays whole, because nothing tells how
     such a processor uses the heads. So does a layer whose weight is tied to a layer that is not split.
@@ -130,13 +128,15 @@ def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
     left: dict[str, str] = {}
     units = []
     for members in sharding.layers:
-        for path, module in _matching(model, members.path):
-            reason = _why_whole(module, members)
-            if reason is not None:
-                left[path] = reason
+        pattern = re.compile(members.path.replace(".", r"\.").replace("*", r"\w+"))
+        for path, module in model.named_modules():
+            if pattern.fullmatch(path) is None:
                 continue
-            unit = _unit(path, module, members, name)
-            if unit.layers:
+            if (members.counts or members.head_width) and any(
+                has_weights(getattr(child, "processor", None)) for child in module.modules()
+            ):
+                left[path] = "its processor has weights of its own"
+            elif (unit := _unit(path, module, members, name)).layers:
                 units.append(unit)
     units, tied = _without_tied(model, units)
     left |= dict.fromkeys(tied, "its weight is tied to that of a layer that is not split")
@@ -155,68 +155,57 @@ def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
     )
 
 
+def has_weights(processor: Any) -> bool:
+    """Whether an attention processor has weights of its own."""
+    return isinstance(processor, nn.Module) and next(processor.parameters(), None) is not None
+
+
 def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> _Unit:
     found: list[SplitLayer] = []
-    roles: tuple[tuple[Role, tuple[str, ...]], ...] = (
-        ("column", members.columns),
-        ("row", members.rows),
-        ("row", tuple(members.packed_rows)),
-        ("gathered", members.gathered),
-        ("norm", members.norms),
-        ("head_bias", members.head_biases),
-    )
-    for role, names in roles:
-        for name in names:
+    for role in _KINDS:
+        for name in getattr(members, role):
             layer = _descendant(module, name)
             if layer is None:
                 continue
             where = f"{path}.{name}".lstrip(".")
             layer = _plain(layer, role, where, model)
             whole = layer.weight.shape[_split_dim(role, layer)]  # type: ignore[index]
-            parts = [_descendant(module, column) for column in members.packed_rows.get(name, ())]
-            sizes = tuple(_base(part).weight.shape[0] for part in parts if part is not None) or (whole,)
+            packed = [_descendant(module, column) for column in members.packed_rows.get(name, ())]
+            sizes = tuple(_base(part).weight.shape[0] for part in packed if part is not None) or (whole,)
             assert sum(sizes) == whole, f"{where} takes {whole} features, not {sizes}"
             found.append(SplitLayer(where, layer, role, sizes))
     counts = tuple(_count(module, attribute) for attribute in members.counts)
-    return _Unit(path, tuple(found), counts, _heads(path, module, members, found, counts))
-
-
-def _heads(
-    path: str, module: nn.Module, members: SplitLayers, layers: list[SplitLayer], counts: tuple[Count, ...]
-) -> tuple[tuple[int, str], ...]:
     if members.head_width:
         width = int(getattr(module, members.head_width))
-        return tuple((layer.parts[0] // width, f"heads of {layer.path}") for layer in layers if layer.role == "column")
-    names = ("heads", *(f"{count.name} of {path}" for count in counts[1:]))
-    return tuple((count.value, name) for count, name in zip(counts, names, strict=False))
-
-
-def _why_whole(module: nn.Module, members: SplitLayers) -> str | None:
-    if not members.counts and not members.head_width:
-        return None
-    processors = [getattr(child, "processor", None) for child in module.modules()]
-    with_weights = [isinstance(each, nn.Module) and next(each.parameters(), None) is not None for each in processors]
-    return "its processor has weights of its own" if any(with_weights) else None
+        columns = [layer for layer in found if layer.role == "columns"]
+        heads = [(layer.parts[0] // width, f"heads of {layer.path}") for layer in columns]
+    else:
+        heads = [
+            (getattr(*count), f"{count[1]} of {path}" if number else "heads") for number, count in enumerate(counts)
+        ]
+    return _Unit(path, tuple(found), counts, tuple(heads))
 
 
 def _plain(layer: nn.Module, role: Role, path: str, model: str) -> nn.Module:
-    """The layer if its weights can be split."""
+    """Return the layer if its weights can be split."""
     if hasattr(layer, "base_layer") and not getattr(layer, "merged", False):
         raise UnsupportedError(
             f"{path} of {model} has a LoRA, which tensor parallelism cannot split; "
             "call pipe.fuse_lora() and pipe.unload_lora_weights() first, or use tensor=1"
         )
     layer = _base(layer)
-    parameters = tuple(layer.parameters(recurse=False))
-    if any(hasattr(layer, hook) for hook in _HOOKS):
+    if hook_of(vars(layer)) is not None:
         raise UnsupportedError(
             f"{path} of {model} is offloaded, and tensor parallelism splits weights where they stay; "
             "turn the offload off (pipe.remove_all_hooks()), or use tensor=1"
         )
+    parameters = tuple(layer.parameters(recurse=False))
     if stock_class(layer) not in _KINDS[role] or not all(map(_is_plain, parameters)):
+        kinds = sorted({f"{type(each.data).__name__} {each.dtype}" for each in parameters})
         raise UnsupportedError(
-            f"{path} of {model} is a {stock_class(layer).__name__} with weights of {_kinds_of(parameters)}, which "
-            "tensor parallelism cannot split; load the model without quantisation, or use tensor=1"
+            f"{path} of {model} is a {stock_class(layer).__name__} with weights of "
+            f"{' and '.join(kinds) or 'no parameters'}, which tensor parallelism cannot split; load the model without "
+            "quantisation, or use tensor=1"
         )
     assert type(layer) is stock_class(layer), f"{path} is ours already"
     return layer
@@ -231,25 +220,19 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and wide_enough
 
 
-def _kinds_of(parameters: tuple[nn.Parameter, ...]) -> str:
-    return " and ".join(sorted({f"{type(each.data).__name__} {each.dtype}" for each in parameters})) or "no parameters"
-
-
 def _split_dim(role: Role, layer: nn.Module) -> int:
-    """Outputs are the first dimension of a linear's weight, and the last of an embedding's."""
-    return 1 if role == "row" or isinstance(layer, nn.Embedding) else 0
+    return 1 if role in _ROWS or isinstance(layer, nn.Embedding) else 0
 
 
-def _count(module: nn.Module, attribute: str) -> Count:
+def _count(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
     path, _, name = attribute.rpartition(".")
-    owner = _descendant(module, path) if path else module
-    assert owner is not None, f"no {path} to count heads in"
+    owner = module.get_submodule(path)
     if getattr(owner, "fused_projections", False):
         raise UnsupportedError(
             f"{stock_class(owner).__name__} has fused projections, which tensor parallelism cannot split; "
             "call its model's unfuse_qkv_projections() first, or use tensor=1"
         )
-    return Count(owner, name)
+    return owner, name
 
 
 def _without_tied(model: nn.Module, units: list[_Unit]) -> tuple[list[_Unit], list[str]]:
@@ -259,13 +242,12 @@ def _without_tied(model: nn.Module, units: list[_Unit]) -> tuple[list[_Unit], li
             owners.setdefault(parameter, set()).add(module)
     tied: list[str] = []
     while True:
-        split = {(layer.module, dim) for unit in units for layer in unit.layers for _, _, dim in layer.parameters()}
+        split = {(layer.module, layer.dim) for unit in units for layer in unit.layers}
         loose = [
             unit
             for unit in units
             for layer in unit.layers
-            for _, parameter, dim in layer.parameters()
-            if any((owner, dim) not in split for owner in owners[parameter])
+            if any((owner, layer.dim) not in split for each in layer.parameters for owner in owners[each])
         ]
         if not loose:
             return units, tied
@@ -273,22 +255,8 @@ def _without_tied(model: nn.Module, units: list[_Unit]) -> tuple[list[_Unit], li
         units = [unit for unit in units if unit not in loose]
 
 
-def _matching(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    found = [("", model)]
-    for name in pattern.split(".") if pattern else ():
-        found = [
-            (f"{path}.{child}".lstrip("."), module)
-            for path, parent in found
-            for child, module in parent.named_children()
-            if name in ("*", child)
-        ]
-    return found
-
-
 def _descendant(module: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        child = module._modules.get(name)
-        if child is None:
-            return None
-        module = child
-    return module
+    try:
+        return module.get_submodule(path)
+    except AttributeError:  # a variant of the model does not have it
+        return None

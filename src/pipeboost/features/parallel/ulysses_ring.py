@@ -63,7 +63,7 @@ class UlyssesRing:
         *,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Attention of this rank's queries to the keys of all, all `(batch, own tokens, heads, head_dim)`.
+        """Compute the attention of this rank's queries to the keys of all, all `(batch, own tokens, heads, head_dim)`.
 
         Args:
             q: queries.
@@ -79,7 +79,7 @@ class UlyssesRing:
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        """What a call does."""
+        """Do what a call does; compiled code comes here through an operator."""
         call, attend = current_call(), self._attend()
         assert call is not None
         assert attend is not None
@@ -121,7 +121,7 @@ class UlyssesRing:
 
 
 def _parts(batch: int, tokens: int, heads: int, head_dim: int, multiprocessors: int, *, launched: bool) -> int:
-    """In how many parts a rank's heads are exchanged, the same on all ranks.
+    """Return in how many parts a rank's heads are exchanged, the same on all ranks.
 
     Two, where half of them fill a GPU, and where that costs nothing: a long attention keeps the GPU full while one part
     follows the other; a short one does so in a CUDA graph, if the parts take the GPU no more rounds than the whole.
@@ -140,7 +140,7 @@ def _parts(batch: int, tokens: int, heads: int, head_dim: int, multiprocessors: 
 
 
 def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """A mask as `(batch, own keys)`, of its own dtype."""
+    """Return a mask as `(batch, own keys)`, of its own dtype."""
     batch, tokens = k.shape[:2]
     if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
         mask = mask[:, 0, 0]
@@ -155,22 +155,22 @@ def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Te
 def _heads_for_tokens(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int], group: Group
 ) -> tuple[torch.Tensor, ...]:
-    """All tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
+    """Return all tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
     batch, own, heads, head_dim = q.shape
     split = (batch, own, group.size, heads // group.size, head_dim)
-    packed = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
+    stacked = torch.stack([tensor.reshape(split) for tensor in (q, k, v)])
     # Rank by rank, and token by token within: then all that arrives is in the order of the tokens.
-    parcels = packed.permute(3, 2, 1, 0, 4, 5).reshape(group.size * own, -1)
-    received = group.all_to_all(parcels, [own] * group.size, tokens)
+    packed = stacked.permute(3, 2, 1, 0, 4, 5).reshape(group.size * own, -1)
+    received = group.all_to_all(packed, [own] * group.size, tokens)
     return received.view(sum(tokens), batch, 3, heads // group.size, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
 
 
 def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) -> torch.Tensor:
-    """The inverse: this rank's own tokens with all heads."""
+    """Invert `_heads_for_tokens`: return this rank's own tokens with all heads."""
     batch, _, heads, head_dim = out.shape
     own = tokens[group.rank]
-    parcels = out.transpose(0, 1).reshape(sum(tokens), -1)
-    received = group.all_to_all(parcels, tokens, [own] * group.size)
+    packed = out.transpose(0, 1).reshape(sum(tokens), -1)
+    received = group.all_to_all(packed, tokens, [own] * group.size)
     received = received.view(group.size, own, batch, heads, head_dim)
     return received.permute(2, 1, 0, 3, 4).reshape(batch, own, group.size * heads, head_dim)
 
@@ -185,7 +185,7 @@ def _around_the_ring(
     scale: float | None,
     group: Group,
 ) -> torch.Tensor:
-    """Attention to the keys and values of all ranks, of which two at a time are here.
+    """Attend to the keys and values of all ranks, of which two at a time are here.
 
     Args:
         tokens: how many keys each rank has.

@@ -6,7 +6,7 @@ frame caches and blending stay stock. With tiling on, the ranks share each tile.
 
 from __future__ import annotations
 
-import math
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import current_call
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import Autoencoder
 from pipeboost.distributed import SAMPLE, Group
-from pipeboost.features.parallel.vae_layers import share_attention, share_convolution, share_group_norm
-from pipeboost.features.parallel.vae_strip import Strip, current_strip, working_on
-from pipeboost.features.parallel.vae_structure import why_not_parallel
+from pipeboost.features.parallel.vae_functions import FunctionsOfStrip
+from pipeboost.features.parallel.vae_strip import Strip
+from pipeboost.features.parallel.vae_structure import Structure, structure_of
 
 PARTS = ("encoder", "decoder")
 STATE = "vae"
@@ -30,94 +30,72 @@ STATE = "vae"
 
 def parallelize_vae(
     vae: nn.Module, autoencoder: Autoencoder | None, ledger: Ledger, *, owner: object | None = None
-) -> dict[str, str]:
+) -> None:
     """Let the ranks that work on one sample share the encoder's and the decoder's forwards.
 
     Acts in calls that have `"parallel"` and a mesh with several such ranks; gradients are not for it. All ranks end
-    with the whole result, which differs from the undivided one by rounding. A map with fewer latent rows and columns
-    than ranks is not divided. `call.state["vae"]` counts both: `"decoder shared"`, `"decoder whole: <reason>"`.
+    with the whole result, which differs from the undivided one by rounding. What cannot be divided, such as a map with
+    fewer latent rows and columns than ranks, every rank computes whole. `call.state["vae"]` counts both:
+    `"decoder shared"`, `"decoder whole: <reason>"`.
 
     Args:
         vae: may belong to several pipelines, each call having its own ranks.
         autoencoder: what it is made of; None where no family says so.
         ledger: takes the inverse.
         owner: the acceleration in whose calls ranks share; it is not kept alive. None: in all.
-
-    Returns:
-        Encoder and decoder as far as ranks do not share them, each with the reason.
     """
-    left = {part: reason for part in PARTS if (reason := why_not_parallel(getattr(vae, part, None), autoencoder))}
-    shared = tuple(part for part in PARTS if part not in left)
-    if shared and autoencoder is not None:
-        known = autoencoder
-
-        def apply(inner: Ledger) -> None:
-            for part in shared:
-                _share_modules(getattr(vae, part), known, inner)
-
-        ledger.share(vae, "VAE parallelism", autoencoder, apply)
-        for part in shared:
-            ledger.add_middleware(
-                getattr(vae, part), "__call__", _Divide(getattr(vae, part), part, owner), place="component.strips"
-            )
-    return left
+    acceleration = None if owner is None else weakref.ref(owner)
+    for name in PARTS:
+        part = getattr(vae, name, None)
+        if part is not None:
+            divided = functools.partial(_divided, name, autoencoder, acceleration)
+            ledger.add_middleware(part, "__call__", divided, place="component.strips")
 
 
-def _share_modules(part: nn.Module, autoencoder: Autoencoder, ledger: Ledger) -> None:
-    for module in part.modules():
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            share_convolution(module, ledger)
-        elif isinstance(module, nn.GroupNorm):
-            share_group_norm(module, ledger)
-        elif autoencoder.attends(stock_class(module).__name__):
-            share_attention(module, ledger)
+def _divided(
+    name: str,
+    autoencoder: Autoencoder | None,
+    acceleration: weakref.ref[Any] | None,
+    call_next: Callable[..., torch.Tensor],
+    part: nn.Module,
+    states: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    call = current_call()
+    if call is None or call.mesh is None or not call.has("parallel") or call.mesh.group(*SAMPLE).size == 1:
+        return call_next(states, *args, **kwargs)
+    if acceleration is not None and acceleration() is not call.owner:
+        return call_next(states, *args, **kwargs)
+    counts: Counter[str] = call.state.setdefault(STATE, Counter())
+    structure = structure_of(part, autoencoder)
+    strip = structure if isinstance(structure, str) else _strip(structure, call.mesh.group(*SAMPLE), states)
+    if isinstance(structure, str) or isinstance(strip, str):
+        counts[f"{name} whole: {strip}"] += 1
+        return call_next(states, *args, **kwargs)
+    counts[f"{name} shared"] += 1
+    with FunctionsOfStrip(strip) as functions:
+        own = call_next(strip.cut(states), *args, **kwargs)
+    if functions.attended < structure.attention:
+        raise UnsupportedError(
+            f"attention in the VAE's {name} does not use torch's scaled_dot_product_attention, so that ranks cannot "
+            "share it; restore it or use ParallelConfig(vae=False)"
+        )
+    return strip.gather(own)
 
 
-class _Divide:
-    """The layer on an encoder or a decoder, which is called `part`; see `parallelize_vae`."""
-
-    def __init__(self, module: nn.Module, part: str, owner: object | None) -> None:
-        convolutions = [each for each in module.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
-        self.part = part
-        # Pixels of its input that are one row of the latent map, and how far its largest convolution looks.
-        self.unit = math.prod(each.stride[-1] for each in convolutions)
-        self.reach = max(each.kernel_size[dim] // 2 for each in convolutions for dim in (-2, -1))
-        self._owner = None if owner is None else weakref.ref(owner)
-
-    def __call__(
-        self, call_next: Callable[..., torch.Tensor], owner: nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        call = current_call()
-        group = None if call is None else self._group(call)
-        if call is None or group is None:
-            return call_next(states, *args, **kwargs)
-        counts: Counter[str] = call.state.setdefault(STATE, Counter())
-        strip = self._strip(group, states)
-        if isinstance(strip, str):
-            counts[f"{self.part} whole: {strip}"] += 1
-            return call_next(states, *args, **kwargs)
-        counts[f"{self.part} shared"] += 1
-        with working_on(strip):
-            own = call_next(strip.cut(states), *args, **kwargs)
-        return strip.gather(own)
-
-    def _group(self, call: Call) -> Group | None:
-        ours = self._owner is None or self._owner() is call.owner
-        if call.mesh is None or not ours or not call.has("parallel") or current_strip() is not None:
-            return None
-        group = call.mesh.group(*SAMPLE)
-        return group if group.size > 1 else None
-
-    def _strip(self, group: Group, states: torch.Tensor) -> Strip | str:
-        height, width = states.shape[-2:]
-        if torch.is_grad_enabled():
-            return "gradients are on"
-        if states.device.type != group.device:
-            return f"it is on {states.device.type}, the ranks' group on {group.device}"
-        if height % self.unit or width % self.unit:
-            return f"{height} x {width} is not a multiple of {self.unit}"
-        # Longer strips have less border between them.
-        dim, length, breadth = (-2, height, width) if height >= width else (-1, width, height)
-        if length // self.unit < group.size * self.reach:
-            return f"{length // self.unit} latent rows are too few for {group.size} ranks"
-        return Strip(group, dim=dim, rows=length // self.unit, breadth=breadth // self.unit, device=states.device)
+def _strip(structure: Structure, group: Group, states: torch.Tensor) -> Strip | str:
+    """Return this rank's strip of a map, or why ranks cannot share the map."""
+    height, width = states.shape[-2:]
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if states.device.type != group.device:
+        return f"it is on {states.device.type}, the ranks' group on {group.device}"
+    if height % structure.stride or width % structure.stride:
+        return f"{height} x {width} is not a multiple of {structure.stride}"
+    # Longer strips have less border between them.
+    dim, length, breadth = (-2, height, width) if height >= width else (-1, width, height)
+    rows = length // structure.stride
+    if rows < group.size * structure.reach:
+        return f"{rows} latent rows are too few for {group.size} ranks"
+    return Strip(group, dim=dim, rows=rows, breadth=breadth // structure.stride, device=states.device)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from functools import cached_property
 
 import torch
 
 from pipeboost.distributed import Group
 from pipeboost.features.parallel.shards import sizes
-
-_current: ContextVar[Strip | None] = ContextVar("pipeboost_vae_strip", default=None)
 
 
 class Strip:
@@ -46,62 +41,42 @@ class Strip:
         return torch.tensor(self.rows, dtype=torch.float64, device=self.device) / sum(self.rows)
 
     def extents(self, own: int) -> list[int]:
-        """How much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
+        """Return how much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
         scale, rest = divmod(own, self.own_rows)
         assert rest == 0, f"{own} does not consist of {self.own_rows} equal parts"
         return [scale * rows for rows in self.rows]
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a map that all ranks have."""
+        """Return this rank's part of a map that all ranks have."""
         scale = whole.shape[self.dim] // sum(self.rows)
         start = sum(self.rows[: self.group.rank])
         return whole.narrow(self.dim, scale * start, scale * self.own_rows).contiguous()
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """The whole map, on all ranks."""
+        """Return the whole map, on all ranks."""
         return self.group.all_gather(own, own.ndim + self.dim, self.extents(own.shape[self.dim]))
 
     def fill_borders(self, padded: torch.Tensor, *, before: int, after: int, above: int, below: int) -> None:
-        """Write the neighbours' nearest pixels over the padding of a strip, in place; at the map's edges it stays.
+        """Write the nearest pixels of the adjacent strips over this one's padding, which stays at the edges of the map.
 
         Args:
             padded: this rank's pixels with padding.
             before: pixels of padding before its own along `dim`, of which the last `above` are wanted.
             after: the same behind its own, of which the first `below` are wanted.
         """
-        rank, last = self.group.rank, self.group.size - 1
         own = padded.shape[self.dim] - before - after
         self.extents(own)
+        previous, following = self.group.rank - 1, self.group.rank + 1
         sent, received, borders = [], [], []
-        if above and rank < last:
-            sent.append((padded.narrow(self.dim, before + own - above, above).contiguous(), rank + 1))
-        if below and rank > 0:
-            sent.append((padded.narrow(self.dim, before, below).contiguous(), rank - 1))
-        if above and rank > 0:
-            borders.append(padded.narrow(self.dim, before - above, above))
-            received.append((_like(borders[-1]), rank - 1))
-        if below and rank < last:
-            borders.append(padded.narrow(self.dim, before + own, below))
-            received.append((_like(borders[-1]), rank + 1))
+        for rank, count, start, wanted, place in (
+            (previous, below, before, above, before - above),
+            (following, above, before + own - above, below, before + own),
+        ):
+            if 0 <= rank < self.group.size and count:
+                sent.append((padded.narrow(self.dim, start, count).contiguous(), rank))
+            if 0 <= rank < self.group.size and wanted:
+                borders.append(padded.narrow(self.dim, place, wanted))
+                received.append((torch.empty_like(borders[-1], memory_format=torch.contiguous_format), rank))
         self.group.exchange(sent, received).wait()
         for border, (pixels, _) in zip(borders, received, strict=True):
             border.copy_(pixels)
-
-
-def current_strip() -> Strip | None:
-    """The strip that this thread's encoder or decoder works on; None where it has the whole map."""
-    return _current.get()
-
-
-@contextlib.contextmanager
-def working_on(strip: Strip) -> Iterator[None]:
-    """Inside, modules of the VAE see one strip of the map."""
-    token = _current.set(strip)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-def _like(part: torch.Tensor) -> torch.Tensor:
-    return torch.empty(part.shape, dtype=part.dtype, device=part.device)

@@ -1,0 +1,126 @@
+"""`FunctionsOfStrip`: functions of torch that look beyond a pixel, of a strip that is part of a whole map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pipeboost.features.parallel.vae_strip import Strip
+
+_PIECES = 8
+
+
+class FunctionsOfStrip(TorchFunctionMode):
+    """Inside, this thread's convolutions, group norms and attention compute one strip of the map.
+
+    Convolutions see the border pixels of the ranks on both sides, group norms have the statistics of the whole map,
+    and scaled dot product attention has the keys and values of all ranks. `vae_structure.py` says which modules may
+    call them, and how.
+
+    Attributes:
+        attended: how often scaled dot product attention was called.
+    """
+
+    def __init__(self, strip: Strip) -> None:
+        super().__init__()
+        self.strip = strip
+        self.attended = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = _OF_STRIP.get(function)
+        return function(*args, **(kwargs or {})) if ours is None else ours(self, *args, **(kwargs or {}))
+
+    def _convolve(
+        self,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        strides: tuple[int, ...],
+        padding: tuple[int, ...],
+        *more: Any,
+    ) -> torch.Tensor:
+        convolve = F.conv2d if weight.ndim == 4 else F.conv3d
+        dim, kernel, stride = self.strip.dim, weight.shape[self.strip.dim], strides[self.strip.dim]
+        if kernel == 1:
+            return convolve(states, weight, bias, strides, padding, *more)
+        own_padding = list(padding)
+        if own_padding[dim]:
+            before = after = own_padding[dim]
+            own_padding[dim] = 0
+            states = F.pad(states, (0, 0, before, after) if dim == -2 else (before, after))
+        else:
+            # The extent without padding is even where the stride is 2.
+            before, after = (kernel // 2, kernel // 2) if stride == 1 else (1 - states.shape[dim] % 2, 1)
+        # The last output begins `stride` pixels before the end of the strip, less what lies before the first.
+        self.strip.fill_borders(states, before=before, after=after, above=before, below=kernel - stride - before)
+        return convolve(states, weight, bias, strides, tuple(own_padding), *more)
+
+    def _normalise(
+        self,
+        states: torch.Tensor,
+        num_groups: int,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        batch, channels = states.shape[:2]
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        values = states.reshape(batch, num_groups, -1)
+        # A few groups at a time, so that no copy of the whole in float32 is needed.
+        pieces = values.split(values.shape[1] if states.dtype == dtype else -(-values.shape[1] // _PIECES), dim=1)
+        variances_means = [torch.var_mean(piece.to(dtype), dim=-1, correction=0) for piece in pieces]
+        variance, mean = (torch.cat(parts, dim=1) for parts in zip(*variances_means, strict=True))
+        # Means and variances of the ranks merge without cancellation (Chan, Golub and LeVeque, 1979).
+        own = torch.stack([mean, variance])[None]
+        means, variances = self.strip.group.all_gather(own, 0, [1] * self.strip.group.size).double().unbind(1)
+        shares = self.strip.shares[:, None, None]
+        total_mean = (shares * means).sum(0)
+        total_variance = (shares * (variances + (means - total_mean).square())).sum(0)
+        # A batch norm with given statistics does the rest in one kernel, each sample's channels being channels of one.
+        spread = channels // num_groups
+        result = F.batch_norm(
+            states.reshape(1, batch * channels, *states.shape[2:]),
+            total_mean.to(dtype).repeat_interleave(spread),
+            total_variance.to(dtype).repeat_interleave(spread),
+            None if weight is None else weight.to(dtype).repeat(batch),
+            None if bias is None else bias.to(dtype).repeat(batch),
+            eps=eps,
+        )
+        return result.view(states.shape)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        self.attended += 1
+        tokens = self.strip.extents(key.shape[-2])
+        if attn_mask is not None:
+            attn_mask = self._mask_of_all(attn_mask, tokens)
+        both = self.strip.group.all_gather(torch.cat([key, value], dim=-1), key.ndim - 2, tokens)
+        key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+
+    def _mask_of_all(self, mask: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+        """A mask over own keys as one over all: each frame's column, as often as a rank has pixels in a frame."""
+        pixels = [rows * self.strip.breadth for rows in self.strip.rows]
+        frames = [count // pixel for count, pixel in zip(tokens, pixels, strict=True)]
+        of_frames = mask[..., :: pixels[self.strip.group.rank]]
+        assert of_frames.shape[-1] == frames[0], "masked attention is over the latent map"
+        return torch.cat([of_frames.repeat_interleave(pixel, dim=-1) for pixel in pixels], dim=-1)
+
+
+_OF_STRIP: dict[Any, Callable[..., torch.Tensor]] = {
+    F.conv2d: FunctionsOfStrip._convolve,
+    F.conv3d: FunctionsOfStrip._convolve,
+    F.group_norm: FunctionsOfStrip._normalise,
+    F.scaled_dot_product_attention: FunctionsOfStrip._attend,
+}
