@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeboost.core.fingerprint import place_weights
 
@@ -33,6 +34,16 @@ class Sample:
         self._strides = [(stride,) for _, stride in spreads]
         self._lie: list[Any] = []
         self._groups: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._found = self.sums()
+
+    def written(self) -> list[int]:
+        """Return the `id` of each tensor of which some values are not what they were; one that is gone is none."""
+        try:
+            sums = self.sums()
+        except RuntimeError:  # the memory of one has become smaller
+            return [id(each()) for each in self._tensors]
+        pairs = zip(self._tensors, sums, self._found, strict=True)
+        return [id(each()) for each, now, before in pairs if now not in (None, before)]
 
     @torch.no_grad()
     def sums(self) -> list[int | None]:
@@ -76,8 +87,8 @@ class Sample:
 
 def can_be_sampled(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values, and memory in which they can be looked at."""
-    strided = tensor.layout is torch.strided and tensor.device.type != "meta"
-    return strided and tensor.numel() > 0 and tensor.dtype.itemsize in _WORDS
+    strided = tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel() > 0
+    return strided and tensor.dtype.itemsize in _WORDS and not is_traceable_wrapper_subclass(tensor)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
