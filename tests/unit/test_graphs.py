@@ -23,7 +23,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from pipeboost.features.graphs.capture import Inputs, aligned
-from pipeboost.features.graphs.model_fingerprint import Frozen
+from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import NotCapturable, copied, exchanged, read
 from tests.pipelines.tiny import TINY, load_tiny_ip_adapter, load_tiny_lora
 
@@ -283,8 +283,8 @@ def test_what_a_graph_would_leave_out_runs_eagerly_and_says_why(
     model: Scaled, spoil: Callable[[Scaled], Any], reason: str
 ) -> None:
     spoil(model)
-    assert Frozen(Scaled().eval(), CPU).unfit is None
-    assert reason in str(Frozen(model, CPU).unfit)
+    assert ModelFingerprint(Scaled().eval(), CPU).unfit is None
+    assert reason in str(ModelFingerprint(model, CPU).unfit)
 
 
 def test_a_hook_that_comes_and_goes_is_run_and_forgotten(model: Scaled) -> None:
@@ -413,7 +413,7 @@ def transformer(name: str) -> tuple[Any, Any, dict[str, Any]]:
 def test_a_model_stays_as_it_was_through_its_own_forward(name: str) -> None:
     _, model, inputs = transformer(name)
     model(**inputs)
-    frozen = Frozen(model, CPU)
+    frozen = ModelFingerprint(model, CPU)
     assert frozen.unfit is None
     model(**inputs)
     assert frozen.change() is None
@@ -437,7 +437,7 @@ def test_adapters_their_scales_and_their_merging_are_seen() -> None:
         lambda: model.set_attn_processor(type(model.transformer_blocks[0].attn.processor)()),
         lambda: model.to(torch.float64),
     ):
-        frozen = Frozen(model, CPU)
+        frozen = ModelFingerprint(model, CPU)
         assert frozen.change() is None
         model(**inputs)
         assert frozen.change() is None
@@ -452,7 +452,7 @@ def test_adapters_their_scales_and_their_merging_are_seen() -> None:
 def test_the_scale_of_an_image_adapter_is_seen() -> None:
     pipe, model, _ = transformer("flux_dev")
     load_tiny_ip_adapter(pipe)
-    frozen = Frozen(model, CPU)
+    frozen = ModelFingerprint(model, CPU)
     assert frozen.change() is None
     pipe.set_ip_adapter_scale(0.25)
     assert "processor" in str(frozen.change())
@@ -462,13 +462,13 @@ def test_positions_that_a_function_may_have_dropped_are_not_read_again() -> None
     pipe, model, inputs = transformer("qwen_image")
     assert isinstance(model, QwenImageTransformer2DModel)
     model(**inputs)
-    frozen = Frozen(model, CPU)
+    frozen = ModelFingerprint(model, CPU)
     assert frozen.change() is None
     rope = model.pos_embed
     for size in range(200):
         rope._compute_video_freqs(1, 1 + size, 3, 0, CPU)
     assert "_compute_video_freqs" in str(frozen.change())
-    assert Frozen(model, CPU).change() is None
+    assert ModelFingerprint(model, CPU).change() is None
     assert stock_class(pipe) is type(pipe)
 
 

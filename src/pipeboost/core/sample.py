@@ -5,6 +5,8 @@ It shows writes through `.data`, such as those of peft's fuse, which change neit
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pipeboost.core.fingerprint import place_weights
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST = 2**18
+"""Values of one tensor, about: one in each row even of the largest vocabularies."""
+_FEWEST = 2**8
 _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -83,6 +88,19 @@ class Sample:
             numbers = torch.arange(len(owners), device=device) - (sizes.cumsum(0) - sizes)[owners]
             result.append((places, owners, place_weights(numbers)))
         return result
+
+
+@functools.lru_cache(maxsize=4096)
+def every_row_and_column(shape: torch.Size) -> tuple[int, int]:
+    """Return how many elements are taken, and every which one: one at least of each row and column, all of a few."""
+    elements = shape.numel()
+    columns = shape[-1] if shape else 1
+    wanted = max(_FEWEST, columns, shape[0] if shape else 1)
+    stride = max(elements // min(wanted, _MOST), 1)
+    # One column after the other: a stride that shares a factor with the row's length would skip some for ever.
+    while math.gcd(stride, columns) > 1:
+        stride -= 1
+    return -(-elements // stride), stride
 
 
 def can_be_sampled(tensor: torch.Tensor) -> bool:

@@ -106,32 +106,37 @@ class Snapshot:
         """Return what all was, but for tensors: equal where another snapshot found the same."""
         classes = tuple([stock_class(each()) for each in self._parts])
         told = (self._paths, self._names, self._links, self._objects, self._state["settings"])
-        return classes, repr(told), tuple(self._state["objects"]), tuple(self._state["hooks"])
+        return classes, repr(told), tuple(self._state["objects"]), tuple(self._state.get("hooks", ()))
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the parameters and buffers of the modules."""
-        modules = [each().__dict__ for each in self._modules]
-        holders = [each[kind] for each in modules for kind in ("_parameters", "_buffers")]
-        return [tensor for each in holders for tensor in each.values() if tensor is not None]
+        members = [each().__dict__ for each in self._modules]
+        holders = [(*each["_parameters"].values(), *each["_buffers"].values()) for each in members]
+        return [tensor for each in holders for tensor in each if tensor is not None]
 
     def _now(self) -> dict[str, list[Any]]:
-        modules = [each().__dict__ for each in self._modules]
         parts = [each() for each in self._parts]
         members = [each.__dict__ for each in parts]
+        found: dict[str, list[Any]] = {
+            "class": [*map(type, parts)],
+            "attributes": [*map(len, members)],
+            "settings": [pick(each) for pick, each in zip(self._pick, members, strict=True)],
+            # While all parts that there were are alive, no other one has the identity of one of them.
+            "linked": [id(members[index][name]) for index, name in self._links],
+            "objects": [self._content(members[index][name]) for index, name in self._objects],
+        }
+        return found | self._now_of_modules() if self._modules else found
+
+    def _now_of_modules(self) -> dict[str, list[Any]]:
+        modules = [each().__dict__ for each in self._modules]
         children = [each["_modules"] for each in modules]
         hooks = [hook for each in modules for kind in self._kinds_of_hooks for hook in each[kind].values()]
         tensors, known = self.tensors(), [each() for each in self._tensors]
         same = len(tensors) == len(known) and all(map(operator.is_, tensors, known))
         return {
-            "class": [*map(type, parts)],
-            # While all modules that there were are alive, no other one has the identity of one of them.
             "submodules": [*itertools.chain(*children), *[id(each) for found in children for each in found.values()]],
             "weights": [same, *self._weights(tensors)],
             "hooks": [identity(hook) for hook in hooks if not _is_of_transformers(hook)],
-            "attributes": [*map(len, members)],
-            "settings": [pick(each) for pick, each in zip(self._pick, members, strict=True)],
-            "linked": [id(members[index][name]) for index, name in self._links],
-            "objects": [self._content(members[index][name]) for index, name in self._objects],
         }
 
 

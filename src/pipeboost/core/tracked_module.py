@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeboost.core.fingerprint import hashed, kind_of, sums, version_of
+from pipeboost.core.fingerprint import class_of, hashed, kind_of, sums, version_of
 from pipeboost.core.sample import Sample, can_be_sampled
-from pipeboost.core.seams import stock_class
 from pipeboost.core.snapshot import Snapshot, is_plain, parts_of
 
 SAMPLED = 512
@@ -146,12 +145,6 @@ def configuration_of(value: Any) -> dict[str, Any]:
     config = getattr(value, "config", None)
     items = config.items() if isinstance(config, Mapping) else ()
     return {name: each for name, each in items if name[0] != "_" and is_plain(each)}
-
-
-def class_of(value: Any) -> str:
-    """Return the full name of an object's stock class."""
-    cls = stock_class(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _settings_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Compiles a transformer for the length of our calls: a layer on the `__call__` of each block, or of the whole model.
+"""Compiles a transformer for the length of our calls: middleware on each block's `__call__`, or the whole model's.
 
-The modules themselves stay as they are. Inside a call the layer runs the region's compiled function, which does
+The modules themselves stay as they are. Inside a call it runs the region's compiled function, which does
 all that stock would do behind the seam, hooks and adapters included; outside one it runs stock.
 """
 
@@ -26,7 +26,6 @@ from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
 from pipeboost.features.compile.region import Found, Graphed, NotCaptured, Region, region_of
 
-# Innermost: whatever else stands in the door of a block is outside of the compiled function.
 # A list of modules with less of the model's weights than this is not where its time goes.
 _WORTHWHILE_SHARE = 0.1
 # Modules of one class that could not be compiled, after which the others are not tried: each costs a trace.
@@ -95,13 +94,13 @@ def compile_model(
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
         compiled = CompiledModel(model, str(settings.scope), len(targets), tuple(names))
-        layers: dict[Any, Middleware] = {}
+        middleware: dict[Any, Middleware] = {}
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))
-            if key not in layers:
+            if key not in middleware:
                 region = region_of(module, settings, learn_sizes=not family.blocks)
-                layers[key] = _layer(region, module, text_dims, compiled)
-            inner.add_middleware(module, "__call__", layers[key], place=place)
+                middleware[key] = _middleware(region, module, text_dims, compiled)
+            inner.add_middleware(module, "__call__", middleware[key], place=place)
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
         _compiled_models[model] = compiled
 
@@ -121,7 +120,7 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _compiled_models.pop(model, None)
 
 
-def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Middleware:
+def _middleware(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Middleware:
     text = text_arguments(module, text_dims)
 
     failed: weakref.WeakKeyDictionary[nn.Module, tuple[str, Found]] = weakref.WeakKeyDictionary()

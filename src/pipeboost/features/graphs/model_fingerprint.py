@@ -24,7 +24,7 @@ _COMPILED_BY_HAND = ("_orig_mod", "_compiled_call_impl")
 _OTHERWISE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
-class Frozen:
+class ModelFingerprint:
     """A model as it is now. Holds neither its modules nor their tensors.
 
     Attributes:
