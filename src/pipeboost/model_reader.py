@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import free_memory, has_cuda
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
 from pipeboost.features.compile import capture_obstacles
@@ -68,5 +67,4 @@ def model_info(
 
 
 def _takes_timestep(module: nn.Module) -> bool:
-    forward: Any = stock_class(module)
-    return bool({"timestep", "t"} & inspect.signature(forward.forward).parameters.keys())
+    return bool({"timestep", "t"} & signature_of(stock_class(module), "forward").parameters.keys())

@@ -271,7 +271,7 @@ def test_embeddings_given_by_the_user_pass_through():
     expected = ENTRY.call(ENTRY.build(), **given)
     for _ in range(2):
         assert torch.equal(ENTRY.call(pipe, **given), expected)
-    assert len(pipe.acceleration._applied.context.joined["reuse"].store) == 0
+    assert pipe.acceleration._applied.context.joined["reuse"].store.size == 0
 
 
 def test_an_encoder_in_training_mode_is_never_reused():
@@ -301,7 +301,7 @@ def test_a_weight_that_changes_while_it_encodes_is_seen():
     weight = pipe.text_encoder_2.shared.weight
     pipe.text_encoder_2.register_forward_hook(lambda *_: _turn(weight))
     assert encoded(ENTRY, pipe, runs) > 0
-    assert len(pipe.acceleration._applied.context.joined["reuse"].store) == 0
+    assert pipe.acceleration._applied.context.joined["reuse"].store.size == 0
 
 
 def _turn(weight):
@@ -315,6 +315,28 @@ def test_a_hit_leaves_the_attributes_that_the_script_would_have_set():
         counts.append(encoded(ENTRY, pipe, runs, joint_attention_kwargs={"scale": scale}) > 0)
         assert pipe._lora_scale == scale
     assert counts == [True, True, False]
+    for repeated in (False, True):
+        assert (encoded(ENTRY, pipe, runs) == 0) is repeated
+        assert pipe._lora_scale == (0.25 if repeated else 0.5)
+        encoded(ENTRY, pipe, runs, joint_attention_kwargs={"scale": 0.25})
+
+
+@pytest.mark.parametrize("attribute", ["tone", "_tone"])
+def test_whatever_somebody_elses_pipeline_encodes_by_counts(attribute):
+    class Toned(type(ENTRY.build())):
+        style = property(lambda self: getattr(self, attribute))
+
+        def encode_prompt(self, prompt, prompt_2=None, **others):
+            return super().encode_prompt(f"{prompt} {self.style}", prompt_2, **others)
+
+    pipe = ENTRY.build()
+    pipe.__class__ = Toned
+    accelerate_pipeline(pipe, quality="exact")
+    runs = Runs(pipe)
+    for tone in ("warm", "cold"):
+        setattr(pipe, attribute, tone)
+        assert encoded(ENTRY, pipe, runs) > 0
+        assert encoded(ENTRY, pipe, runs) == 0
 
 
 def test_what_an_offloader_does_keeps_the_prompts():

@@ -2,8 +2,14 @@
 
 import copy
 import gc
+import inspect
+import types
+import typing
 import weakref
+from collections.abc import Hashable
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,8 +18,9 @@ from torch import nn
 
 from pipeboost import ReuseConfig, accelerate_pipeline
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.features.reuse.encoders import Encoders, spread
-from pipeboost.features.reuse.key import content, names_in
+from pipeboost.core.fingerprint import structure
+from pipeboost.core.sample import every_row_and_column
+from pipeboost.features.reuse.key import ENCODERS, Keys, content_of, refuse
 from pipeboost.features.reuse.store import Entry, Store, Uncacheable
 
 
@@ -21,8 +28,12 @@ def entry(elements: int = 10) -> Entry:
     return Entry.of((torch.ones(elements), None), {})
 
 
-def digest(model: object, encoders: Encoders) -> bytes:
-    return encoders.digest({"model": model}, placed=True)
+def content(argument: object) -> Hashable:
+    return structure(argument, tensor=content_of, other=refuse)
+
+
+def state(model: object, keys: Keys) -> Hashable:
+    return keys.state_of(model, placed=True)
 
 
 def test_the_store_drops_the_least_recently_used_and_never_holds_more_than_its_bound():
@@ -39,7 +50,8 @@ def test_the_store_drops_the_least_recently_used_and_never_holds_more_than_its_b
     store.put(b"c", entry(5))
     assert store.size == 60
     store.clear()
-    assert (len(store), store.size) == (0, 0)
+    assert store.get(b"a") is None
+    assert store.size == 0
 
 
 def test_copies_share_nothing_and_keep_values_strides_and_structure():
@@ -86,23 +98,12 @@ def test_arguments_are_equal_by_content():
         *(picture, other, picture.resize((2, 8)), picture.convert("L")),
         *(np.arange(4), np.arange(4.0), np.arange(4).reshape(2, 2), torch.arange(4), torch.arange(4.0)),
     ]
-    told = [repr(content(value)) for value in values]
+    told = [content(value) for value in values]
     assert len(set(told)) == len(values)
-    assert told == [repr(content(copy.deepcopy(value))) for value in values]
+    assert told == [content(copy.deepcopy(value)) for value in values]
     for value in (object(), torch.Generator(), [lambda: None], np.array([object()]), torch.ones(2, device="meta")):
         with pytest.raises(Uncacheable):
             content(value)
-
-
-def test_a_number_is_never_given_twice():
-    encoders = Encoders()
-    seen = set()
-    for _ in range(50):
-        one = nn.Parameter(torch.ones(2))
-        assert encoders.number(one) == encoders.number(one)
-        seen.add(encoders.number(one))
-        del one
-    assert len(seen) == 50
 
 
 class Encoder(nn.Module):
@@ -126,10 +127,10 @@ def _replace_buffer(model: Encoder) -> None:
 
 @pytest.mark.parametrize("keep", [_swap, _replace_buffer, lambda model: model.to("cpu")])
 def test_the_state_survives_what_offload_does(keep):
-    model, encoders = Encoder(), Encoders()
-    before = digest(model, encoders)
+    model, keys = Encoder(), Keys(())
+    before = state(model, keys)
     keep(model)
-    assert digest(model, encoders) == before
+    assert state(model, keys) == before
 
 
 CHANGES = {
@@ -152,29 +153,29 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_state_changes_with(change):
-    model, encoders = Encoder(), Encoders()
-    before = digest(model, encoders)
-    assert digest(model, encoders) == before
+    model, keys = Encoder(), Keys(())
+    before = state(model, keys)
+    assert state(model, keys) == before
     with torch.no_grad():
         CHANGES[change](model)
-    assert digest(model, encoders) != before
+    assert state(model, keys) != before
 
 
 def test_an_attribute_under_another_name_or_on_another_class_is_another_state():
     class Subclass(nn.Linear):
         pass
 
-    model, encoders = Encoder(), Encoders()
+    model, keys = Encoder(), Keys(())
     model.linear.first = print
-    seen = {digest(model, encoders)}
+    seen = {state(model, keys)}
     model.linear.second = model.linear.__dict__.pop("first")
-    seen.add(digest(model, encoders))
+    seen.add(state(model, keys))
     model.linear.__class__ = Subclass
-    seen.add(digest(model, encoders))
+    seen.add(state(model, keys))
     model.more = nn.ModuleDict({"a": nn.ReLU()}).eval()
-    seen.add(digest(model, encoders))
+    seen.add(state(model, keys))
     model.more["b"] = model.more.pop("a")
-    seen.add(digest(model, encoders))
+    seen.add(state(model, keys))
     assert len(seen) == 5
 
 
@@ -182,89 +183,86 @@ def test_an_attribute_that_took_the_address_of_a_dead_one_is_another_state():
     class Rule:
         pass
 
-    model, encoders = Encoder(), Encoders()
+    model, keys = Encoder(), Keys(())
     seen = set()
     for _ in range(50):
         model.linear.rule = None
         model.linear.rule = Rule()
-        seen.add(digest(model, encoders))
+        seen.add(state(model, keys))
     assert len(seen) == 50
 
 
-def test_encoders_keep_no_model_and_nothing_on_it_alive():
-    model, encoders = Encoder(), Encoders()
+def test_keys_keep_no_model_and_nothing_on_it_alive():
+    model, keys = Encoder(), Keys(())
     model.linear.forward = model.linear.forward
     model.linear.owner = [model]
-    before = digest(model, encoders)
-    encoders.clear()
-    assert digest(model, encoders) == before
+    state(model, keys)
     alive = weakref.ref(model.linear.weight)
     del model
     gc.collect()
     assert alive() is None
 
 
-def test_what_python_and_torch_show_is_seen_without_reading_weights():
-    unseen = {name for name in CHANGES if "through .data" in name} | {"buffer"}
-    for name, change in CHANGES.items():
-        model, encoders = Encoder(), Encoders()
-        digest(model, encoders)
-        assert encoders.shows_no_change({"model": model})
-        with torch.no_grad():
-            change(model)
-        assert name in unseen or not encoders.shows_no_change({"model": model}), name
-    model, encoders = Encoder(), Encoders()
-    digest(model, encoders)
-    _swap(model)
-    assert encoders.shows_no_change({"model": model})
-    model.positions.add_(1)
-    assert not encoders.shows_no_change({"model": model})
-
-
 def test_training_mode_and_weights_that_are_not_there_have_no_state():
     with pytest.raises(Uncacheable, match="training mode"):
-        digest(Encoder().train(), Encoders())
-    with pytest.raises(Uncacheable, match="meta"):
-        digest(Encoder().to("meta"), Encoders())
+        state(Encoder().train(), Keys(()))
+    with pytest.raises(Uncacheable, match="cannot be seen"):
+        state(Encoder().to("meta"), Keys(()))
     with torch.inference_mode():
         model = Encoder()
-    with pytest.raises(Uncacheable, match="inference mode"):
-        digest(model, Encoders())
+    with pytest.raises(Uncacheable, match="cannot be seen"):
+        state(model, Keys(()))
 
 
 def test_a_sample_meets_every_column_and_every_row_of_the_largest_vocabularies():
     for rows, width in ((256_384, 4), (1000, 300), (300, 1000), (512, 512)):
-        count, stride = spread(torch.Size((rows, width)))
+        count, stride = every_row_and_column(torch.Size((rows, width)))
         sample = torch.arange(rows * width).as_strided((count,), (stride,))
         assert set((sample % width).tolist()) == set(range(width))
         assert set((sample // width).tolist()) == set(range(rows))
-    assert spread(torch.Size((2**21, 1)))[0] <= 2**18
+    assert every_row_and_column(torch.Size((2**21, 1)))[0] <= 2**18
 
 
-def test_the_names_a_method_touches_are_found_through_helpers_properties_and_super():
-    class Base:
-        def encode_prompt(self, prompt):
-            return [self._helper(text) for text in prompt]
+def test_no_pipeline_of_diffusers_encodes_by_what_the_key_leaves_out():
+    encoding = 0
+    for name in diffusers._import_structure["pipelines"]:
+        cls = getattr(diffusers, name)
+        if "encode_prompt" in _members(cls):
+            encoding += 1
+            read = _names_in(cls, "encode_prompt")
+            models = {each for each, kind in _components(cls).items() if issubclass(kind, diffusers.ModelMixin)}
+            assert {each for each in models & read if not each.startswith(ENCODERS)} <= {"transformer", "unet"}, name
+            left_out = {each for each in read if each[0] == "_" and isinstance(_members(cls).get(each[1:]), property)}
+            # The first it only sets.
+            assert left_out <= {"_lora_scale"} or "do_classifier_free_guidance" in read, name
+    assert encoding > 200
 
-        def _helper(self, text):
-            return self.template, self.scale
 
-        @property
-        def scale(self):
-            return self._scale
+def _members(cls: Any) -> dict[str, Any]:
+    bases = [base for base in getattr(cls, "__mro__", ()) if base not in diffusers.DiffusionPipeline.__mro__]
+    return {name: each for base in reversed(bases) for name, each in vars(base).items()}
 
-    class Derived(Base):
-        def encode_prompt(self, prompt):
-            self._written = 1
-            return super().encode_prompt(prompt)
 
-        def unrelated(self):
-            return self.something
+def _components(cls: type) -> dict[str, type]:
+    """The classes of a pipeline's components, as far as its constructor names them."""
+    hints = typing.get_type_hints(cls.__init__)
+    kinds = [(name, kind) for name, hint in hints.items() for kind in (hint, *typing.get_args(hint))]
+    return {name: kind for name, kind in kinds if isinstance(kind, type)}
 
-    names = names_in(Derived)
-    assert {"template", "_scale", "_helper"} <= names.read
-    assert names.written == {"_written"}
-    assert "something" not in names.read
+
+def _names_in(cls: type, method: str) -> set[str]:
+    """What is mentioned in the code of a method, and of the methods and properties that it mentions."""
+    waiting, seen, members = [method], {method}, _members(cls)
+    while waiting:
+        member = members.get(waiting.pop())
+        member = inspect.unwrap(getattr(member, "fget", getattr(member, "__func__", member)) or int)
+        codes = [getattr(member, "__code__", None)]
+        while codes:
+            if isinstance(code := codes.pop(), types.CodeType):
+                codes += code.co_consts
+                waiting += {*code.co_names} - seen
+                seen |= {*code.co_names}
+    return seen
 
 
 def test_a_bound_is_checked_where_it_is_set():

@@ -102,11 +102,10 @@ class _Walk:
             self._inside.discard(id(value))
 
     def _opened(self, value: Any) -> Hashable:
-        if isinstance(value, Mapping):
-            items = sorted(value.items(), key=lambda item: repr(item[0]))
-            return ("mapping", *[(self(key), self(item)) for key, item in items])
         if isinstance(value, (list, tuple)):
-            return (_name(value), *map(self, value))
+            return (type(value).__qualname__ if type(value) in (list, tuple) else class_of(value), *map(self, value))
+        if isinstance(value, (dict, Mapping)):
+            return ("mapping", *[(self(key), self(value[key])) for key in sorted(value, key=repr)])
         if isinstance(value, (set, frozenset)):
             return ("set", *sorted(map(self, value), key=repr))
         if isinstance(value, np.ndarray):  # of objects, whose bytes are addresses
@@ -151,6 +150,12 @@ def numerics(kind: str) -> Hashable:
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
         (cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )
+
+
+def class_of(value: Any) -> str:
+    """Return the full name of an object's stock class."""
+    cls = stock_class(value)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
@@ -248,13 +253,8 @@ def _content(value: Any, walk: Callable[[Any], Hashable]) -> Hashable:
     if callable(value):
         return ("callable",)
     if attributes := getattr(value, "__dict__", None):
-        return (_name(value), walk(attributes))
-    return (_name(value), _hash(_pickled(value)))
-
-
-def _name(value: Any) -> str:
-    cls = stock_class(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
+        return (class_of(value), walk(attributes))
+    return (class_of(value), _hash(_pickled(value)))
 
 
 def _hash(content: Any) -> str:

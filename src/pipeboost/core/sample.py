@@ -5,15 +5,21 @@ It shows writes through `.data`, such as those of peft's fuse, which change neit
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeboost.core.fingerprint import place_weights
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST = 2**18
+"""Values of one tensor, about: one in each row even of the largest vocabularies."""
+_FEWEST = 2**8
 _DENSE = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -33,6 +39,16 @@ class Sample:
         self._strides = [(stride,) for _, stride in spreads]
         self._lie: list[Any] = []
         self._groups: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._found = self.sums()
+
+    def written(self) -> list[int]:
+        """Return the `id` of each tensor of which some values are not what they were; one that is gone is none."""
+        try:
+            sums = self.sums()
+        except RuntimeError:  # the memory of one has become smaller
+            return [id(each()) for each in self._tensors]
+        pairs = zip(self._tensors, sums, self._found, strict=True)
+        return [id(each()) for each, now, before in pairs if now not in (None, before)]
 
     @torch.no_grad()
     def sums(self) -> list[int | None]:
@@ -74,10 +90,23 @@ class Sample:
         return result
 
 
+@functools.lru_cache(maxsize=4096)
+def every_row_and_column(shape: torch.Size) -> tuple[int, int]:
+    """Return how many elements are taken, and every which one: one at least of each row and column, all of a few."""
+    elements = shape.numel()
+    columns = shape[-1] if shape else 1
+    wanted = max(_FEWEST, columns, shape[0] if shape else 1)
+    stride = max(elements // min(wanted, _MOST), 1)
+    # One column after the other: a stride that shares a factor with the row's length would skip some for ever.
+    while math.gcd(stride, columns) > 1:
+        stride -= 1
+    return -(-elements // stride), stride
+
+
 def can_be_sampled(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values, and memory in which they can be looked at."""
-    strided = tensor.layout is torch.strided and tensor.device.type != "meta"
-    return strided and tensor.numel() > 0 and tensor.dtype.itemsize in _WORDS
+    strided = tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel() > 0
+    return strided and tensor.dtype.itemsize in _WORDS and not is_traceable_wrapper_subclass(tensor)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,6 @@ would raise. A text of one token gets a graph of its own, since Dynamo treats si
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from torch._dynamo import maybe_mark_dynamic
 
-from pipeboost.core.seams import stock_class
+from pipeboost.core.seams import signature_of, stock_class
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def text_arguments(module: nn.Module, text_dims: Mapping[str, int]) -> tuple[Tex
 
 def forward_parameters(module: nn.Module) -> list[str]:
     """Names of the arguments of a module's stock `forward`, in order, without `self`."""
-    forward: Any = stock_class(module)
-    return list(inspect.signature(forward.forward).parameters)[1:]
+    return list(signature_of(stock_class(module), "forward").parameters)[1:]
 
 
 def aliased(value: Any) -> Any:

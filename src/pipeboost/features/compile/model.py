@@ -1,6 +1,6 @@
-"""Compiles a transformer for the length of our calls: a layer on the `__call__` of each block, or of the whole model.
+"""Compiles a transformer for the length of our calls: middleware on each block's `__call__`, or the whole model's.
 
-The modules themselves stay as they are. Inside a call the layer runs the region's compiled function, which does
+The modules themselves stay as they are. Inside a call it runs the region's compiled function, which does
 all that stock would do behind the seam, hooks and adapters included; outside one it runs stock.
 """
 
@@ -10,13 +10,12 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import current_call
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import UnsupportedError, not_one_of
 from pipeboost.core.families import Family
@@ -24,41 +23,14 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.obstacles import hooks_in, odd_weights_of
 from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
-from pipeboost.features.compile.region import Found, Graphed, NotCaptured, Region, region_of
+from pipeboost.features.compile.region import CompiledModel, Found, NotCaptured, Region, region_of
 
-# Innermost: whatever else stands in the door of a block is outside of the compiled function.
 # A list of modules with less of the model's weights than this is not where its time goes.
 _WORTHWHILE_SHARE = 0.1
 # Modules of one class that could not be compiled, after which the others are not tried: each costs a trace.
 _MOST_FAILURES = 3
 
 _compiled_models: weakref.WeakKeyDictionary[nn.Module, CompiledModel] = weakref.WeakKeyDictionary()
-
-
-class CompiledModel(Graphed):
-    """What was compiled of a model, and what it cost so far in this process.
-
-    Attributes:
-        scope: `"regional"` or `"full"`.
-        modules: how many modules run compiled.
-        classes: their class names; each costs one graph per image size.
-    """
-
-    def __init__(self, model: nn.Module, scope: str, modules: int, classes: tuple[str, ...]) -> None:
-        super().__init__(model)
-        self.scope = scope
-        self.modules = modules
-        self.classes = classes
-        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._every_call = False
-
-    def summary(self) -> dict[str, Any]:
-        """Return the counts as a report shows them."""
-        return asdict(self.counters)
-
-    def runs_in(self, call: Call | None) -> bool:
-        """Whether a call runs compiled: one that was opened by an acceleration that asked for it."""
-        return call is not None and (self._every_call or call.owner in self._owners)
 
 
 def compile_model(
@@ -94,24 +66,24 @@ def compile_model(
     def apply(inner: Ledger) -> None:
         targets = [(module, text_dims) for text_dims, modules in groups for module in modules]
         names = dict.fromkeys(stock_class(module).__name__ for module, _ in targets)
-        compiled = CompiledModel(model, str(settings.scope), len(targets), tuple(names))
-        layers: dict[Any, Middleware] = {}
+        compiled = CompiledModel(model, len(targets), tuple(names))
+        middleware: dict[Any, Middleware] = {}
         for module, text_dims in targets:
             key = (stock_class(module), tuple(text_dims.items()))
-            if key not in layers:
+            if key not in middleware:
                 region = region_of(module, settings, learn_sizes=not family.blocks)
-                layers[key] = _layer(region, module, text_dims, compiled)
-            inner.add_middleware(module, "__call__", layers[key], place=place)
+                middleware[key] = _middleware(region, module, text_dims, compiled)
+            inner.add_middleware(module, "__call__", middleware[key], place=place)
         inner.record("compiled model", functools.partial(_forget, weakref.ref(model)))
         _compiled_models[model] = compiled
 
     ledger.share(model, "compile", settings, apply)
     compiled = _compiled_models[model]
     if owner is None:
-        compiled._every_call = True
+        compiled.every_call = True
     else:
-        ledger.record("compiled calls", functools.partial(compiled._owners.discard, owner))
-        compiled._owners.add(owner)
+        ledger.record("compiled calls", functools.partial(compiled.owners.discard, owner))
+        compiled.owners.add(owner)
     return compiled
 
 
@@ -121,7 +93,7 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _compiled_models.pop(model, None)
 
 
-def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Middleware:
+def _middleware(region: Region, module: nn.Module, text_dims: Mapping[str, int], compiled: CompiledModel) -> Middleware:
     text = text_arguments(module, text_dims)
 
     failed: weakref.WeakKeyDictionary[nn.Module, tuple[str, Found]] = weakref.WeakKeyDictionary()
@@ -131,7 +103,8 @@ def _layer(region: Region, module: nn.Module, text_dims: Mapping[str, int], comp
         eager[reason] = eager.get(reason, 0) + 1
 
     def run_compiled(call_next: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not compiled.runs_in(current_call()):
+        call = current_call()
+        if call is None or not (compiled.every_call or call.owner in compiled.owners):
             return call_next(*args, **kwargs)
         if failed and (owner in failed or len(failed) >= _MOST_FAILURES):
             reason, found = failed.get(owner) or next(iter(failed.values()))

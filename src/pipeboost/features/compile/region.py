@@ -15,7 +15,7 @@ import time
 import types
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -71,33 +71,45 @@ class Counters:
     eager: dict[str, int] = field(default_factory=dict)
 
 
-class Graphed:
-    """A model for which regions compile.
+class CompiledModel:
+    """What was compiled of a model, and what it cost so far in this process.
 
     Attributes:
+        modules: how many modules run compiled.
+        classes: their class names; each costs one graph per image size.
         counters: what that cost.
+        owners: the accelerations in whose calls it runs compiled.
+        every_call: whether it does in all calls.
         scales_vary: whether one graph is for all scales of its adapters; False once the code of one could not be
             captured so.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: int, classes: tuple[str, ...]) -> None:
+        self.modules = modules
+        self.classes = classes
         self.counters = Counters()
+        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.every_call = False
         self.scales_vary = True
         self._model = weakref.ref(model)
 
     def adapters(self) -> list[Any]:
-        """The configurations of the adapters that the model has now: other objects once they are loaded anew."""
+        """Return the configurations of the adapters that the model has now: other objects once they are loaded anew."""
         return list((getattr(self._model(), "peft_config", None) or {}).values())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as a report shows them."""
+        return asdict(self.counters)
 
 
 class Found:
     """The adapters that a model had when something was found of it: a graph, or that there is none."""
 
-    def __init__(self, model: Graphed) -> None:
+    def __init__(self, model: CompiledModel) -> None:
         self._model = weakref.ref(model)
         self._adapters = [weakref.ref(adapter) for adapter in model.adapters()]
 
-    def of(self, model: Graphed) -> bool:
+    def of(self, model: CompiledModel) -> bool:
         """Whether this is the model."""
         return self._model() is model
 
@@ -165,7 +177,7 @@ class Region:
         # The graphs hold on to the code object that holds them, out of the garbage collector's sight.
         weakref.finalize(self, remove_from_cache, entry.__code__).atexit = False
 
-    def __call__(self, model: Graphed, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, model: CompiledModel, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `module(*args, **kwargs)` compiled; what is compiled on the way is put down to `model`.
 
         Raises:
@@ -178,7 +190,7 @@ class Region:
                 # Give the other thread, which has its graph in hand, the moment it needs to store it.
                 time.sleep(0.001)
 
-    def make_room(self, model: Graphed) -> None:
+    def make_room(self, model: CompiledModel) -> None:
         """Drop a graph of unloaded adapters, the one longest out of use, where the model is at its limit.
 
         Raises:
@@ -293,7 +305,7 @@ def _entry_of(module_class: type) -> types.FunctionType:
     """
     stock_call = module_class.__call__
 
-    def call_module(model: Graphed, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    def call_module(model: CompiledModel, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return stock_call(module, *args, **kwargs)
 
     own_code = call_module.__code__.replace(co_name=f"compiled_{module_class.__name__}")

@@ -71,17 +71,6 @@ class Inputs:
         for target, tensor, entry in zip(self._written, tensors, self._entries, strict=True):
             target.copy_(tensor[entry])
 
-    def stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with these tensors in the places of theirs."""
-        tensors = iter(self.tensors)
-
-        def following(_: torch.Tensor) -> torch.Tensor:
-            return next(tensors)
-
-        # In this order, which is that of `read`.
-        positional = exchanged(args, following)
-        return positional, exchanged(dict(kwargs), following)
-
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
@@ -162,8 +151,8 @@ def capture(
     with shared.lock:
         current.wait_event(shared.latest)
         inputs = Inputs(tensors)
-        own_args, own_kwargs = inputs.stand_in(args, kwargs)
         try:
+            own_args, own_kwargs = exchanged(args, kwargs, tensors, inputs.tensors)
             rehearsed = _rehearse(run, own_args, own_kwargs, shared.stream, current)
             result = copied(rehearsed)
         except NotCapturable as reason:

@@ -23,7 +23,7 @@ from pipeboost.core.fingerprint import numerics
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import SEQUENCE, Group, follow
 from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
-from pipeboost.features.graphs.model_fingerprint import Frozen
+from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import Arguments, NotCapturable, read
 
 MOST_GRAPHS = 8
@@ -74,7 +74,7 @@ class GraphCounts:
 
 
 class Graphs:
-    """The layer on a transformer's `__call__` that captures and replays.
+    """Middleware on a transformer's `__call__` that captures and replays.
 
     Args:
         owner: whose calls it acts in; None for every call.
@@ -91,7 +91,7 @@ class Graphs:
         self._wanted = wanted
         self._graphs: OrderedDict[Hashable, CapturedForward] = OrderedDict()
         self._seen: OrderedDict[Hashable, _Seen] = OrderedDict()
-        self._frozen: Frozen | None = None
+        self._fingerprint: ModelFingerprint | None = None
         self._pool: Any = None
         # Calls in several threads share this; an eager run holds up nobody.
         self._lock = threading.RLock()
@@ -99,7 +99,8 @@ class Graphs:
     def __call__(self, call_next: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replay the forward where there is a graph of it; else run it, and capture it if it is time to."""
         call = current_call()
-        if call is None or torch.compiler.is_compiling() or not self._acts_in(call):
+        acts = call is not None and (self._owner is None or call.owner is self._owner())
+        if call is None or not acts or torch.compiler.is_compiling():
             return call_next(*args, **kwargs)
         try:
             arguments = read(args, kwargs)
@@ -116,7 +117,7 @@ class Graphs:
                 output = graph.replay(arguments.tensors)
                 _follow_ranks(call)
                 return output
-            seen, unfit = self._noted(signature), self._frozen.unfit if self._frozen is not None else None
+            seen, unfit = self._noted(signature), self._fingerprint.unfit if self._fingerprint is not None else None
             off = unfit or seen.off
             seen.forwards += off is None
         if off is not None:
@@ -148,24 +149,18 @@ class Graphs:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _acts_in(self, call: Call) -> bool:
-        return self._owner is None or call.owner is self._owner()
-
     def _graph_of(self, model: nn.Module, signature: Hashable, device: torch.device) -> CapturedForward | None:
         """The graph of a signature, once the model was found to be what it was."""
-        if self._frozen is not None and (self._graphs or self._may_capture(signature)):
-            change = self._frozen.change()
+        seen = self._seen.get(signature)
+        if self._fingerprint is not None and (self._graphs or seen is None or seen.off is None):
+            change = self._fingerprint.change()
             if change is not None:
                 self.counts.dropped += 1
                 self.counts.change = change
                 self._forget()
-        if self._frozen is None:
-            self._frozen = Frozen(model, device)
+        if self._fingerprint is None:
+            self._fingerprint = ModelFingerprint(model, device)
         return self._graphs.get(signature)
-
-    def _may_capture(self, signature: Hashable) -> bool:
-        seen = self._seen.get(signature)
-        return seen is None or seen.off is None
 
     def _noted(self, signature: Hashable) -> _Seen:
         seen = self._seen.setdefault(signature, _Seen())
@@ -214,7 +209,7 @@ class Graphs:
         while self._graphs:
             self._close(self._graphs.popitem()[1])
         self._seen.clear()
-        self._frozen = None
+        self._fingerprint = None
 
     def _close(self, graph: CapturedForward) -> None:
         self.counts.nbytes -= graph.nbytes
@@ -231,8 +226,8 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
 
     A graph keeps the memory of one forward's activations for itself; the graphs of a model share it.
 
-    A replay runs no Python, so layers further in (`core/nesting.py`, and those on its submodules) keep
-    no tensor of one forward for the next, and obey nothing but the call's features, mesh and `decided`.
+    A replay runs no Python, so middleware further in (`core/nesting.py`, and that on its submodules) keeps
+    no tensor of one forward for the next, and obeys nothing but the call's features, mesh and `decided`.
 
     Args:
         wanted: True captures every signature that comes twice, `"auto"` those bound by their launches.

@@ -7,14 +7,15 @@ Everything else that Python sees counts by its value: sizes in nested lists, sca
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-_PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+from pipeboost.core.fingerprint import structure
+
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -36,29 +37,43 @@ class Arguments:
 
 
 def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Read the arguments of a forward; tensors may stand in tuples, lists and dicts.
+    """Read the arguments of a forward; tensors may stand in tuples, lists and dicts, and count once.
 
     Raises:
         NotCapturable: one is of a type whose value cannot be compared.
     """
-    tensors: list[torch.Tensor] = []
-    key = (tuple([_key(value, tensors) for value in args]), _keys(kwargs, tensors))
-    return Arguments(key, tuple(tensors))
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def layout(tensor: torch.Tensor) -> Hashable:
+        if type(tensor) not in _TENSORS:
+            raise _incomparable(tensor)
+        place, _ = found.setdefault(id(tensor), (len(found), tensor))
+        return place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    key = structure((args, kwargs), tensor=layout, other=_of_enum)
+    return Arguments(key, tuple([tensor for _, tensor in found.values()]))
 
 
-def exchanged(value: Any, tensors: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same arguments with `tensors(each)` in the place of each tensor, in the order in which `read` finds them."""
-    if type(value) in _TENSORS:
-        return tensors(value)
-    if type(value) in (tuple, list):
-        return type(value)([exchanged(item, tensors) for item in value])
-    if type(value) is dict:
-        return {name: exchanged(item, tensors) for name, item in value.items()}
-    return value
+def exchanged(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with the tensors `after` in the places of those `before`, which `read` found in them.
+
+    Raises:
+        NotCapturable: one of them is in a container of another type.
+    """
+    others = dict(zip(map(id, before), after, strict=True))
+    leaves, form = pytree.tree_flatten((args, dict(kwargs)))
+    if not others.keys() <= set(map(id, leaves)):
+        raise NotCapturable("it is given a tensor in a container that is no tuple, list or dict")
+    return pytree.tree_unflatten([others.get(id(leaf), leaf) for leaf in leaves], form)
 
 
 def copied(output: Any) -> Any:
-    """What a forward returned, with tensors of its own.
+    """Return what a forward returned, with tensors of its own.
 
     Raises:
         NotCapturable: something in it may hold a tensor out of sight.
@@ -74,22 +89,11 @@ def _copied_leaf(leaf: Any) -> Any:
     raise NotCapturable(f"it returns a {type(leaf).__name__}")
 
 
-def _keys(values: Mapping[Any, Any], tensors: list[torch.Tensor]) -> Hashable:
-    return tuple([(_key(name, tensors), _key(value, tensors)) for name, value in values.items()])
+def _of_enum(value: Any, _: Callable[[Any], Hashable]) -> Hashable:
+    if isinstance(value, enum.Enum):
+        return value
+    raise _incomparable(value)
 
 
-def _key(value: Any, tensors: list[torch.Tensor]) -> Hashable:
-    kind = type(value)
-    if kind in _TENSORS:
-        tensors.append(value)
-        return ("tensor", value.shape, value.stride(), value.dtype, value.device)
-    if kind is float:
-        # NaN equals nothing, and 0.0 equals -0.0.
-        return (kind, value.hex())
-    if kind in _PLAIN or isinstance(value, enum.Enum):
-        return (kind, value)
-    if kind in (tuple, list):
-        return (kind, tuple([_key(item, tensors) for item in value]))
-    if kind is dict:
-        return (kind, _keys(value, tensors))
-    raise NotCapturable(f"it is given a {kind.__name__}, whose value cannot be compared")
+def _incomparable(value: Any) -> NotCapturable:
+    return NotCapturable(f"it is given a {type(value).__name__}, whose value cannot be compared")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeboost.core.fingerprint import digest, identity
+from pipeboost.core.fingerprint import class_of, digest, identity
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.core.tracked_module import TrackedModule, class_of, configuration_of, settings_of
+from pipeboost.core.tracked_module import TrackedModule, configuration_of, settings_of
 from pipeboost.distributed import suspend_timeout
 from pipeboost.features.parallel.tensor import shares_of
 

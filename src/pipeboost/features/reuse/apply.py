@@ -7,7 +7,7 @@ from typing import Any
 from pipeboost.contract.context import ApplyContext, Component
 from pipeboost.contract.decision import Decision
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.reuse.attach import PromptReuse, reuse_prompts
+from pipeboost.features.reuse.attach import PromptReuse
 
 
 def join(pipe: Any, decision: Decision, context: ApplyContext, ledger: Ledger) -> PromptReuse:
@@ -20,4 +20,4 @@ def join(pipe: Any, decision: Decision, context: ApplyContext, ledger: Ledger) -
 def apply(component: Component, decision: Decision, context: ApplyContext, ledger: Ledger) -> None:
     """Look prompts up before the pipeline encodes them."""
     if not component.path:
-        reuse_prompts(component.object, context.joined["reuse"], ledger)
+        ledger.add_middleware(component.object, "encode_prompt", context.joined["reuse"], place="pipe.reuse")

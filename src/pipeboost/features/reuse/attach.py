@@ -1,35 +1,36 @@
-"""`reuse_prompts`: one layer on a pipeline's `encode_prompt`, which gives back what the same call returned before.
+"""`PromptReuse`: middleware on a pipeline's `encode_prompt`, which gives back what the same call returned before.
 
 Bit-identical to stock, because whatever the result could depend on is in the key: the arguments, the encoders' and
-tokenizers' state, the attributes that the method reads, torch's numerical settings. A call is only remembered if it
-left all of that as it was, drew no random number, and returned nothing but tensors and plain values.
+tokenizers' state, the pipeline's attributes, torch's numerical settings. A call is only remembered if it left all of
+that as it was, drew no random number, and returned nothing but tensors and plain values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import current_call
 from pipeboost.core.config import ReuseConfig
-from pipeboost.core.ledger import Ledger
-from pipeboost.core.seams import stock_class
-from pipeboost.features.reuse.key import METHOD, Key, Keys, names_in
+from pipeboost.core.fingerprint import identity
+from pipeboost.features.reuse.key import Keys
 from pipeboost.features.reuse.store import Entry, Store, Uncacheable
 
 
 class PromptReuse:
-    """The embeddings that one acceleration keeps, and the layer that keeps them.
+    """The embeddings that one acceleration keeps, shared by its pipeline and the pipeline's shallow copies.
+
+    What it did in a call can be read from `call.state["reuse"]`: `hits`, `misses`, and how many were `passed` on to
+    stock because they could not be kept (given as embeddings, say, or encoded in training mode).
 
     Args:
         settings: how much it may keep.
-        owner: the acceleration; in the calls of others the layer is quiet. It is not kept alive.
-        denoisers: attributes of the pipeline that hold its transformers: `encode_prompt` asks them for their dtype and
-            configuration only, so that their weights do not count.
+        owner: the acceleration; in the calls of others nothing is reused. It is not kept alive.
+        denoisers: attributes of the pipeline that hold its transformers.
     """
 
     def __init__(self, settings: ReuseConfig, *, owner: object, denoisers: tuple[str, ...]) -> None:
@@ -56,55 +57,23 @@ class PromptReuse:
         if key is None:
             counts["passed"] += 1
             return call_next(*args, **kwargs)
-        entry = self.store.get(key.digest)
+        entry = self.store.get(key)
         if entry is not None:
             counts["hits"] += 1
             return entry.repeat(pipe)
         counts["misses"] += 1
-        return self._encode(call, pipe, key, call_next, args, kwargs)
-
-    def _encode(
-        self,
-        call: Call,
-        pipe: Any,
-        key: Key,
-        call_next: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        written = names_in(stock_class(pipe)).written
-        before, random = _others(pipe, written), _random_state(call.device)
+        before, random = dict(vars(pipe)), _random_state()
         returned = call_next(*args, **kwargs)
-        after = _others(pipe, written)
-        untouched = before.keys() == after.keys() and all(before[name] is after[name] for name in after)
-        drawn = _random_state(call.device) != random
-        if untouched and not drawn and self._keys.is_as_it_was(call, pipe, key, args, kwargs):
+        # Where it is given a scale for LoRAs, it leaves it on the pipeline.
+        scale = kwargs.get("lora_scale")
+        left = {name: value for name, value in vars(pipe).items() if name == "_lora_scale" and value is scale}
+        ids, now = ({name: id(value) for name, value in each.items()} for each in (before | left, vars(pipe)))
+        if ids == now and _random_state() == random and self._keys.of(call, pipe, args, kwargs) == key:
             with contextlib.suppress(Uncacheable):
-                left = {name: value for name, value in vars(pipe).items() if name in written}
-                self.store.put(key.digest, Entry.of(returned, left))
+                self.store.put(key, Entry.of(returned, left))
         return returned
 
 
-def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
-    """Look up what `pipe.encode_prompt` is asked, in calls of the acceleration that `prompts` belongs to.
-
-    A pipeline and its shallow copies take the same `prompts`, and share what it keeps. What it did in a call can be
-    read from `call.state["reuse"]`: `hits`, `misses`, and how many were `passed` on to stock because they could not be
-    kept (given as embeddings, say, or encoded in training mode).
-
-    Raises:
-        AttributeError: the pipeline has no `encode_prompt`.
-    """
-    ledger.add_middleware(pipe, METHOD, prompts, place="pipe.reuse")
-
-
-def _others(pipe: Any, written: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in vars(pipe).items() if name not in written}
-
-
-def _random_state(device: torch.device) -> tuple[bytes, ...]:
+def _random_state() -> Hashable:
     """The states of the generators that an encoder could draw from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return tuple(state.numpy().tobytes() for state in states)
+    return identity((torch.default_generator, *torch.cuda.default_generators))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeboost.core.fingerprint import PLAIN
@@ -40,50 +42,40 @@ class Entry:
         Raises:
             Uncacheable: something in it is not a plain value or tensor.
         """
-        if any(type(value) not in PLAIN for value in written.values()):
-            raise Uncacheable("it left more than plain values on the pipeline")
-        copies: dict[int, torch.Tensor] = {}
         # A tensor made in inference mode could not be used by a call outside it.
         with torch.inference_mode(False), torch.no_grad():
-            kept = _copied(returned, copies)
-        devices = {copy.device for copy in copies.values() if copy.device.type == "cuda"}
+            kept, copies = _copied(returned)
+        devices = {copy.device for copy in copies if copy.device.type == "cuda"}
         ready = tuple((device, torch.cuda.current_stream(device).record_event()) for device in devices)
-        return cls(kept, written, sum(copy.untyped_storage().nbytes() for copy in copies.values()), ready)
+        return cls(kept, written, sum(copy.untyped_storage().nbytes() for copy in copies), ready)
 
     def repeat(self, pipe: Any) -> Any:
-        """Do to the pipeline what was done, and give fresh copies of what was returned."""
+        """Do to the pipeline what was done, and return fresh copies of what was returned."""
         for device, event in self.ready:
             torch.cuda.current_stream(device).wait_event(event)
         vars(pipe).update(self.written)
         with torch.no_grad():
-            return _copied(self.returned, {}, lent=True)
+            returned, _ = _copied(self.returned, lent=True)
+        return returned
 
 
 class Store:
-    """Entries by key, safe to use from several threads.
-
-    Args:
-        max_bytes: the entries together are never larger.
-    """
+    """Entries by key, safe to use from several threads; together they are never larger than `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.size = 0
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: bytes) -> Entry | None:
-        """The entry, which thereby becomes the last to go."""
+    def get(self, key: Hashable) -> Entry | None:
+        """Return the entry, which thereby becomes the last to go."""
         with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key]
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
-    def put(self, key: bytes, entry: Entry) -> None:
+    def put(self, key: Hashable, entry: Entry) -> None:
         """Keep an entry, if it fits at all, and drop what then is too much."""
         if entry.size > self.max_bytes:
             return
@@ -102,26 +94,27 @@ class Store:
             self.size = 0
 
 
-def _copied(value: Any, copies: dict[int, torch.Tensor], *, lent: bool = False) -> Any:
-    if type(value) in PLAIN:
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, copies, lent=lent) for item in value)
-    if type(value) is dict:
-        return {key: _copied(item, copies, lent=lent) for key, item in value.items()}
-    if not isinstance(value, torch.Tensor) or not _copyable(value):
-        raise Uncacheable(f"a {type(value).__name__} is not kept")
-    if id(value) not in copies:
-        if lent and value.device.type == "cuda":
-            # The store may drop it while this stream still reads.
-            value.record_stream(torch.cuda.current_stream(value.device))
-        copies[id(value)] = _twin(value)
-    return copies[id(value)]
+def _copied(value: Any, *, lent: bool = False) -> tuple[Any, Iterable[torch.Tensor]]:
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if type(leaf) in PLAIN:
+            return leaf
+        if not isinstance(leaf, torch.Tensor) or not _is_plain(leaf):
+            raise Uncacheable(f"a {type(leaf).__name__} is not kept")
+        if id(leaf) not in copies:
+            if lent and leaf.device.type == "cuda":
+                # The store may drop it while this stream still reads.
+                leaf.record_stream(torch.cuda.current_stream(leaf.device))
+            copies[id(leaf)] = _twin(leaf)
+        return copies[id(leaf)]
+
+    return pytree.tree_map(copied, value), copies.values()
 
 
-def _copyable(tensor: torch.Tensor) -> bool:
-    plain = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
-    return plain and not tensor.requires_grad and not tensor.is_conj() and not tensor.is_neg()
+def _is_plain(tensor: torch.Tensor) -> bool:
+    strided = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return strided and not tensor.requires_grad and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
