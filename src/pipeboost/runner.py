@@ -18,17 +18,18 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
 from pipeboost.stages import (
+    ADMISSION,
     COMPOSITION,
     RECORDER,
-    TURN,
+    TRAJECTORY,
     WHOLE_CALL,
-    Admission,
+    AdmissionQueue,
     CallRecord,
     FinishedCall,
     Progress,
     Recorder,
     Report,
-    follow_trajectory,
+    Trajectory,
     take_record,
     weights_of,
     with_trajectory,
@@ -58,7 +59,7 @@ class Calls:
         self.applied = applied
         self.progress: Callable[[Progress], None] | None = None
         self.finished: FinishedCall | None = None
-        self.admission = Admission()
+        self.admission = AdmissionQueue()
         self.records: set[CallRecord] = set()
 
     def run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,11 +88,12 @@ class Calls:
                     call.raise_if_cancelled()
                     if self.applied.plan.family.pipelines:
                         self.applied.stages.verify_arguments(arguments)
-                    trajectory = follow_trajectory(call) if wants_trajectory else None
-                    with call.state[RECORDER].span(WHOLE_CALL):
+                    if wants_trajectory:
+                        call[TRAJECTORY] = Trajectory()
+                    with call[RECORDER].span(WHOLE_CALL):
                         result = call_next(*args, **kwargs)
-                    if trajectory is not None:
-                        result = with_trajectory(result, trajectory)
+                    if wants_trajectory:
+                        result = with_trajectory(result, call[TRAJECTORY])
         if not record.kept:
             self.finished = record.finished
         return result
@@ -104,12 +106,12 @@ class Calls:
             Cancelled: it was cancelled while it waited.
         """
         together = self.applied.team is not None
-        waits = record.turn is None and current_call() is None and (together or pipe is self.applied.pipe)
+        waits = record.admission is None and current_call() is None and (together or pipe is self.applied.pipe)
         if waits:
-            record.turn = self.admission.enter(alone=True, must_run=together)
+            record.admission = self.admission.enter(alone=True, must_run=together)
         self.records.add(record)
         try:
-            with record.turn if waits and record.turn is not None else contextlib.nullcontext():
+            with record.admission if waits and record.admission is not None else contextlib.nullcontext():
                 yield
         finally:
             self.records.discard(record)
@@ -121,16 +123,16 @@ class Calls:
         mesh = None if applied.team is None else applied.team.mesh
         if self.progress is not None:
             record.listeners.append(self.progress)
-        tell = record.tell if record.kept or record.listeners else None
+        note = record.note if record.kept or record.listeners else None
         try:
             features = applied.plan.features
             opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
             with opening as call, applied.used_by(call):
                 call.rebind = functools.partial(applied.bind, pipe)
-                call.state[COMPOSITION] = applied.stages
-                call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=tell)
-                if record.turn is not None and not record.turn.alone:
-                    call.state[TURN] = record.turn
+                call[COMPOSITION] = applied.stages
+                call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=note)
+                if record.admission is not None and not record.admission.alone:
+                    call[ADMISSION] = record.admission
                 record.call = call
                 if record.cancelled:  # while it waited
                     call.cancel()
@@ -139,7 +141,7 @@ class Calls:
                         yield call
                 finally:
                     # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
-                    call.state.pop(RECORDER)
+                    call.pop(RECORDER)
         finally:
             ended, record.call = record.call, None
             if ended is not None and ended.events:
@@ -156,7 +158,8 @@ class Calls:
     def report_of(self, finished: FinishedCall) -> Report:
         """Return the report of a call that has ended."""
         applied, pipe = self.applied, self.applied.pipe
-        return finished.report(
+        return Report.of(
+            finished,
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else weights_of(pipe.components),
             compiled=applied.counters("compile"),
@@ -190,7 +193,7 @@ class Calls:
 
     def _stage_now(self) -> str:
         """Where the running call is; asked by the thread that watches the ranks."""
-        recorders = [call.state.get(RECORDER) for call in tuple(self.applied.running)]
+        recorders = [call.get(RECORDER) for call in tuple(self.applied.running)]
         return next((recorder.stage for recorder in recorders if recorder is not None), "the call's start")
 
 

@@ -30,7 +30,7 @@ def meshed_call(pipe: Any, degrees: Degrees, arguments: dict[str, Any] | None = 
         for path, obj in watched_components(pipe, family).items():
             watch(path, obj, family, ledger)
         with open_call(pipe, owner=None, arguments=arguments, device=CPU, mesh=mesh) as call:
-            call.state[COMPOSITION] = Composition(family, pipe)
+            call[COMPOSITION] = Composition(family, pipe)
             yield call
     finally:
         ledger.undo()
@@ -66,7 +66,7 @@ def whole_call(name: str, degrees: Degrees, parallelisms: dict[str, StageParalle
     kwargs = entry.call_kwargs()
     with meshed_call(pipe, degrees, kwargs) as call:
         for stage, parallelism in parallelisms.items():
-            call.state[COMPOSITION][stage].parallelism = parallelism
+            call[COMPOSITION][stage].parallelism = parallelism
         result = pipe(**kwargs)[0]
     return {
         "difference": float((torch.as_tensor(result) - expected).abs().max()),
@@ -121,7 +121,7 @@ def user_stage(parallelism: StageParallelism, degrees: Degrees, times: int = 1) 
     own, generator = torch.zeros(2), torch.Generator().manual_seed(3)
     stage = Drawing(parallelism)
     with meshed_call(pipe, degrees, {"generator": generator, "own": own}) as call:
-        composition = call.state[COMPOSITION]
+        composition = call[COMPOSITION]
         composition.add("drawing", stage, after="decoding")
         for _ in range(times):
             values = run_user_stage(call, stage, {"latents": torch.ones(1, 2), "own": own})
@@ -173,7 +173,7 @@ def failing(how: str, degrees: Degrees) -> list[str]:
     told = []
     try:
         with meshed_call(pipe, degrees, kwargs) as call:
-            call.state[COMPOSITION].add("failing", Failing(how), after="postprocessing")
+            call[COMPOSITION].add("failing", Failing(how), after="postprocessing")
             pipe(**kwargs)
     except Exception as error:
         told += [type(error).__name__, str(error)]
@@ -201,7 +201,7 @@ def replaced(stage: str, parallelism: StageParallelism, *, own_work: bool, name:
     entry = TINY[name]
     pipe, kwargs = entry.build(), entry.call_kwargs()
     with meshed_call(pipe, {"ulysses": 2}, kwargs) as call:
-        composition = call.state[COMPOSITION]
+        composition = call[COMPOSITION]
         mine = InPlaceOf(composition[stage], parallelism, own_work=own_work)
         composition.replace(stage, mine)
         result = pipe(**kwargs)[0]
@@ -220,7 +220,7 @@ def refused(degrees: Degrees) -> str:
     pipe, kwargs = entry.build(), entry.call_kwargs()
     try:
         with meshed_call(pipe, degrees, kwargs) as call:
-            call.state[COMPOSITION].add("together", Together(), after="decoding")
+            call[COMPOSITION].add("together", Together(), after="decoding")
             pipe(**kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

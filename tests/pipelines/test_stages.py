@@ -26,7 +26,7 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.runner import _alone_with
 from pipeboost.stages import StageVerificationError
-from pipeboost.stages.admission import Admission
+from pipeboost.stages.admission import AdmissionQueue
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
@@ -513,10 +513,10 @@ def test_overlapped_requests_do_overlap_and_denoise_two_at_a_time():
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_request_denoises_once_few_enough_before_it_do(monkeypatch, at_once):
     monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", at_once)
-    admission = Admission()
-    *first, last = [admission.enter(alone=False) for _ in range(at_once + 1)]
-    for turn in first:
-        turn.begin()
+    queue = AdmissionQueue()
+    *first, last = [queue.enter(alone=False) for _ in range(at_once + 1)]
+    for admission in first:
+        admission.begin()
     next_one = threading.Thread(target=last.begin, daemon=True)
     next_one.start()
     next_one.join(0.1)

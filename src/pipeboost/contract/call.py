@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,6 +20,18 @@ from pipeboost.distributed import Mesh
 _current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
 _opening = threading.RLock()
 _open_in: Counter[int] = Counter()
+T = TypeVar("T")
+
+
+class Slot(Generic[T]):
+    """What a feature keeps for the length of one call: it declares `SHARDS = Slot[Shards]()` and uses `call[SHARDS]`.
+
+    Args:
+        initial: makes the value that a call begins with; without it the slot is empty until it is set.
+    """
+
+    def __init__(self, initial: Callable[[], T] | None = None) -> None:
+        self.initial = initial
 
 
 class Call:
@@ -37,7 +49,6 @@ class Call:
         step: how many times `scheduler.step` has returned.
         branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
         events: named time spans, in order, as a report reads them.
-        state: what a feature keeps for the length of this call, by feature name.
         decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
             do not show; a forward that is replayed is one with the same decisions.
         captures: whether the forward at hand is rehearsed or captured for a CUDA graph, in which launches cost nothing.
@@ -64,7 +75,7 @@ class Call:
         self.step = 0
         self.branch = -1
         self.events: list[Any] = []
-        self.state: dict[str, Any] = {}
+        self._slots: dict[Slot[Any], Any] = {}
         self.decided: set[Hashable] = set()
         self.captures = False
         self.resources = contextlib.ExitStack()
@@ -72,6 +83,23 @@ class Call:
         self._scheduler = getattr(pipe, "scheduler", None)
         self.of_several_ranks = mesh is not None and mesh.control.size > 1
         self._cancelled = threading.Event()
+
+    def __getitem__(self, slot: Slot[T]) -> T:
+        if slot.initial is not None and slot not in self._slots:
+            self._slots[slot] = slot.initial()
+        value: T = self._slots[slot]
+        return value
+
+    def __setitem__(self, slot: Slot[T], value: T) -> None:
+        self._slots[slot] = value
+
+    def get(self, slot: Slot[T]) -> T | None:
+        """Return what is in a slot; None where nothing has been put there."""
+        return self._slots.get(slot)
+
+    def pop(self, slot: Slot[T]) -> T | None:
+        """Empty a slot and return what was in it."""
+        return self._slots.pop(slot, None)
 
     def has(self, feature: str) -> bool:
         """Whether a feature acts in this call."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeboost.contract.call import current_call
+from pipeboost.contract.call import Slot, current_call
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
 from pipeboost.core.families import Family, StageDoor
 from pipeboost.distributed import Mesh
@@ -36,8 +36,8 @@ _COMPONENTS = {
     **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
 }
 """How names of components begin that a stage runs from a method of the pipeline."""
-FRAMES = "door frames"
-"""Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
+STOCK_WORK = Slot[dict[str, Callable[[Values], Values]]](dict)
+"""The stock work of the stages that are being replaced, by name."""
 
 
 class BuiltInStage(Stage):
@@ -75,11 +75,10 @@ class BuiltInStage(Stage):
             PipeboostError: not inside the stage that replaces this one.
         """
         call = current_call()
-        frames = call.state.get(FRAMES, {}) if call is not None else {}
-        if self.name not in frames:
+        replaced = call[STOCK_WORK] if call is not None else {}
+        if self.name not in replaced:
             raise PipeboostError(f"the stage {self.name!r} runs inside a call, from the stage that replaces it")
-        result: Values = frames[self.name](values)
-        return result
+        return replaced[self.name](values)
 
 
 class InputValidation(BuiltInStage):
@@ -110,7 +109,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class Slot:
+class UserStages:
     """The user's stages at one built-in stage."""
 
     before: tuple[Stage, ...]
@@ -180,21 +179,21 @@ class Composition:
             if isinstance(stage, InputValidation):
                 verified(stage, stage.name, "input", arguments)
 
-    def slots(self) -> Mapping[str, Slot]:
+    def user_stages(self) -> Mapping[str, UserStages]:
         """The user's stages, by the built-in stage at whose door they run; a snapshot."""
-        slots: dict[str, Slot] = {}
+        users: dict[str, UserStages] = {}
         for entry in self._entries:
             if entry.stage is entry.built_in:
                 continue
-            slot = slots.get(entry.anchor, Slot((), None, ()))
+            around = users.get(entry.anchor, UserStages((), None, ()))
             if entry.side == "before":
-                slot = replace(slot, before=(*slot.before, entry.stage))
+                around = replace(around, before=(*around.before, entry.stage))
             elif entry.side == "after":
-                slot = replace(slot, after=(*slot.after, entry.stage))
+                around = replace(around, after=(*around.after, entry.stage))
             else:
-                slot = replace(slot, instead=entry.stage)
-            slots[entry.anchor] = slot
-        return slots
+                around = replace(around, instead=entry.stage)
+            users[entry.anchor] = around
+        return users
 
     def parallelisms(self, mesh: Mesh | None) -> Mapping[str, StageParallelism]:
         """How the ranks share each built-in stage; a snapshot.

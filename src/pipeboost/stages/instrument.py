@@ -11,7 +11,7 @@ from typing import Any
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.stages.admission import TURN
+from pipeboost.stages.admission import ADMISSION
 from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
 from pipeboost.stages.stage import Values
 from pipeboost.stages.stage_middleware import middleware_of_stage, named_results, rebuilt, run_user_stage, user_stages
@@ -73,9 +73,10 @@ def _begin_step(call: Call) -> None:
     call.raise_if_cancelled()
     recorder = recorder_of(call)
     if recorder.current_step() is None:
-        if TURN in call.state and call.step == 0:
+        admission = call.get(ADMISSION)
+        if admission is not None and call.step == 0:
             with recorder.span(WAITING):
-                call.state[TURN].begin()
+                admission.begin()
                 call.raise_if_cancelled()  # it may have waited long
         recorder.open(DENOISING, "step", step=call.step)
 
@@ -99,15 +100,15 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    if TURN in call.state:
-        call.state[TURN].end()
-    slot = user_stages(call).get(DENOISING)
-    if slot is None:
+    admission, around = call.get(ADMISSION), user_stages(call).get(DENOISING)
+    if admission is not None:
+        admission.end()
+    if around is None:
         return result
     outputs = named_results(result, ("latents",))
     (name, latents), *_ = outputs.items()
     values: Values = {"latents": latents}
-    for stage in slot.after:
+    for stage in around.after:
         values = run_user_stage(call, stage, values)
     return rebuilt({**outputs, name: values.get("latents")}, result, ("latents",))
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, Slot
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Mesh, shared
 from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
 
-_RUNS = "stage runs"
+_RUNS = Slot[Counter[str]](Counter)
+"""How often each stage has run in the call."""
 _EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL)
 _ABSENT = object()
 
@@ -130,6 +131,6 @@ class _Effects:
 
 
 def _next_branch(call: Call, mesh: Mesh, stage: str) -> int:
-    runs: Counter[str] = call.state.setdefault(_RUNS, Counter())
+    runs = call[_RUNS]
     runs[stage] += 1
     return (runs[stage] - 1) % mesh.degree("cfg")

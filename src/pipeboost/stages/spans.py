@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, Slot
 
 DENOISING = "denoising"
 WHOLE_CALL = "other"
 """The stage of a call's outermost span: what no door below it accounts for."""
 WAITING = "waiting"
 """The stage of a call that waits for a component while calls before it use it."""
-RECORDER = "recorder"
-"""Where a call's state keeps its `Recorder`."""
 
 
 @dataclass
@@ -42,7 +40,6 @@ class Span:
         memory_before: bytes allocated on the device at its start; None on a CPU, and for what is within a step.
         memory_after: the same at its end.
         memory_peak: the most bytes in between, where that is known.
-        bytes_moved: bytes of weights that went from host to device in it.
     """
 
     stage: str
@@ -56,7 +53,6 @@ class Span:
     memory_before: int | None = None
     memory_after: int | None = None
     memory_peak: int | None = None
-    bytes_moved: int = 0
 
     def seconds(self) -> float:
         """Device time where there are events, which must have completed; else host time."""
@@ -117,7 +113,6 @@ class Recorder:
         if what == "stage" and stage != WHOLE_CALL:
             self._tell(stage, None)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
-        span.bytes_moved = -self._call.state.get("bytes moved", 0)
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
             if _has_memory(what):
@@ -140,7 +135,6 @@ class Recorder:
                 if _has_memory(last.what):
                     self._note_memory_at_end(last)
             last.end = time.perf_counter()
-            last.bytes_moved += self._call.state.get("bytes moved", 0)
             if last is span:
                 return
 
@@ -207,6 +201,9 @@ class Recorder:
         return stats["current"], stats["peak"]
 
 
+RECORDER = Slot[Recorder]()
+
+
 def _has_memory(what: str) -> bool:
     return what in ("stage", "step")
 
@@ -222,7 +219,7 @@ def steps_of(pipe: Any) -> int | None:
 
 def recorder_of(call: Call) -> Recorder:
     """The recorder of a call; one that was opened without gets one of its own."""
-    recorder = call.state.get(RECORDER)
+    recorder = call.get(RECORDER)
     if recorder is None:
-        recorder = call.state.setdefault(RECORDER, Recorder(call))
+        recorder = call[RECORDER] = Recorder(call)
     return recorder

@@ -14,21 +14,21 @@ from typing import Any
 
 from torch.nn import Module
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.families import StageDoor
 from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.parallel.cfg_parallel import apart
-from pipeboost.stages.composition import FRAMES, Composition, Slot
+from pipeboost.stages.composition import STOCK_WORK, Composition, UserStages
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import WAITING, recorder_of
 from pipeboost.stages.stage import Stage, StageParallelism, Values, verified
 
-COMPOSITION = "composition"
-"""Where a call's state keeps its pipeline's `Composition`."""
-_SLOTS = "stage slots"
-_PARALLELISMS = "stage parallelisms"
-_INSIDE = "inside stages"
+COMPOSITION = Slot[Composition]()
+_USER_STAGES = Slot[Mapping[str, UserStages]]()
+_PARALLELISMS = Slot[Mapping[str, StageParallelism]]()
+_INSIDE = Slot[list[str]](list)
+"""The built-in stages whose methods the call is inside of."""
 
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -69,13 +69,12 @@ def middleware_of_stage(door: StageDoor) -> Middleware:
         if call is None:
             return call_next(*args, **kwargs)
         call.raise_if_cancelled()
-        inside: list[str] = call.state.setdefault(_INSIDE, [])
-        slots = user_stages(call)
-        slot = None if door.stage in inside else slots.get(door.stage)
+        inside, users = call[_INSIDE], user_stages(call)
+        around = None if door.stage in inside else users.get(door.stage)
         inside.append(door.stage)
         try:
-            if slot is not None:
-                return _compose(call, slot, door, call_next, owner, args, kwargs)
+            if around is not None:
+                return _compose(call, around, door, call_next, owner, args, kwargs)
             return _stock(call, door, call_next, owner, args, kwargs)
         finally:
             inside.pop()
@@ -83,18 +82,18 @@ def middleware_of_stage(door: StageDoor) -> Middleware:
     return pass_through
 
 
-def user_stages(call: Call) -> Mapping[str, Slot]:
+def user_stages(call: Call) -> Mapping[str, UserStages]:
     """The user's stages as they were when the call began.
 
     Raises:
         UnsupportedError: the call's ranks cannot share a stage as it asks for.
     """
-    slots: Mapping[str, Slot] | None = call.state.get(_SLOTS)
-    if slots is None:
-        composition: Composition | None = call.state.get(COMPOSITION)
-        call.state[_PARALLELISMS] = {} if composition is None else composition.parallelisms(call.mesh)
-        slots = call.state[_SLOTS] = {} if composition is None else composition.slots()
-    return slots
+    users = call.get(_USER_STAGES)
+    if users is None:
+        composition = call.get(COMPOSITION)
+        call[_PARALLELISMS] = {} if composition is None else composition.parallelisms(call.mesh)
+        users = call[_USER_STAGES] = {} if composition is None else composition.user_stages()
+    return users
 
 
 def run_user_stage(call: Call, stage: Stage, values: Values) -> Values:
@@ -111,7 +110,7 @@ def _run_user_stage(call: Call, stage: Stage, values: Values, more: Callable[[],
     """As `run_user_stage`; and what `more()` says afterwards where the stage has run."""
 
     def work() -> tuple[Values, Any]:
-        call.state[COMPOSITION].load(stage)
+        call[COMPOSITION].load(stage)
         with apart(call):
             result = stage.run(dict(verified(stage, stage.name, "input", values)))
         if not isinstance(result, dict):
@@ -134,7 +133,7 @@ def _stock(
     kwargs: dict[str, Any],
 ) -> Any:
     """The door's own work, as a span of its stage."""
-    parallelism = call.state[_PARALLELISMS].get(door.stage, StageParallelism.REPLICATED)
+    parallelism = call[_PARALLELISMS].get(door.stage, StageParallelism.REPLICATED)
     work = functools.partial(call_next, *args, **kwargs)
     pipe = None if door.component else owner
     with _alone_with_what_it_shares(call, door, owner), recorder_of(call).span(door.stage):
@@ -194,7 +193,7 @@ def rebuilt(values: Values, like: Any, names: tuple[str, ...]) -> Any:
 
 def _compose(
     call: Call,
-    slot: Slot,
+    around: UserStages,
     door: StageDoor,
     call_next: Callable[..., Any],
     owner: Any,
@@ -203,7 +202,7 @@ def _compose(
 ) -> Any:
     arguments = _Arguments(getattr(stock_class(owner), door.method), owner, args, kwargs)
     values = arguments.values
-    for stage in slot.before:
+    for stage in around.before:
         values = run_user_stage(call, stage, values)
     forms: list[_Form] = []
 
@@ -214,17 +213,17 @@ def _compose(
         return named_results(result, door.outputs)
 
     form: _Form | None
-    if slot.instead is None:
+    if around.instead is None:
         outputs = stock(values)
         form = forms[-1]
     else:
-        frames = call.state.setdefault(FRAMES, {})
-        frames[door.stage] = stock
+        replaced = call[STOCK_WORK]
+        replaced[door.stage] = stock
         try:
-            outputs, form = _run_user_stage(call, slot.instead, values, lambda: forms[-1] if forms else None)
+            outputs, form = _run_user_stage(call, around.instead, values, lambda: forms[-1] if forms else None)
         finally:
-            del frames[door.stage]
-    for stage in slot.after:
+            del replaced[door.stage]
+    for stage in around.after:
         outputs = run_user_stage(call, stage, outputs)
     return form.filled(outputs) if form is not None else _as_the_script_expects(outputs, door, values)
 

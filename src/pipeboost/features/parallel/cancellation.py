@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending
 
-_STATE = "stops"
-_INTERRUPTED = "interrupted"
+_INTERRUPTED = Slot[bool](bool)
 
 
 def agree_on_cancellation(scheduler: Any, ledger: Ledger) -> None:
@@ -49,20 +48,24 @@ class _Told(NamedTuple):
     pending: Pending
 
 
+_TOLD = Slot[_Told]()
+
+
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     result = call_next(*args, **kwargs)
     call = current_call()
     if call is None or not call.of_several_ranks or call.mesh is None:
         return result
-    if _STATE in call.state:
-        cancelled, interrupted = _heard(call.state.pop(_STATE))
+    told = call.pop(_TOLD)
+    if told is not None:
+        cancelled, interrupted = _heard(told)
         if interrupted:
-            call.state[_INTERRUPTED] = True
+            call[_INTERRUPTED] = True
         if cancelled:
             raise call.cancelled()
     else:
         call.resources.callback(_hear_the_last, call)
-    call.state[_STATE] = _tell(call, call.mesh)
+    call[_TOLD] = _tell(call, call.mesh)
     return result
 
 
@@ -83,7 +86,7 @@ def _heard(told: _Told) -> tuple[bool, bool]:
 
 def _hear_the_last(call: Call) -> None:
     """No message may be under way when the call has ended; whoever ends at the same point has sent it."""
-    told = call.state.pop(_STATE, None)
+    told = call.pop(_TOLD)
     if told is not None:
         with contextlib.suppress(Exception):  # another rank has failed, which the call raises
             told.pending.wait()
@@ -97,5 +100,5 @@ def _interrupt(call_next: Callable[..., Any], owner: Any) -> Any:
     if call.arguments.get("callback_on_step_end") is not None:
         control = call.mesh.control
         if bool(control.all_gather(torch.tensor([bool(here)]), 0, [1] * control.size).any()):
-            call.state[_INTERRUPTED] = True
-    return call.state.get(_INTERRUPTED, False)
+            call[_INTERRUPTED] = True
+    return call[_INTERRUPTED]

@@ -65,11 +65,11 @@ def _forward(
     group = call.mesh.group(*SEQUENCE)
     shards = Shards(group.size, group.rank)
     args, kwargs = _with_own_tokens(shards, sharding.forward, owner, args, kwargs)
-    call.state[SHARDS] = shards
+    call[SHARDS] = shards
     try:
         return call_next(*args, **kwargs)
     finally:
-        del call.state[SHARDS]
+        call.pop(SHARDS)
 
 
 def _block(
@@ -124,7 +124,7 @@ def _gather(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any
 
 
 def _shards_of(call: Call | None) -> Shards | None:
-    return None if call is None else call.state.get(SHARDS)
+    return None if call is None else call.get(SHARDS)
 
 
 def _refuse_too_few(shards: Shards, sharding: TokenSharding, model: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import Autoencoder
@@ -25,7 +25,7 @@ from pipeboost.features.parallel.vae_strip import Strip, current_strip, working_
 from pipeboost.features.parallel.vae_structure import why_not_parallel
 
 PARTS = ("encoder", "decoder")
-STATE = "vae"
+VAE_FORWARDS = Slot[Counter[str]](Counter)
 
 
 def parallelize_vae(
@@ -35,7 +35,7 @@ def parallelize_vae(
 
     Acts in calls that have `"parallel"` and a mesh with several such ranks; gradients are not for it. All ranks end
     with the whole result, which differs from the undivided one by rounding. A map with fewer latent rows and columns
-    than ranks is not divided. `call.state["vae"]` counts both: `"decoder shared"`, `"decoder whole: <reason>"`.
+    than ranks is not divided. `call[VAE_FORWARDS]` has both: `"decoder shared"`, `"decoder whole: <reason>"`.
 
     Args:
         vae: may belong to several pipelines, each call having its own ranks.
@@ -91,7 +91,7 @@ class _Divide:
         group = None if call is None else self._group(call)
         if call is None or group is None:
             return call_next(states, *args, **kwargs)
-        counts: Counter[str] = call.state.setdefault(STATE, Counter())
+        counts = call[VAE_FORWARDS]
         strip = self._strip(group, states)
         if isinstance(strip, str):
             counts[f"{self.part} whole: {strip}"] += 1

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.config import ReuseConfig
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.reuse.key import METHOD, Key, Keys, names_in
 from pipeboost.features.reuse.store import Entry, Store, Uncacheable
+
+PROMPTS = Slot[dict[str, int]](lambda: {"hits": 0, "misses": 0, "passed": 0})
 
 
 class PromptReuse:
@@ -51,7 +53,7 @@ class PromptReuse:
         ours = call is not None and call.owner is self._owner() and call.has("reuse") and not torch.is_grad_enabled()
         if call is None or not ours:
             return call_next(*args, **kwargs)
-        counts = call.state.setdefault("reuse", {"hits": 0, "misses": 0, "passed": 0})
+        counts = call[PROMPTS]
         key = self._keys.of(call, pipe, args, kwargs)
         if key is None:
             counts["passed"] += 1
@@ -89,7 +91,7 @@ def reuse_prompts(pipe: Any, prompts: PromptReuse, ledger: Ledger) -> None:
     """Look up what `pipe.encode_prompt` is asked, in calls of the acceleration that `prompts` belongs to.
 
     A pipeline and its shallow copies take the same `prompts`, and share what it keeps. What it did in a call can be
-    read from `call.state["reuse"]`: `hits`, `misses`, and how many were `passed` on to stock because they could not be
+    read from `call[PROMPTS]`: `hits`, `misses`, and how many were `passed` on to stock because they could not be
     kept (given as embeddings, say, or encoded in training mode).
 
     Raises:
