@@ -156,7 +156,7 @@ class Requests:
             alone = not self._may_overlap(pipe) or not _are_own([*generators, *theirs])
             self._submitted += 1
             run = _runner(pipe, call, None) if alone else _runner(self._view(pipe), call, self._submitted % _STREAMS)
-            admission = self.calls.admission.enter(alone=alone, must_run=self.calls.applied.team is not None)
+            admission = self.calls.queue.enter(alone=alone, must_run=self.calls.applied.team is not None)
             request = Request(self, admission, run, generators, self._submitted)
             self.calls.records.add(request._record)
             if not self._under_way:

@@ -24,7 +24,7 @@ from pipeboost import (
 )
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.runner import _alone_with
+from pipeboost.runner import _scheduler_locks
 from pipeboost.stages import StageVerificationError
 from pipeboost.stages.admission import AdmissionQueue
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
@@ -573,7 +573,7 @@ def test_a_stage_that_takes_no_such_value_is_told_what_there_is():
             return values | {"weather": "rain"}
 
     pipe.acceleration.add_stage("inventing", Inventing(), before="text encoding")
-    with pytest.raises(PipeboostError, match="'weather', which this door does not take; it has prompt"):
+    with pytest.raises(PipeboostError, match="'weather', which its method does not take; it has prompt"):
         TINY["flux_dev"].call(pipe)
 
 
@@ -624,7 +624,7 @@ def a_call_that_waits(pipe):
             results.append(error)
 
     thread = threading.Thread(target=work)
-    with _alone_with(pipe):
+    with _scheduler_locks.of(pipe.scheduler):
         thread.start()
         time.sleep(0.1)
         yield results

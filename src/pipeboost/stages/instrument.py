@@ -12,9 +12,11 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.stages.admission import ADMISSION
-from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
+from pipeboost.stages.built_in import STAGES
+from pipeboost.stages.by_name import ResultForm, named_results
+from pipeboost.stages.spans import DENOISING, RECORDER, WAITING
 from pipeboost.stages.stage import Values
-from pipeboost.stages.stage_middleware import middleware_of_stage, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.stages.stage_middleware import middleware_of_stage, run_user_stage
 from pipeboost.stages.trajectory import note_step
 
 COMPANIONS = ("controlnet",)
@@ -54,7 +56,7 @@ def _accompany(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: 
     if call is None:
         return call_next(*args, **kwargs)
     _begin_step(call)
-    with recorder_of(call).span(DENOISING, "forward", step=call.step):
+    with call[RECORDER].span(DENOISING, "forward", step=call.step):
         return call_next(*args, **kwargs)
 
 
@@ -65,13 +67,13 @@ def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
     _begin_step(call)
     call.follow_scheduler()
     call.branch += 1
-    with recorder_of(call).span(DENOISING, "forward", step=call.step, branch=call.branch):
+    with call[RECORDER].span(DENOISING, "forward", step=call.step, branch=call.branch):
         return call_next(*args, **kwargs)
 
 
 def _begin_step(call: Call) -> None:
     call.raise_if_cancelled()
-    recorder = recorder_of(call)
+    recorder = call[RECORDER]
     if recorder.current_step() is None:
         admission = call.get(ADMISSION)
         if admission is not None and call.step == 0:
@@ -85,7 +87,7 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    recorder = recorder_of(call)
+    recorder = call[RECORDER]
     with recorder.span(DENOISING, "scheduler", step=call.step):
         result = call_next(*args, **kwargs)
     note_step(call, args, kwargs, result)
@@ -100,17 +102,17 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    admission, around = call.get(ADMISSION), user_stages(call).get(DENOISING)
+    admission, place = call.get(ADMISSION), call[STAGES].users.get(DENOISING)
     if admission is not None:
         admission.end()
-    if around is None:
+    if place is None:
         return result
     outputs = named_results(result, ("latents",))
     (name, latents), *_ = outputs.items()
     values: Values = {"latents": latents}
-    for stage in around.after:
-        values = run_user_stage(call, stage, values)
-    return rebuilt({**outputs, name: values.get("latents")}, result, ("latents",))
+    for stage in place.after:
+        values, _ = run_user_stage(call, stage, values)
+    return ResultForm.of(result, ("latents",)).filled({**outputs, name: values.get("latents")})
 
 
 def _was_last(call: Call, scheduler: Any) -> bool:

@@ -215,11 +215,3 @@ def steps_of(pipe: Any) -> int | None:
         timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
         steps = None if timesteps is None else len(timesteps)
     return steps
-
-
-def recorder_of(call: Call) -> Recorder:
-    """The recorder of a call; one that was opened without gets one of its own."""
-    recorder = call.get(RECORDER)
-    if recorder is None:
-        recorder = call[RECORDER] = Recorder(call)
-    return recorder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeboost.contract.call import Call, Slot
-from pipeboost.stages.stage_middleware import named_results
+from pipeboost.stages.by_name import named_results
 
 _ARGUMENT = "return_trajectory"
 
@@ -47,8 +47,10 @@ def note_step(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result:
     trajectory.latents.append(latents.detach().clone())
 
 
-def with_trajectory(result: Any, trajectory: Trajectory) -> Any:
-    """A pipeline's result with the trajectory: an attribute of an output, one more element of a tuple."""
+def with_trajectory(result: Any, trajectory: Trajectory | None) -> Any:
+    """Return a pipeline's result with its trajectory: an attribute of an output, one more element of a tuple."""
+    if trajectory is None:
+        return result
     if isinstance(result, tuple):
         return (*result, trajectory)
     result.trajectory = trajectory
