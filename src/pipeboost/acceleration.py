@@ -28,14 +28,8 @@ _locks = Locks()
 """One pipeline is accelerated, or made stock again, by one thread at a time."""
 
 
-class _Default:
-    """Stands for an argument the user did not give, so that a config object or file can win over it."""
-
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
-
-    def __repr__(self) -> str:
-        return repr(self._shown)
+class _Default(str):
+    """An argument that the user did not give, so that a config object or file can win over it."""
 
 
 _AUTO: Any = _Default("auto")
@@ -72,20 +66,17 @@ def accelerate_pipeline(
     Raises:
         PipeboostError: something cannot be done as asked, here or on another rank. The pipeline is as it was before.
     """
-    given = {
-        name: value
-        for name, value in {
-            "quality": quality,
-            "attention": attention,
-            "parallel": parallel,
-            "cache": cache,
-            "compile": compile,
-            "quantize": quantize,
-            "offload": offload,
-            "reuse": reuse,
-        }.items()
-        if not isinstance(value, _Default)
+    arguments = {
+        "quality": quality,
+        "attention": attention,
+        "parallel": parallel,
+        "cache": cache,
+        "compile": compile,
+        "quantize": quantize,
+        "offload": offload,
+        "reuse": reuse,
     }
+    given = {name: value for name, value in arguments.items() if not isinstance(value, _Default)}
     settings = resolve_config(config, given)
     with _locks.of(pipe):
         previous = getattr(pipe, "__dict__", {}).get("acceleration")

@@ -59,7 +59,7 @@ class AppliedPlan:
     Attributes:
         plan: the plan; another one once the pipeline is moved.
         stages: the stages of a call.
-        context: what the features are told.
+        context: what the features may know.
         components: what was done to each component, by its `id`.
         running: calls that run; meanwhile nothing is planned anew or removed.
         active: whether it has been applied in full, and is not being taken off.

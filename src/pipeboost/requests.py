@@ -214,7 +214,7 @@ class Requests:
 
     def _view(self, pipe: Any) -> Any:
         """A shallow copy of the pipeline with a scheduler of its own, whose state a call goes through."""
-        self.calls.applied.bind(pipe)  # so that its views come with the doors that they share
+        self.calls.applied.bind(pipe)  # so that its views come with the components that they share
         view = copy.copy(pipe)
         if getattr(pipe, "scheduler", None) is not None:
             view.scheduler = copy.deepcopy(pipe.scheduler)
@@ -247,17 +247,17 @@ class Requests:
             request._thread.join()
 
 
-def _runner(pipe: Any, call: Mapping[str, Any], lane: int | None) -> Callable[[CallRecord], Any]:
-    """A callable for another thread: `pipe(**call)` as in this one, on a stream of our own where `lane` is a number."""
+def _runner(pipe: Any, call: Mapping[str, Any], stream: int | None) -> Callable[[CallRecord], Any]:
+    """Return `pipe(**call)` for another thread, as in this one; on one of our streams where `stream` is a number."""
     device, context = pipe._execution_device, contextvars.copy_context()
     modes = _modes(device)
     make = functools.partial(pipe, **call)
     if device.type == "cuda":
         callers = torch.cuda.current_stream(device)
-        stream = callers if lane is None else _stream(device, lane)
-        if stream is not callers:
-            stream.wait_stream(callers)
-        make = functools.partial(_on_stream, stream, callers, make)
+        ours = callers if stream is None else _stream(device, stream)
+        if ours is not callers:
+            ours.wait_stream(callers)
+        make = functools.partial(_on_stream, ours, callers, make)
     run: Callable[..., Any] = context.run
     # No closures: a frame in an error's traceback keeps those of its function.
     return functools.partial(run, _make_recorded, make, modes)

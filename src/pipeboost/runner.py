@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pipeboost.applied_plan import AppliedPlan
-from pipeboost.contract.call import Call, current_call, no_call, open_call
+from pipeboost.contract.call import Call, assigned, current_call, no_call, open_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
@@ -121,33 +121,20 @@ class Calls:
     @contextlib.contextmanager
     def opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device, record: CallRecord) -> Iterator[Call]:
         """Inside, a call is open on this rank."""
-        applied = self.applied
+        applied, features = self.applied, self.applied.plan.features
         mesh = None if applied.team is None else applied.team.mesh
         if self.progress is not None:
             record.listeners.append(self.progress)
-        note = record.note if record.kept or record.listeners else None
-        try:
-            features = applied.plan.features
-            opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
-            with opening as call, applied.used_by(call):
-                call.rebind = functools.partial(applied.bind, pipe)
-                call[STAGES] = applied.stages.for_call(mesh)
-                call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=note)
-                if record.admission is not None and not record.admission.alone:
-                    call[ADMISSION] = record.admission
-                record.call = call
-                if record.cancelled:  # while it waited
-                    call.cancel()
-                try:
-                    with residing(pipe):
-                        yield call
-                finally:
-                    # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
-                    call.pop(RECORDER)
-        finally:
-            ended, record.call = record.call, None
-            if ended is not None and ended.events:
-                record.finished = FinishedCall.of(ended)
+        notify = record.note if record.kept or record.listeners else None
+        opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
+        with opening as call, applied.used_by(call), record.following(call):
+            call.rebind = functools.partial(applied.bind, pipe)
+            call[STAGES] = applied.stages.for_call(mesh)
+            call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=notify)
+            if record.admission is not None and not record.admission.alone:
+                call[ADMISSION] = record.admission
+            with residing(pipe):
+                yield call
 
     def cancel(self, call: Call | None = None) -> None:
         """Make all calls that run or wait for their turn, or one, raise `Cancelled` at their next denoising step."""
@@ -177,21 +164,12 @@ class Calls:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, calls of this thread run stock."""
-        token = _paused.set(_paused.get() | {id(self)})
-        try:
-            with no_call():
-                yield
-        finally:
-            _paused.reset(token)
-
-    @contextlib.contextmanager
-    def profiled(self) -> Iterator[None]:
-        """Inside, spans know the peak memory of each stage."""
-        token = _profiled.set(True)
-        try:
+        with assigned(_paused, _paused.get() | {id(self)}), no_call():
             yield
-        finally:
-            _profiled.reset(token)
+
+    def profiled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, spans know the peak memory of each stage."""
+        return assigned(_profiled, True)
 
     def _stage_now(self) -> str:
         """Where the running call is; asked by the thread that watches the ranks."""

@@ -66,6 +66,21 @@ class Failing(Stage):
         raise RuntimeError("a stage of the user's failed")
 
 
+class Heavy(Stage):
+    def __init__(self, log):
+        self.log = log
+
+    def load(self):
+        self.log.append("load")
+
+    def run(self, values):
+        self.log.append("run")
+        return values
+
+    def offload(self):
+        self.log.append("offload")
+
+
 class Recording(Stage):
     def __init__(self):
         self.seen = []
@@ -268,7 +283,7 @@ def test_verification_refuses_nothing_that_stock_accepts():
         (lambda a: a.add_stage("x", Stage(), before="dekoding"), "'dekoding' is not allowed; use one of 'input valid"),
         (lambda a: a.add_stage("decoding", Stage(), after="denoising"), "there is a stage 'decoding' already"),
         (lambda a: a.add_stage("x", Stage(), before="denoising"), "use after='latent preparation'"),
-        (lambda a: a.add_stage("x", Stage(), after="other"), "no stage can stand beside it"),
+        (lambda a: a.add_stage("x", Stage(), after="other"), "no stage can be added to it"),
         (lambda a: a.replace_stage("denoising", Stage()), "cannot be replaced"),
         (lambda a: a.remove_stage("decoding"), "is built in"),
         (lambda a: a.remove_stage("x"), "'x' is not allowed"),
@@ -304,19 +319,7 @@ def test_a_parallelism_that_cannot_be_is_refused_and_says_why():
 
 def test_a_stage_is_loaded_before_its_first_run_and_offloaded_when_it_goes():
     pipe, log = exact("flux_dev"), []
-
-    class Heavy(Stage):
-        def load(self):
-            log.append("load")
-
-        def run(self, values):
-            log.append("run")
-            return values
-
-        def offload(self):
-            log.append("offload")
-
-    pipe.acceleration.add_stage("heavy", Heavy(), after="decoding")
+    pipe.acceleration.add_stage("heavy", Heavy(log), after="decoding")
     for _ in range(2):
         TINY["flux_dev"].call(pipe)
     pipe.acceleration.remove()
@@ -667,21 +670,6 @@ def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypa
     with pytest.raises(Cancelled):
         list(pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(2)]))
     assert len(set(map(id, forwards))) == 1
-
-
-class Heavy(Stage):
-    def __init__(self, log):
-        self.log = log
-
-    def load(self):
-        self.log.append("load")
-
-    def run(self, values):
-        self.log.append("run")
-        return values
-
-    def offload(self):
-        self.log.append("offload")
 
 
 def test_a_stage_removed_during_a_call_runs_to_its_end_and_is_offloaded_with_the_others():

@@ -1,4 +1,4 @@
-"""The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
+"""The stages of a call: found at a pipeline's methods, timed, verified, added to, cancelled and overlapped."""
 
 from pipeboost.stages.admission import ADMISSION, AT_ONCE, Admission, AdmissionQueue
 from pipeboost.stages.built_in import STAGES, TEXT_ENCODING
@@ -6,8 +6,8 @@ from pipeboost.stages.call_record import CallRecord, recorded_by, take_record
 from pipeboost.stages.composition import Composition
 from pipeboost.stages.instrument import watch, watched_components
 from pipeboost.stages.report import FinishedCall, Report, weights_of
-from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
-from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
+from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
+from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError
 from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
 
 __all__ = [
@@ -28,14 +28,12 @@ __all__ = [
     "Progress",
     "Recorder",
     "Report",
-    "Span",
     "Stage",
     "StageParallelism",
     "StageVerificationError",
     "Trajectory",
     "recorded_by",
     "take_record",
-    "verified",
     "watch",
     "watched_components",
     "weights_of",

@@ -85,11 +85,12 @@ class ResultForm:
         """Return the form that the script expects of a method whose own work was not done."""
         if not names:
             return cls(NoneType, ())
-        order = tuple(dict.fromkeys((*names, *outputs)))
         if arguments.get("return_dict") is True:
-            return cls(SimpleNamespace, order)
-        order = tuple(name for name in order if name in names or name.startswith("output_"))
-        return cls(tuple if len(order) > 1 or "return_dict" in arguments else object, order)
+            return cls(SimpleNamespace, tuple(dict.fromkeys((*names, *outputs))))
+        order = list(names)
+        while (further := f"output_{len(order)}") in outputs:
+            order.append(further)
+        return cls(tuple if len(order) > 1 or "return_dict" in arguments else object, tuple(order))
 
     def filled(self, values: Values) -> Any:
         """Return the values as the method returns its results.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, assigned
 from pipeboost.stages.admission import Admission
 from pipeboost.stages.report import FinishedCall
-from pipeboost.stages.spans import Progress
+from pipeboost.stages.spans import RECORDER, Progress
 
 _given: ContextVar[CallRecord | None] = ContextVar("pipeboost_call_record", default=None)
 
@@ -43,24 +43,32 @@ class CallRecord:
         for listener in tuple(self.listeners):
             listener(progress)
 
+    @contextlib.contextmanager
+    def following(self, call: Call) -> Iterator[None]:
+        """Inside, the call runs; afterwards what a report needs of it is kept."""
+        self.call = call
+        if self.cancelled:  # while it waited
+            call.cancel()
+        try:
+            yield
+        finally:
+            self.call = None
+            call.pop(RECORDER)  # which knows its call: without this cycle a dropped pipeline frees its memory at once
+            if call.events:
+                self.finished = FinishedCall.of(call)
+
     def cancel(self) -> None:
         """Make the call raise `Cancelled` where it waits to start, or at its next denoising step."""
         self.cancelled = True
         if self.admission is not None:
             self.admission.cancel()
-        call = self.call
-        if call is not None:
+        if (call := self.call) is not None:  # which another thread may set to None
             call.cancel()
 
 
-@contextlib.contextmanager
-def recorded_by(record: CallRecord) -> Iterator[None]:
+def recorded_by(record: CallRecord) -> contextlib.AbstractContextManager[None]:
     """Inside, the next call of this thread has this record, which is kept."""
-    token = _given.set(record)
-    try:
-        yield
-    finally:
-        _given.reset(token)
+    return assigned(_given, record)
 
 
 def take_record() -> CallRecord:

@@ -46,12 +46,12 @@ class Composition:
     """The stages of a pipeline, in order: a sequence of `Stage`, also by name.
 
     Args:
-        family: says which doors begin and end a stage.
-        pipe: has some of these doors.
+        family: says at which methods a stage begins and ends.
+        pipe: has some of these methods.
     """
 
     def __init__(self, family: Family, pipe: Any) -> None:
-        there = {door.stage for door in family.doors if has_door(pipe, door)} | {DENOISING, WHOLE_CALL}
+        there = {door.stage for door in family.doors if _has_method(pipe, door)} | {DENOISING, WHOLE_CALL}
         own = {door.stage: None for door in family.doors if door.stage not in _ORDER}
         names = [*(name for name in _ORDER[:-1] if name in there), *(name for name in own if name in there), WHOLE_CALL]
         silent = {door.stage for door in family.doors if not door.outputs} | {DENOISING, WHOLE_CALL}
@@ -142,7 +142,7 @@ class Composition:
             place, index = self._find(before if before is not None else after)
             self._refuse_second_place(name, stage)
             if place.built_in.name == WHOLE_CALL:
-                raise ConfigurationError(f"{WHOLE_CALL!r} is the rest of the call, so no stage can stand beside it")
+                raise ConfigurationError(f"{WHOLE_CALL!r} is the rest of the call, so no stage can be added to it")
             index += after is not None
             before_it = index <= place.at
             if before_it and place.built_in.name == DENOISING:
@@ -165,7 +165,7 @@ class Composition:
             place, index = self._find(name)
             if index == place.at and place.built_in.name in (DENOISING, WHOLE_CALL):
                 raise ConfigurationError(
-                    f"{name!r} is the pipeline's own script and cannot be replaced; add a stage beside another one"
+                    f"{name!r} is the pipeline's own script and cannot be replaced; add a stage after another"
                 )
             own = (place.stages[index], place.built_in) if index == place.at else (place.stages[index],)
             self._refuse_second_place(name, stage, but=own)
@@ -230,8 +230,7 @@ class Composition:
         raise not_one_of("stage", name, self.names)
 
 
-def has_door(pipe: Any, door: StageDoor) -> bool:
-    """Whether a pipeline has a door."""
+def _has_method(pipe: Any, door: StageDoor) -> bool:
     owner = pipe if not door.component else getattr(pipe, door.component, None)
     return callable(getattr(owner, door.method, None))
 

@@ -1,6 +1,6 @@
-"""Layers on a pipeline's doors: stages begin and end there, steps are counted, cancellation is obeyed.
+"""Middleware on a pipeline's methods: stages begin and end there, steps are counted, cancellation is obeyed.
 
-They change no value unless the user put a stage of their own there.
+It changes no value unless the user put a stage of their own there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.stages.admission import ADMISSION
 from pipeboost.stages.built_in import STAGES
 from pipeboost.stages.by_name import ResultForm, named_results
-from pipeboost.stages.spans import DENOISING, RECORDER, WAITING
+from pipeboost.stages.spans import DENOISING, RECORDER, WAITING, Recorder
 from pipeboost.stages.stage import Values
 from pipeboost.stages.stage_middleware import middleware_of_stage, run_user_stage
 from pipeboost.stages.trajectory import note_step
@@ -24,29 +24,29 @@ COMPANIONS = ("controlnet",)
 
 
 def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
-    """The objects in whose doors `watch` stands, by path from the pipeline (the pipeline itself: the empty path)."""
+    """Return the objects that `watch` takes, by path from the pipeline (the pipeline itself: the empty path)."""
     paths = dict.fromkeys((*(door.component for door in family.doors), "scheduler", *COMPANIONS))
     found = {path: pipe if not path else getattr(pipe, path, None) for path in paths}
     return {path: obj for path, obj in {**found, **family.models(pipe)}.items() if obj is not None}
 
 
 def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
-    """Stand in the doors of one object; pipelines that share it share the layers."""
+    """Put the middleware on one object; pipelines that share it share the middleware."""
     doors = tuple(door for door in family.doors if door.component == path)
-    layers = [(door.method, middleware_of_stage(door)) for door in doors]
+    middleware = [(door.method, middleware_of_stage(door)) for door in doors]
     if path in family.denoisers:
-        layers.append(("__call__", _denoise))
+        middleware.append(("__call__", _denoise))
     elif path in COMPANIONS:
-        layers.append(("__call__", _accompany))
+        middleware.append(("__call__", _accompany))
     if path == "scheduler":
-        layers.append(("step", _advance))
+        middleware.append(("step", _advance))
 
     kind = "scheduler" if path == "scheduler" else "component" if path else "pipe"
 
     def apply(inner: Ledger) -> None:
-        for method, layer in layers:
+        for method, each in middleware:
             if callable(getattr(obj, method, None)):
-                inner.add_middleware(obj, method, layer, place=f"{kind}.stages")
+                inner.add_middleware(obj, method, each, place=f"{kind}.stages")
 
     ledger.share(obj, "watch", (path, doors), apply)
 
@@ -55,8 +55,7 @@ def _accompany(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: 
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    _begin_step(call)
-    with call[RECORDER].span(DENOISING, "forward", step=call.step):
+    with _begin_step(call).span(DENOISING, "forward", step=call.step):
         return call_next(*args, **kwargs)
 
 
@@ -64,14 +63,14 @@ def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    _begin_step(call)
+    recorder = _begin_step(call)
     call.follow_scheduler()
     call.branch += 1
-    with call[RECORDER].span(DENOISING, "forward", step=call.step, branch=call.branch):
+    with recorder.span(DENOISING, "forward", step=call.step, branch=call.branch):
         return call_next(*args, **kwargs)
 
 
-def _begin_step(call: Call) -> None:
+def _begin_step(call: Call) -> Recorder:
     call.raise_if_cancelled()
     recorder = call[RECORDER]
     if recorder.current_step() is None:
@@ -81,6 +80,7 @@ def _begin_step(call: Call) -> None:
                 admission.begin()
                 call.raise_if_cancelled()  # it may have waited long
         recorder.open(DENOISING, "step", step=call.step)
+    return recorder
 
 
 def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
         recorder.close(step)
     call.step += 1
     call.branch = -1
-    recorder.step_done(call.step)
+    recorder.notify(DENOISING, call.step)
     call.raise_if_cancelled()
     return _after_the_loop(call, result) if _was_last(call, owner) else result
 

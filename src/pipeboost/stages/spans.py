@@ -19,7 +19,7 @@ from pipeboost.contract.call import Call, Slot
 
 DENOISING = "denoising"
 WHOLE_CALL = "other"
-"""The stage of a call's outermost span: what no door below it accounts for."""
+"""The stage of a call's outermost span: what no stage inside it accounts for."""
 WAITING = "waiting"
 """The stage of a call that waits for a component while calls before it use it."""
 
@@ -63,7 +63,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress callback is told: at the start of each stage, and after each denoising step.
+    """What a progress callback is called with: at the start of each stage, and after each denoising step.
 
     Attributes:
         stage: name of the stage.
@@ -111,7 +111,7 @@ class Recorder:
             if self._call.watched is not None:
                 self._call.watched.watchdog.tell()
         if what == "stage" and stage != WHOLE_CALL:
-            self._tell(stage, None)
+            self.notify(stage)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
@@ -142,7 +142,7 @@ class Recorder:
     def span(
         self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None
     ) -> Iterator[Span]:
-        """A span for the length of a `with` block."""
+        """Open a span for the length of a `with` block."""
         span = self.open(stage, what, step=step, branch=branch)
         try:
             yield span
@@ -164,13 +164,10 @@ class Recorder:
         """The step that is open, if one is."""
         return next((span for span in reversed(self._open) if span.what == "step"), None)
 
-    def step_done(self, step: int) -> None:
-        """Tell the progress callback that the loop has done so many steps."""
-        self._tell(DENOISING, step)
-
-    def _tell(self, stage: str, step: int | None) -> None:
+    def notify(self, stage: str, step: int | None = None) -> None:
+        """Call the progress callback: a stage begins, or the loop has done so many steps."""
         if self._progress is not None:
-            steps = None if step is None else steps_of(self._call.pipe)
+            steps = None if step is None else _steps_of(self._call.pipe)
             self._progress(Progress(stage, step, steps, time.perf_counter() - self._began))
 
     def _note_memory_at_start(self, span: Span) -> None:
@@ -208,10 +205,8 @@ def _has_memory(what: str) -> bool:
     return what in ("stage", "step")
 
 
-def steps_of(pipe: Any) -> int | None:
-    """How many steps the loop that runs makes, where the pipeline or its scheduler says."""
-    steps = getattr(pipe, "_num_timesteps", None)
-    if steps is None:
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-        steps = None if timesteps is None else len(timesteps)
-    return steps
+def _steps_of(pipe: Any) -> int | None:
+    """Return how many steps the running loop makes, where the pipeline or its scheduler says."""
+    steps: int | None = getattr(pipe, "_num_timesteps", None)
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return len(timesteps) if steps is None and timesteps is not None else steps
