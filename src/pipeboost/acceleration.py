@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pipeboost.apply import AppliedPlan
+from pipeboost.applied_plan import AppliedPlan
 from pipeboost.contract.call import Call
 from pipeboost.core.config import AccelerationConfig, resolve_config
 from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
+from pipeboost.core.locks import Locks
 from pipeboost.core.seams import attach
 from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
 from pipeboost.plan import Plan, agreed_plan
@@ -24,27 +24,12 @@ from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
 
 P = TypeVar("P")
 
-_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
+_locks = Locks()
+"""One pipeline is accelerated, or made stock again, by one thread at a time."""
 
 
-def _lock_of(pipe: Any) -> threading.RLock:
-    """One pipeline is accelerated, or made stock again, by one thread at a time."""
-    with _locks_lock:
-        try:
-            return _locks.setdefault(pipe, threading.RLock())
-        except TypeError:  # no pipeline, as planning for it says
-            return threading.RLock()
-
-
-class _Default:
-    """Stands for an argument the user did not give, so that a config object or file can win over it."""
-
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
-
-    def __repr__(self) -> str:
-        return repr(self._shown)
+class _Default(str):
+    """An argument that the user did not give, so that a config object or file can win over it."""
 
 
 _AUTO: Any = _Default("auto")
@@ -81,22 +66,19 @@ def accelerate_pipeline(
     Raises:
         PipeboostError: something cannot be done as asked, here or on another rank. The pipeline is as it was before.
     """
-    given = {
-        name: value
-        for name, value in {
-            "quality": quality,
-            "attention": attention,
-            "parallel": parallel,
-            "cache": cache,
-            "compile": compile,
-            "quantize": quantize,
-            "offload": offload,
-            "reuse": reuse,
-        }.items()
-        if not isinstance(value, _Default)
+    arguments = {
+        "quality": quality,
+        "attention": attention,
+        "parallel": parallel,
+        "cache": cache,
+        "compile": compile,
+        "quantize": quantize,
+        "offload": offload,
+        "reuse": reuse,
     }
+    given = {name: value for name, value in arguments.items() if not isinstance(value, _Default)}
     settings = resolve_config(config, given)
-    with _lock_of(pipe):
+    with _locks.of(pipe):
         previous = getattr(pipe, "__dict__", {}).get("acceleration")
 
         def check() -> None:
@@ -128,7 +110,7 @@ class Acceleration:
         self._pipe = weakref.ref(pipe)
         self._of: Acceleration | None = None
         self._ledger = Ledger()
-        self._lock = _lock_of(pipe)
+        self._lock = _locks.of(pipe)
         self._applied = AppliedPlan(pipe, plan, config)
         self._calls = Calls(self._applied)
         self._requests = Requests(self._calls)
@@ -285,7 +267,7 @@ class Acceleration:
     def open(self) -> Iterator[Call]:
         """Run the pipeline's transformers directly, accelerated, without its script: inside, a call is open."""
         pipe, record = self._alive_pipe(), CallRecord()
-        with self._calls.in_turn(record, pipe):
+        with self._calls.admitted(record, pipe):
             device = self._applied.follow_device(pipe)
             self._applied.bind_on_all_ranks(pipe, "open()")
             with self._calls.opened(pipe, {}, device, record) as call, without_cfg_parallel(call):

@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def activations(self) -> Activations | None:
-        """What the stages take besides weights, on this rank; None where no family tells."""
+        """What the stages take besides weights, on this rank; None where no family says."""
         return self.model.activations
 
     @property
@@ -197,7 +197,7 @@ def agreed_plan(
         to_own_device(pipe)
         plan = plan_for(pipe, config, anew=anew)
     except Exception as error:
-        # Ranks that would work apart come to no meeting.
+        # Ranks that do not share the pipeline wait for no rendezvous.
         if isinstance(layout, ParallelConfig) or family_of(pipe).shares_samples:
             decline(_PLANS, ranks, error)
         raise

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pipeboost.contract.call import current_call, no_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.runner import Calls
-from pipeboost.stages import AT_ONCE, CallRecord, Progress, Report, Turn, recorded_by
+from pipeboost.stages import AT_ONCE, Admission, CallRecord, Progress, Report, recorded_by
 
 _Modes = Callable[[], contextlib.AbstractContextManager[None]]
 _IN_FLIGHT = AT_ONCE + 2
@@ -37,12 +37,17 @@ class Request:
     """A call that was submitted: it waits for its turn, runs, or has ended. Any thread may use it."""
 
     def __init__(
-        self, queue: Requests, turn: Turn, run: Callable[[CallRecord], Any], generators: Sequence[Any], number: int
+        self,
+        queue: Requests,
+        admission: Admission,
+        run: Callable[[CallRecord], Any],
+        generators: Sequence[Any],
+        number: int,
     ) -> None:
         self._queue = queue
         self._calls = queue.calls
-        self._turn = turn
-        self._record = CallRecord(kept=True, turn=turn)
+        self._admission = admission
+        self._record = CallRecord(kept=True, admission=admission)
         self._run: Callable[[CallRecord], Any] | None = run
         self._generators = generators
         self._thread = threading.Thread(target=self._work, name=f"pipeboost request {number}", daemon=True)
@@ -114,7 +119,7 @@ class Request:
     def _work(self) -> None:
         assert self._run is not None
         try:
-            with self._turn:
+            with self._admission:
                 self._output = self._run(self._record)
         except BaseException as error:  # raised by whoever asks for the result
             self._error = error
@@ -146,12 +151,13 @@ class Requests:
         """Let `pipe(**call)` run in a thread, in its turn."""
         generators = _generators(call)
         with self._lock:
-            together = [generator for each in self._under_way if not each._turn.alone for generator in each._generators]
-            alone = not self._may_overlap(pipe) or not _are_own([*generators, *together])
+            overlapping = [each for each in self._under_way if not each._admission.alone]
+            theirs = [generator for each in overlapping for generator in each._generators]
+            alone = not self._may_overlap(pipe) or not _are_own([*generators, *theirs])
             self._submitted += 1
             run = _runner(pipe, call, None) if alone else _runner(self._view(pipe), call, self._submitted % _STREAMS)
-            turn = self.calls.admission.enter(alone=alone, must_run=self.calls.applied.team is not None)
-            request = Request(self, turn, run, generators, self._submitted)
+            admission = self.calls.queue.enter(alone=alone, must_run=self.calls.applied.team is not None)
+            request = Request(self, admission, run, generators, self._submitted)
             self.calls.records.add(request._record)
             if not self._under_way:
                 atexit.register(self._give_up)
@@ -208,7 +214,7 @@ class Requests:
 
     def _view(self, pipe: Any) -> Any:
         """A shallow copy of the pipeline with a scheduler of its own, whose state a call goes through."""
-        self.calls.applied.bind(pipe)  # so that its views come with the doors that they share
+        self.calls.applied.bind(pipe)  # so that its views come with the components that they share
         view = copy.copy(pipe)
         if getattr(pipe, "scheduler", None) is not None:
             view.scheduler = copy.deepcopy(pipe.scheduler)
@@ -241,17 +247,17 @@ class Requests:
             request._thread.join()
 
 
-def _runner(pipe: Any, call: Mapping[str, Any], lane: int | None) -> Callable[[CallRecord], Any]:
-    """A callable for another thread: `pipe(**call)` as in this one, on a stream of our own where `lane` is a number."""
+def _runner(pipe: Any, call: Mapping[str, Any], stream: int | None) -> Callable[[CallRecord], Any]:
+    """Return `pipe(**call)` for another thread, as in this one; on one of our streams where `stream` is a number."""
     device, context = pipe._execution_device, contextvars.copy_context()
     modes = _modes(device)
     make = functools.partial(pipe, **call)
     if device.type == "cuda":
         callers = torch.cuda.current_stream(device)
-        stream = callers if lane is None else _stream(device, lane)
-        if stream is not callers:
-            stream.wait_stream(callers)
-        make = functools.partial(_on_stream, stream, callers, make)
+        ours = callers if stream is None else _stream(device, stream)
+        if ours is not callers:
+            ours.wait_stream(callers)
+        make = functools.partial(_on_stream, ours, callers, make)
     run: Callable[..., Any] = context.run
     # No closures: a frame in an error's traceback keeps those of its function.
     return functools.partial(run, _make_recorded, make, modes)

@@ -1,10 +1,12 @@
-"""`Calls`: how a call of an accelerated pipeline is made, on each rank that has a part in it."""
+"""What surrounds one call of an accelerated pipeline, on each rank that has a part in it.
+
+The third of three recipes: `Calls.run`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -12,23 +14,25 @@ from typing import Any
 
 import torch
 
-from pipeboost.apply import AppliedPlan
-from pipeboost.contract.call import Call, current_call, no_call, open_call
+from pipeboost.applied_plan import AppliedPlan
+from pipeboost.contract.call import Call, assigned, current_call, no_call, open_call
 from pipeboost.core.errors import PipeboostError
+from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
 from pipeboost.stages import (
-    COMPOSITION,
+    ADMISSION,
     RECORDER,
-    TURN,
+    STAGES,
+    TRAJECTORY,
     WHOLE_CALL,
-    Admission,
+    AdmissionQueue,
     CallRecord,
     FinishedCall,
     Progress,
     Recorder,
     Report,
-    follow_trajectory,
+    Trajectory,
     take_record,
     weights_of,
     with_trajectory,
@@ -37,8 +41,8 @@ from pipeboost.stages import (
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
-_call_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_call_locks_lock = threading.Lock()
+_scheduler_locks = Locks()
+"""A call goes through the state of its scheduler, or else its pipeline: calls that share one run in turn."""
 
 
 class Calls:
@@ -48,9 +52,9 @@ class Calls:
         applied: what they run with.
 
     Attributes:
-        progress: told of each stage and denoising step; None where nobody is.
+        progress: called at each stage and denoising step; None where nobody asks.
         finished: the latest call that has returned, or request whose result was taken, for a report.
-        admission: the order of the calls of the pipeline itself, and of its requests; on several ranks, of all calls.
+        queue: the order of the calls of the pipeline itself, and of its requests; on several ranks, of all calls.
         records: of the calls and requests that wait or run.
     """
 
@@ -58,58 +62,58 @@ class Calls:
         self.applied = applied
         self.progress: Callable[[Progress], None] | None = None
         self.finished: FinishedCall | None = None
-        self.admission = Admission()
+        self.queue = AdmissionQueue()
         self.records: set[CallRecord] = set()
 
     def run(self, call_next: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer on the pipeline's own `__call__`: binds what the user has replaced, and opens the call."""
-        if not self.applied.active or self.are_paused:
+        """Make one call of the pipeline: the middleware on its `__call__`."""
+        applied = self.applied
+        if not applied.active or self.are_paused:
             with no_call(), residing(pipe):
                 return call_next(*args, **kwargs)
         record = take_record()
-        with self.in_turn(record, pipe), _alone_with(pipe):
-            if not self.applied.active:  # while this call waited
+        with self.admitted(record, pipe), _scheduler_locks.of(getattr(pipe, "scheduler", None) or pipe):
+            if not applied.active:  # while this call waited
                 return self.run(call_next, pipe, *args, **kwargs)
             signature = signature_of(stock_class(pipe), "__call__")
             kwargs, wants_trajectory = without_trajectory(signature, kwargs)
-            device = self.applied.follow_device(pipe)
-            team = self.applied.team
+            device = applied.follow_device(pipe)
+            team = applied.team
             with contextlib.nullcontext() if team is None else team.watched("the call's start"):
-                self.applied.bind_on_all_ranks(pipe, "the call's start")
+                applied.bind_on_all_ranks(pipe, "the call's start")
                 if team is None:
                     bound = signature.bind(pipe, *args, **kwargs)
                 else:
                     bound = team.agreed(signature, pipe, args, kwargs)
                     args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
-                arguments = dict(bound.arguments)
-                with self.opened(pipe, arguments, device, record) as call:
+                with self.opened(pipe, dict(bound.arguments), device, record) as call:
                     call.raise_if_cancelled()
-                    if self.applied.plan.family.pipelines:
-                        self.applied.stages.verify_arguments(arguments)
-                    trajectory = follow_trajectory(call) if wants_trajectory else None
-                    with call.state[RECORDER].span(WHOLE_CALL):
+                    if applied.plan.family.pipelines:
+                        applied.stages.verify_arguments(call.arguments)
+                    if wants_trajectory:
+                        call[TRAJECTORY] = Trajectory()
+                    with call[RECORDER].span(WHOLE_CALL):
                         result = call_next(*args, **kwargs)
-                    if trajectory is not None:
-                        result = with_trajectory(result, trajectory)
+                    result = with_trajectory(result, call.get(TRAJECTORY))
         if not record.kept:
             self.finished = record.finished
         return result
 
     @contextlib.contextmanager
-    def in_turn(self, record: CallRecord, pipe: Any) -> Iterator[None]:
-        """Inside, it is this call's turn; one inside another call, and one of a view on one rank, need not wait.
+    def admitted(self, record: CallRecord, pipe: Any) -> Iterator[None]:
+        """Inside, this call has been admitted; one inside another call, and one of a view on one rank, need not wait.
 
         Raises:
             Cancelled: it was cancelled while it waited.
         """
         together = self.applied.team is not None
-        waits = record.turn is None and current_call() is None and (together or pipe is self.applied.pipe)
+        waits = record.admission is None and current_call() is None and (together or pipe is self.applied.pipe)
         if waits:
-            record.turn = self.admission.enter(alone=True, must_run=together)
+            record.admission = self.queue.enter(alone=True, must_run=together)
         self.records.add(record)
         try:
-            with record.turn if waits and record.turn is not None else contextlib.nullcontext():
+            with record.admission if waits and record.admission is not None else contextlib.nullcontext():
                 yield
         finally:
             self.records.discard(record)
@@ -117,46 +121,34 @@ class Calls:
     @contextlib.contextmanager
     def opened(self, pipe: Any, arguments: dict[str, Any], device: torch.device, record: CallRecord) -> Iterator[Call]:
         """Inside, a call is open on this rank."""
-        applied = self.applied
+        applied, features = self.applied, self.applied.plan.features
         mesh = None if applied.team is None else applied.team.mesh
         if self.progress is not None:
             record.listeners.append(self.progress)
-        tell = record.tell if record.kept or record.listeners else None
-        try:
-            features = applied.plan.features
-            opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
-            with opening as call, applied.used_by(call):
-                call.rebind = functools.partial(applied.bind, pipe)
-                call.state[COMPOSITION] = applied.stages
-                call.state[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=tell)
-                if record.turn is not None and not record.turn.alone:
-                    call.state[TURN] = record.turn
-                record.call = call
-                if record.cancelled:  # while it waited
-                    call.cancel()
-                try:
-                    with residing(pipe):
-                        yield call
-                finally:
-                    # The recorder knows its call: without this cycle a dropped pipeline frees its memory at once.
-                    call.state.pop(RECORDER)
-        finally:
-            ended, record.call = record.call, None
-            if ended is not None and ended.events:
-                record.finished = FinishedCall.of(ended)
+        notify = record.note if record.kept or record.listeners else None
+        opening = open_call(pipe, owner=applied, arguments=arguments, features=features, device=device, mesh=mesh)
+        with opening as call, applied.used_by(call), record.following(call):
+            call.rebind = functools.partial(applied.bind, pipe)
+            call[STAGES] = applied.stages.for_call(mesh)
+            call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=notify)
+            if record.admission is not None and not record.admission.alone:
+                call[ADMISSION] = record.admission
+            with residing(pipe):
+                yield call
 
     def cancel(self, call: Call | None = None) -> None:
         """Make all calls that run or wait for their turn, or one, raise `Cancelled` at their next denoising step."""
-        for record in tuple(self.records) if call is None else ():
-            record.cancel()
-        for running in tuple(self.applied.running):
-            if call is None or running is call:
-                running.cancel()
+        if call is None:
+            for record in tuple(self.records):
+                record.cancel()
+        elif call in self.applied.running:
+            call.cancel()
 
     def report_of(self, finished: FinishedCall) -> Report:
         """Return the report of a call that has ended."""
         applied, pipe = self.applied, self.applied.pipe
-        return finished.report(
+        return Report.of(
+            finished,
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else weights_of(pipe.components),
             compiled=applied.counters("compile"),
@@ -172,21 +164,12 @@ class Calls:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, calls of this thread run stock."""
-        token = _paused.set(_paused.get() | {id(self)})
-        try:
-            with no_call():
-                yield
-        finally:
-            _paused.reset(token)
-
-    @contextlib.contextmanager
-    def profiled(self) -> Iterator[None]:
-        """Inside, spans know the peak memory of each stage."""
-        token = _profiled.set(True)
-        try:
+        with assigned(_paused, _paused.get() | {id(self)}), no_call():
             yield
-        finally:
-            _profiled.reset(token)
+
+    def profiled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, spans know the peak memory of each stage."""
+        return assigned(_profiled, True)
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,9 +183,3 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
         return target(*args, **kwargs)
 
     return call
-
-
-def _alone_with(pipe: Any) -> threading.RLock:
-    """The lock of a pipeline's scheduler, whose state a call goes through: calls that share one run in turn."""
-    with _call_locks_lock:
-        return _call_locks.setdefault(getattr(pipe, "scheduler", None) or pipe, threading.RLock())

@@ -13,7 +13,17 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
-from pipeboost.stages import COMPOSITION, Checks, Composition, Stage, StageParallelism, watch, watched_components
+from pipeboost.stages import (
+    RECORDER,
+    STAGES,
+    Checks,
+    Composition,
+    Recorder,
+    Stage,
+    StageParallelism,
+    watch,
+    watched_components,
+)
 from pipeboost.stages.stage_middleware import run_user_stage
 from tests.pipelines.tiny import TINY
 
@@ -30,11 +40,19 @@ def meshed_call(pipe: Any, degrees: Degrees, arguments: dict[str, Any] | None = 
         for path, obj in watched_components(pipe, family).items():
             watch(path, obj, family, ledger)
         with open_call(pipe, owner=None, arguments=arguments, device=CPU, mesh=mesh) as call:
-            call.state[COMPOSITION] = Composition(family, pipe)
+            call[RECORDER], call[STAGES] = Recorder(call), Composition(family, pipe).for_call(mesh)
             yield call
     finally:
         ledger.undo()
         mesh.close()
+
+
+@contextlib.contextmanager
+def recomposed(call: Call) -> Iterator[Composition]:
+    """Yield the stages, for a change that the call is to see."""
+    composition = call[STAGES].composition
+    yield composition
+    call[STAGES] = composition.for_call(call.mesh)
 
 
 @functools.cache
@@ -65,8 +83,9 @@ def whole_call(name: str, degrees: Degrees, parallelisms: dict[str, StageParalle
     pipe.vae.decoder.register_forward_pre_hook(lambda *_: worked.add("decoder"))
     kwargs = entry.call_kwargs()
     with meshed_call(pipe, degrees, kwargs) as call:
-        for stage, parallelism in parallelisms.items():
-            call.state[COMPOSITION][stage].parallelism = parallelism
+        with recomposed(call) as composition:
+            for stage, parallelism in parallelisms.items():
+                composition[stage].parallelism = parallelism
         result = pipe(**kwargs)[0]
     return {
         "difference": float((torch.as_tensor(result) - expected).abs().max()),
@@ -121,10 +140,10 @@ def user_stage(parallelism: StageParallelism, degrees: Degrees, times: int = 1) 
     own, generator = torch.zeros(2), torch.Generator().manual_seed(3)
     stage = Drawing(parallelism)
     with meshed_call(pipe, degrees, {"generator": generator, "own": own}) as call:
-        composition = call.state[COMPOSITION]
-        composition.add("drawing", stage, after="decoding")
+        with recomposed(call) as composition:
+            composition.add("drawing", stage, after="decoding")
         for _ in range(times):
-            values = run_user_stage(call, stage, {"latents": torch.ones(1, 2), "own": own})
+            values, _ = run_user_stage(call, stage, {"latents": torch.ones(1, 2), "own": own})
         assert call.mesh is not None
     values["plain"] = [values["plain"][0], values["plain"][1].tolist()]
     return {
@@ -173,7 +192,8 @@ def failing(how: str, degrees: Degrees) -> list[str]:
     told = []
     try:
         with meshed_call(pipe, degrees, kwargs) as call:
-            call.state[COMPOSITION].add("failing", Failing(how), after="postprocessing")
+            with recomposed(call) as composition:
+                composition.add("failing", Failing(how), after="postprocessing")
             pipe(**kwargs)
     except Exception as error:
         told += [type(error).__name__, str(error)]
@@ -201,9 +221,9 @@ def replaced(stage: str, parallelism: StageParallelism, *, own_work: bool, name:
     entry = TINY[name]
     pipe, kwargs = entry.build(), entry.call_kwargs()
     with meshed_call(pipe, {"ulysses": 2}, kwargs) as call:
-        composition = call.state[COMPOSITION]
-        mine = InPlaceOf(composition[stage], parallelism, own_work=own_work)
-        composition.replace(stage, mine)
+        with recomposed(call) as composition:
+            mine = InPlaceOf(composition[stage], parallelism, own_work=own_work)
+            composition.replace(stage, mine)
         result = pipe(**kwargs)[0]
     return float((result - stock(name)).abs().max()), mine.runs
 
@@ -220,7 +240,8 @@ def refused(degrees: Degrees) -> str:
     pipe, kwargs = entry.build(), entry.call_kwargs()
     try:
         with meshed_call(pipe, degrees, kwargs) as call:
-            call.state[COMPOSITION].add("together", Together(), after="decoding")
+            with recomposed(call) as composition:
+                composition.add("together", Together(), after="decoding")
             pipe(**kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ from pipeboost.contract.registry import families
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
-from pipeboost.features.parallel.vae import parallelize_vae
+from pipeboost.features.parallel.vae import VAE_FORWARDS, parallelize_vae
 from tests.floors import floor_of, once
 from tests.pipelines import tiny_parts as parts
 
@@ -139,7 +139,7 @@ def share(name: str, maps: list[Map]) -> Results:
         for what in maps:
             with open_call(None, owner=None, mesh=mesh) as call, poisoned():
                 outputs.append(result_of(vae, name, what))
-            counts.append(dict(call.state.get("vae", {})))
+            counts.append(dict(call[VAE_FORWARDS]))
         outside = result_of(vae, name, maps[0])
         ledger.undo()
         with open_call(None, owner=None, mesh=mesh):
@@ -176,7 +176,7 @@ def share_with_other_attention(name: str) -> tuple[bool, dict[str, int], str]:
                 result_of(vae, name, Map("decode", 8, 8))
             except UnsupportedError as error:
                 said = str(error)
-        return same, dict(call.state["vae"]), said
+        return same, dict(call[VAE_FORWARDS]), said
     finally:
         mesh.close()
 
@@ -197,7 +197,7 @@ def share_between_two(name: str) -> dict[str, list[int]]:
             for key, counts in found.items():
                 with open_call(None, owner=owners.get(key), mesh=mesh) as call:
                     result_of(vae, name, Map("decode", 4, 4))
-                counts.append(call.state.get("vae", {}).get("decoder shared", 0))
+                counts.append(call[VAE_FORWARDS]["decoder shared"])
         return found
     finally:
         mesh.close()

@@ -37,6 +37,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.cache import CacheCount, attach_cache
+from pipeboost.features.cache.state import CACHE
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY
 
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video")
@@ -65,7 +66,7 @@ class Acceleration:
         return self
 
     def counts(self) -> tuple[CacheCount, ...]:
-        return self.calls[-1].state["cache"].counts()
+        return self.calls[-1][CACHE].counts()
 
     def _run(self, call_next: Any, pipe: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(stock_class(pipe).__call__).bind(pipe, *args, **kwargs)
@@ -403,7 +404,7 @@ def test_residuals_are_dropped_with_the_call_but_the_counts_stay() -> None:
     pipe = TINY["flux_dev"].build()
     with cached(pipe, ONE_IN_TWO) as acceleration:
         TINY["flux_dev"].call(pipe, steps=4)
-        state = acceleration.calls[-1].state["cache"]
+        state = acceleration.calls[-1][CACHE]
         assert not any(branch.prepared for branch in state._branches.values())
         (count,) = state.counts()
         assert (count.computed_steps, count.cached_steps) == (2, 2)

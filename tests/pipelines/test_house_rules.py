@@ -30,7 +30,7 @@ FLOORS = (
     ("features",),
     ("stages",),
     ("quality",),
-    ("model_reader", "plan", "apply", "runner", "requests"),
+    ("model_reader", "plan", "apply", "applied_plan", "runner", "requests"),
     ("bench", "tune"),
     ("acceleration",),
     ("generate", "serving"),

@@ -15,7 +15,7 @@ import torch
 
 import pipeboost
 from pipeboost import OffloadConfig, PipeboostError, accelerate_pipeline
-from pipeboost.apply import AppliedPlan
+from pipeboost.applied_plan import AppliedPlan
 from pipeboost.core.seams import stock_class
 from tests.pipelines.tiny import TINY
 

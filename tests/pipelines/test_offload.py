@@ -12,6 +12,8 @@ import torch
 from pipeboost import CacheConfig, CompileConfig, OffloadConfig, accelerate_pipeline
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import PipeboostError
+from pipeboost.features.offload.component import LOADS
+from pipeboost.features.offload.copy_stream import MOVES
 from pipeboost.features.offload.place import _placed
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
@@ -129,9 +131,9 @@ def test_a_call_counts_the_bytes_that_it_moves():
         return kwargs
 
     entry.call(pipe, callback_on_step_end=keep)
-    loads = calls[0].state["loads"]
+    loads = calls[0][LOADS]
     assert {path for path, _, _ in loads} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
-    assert sum(moved for _, moved, _ in loads) == calls[0].state["bytes moved"]
+    assert sum(moved for _, moved, _ in loads) == sum(moved for _, moved in calls[0][MOVES])
     assert all(seconds >= 0 for _, _, seconds in loads)
     by_component = {path: moved for path, moved, _ in loads}
     assert pipe.acceleration.report().moved == {

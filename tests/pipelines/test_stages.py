@@ -24,9 +24,9 @@ from pipeboost import (
 )
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.runner import _alone_with
+from pipeboost.runner import _scheduler_locks
 from pipeboost.stages import StageVerificationError
-from pipeboost.stages.admission import Admission
+from pipeboost.stages.admission import AdmissionQueue
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
@@ -64,6 +64,21 @@ def stock(name, **overrides):
 class Failing(Stage):
     def run(self, values):
         raise RuntimeError("a stage of the user's failed")
+
+
+class Heavy(Stage):
+    def __init__(self, log):
+        self.log = log
+
+    def load(self):
+        self.log.append("load")
+
+    def run(self, values):
+        self.log.append("run")
+        return values
+
+    def offload(self):
+        self.log.append("offload")
 
 
 class Recording(Stage):
@@ -268,7 +283,7 @@ def test_verification_refuses_nothing_that_stock_accepts():
         (lambda a: a.add_stage("x", Stage(), before="dekoding"), "'dekoding' is not allowed; use one of 'input valid"),
         (lambda a: a.add_stage("decoding", Stage(), after="denoising"), "there is a stage 'decoding' already"),
         (lambda a: a.add_stage("x", Stage(), before="denoising"), "use after='latent preparation'"),
-        (lambda a: a.add_stage("x", Stage(), after="other"), "no stage can stand beside it"),
+        (lambda a: a.add_stage("x", Stage(), after="other"), "no stage can be added to it"),
         (lambda a: a.replace_stage("denoising", Stage()), "cannot be replaced"),
         (lambda a: a.remove_stage("decoding"), "is built in"),
         (lambda a: a.remove_stage("x"), "'x' is not allowed"),
@@ -304,19 +319,7 @@ def test_a_parallelism_that_cannot_be_is_refused_and_says_why():
 
 def test_a_stage_is_loaded_before_its_first_run_and_offloaded_when_it_goes():
     pipe, log = exact("flux_dev"), []
-
-    class Heavy(Stage):
-        def load(self):
-            log.append("load")
-
-        def run(self, values):
-            log.append("run")
-            return values
-
-        def offload(self):
-            log.append("offload")
-
-    pipe.acceleration.add_stage("heavy", Heavy(), after="decoding")
+    pipe.acceleration.add_stage("heavy", Heavy(log), after="decoding")
     for _ in range(2):
         TINY["flux_dev"].call(pipe)
     pipe.acceleration.remove()
@@ -513,10 +516,10 @@ def test_overlapped_requests_do_overlap_and_denoise_two_at_a_time():
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_request_denoises_once_few_enough_before_it_do(monkeypatch, at_once):
     monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", at_once)
-    admission = Admission()
-    *first, last = [admission.enter(alone=False) for _ in range(at_once + 1)]
-    for turn in first:
-        turn.begin()
+    queue = AdmissionQueue()
+    *first, last = [queue.enter(alone=False) for _ in range(at_once + 1)]
+    for admission in first:
+        admission.begin()
     next_one = threading.Thread(target=last.begin, daemon=True)
     next_one.start()
     next_one.join(0.1)
@@ -573,7 +576,7 @@ def test_a_stage_that_takes_no_such_value_is_told_what_there_is():
             return values | {"weather": "rain"}
 
     pipe.acceleration.add_stage("inventing", Inventing(), before="text encoding")
-    with pytest.raises(PipeboostError, match="'weather', which this door does not take; it has prompt"):
+    with pytest.raises(PipeboostError, match="'weather', which its method does not take; it has prompt"):
         TINY["flux_dev"].call(pipe)
 
 
@@ -624,7 +627,7 @@ def a_call_that_waits(pipe):
             results.append(error)
 
     thread = threading.Thread(target=work)
-    with _alone_with(pipe):
+    with _scheduler_locks.of(pipe.scheduler):
         thread.start()
         time.sleep(0.1)
         yield results
@@ -667,21 +670,6 @@ def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypa
     with pytest.raises(Cancelled):
         list(pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(2)]))
     assert len(set(map(id, forwards))) == 1
-
-
-class Heavy(Stage):
-    def __init__(self, log):
-        self.log = log
-
-    def load(self):
-        self.log.append("load")
-
-    def run(self, values):
-        self.log.append("run")
-        return values
-
-    def offload(self):
-        self.log.append("offload")
 
 
 def test_a_stage_removed_during_a_call_runs_to_its_end_and_is_offloaded_with_the_others():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeboost.contract.call import Call
 from pipeboost.features.parallel import ulysses_ring
 from pipeboost.features.parallel.shards import SHARDS, Shards
 
@@ -40,7 +41,8 @@ def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eag
         "ulysses": SimpleNamespace(size=4, rank=0, peers=lambda *_: peers),
         "ring": SimpleNamespace(size=1, rank=0),
     }
-    call = SimpleNamespace(mesh=SimpleNamespace(group=groups.get), captures=False, state={})
+    call = Call(None, None, {})
+    call.mesh = SimpleNamespace(group=groups.get)
     monkeypatch.setattr(ulysses_ring, "current_call", lambda: call)
     served = SimpleNamespace(attend=None)
     across = ulysses_ring.UlyssesRing()
@@ -48,7 +50,7 @@ def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eag
 
     def run(tokens, *, captures=False):
         call.captures = captures
-        call.state[SHARDS] = Shards(4, 0, image=tokens, text=512)
+        call[SHARDS] = Shards(4, 0, image=tokens, text=512)
         q = torch.empty(1, (tokens + 512) // 4, 24, 128, device="meta")
         across.run(q, q, q, None, None)
 

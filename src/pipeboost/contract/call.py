@@ -1,16 +1,15 @@
 """The state of one pipeline call, carried by a context variable so that threads and views never see each other's.
 
-Layers, processors and caches ask `current_call()`; outside a call it is None and they act as stock.
+Middleware, processors and caches ask `current_call()`; outside a call it is None and they act as stock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -19,7 +18,20 @@ from pipeboost.distributed import Mesh
 
 _current: ContextVar[Call | None] = ContextVar("pipeboost_call", default=None)
 _opening = threading.RLock()
-_open_in: Counter[int] = Counter()
+_open: dict[Call, int] = {}
+"""The calls that are open, and the thread that each is in."""
+T = TypeVar("T")
+
+
+class Slot(Generic[T]):
+    """What a feature keeps for the length of one call: it declares `SHARDS = Slot[Shards]()` and uses `call[SHARDS]`.
+
+    Args:
+        initial: makes the value that a call begins with; without it the slot is empty until it is set.
+    """
+
+    def __init__(self, initial: Callable[[], T] | None = None) -> None:
+        self.initial = initial
 
 
 class Call:
@@ -29,21 +41,20 @@ class Call:
         pipe: the pipeline, or the view of it, that was called.
         device: where its script runs.
         mesh: the ranks that run it together; None where it runs on one.
-        watched: all ranks that are watched with this one while it runs; None where there are no others.
-        owner: whose call it is: a plan as it is applied; layers of another acceleration stay quiet in it.
+        watched: the same, also where `mesh` is None for a while.
+        owner: the applied plan whose call it is; middleware of another acceleration does nothing in it.
         arguments: the arguments of the call by parameter name, defaults included.
         features: names of the features that this call's plan has on; None for all. A transformer may be shared with a
             pipeline whose plan differs.
         step: how many times `scheduler.step` has returned.
         branch: how many forwards of a denoiser began since the last `scheduler.step` (CFG branches, in order), minus 1.
         events: named time spans, in order, as a report reads them.
-        state: what a feature keeps for the length of this call, by feature name.
-        decided: what layers further out decided for the forward at hand that layers inside it obey and its arguments
-            do not show; a forward that is replayed is one with the same decisions.
+        decided: what outer middleware decided for the forward at hand that inner middleware obeys and its arguments do
+            not show; a forward that is replayed is one with the same decisions.
         captures: whether the forward at hand is rehearsed or captured for a CUDA graph, in which launches cost nothing.
         resources: closed when the call ends, whether it returns or raises.
         of_several_ranks: whether other ranks work on the same sample, also where `mesh` is None for a while.
-        rebind: stands in the doors of what the pipeline consists of now; set by the acceleration.
+        rebind: applies the plan to what the pipeline consists of now; set by the acceleration.
     """
 
     def __init__(
@@ -64,14 +75,31 @@ class Call:
         self.step = 0
         self.branch = -1
         self.events: list[Any] = []
-        self.state: dict[str, Any] = {}
+        self._slots: dict[Slot[Any], Any] = {}
         self.decided: set[Hashable] = set()
         self.captures = False
         self.resources = contextlib.ExitStack()
-        self.rebind: Callable[[], None] = _nothing
+        self.rebind: Callable[[], None] | None = None
         self._scheduler = getattr(pipe, "scheduler", None)
         self.of_several_ranks = mesh is not None and mesh.control.size > 1
         self._cancelled = threading.Event()
+
+    def __getitem__(self, slot: Slot[T]) -> T:
+        if slot.initial is not None and slot not in self._slots:
+            self._slots[slot] = slot.initial()
+        value: T = self._slots[slot]
+        return value
+
+    def __setitem__(self, slot: Slot[T], value: T) -> None:
+        self._slots[slot] = value
+
+    def get(self, slot: Slot[T]) -> T | None:
+        """Return what is in a slot; None where nothing has been put there."""
+        return self._slots.get(slot)
+
+    def pop(self, slot: Slot[T]) -> T | None:
+        """Empty a slot and return what was in it."""
+        return self._slots.pop(slot, None)
 
     def has(self, feature: str) -> bool:
         """Whether a feature acts in this call."""
@@ -82,7 +110,8 @@ class Call:
         scheduler = getattr(self.pipe, "scheduler", None)
         if scheduler is not self._scheduler:
             self._scheduler = scheduler
-            self.rebind()
+            if self.rebind is not None:
+                self.rebind()
 
     def cancel(self) -> None:
         """Make the call raise `Cancelled` at its next step; may be called from any thread.
@@ -98,20 +127,16 @@ class Call:
 
     def raise_if_cancelled(self) -> None:
         """Raise `Cancelled` if someone asked for it; of several ranks none does so alone."""
-        if self.is_to_be_cancelled and not self.of_several_ranks:
+        if self._cancelled.is_set() and not self.of_several_ranks:
             raise self.cancelled()
 
     def cancelled(self) -> Cancelled:
-        """What a cancelled call raises."""
+        """Return what a cancelled call raises."""
         return Cancelled(f"the call was cancelled after step {self.step}")
 
 
-def _nothing() -> None:
-    return None
-
-
 def current_call() -> Call | None:
-    """The call that this thread is in, or None."""
+    """Return the call that this thread is in, or None."""
     return _current.get()
 
 
@@ -128,35 +153,37 @@ def open_call(
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
     call = Call(pipe, owner, arguments or {}, features, device, mesh)
     token = _current.set(call)
-    thread = threading.get_ident()
     with _opening:
-        _open_in[thread] += 1
+        _open[call] = threading.get_ident()
     try:
         with call.resources:
             yield call
     finally:
         with _opening:
-            _open_in[thread] -= 1
-            if not _open_in[thread]:
-                del _open_in[thread]
+            del _open[call]
         _current.reset(token)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[bool]:
-    """Whether no other thread has a call open. Inside, none opens or ends one."""
+    """Yield whether no other thread has a call open. Inside, none opens or ends one."""
     with _opening:
-        yield all(thread == threading.get_ident() for thread in _open_in)
+        yield all(thread == threading.get_ident() for thread in _open.values())
+
+
+def no_call() -> contextlib.AbstractContextManager[None]:
+    """Inside, everything runs as if no call were open, that is, as stock."""
+    return assigned(_current, None)
 
 
 @contextlib.contextmanager
-def no_call() -> Iterator[None]:
-    """Everything inside runs as if no call were open, that is, as stock."""
-    token = _current.set(None)
+def assigned(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Inside, a context variable has this value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _current.reset(token)
+        variable.reset(token)
 
 
 _tracing = threading.local()

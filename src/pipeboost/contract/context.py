@@ -1,4 +1,4 @@
-"""What a feature is told while it is applied."""
+"""What a feature may know while it is applied."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RankContext:
         mesh: the ranks.
         attention: attention among the tokens of all ranks; None where each rank has all tokens.
         token_ranks: how many ranks share the tokens.
-        sharing_errors: inside it, an error is told to the other ranks before anything is taken back.
+        sharing_errors: inside it, an error is sent to the other ranks before anything is taken back.
     """
 
     mesh: Mesh

@@ -17,7 +17,7 @@ class ComponentSize:
     Attributes:
         path: attribute of the pipeline.
         kind: a name of `OFFLOAD_KINDS`.
-        part: denoisers are on the device one at a time, each a part of its stage; None for what works beside others.
+        part: denoisers are on the device one at a time, each a part of its stage; None for what is there with others.
         nbytes: all weights.
         block_bytes: those in repeated blocks, which can be streamed.
         largest_block: the largest of them.
@@ -70,7 +70,7 @@ class ModelInfo:
         ranks: how many processes there are to run the pipeline.
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
             was not asked.
-        activations: what the stages take besides weights, on one rank; None where no family tells.
+        activations: what the stages take besides weights, on one rank; None where no family says.
     """
 
     pipeline: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeboost.core.seams import add_middleware, remove_middleware
+from pipeboost.core.ledger import Ledger
 from pipeboost.quality.metrics import outputs_on_host, psnr, relative_error
 from pipeboost.quality.tuned_stock import stock_compile
 
@@ -135,25 +136,21 @@ def _rewound_generators(pipe: Any, call: Mapping[str, Any]) -> Iterator[Callable
 def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Iterator[None]:
     """Keep the arguments and output of each denoiser's first forward."""
 
-    def keep(name: str) -> Callable[..., Any]:
-        def layer(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if name in into:
-                return call_next(*args, **kwargs)
-            inputs = copy.deepcopy((args, kwargs))
-            output = call_next(*args, **kwargs)
-            into[name] = (*inputs, outputs_on_host(output))
-            return output
+    def keep(name: str, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in into:
+            return call_next(*args, **kwargs)
+        inputs = copy.deepcopy((args, kwargs))
+        output = call_next(*args, **kwargs)
+        into[name] = (*inputs, outputs_on_host(output))
+        return output
 
-        return layer
-
-    layers = {name: keep(name) for name in denoisers}
-    for name, layer in layers.items():
-        add_middleware(denoisers[name], "__call__", layer, place="component.verify")
+    ledger = Ledger()
     try:
+        for name, model in denoisers.items():
+            ledger.add_middleware(model, "__call__", functools.partial(keep, name), place="component.verify")
         yield
     finally:
-        for name, layer in layers.items():
-            remove_middleware(denoisers[name], "__call__", layer)
+        ledger.undo()
 
 
 def _errors(path: str, result: Any, stock: Mapping[str, torch.Tensor]) -> dict[str, float]:

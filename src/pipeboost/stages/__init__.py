@@ -1,23 +1,25 @@
-"""The stages of a call: found at a pipeline's doors, timed, verified, added to, cancelled and overlapped."""
+"""The stages of a call: found at a pipeline's methods, timed, verified, added to, cancelled and overlapped."""
 
-from pipeboost.stages.admission import AT_ONCE, TURN, Admission, Turn
-from pipeboost.stages.call_record import CallRecord, FinishedCall, recorded_by, take_record
-from pipeboost.stages.composition import TEXT_ENCODING, Composition
+from pipeboost.stages.admission import ADMISSION, AT_ONCE, Admission, AdmissionQueue
+from pipeboost.stages.built_in import STAGES, TEXT_ENCODING
+from pipeboost.stages.call_record import CallRecord, recorded_by, take_record
+from pipeboost.stages.composition import Composition
 from pipeboost.stages.instrument import watch, watched_components
-from pipeboost.stages.report import Report, weights_of
-from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder, Span
-from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError, verified
-from pipeboost.stages.stage_middleware import COMPOSITION
-from pipeboost.stages.trajectory import Trajectory, follow_trajectory, with_trajectory, without_trajectory
+from pipeboost.stages.report import FinishedCall, Report, weights_of
+from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
+from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError
+from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
 
 __all__ = [
+    "ADMISSION",
     "AT_ONCE",
-    "COMPOSITION",
     "RECORDER",
+    "STAGES",
     "TEXT_ENCODING",
-    "TURN",
+    "TRAJECTORY",
     "WHOLE_CALL",
     "Admission",
+    "AdmissionQueue",
     "CallRecord",
     "Checks",
     "Composition",
@@ -26,16 +28,12 @@ __all__ = [
     "Progress",
     "Recorder",
     "Report",
-    "Span",
     "Stage",
     "StageParallelism",
     "StageVerificationError",
     "Trajectory",
-    "Turn",
-    "follow_trajectory",
     "recorded_by",
     "take_record",
-    "verified",
     "watch",
     "watched_components",
     "weights_of",

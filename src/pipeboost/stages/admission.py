@@ -4,48 +4,46 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
+from pipeboost.contract.call import Slot
 from pipeboost.core.errors import Cancelled
 
-TURN = "turn"
-"""Where the state of a call that overlaps with others keeps its `Turn`."""
 AT_ONCE = 2
 """Calls in their loops at a time: the kernels of one fill the gaps between those of the other."""
 
 
-class Admission:
+class AdmissionQueue:
     """The calls of one pipeline that wait or run, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._at_once = AT_ONCE
-        self._turns: list[Turn] = []
-        self._changed = threading.Condition()
+        self.at_once = AT_ONCE
+        self.admissions: list[Admission] = []
+        self.changed = threading.Condition()
 
-    def enter(self, *, alone: bool, must_run: bool = False) -> Turn:
-        """The turn of a call that comes now; to be entered around the call, which gives it up.
+    def enter(self, *, alone: bool, must_run: bool = False) -> Admission:
+        """Queue a call; the admission returned is to be entered around it, which gives its place up.
 
         Args:
             alone: the call starts once all before it have left, and those after it once it has left; otherwise what
-                comes before and after the loops of neighbours overlaps with them.
+                comes before and after their loops overlaps.
             must_run: the call starts even when it is cancelled, since other ranks make it too.
         """
-        turn = Turn(self, alone=alone, must_run=must_run)
-        with self._changed:
-            self._turns.append(turn)
-        return turn
+        admission = Admission(self, alone=alone, must_run=must_run)
+        with self.changed:
+            self.admissions.append(admission)
+        return admission
 
 
-class Turn:
-    """The place of one call in an `Admission`."""
+class Admission:
+    """The place of one call in an `AdmissionQueue`."""
 
-    def __init__(self, admission: Admission, *, alone: bool, must_run: bool) -> None:
+    def __init__(self, queue: AdmissionQueue, *, alone: bool, must_run: bool) -> None:
         self.alone = alone
         self._must_run = must_run
-        self._admission = admission
+        self._queue = queue
         self._begun = self._ended = self._cancelled = False
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> Admission:
         """Wait until the call may start.
 
         Raises:
@@ -57,14 +55,14 @@ class Turn:
             else:
                 self._wait(lambda before: all(each._begun and not each.alone for each in before))
         except BaseException:
-            self._leave()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
+    def __exit__(self, *_: object) -> None:
+        with self._queue.changed:
+            self._queue.admissions.remove(self)
+            self._queue.changed.notify_all()
 
     def begin(self) -> None:
         """Wait until few enough of the calls before this one still denoise.
@@ -72,31 +70,31 @@ class Turn:
         Raises:
             Cancelled: it was cancelled meanwhile.
         """
-        self._wait(lambda before: sum(not each._ended for each in before) < self._admission._at_once)
-        with self._admission._changed:
-            self._begun = True
-            self._admission._changed.notify_all()
+        self._wait(lambda before: sum(not each._ended for each in before) < self._queue.at_once)
+        self._begun = True
+        self._notify()
 
     def end(self) -> None:
         """Let the next call denoise; harmless when repeated."""
-        with self._admission._changed:
-            self._begun = self._ended = True
-            self._admission._changed.notify_all()
+        self._begun = self._ended = True
+        self._notify()
 
     def cancel(self) -> None:
         """Let the call raise `Cancelled` where it waits, now or later."""
-        with self._admission._changed:
-            self._cancelled = not self._must_run
-            self._admission._changed.notify_all()
+        self._cancelled = not self._must_run
+        self._notify()
 
-    def _leave(self) -> None:
-        with self._admission._changed:
-            self._admission._turns.remove(self)
-            self._admission._changed.notify_all()
+    def _notify(self) -> None:
+        with self._queue.changed:
+            self._queue.changed.notify_all()
 
-    def _wait(self, ready: Callable[[Sequence[Turn]], bool]) -> None:
-        turns = self._admission._turns
-        with self._admission._changed:
-            self._admission._changed.wait_for(lambda: self._cancelled or ready(turns[: turns.index(self)]))
+    def _wait(self, ready: Callable[[Sequence[Admission]], bool]) -> None:
+        queue = self._queue
+        with queue.changed:
+            queue.changed.wait_for(lambda: self._cancelled or ready(queue.admissions[: queue.admissions.index(self)]))
             if self._cancelled:
                 raise Cancelled("the call was cancelled while it waited for its turn")
+
+
+ADMISSION = Slot[Admission]()
+"""That of a call that overlaps with others."""

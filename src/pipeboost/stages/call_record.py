@@ -6,67 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
-from pipeboost.contract.call import Call
-from pipeboost.features.cache import CacheCount
-from pipeboost.stages.admission import Turn
-from pipeboost.stages.report import Load, Report
-from pipeboost.stages.spans import Progress, Span
+from pipeboost.contract.call import Call, assigned
+from pipeboost.stages.admission import Admission
+from pipeboost.stages.report import FinishedCall
+from pipeboost.stages.spans import RECORDER, Progress
 
 _given: ContextVar[CallRecord | None] = ContextVar("pipeboost_call_record", default=None)
-
-
-@dataclass(frozen=True)
-class FinishedCall:
-    """What a report needs of a call; not the call itself, which would keep its pipeline alive."""
-
-    events: list[Span]
-    caches: tuple[CacheCount, ...]
-    loads: tuple[Load, ...]
-    reuse: dict[str, int]
-    vae: dict[str, int]
-
-    @classmethod
-    def of(cls, call: Call) -> FinishedCall:
-        """Read it off a call that has ended."""
-        caches = call.state.get("cache")
-        return cls(
-            events=call.events,
-            caches=() if caches is None else caches.counts(),
-            loads=tuple(Load(*load) for load in call.state.get("loads", ())),
-            reuse=dict(call.state.get("reuse", {})),
-            vae=dict(call.state.get("vae", {})),
-        )
-
-    def report(
-        self,
-        *,
-        pipeline: str,
-        components: dict[str, int],
-        compiled: dict[str, dict[str, Any]],
-        graphs: dict[str, dict[str, Any]],
-        ulysses: str,
-    ) -> Report:
-        """The report of the call; see the fields of `Report`."""
-        return Report.of_spans(
-            self.events,
-            pipeline=pipeline,
-            components=components,
-            loads=list(self.loads),
-            cache={
-                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
-                    "computed": count.computed_steps,
-                    "skipped": count.cached_steps,
-                }
-                for count in self.caches
-            },
-            reuse=self.reuse,
-            vae=self.vae,
-            compiled=compiled,
-            graphs=graphs,
-            ulysses=ulysses,
-        )
 
 
 @dataclass(eq=False)
@@ -74,51 +20,59 @@ class CallRecord:
     """The state of one call that others than its own thread ask for.
 
     Attributes:
-        kept: whether somebody else has it, so that it is not what the pipeline's own report tells of.
-        turn: its place among the calls of its pipeline; None where it has none.
-        listeners: told of each stage and denoising step; what they raise ends the call.
-        progress: what they were told last.
+        kept: whether somebody else has it, so that the pipeline's own report is not of this call.
+        admission: its place among the calls of its pipeline; None where it has none.
+        listeners: called at each stage and denoising step; what they raise ends the call.
+        progress: what they were called with last.
         call: the call while it runs.
         cancelled: whether it is to be.
         finished: what a report needs of the call, once it has ended.
     """
 
     kept: bool = False
-    turn: Turn | None = None
+    admission: Admission | None = None
     listeners: list[Callable[[Progress], None]] = field(default_factory=list)
     progress: Progress | None = None
     call: Call | None = None
     cancelled: bool = False
     finished: FinishedCall | None = None
 
-    def tell(self, progress: Progress) -> None:
-        """Note where the call is, and tell the listeners."""
+    def note(self, progress: Progress) -> None:
+        """Note where the call is, and call the listeners."""
         self.progress = progress
         for listener in tuple(self.listeners):
             listener(progress)
 
+    @contextlib.contextmanager
+    def following(self, call: Call) -> Iterator[None]:
+        """Inside, the call runs; afterwards what a report needs of it is kept."""
+        self.call = call
+        if self.cancelled:  # while it waited
+            call.cancel()
+        try:
+            yield
+        finally:
+            self.call = None
+            call.pop(RECORDER)  # which knows its call: without this cycle a dropped pipeline frees its memory at once
+            if call.events:
+                self.finished = FinishedCall.of(call)
+
     def cancel(self) -> None:
-        """Make the call raise `Cancelled` where it waits for its turn, or at its next denoising step."""
+        """Make the call raise `Cancelled` where it waits to start, or at its next denoising step."""
         self.cancelled = True
-        if self.turn is not None:
-            self.turn.cancel()
-        call = self.call
-        if call is not None:
+        if self.admission is not None:
+            self.admission.cancel()
+        if (call := self.call) is not None:  # which another thread may set to None
             call.cancel()
 
 
-@contextlib.contextmanager
-def recorded_by(record: CallRecord) -> Iterator[None]:
+def recorded_by(record: CallRecord) -> contextlib.AbstractContextManager[None]:
     """Inside, the next call of this thread has this record, which is kept."""
-    token = _given.set(record)
-    try:
-        yield
-    finally:
-        _given.reset(token)
+    return assigned(_given, record)
 
 
 def take_record() -> CallRecord:
-    """The record for a call that begins; calls inside it get their own."""
+    """Return the record for a call that begins; calls inside it get their own."""
     record = _given.get()
     if record is None:
         return CallRecord()

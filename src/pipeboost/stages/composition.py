@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import operator
+import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
-from pipeboost.contract.call import current_call
-from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, not_one_of
+from pipeboost.core.errors import ConfigurationError, UnsupportedError, not_one_of
 from pipeboost.core.families import Family, StageDoor
 from pipeboost.distributed import Mesh
+from pipeboost.stages.built_in import (
+    INPUT_VALIDATION,
+    TEXT_ENCODING,
+    BuiltInStage,
+    CallStages,
+    InputValidation,
+    Place,
+)
 from pipeboost.stages.ranks import require_ranks
 from pipeboost.stages.spans import DENOISING, WHOLE_CALL
-from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, Values, verified
+from pipeboost.stages.stage import Stage, StageParallelism, Values, verified
 
-INPUT_VALIDATION = "input validation"
-TEXT_ENCODING = "text encoding"
 _ORDER = (
     INPUT_VALIDATION,
     TEXT_ENCODING,
@@ -36,98 +40,18 @@ _COMPONENTS = {
     **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
 }
 """How names of components begin that a stage runs from a method of the pipeline."""
-FRAMES = "door frames"
-"""Where a call's state keeps the stock work of the stages being replaced, by name: callables from values to values."""
-
-
-class BuiltInStage(Stage):
-    """A stage that the stock script has; `run` does what stock does, from within a stage that replaces it.
-
-    Args:
-        returns: whether everything it does is in what it returns, so that some ranks can do it for the others.
-    """
-
-    def __init__(self, name: str, *, returns: bool = False) -> None:
-        self.name = name
-        self._returns = returns
-        # Encoders are large and quick: one copy of them is enough, and their results are small.
-        on_main = returns and name == TEXT_ENCODING
-        self._parallelism = StageParallelism.MAIN_RANK if on_main else StageParallelism.REPLICATED
-
-    @property
-    def parallelism(self) -> StageParallelism:
-        """How the ranks share it; may be set between calls, on all ranks alike."""
-        return self._parallelism
-
-    @parallelism.setter
-    def parallelism(self, parallelism: StageParallelism) -> None:
-        if parallelism is not StageParallelism.REPLICATED and not self._returns:
-            raise UnsupportedError(
-                f"stage {self.name!r} cannot be {parallelism!s}: what it does is not in what it returns, so every rank "
-                "runs it; use StageParallelism.REPLICATED"
-            )
-        self._parallelism = parallelism
-
-    def run(self, values: Values) -> Values:
-        """Go on as stock: the door's own work on these arguments.
-
-        Raises:
-            PipeboostError: not inside the stage that replaces this one.
-        """
-        call = current_call()
-        frames = call.state.get(FRAMES, {}) if call is not None else {}
-        if self.name not in frames:
-            raise PipeboostError(f"the stage {self.name!r} runs inside a call, from the stage that replaces it")
-        result: Values = frames[self.name](values)
-        return result
-
-
-class InputValidation(BuiltInStage):
-    """Checks what stock would die of in the middle of a call. It never refuses what stock accepts."""
-
-    def verify_input(self, values: Mapping[str, Any]) -> list[FailedCheck]:
-        """Step count and size of a call's arguments."""
-        checks = Checks(values)
-        if "num_inference_steps" in values and values.get("sigmas") is None and values.get("timesteps") is None:
-            checks.require(
-                "num_inference_steps", _is_positive_index(values["num_inference_steps"]), "a positive integer"
-            )
-        for size in ("height", "width"):
-            value = values.get(size)
-            negative = isinstance(value, (int, float)) and value < 0
-            checks.require(size, not isinstance(value, str) and not negative, "a positive integer")
-        return checks.failed
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One stage in its place: the built-in stage whose door it runs at, and on which side of it."""
-
-    stage: Stage
-    anchor: str
-    side: str
-    built_in: Stage | None = None
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The user's stages at one built-in stage."""
-
-    before: tuple[Stage, ...]
-    instead: Stage | None
-    after: tuple[Stage, ...]
 
 
 class Composition:
     """The stages of a pipeline, in order: a sequence of `Stage`, also by name.
 
     Args:
-        family: says which doors begin and end a stage.
-        pipe: has some of these doors.
+        family: says at which methods a stage begins and ends.
+        pipe: has some of these methods.
     """
 
     def __init__(self, family: Family, pipe: Any) -> None:
-        there = {door.stage for door in family.doors if has_door(pipe, door)} | {DENOISING, WHOLE_CALL}
+        there = {door.stage for door in family.doors if _has_method(pipe, door)} | {DENOISING, WHOLE_CALL}
         own = {door.stage: None for door in family.doors if door.stage not in _ORDER}
         names = [*(name for name in _ORDER[:-1] if name in there), *(name for name in own if name in there), WHOLE_CALL]
         silent = {door.stage for door in family.doors if not door.outputs} | {DENOISING, WHOLE_CALL}
@@ -135,7 +59,7 @@ class Composition:
             InputValidation(name) if name == INPUT_VALIDATION else BuiltInStage(name, returns=name not in silent)
             for name in names
         ]
-        self._entries = tuple(_Entry(stage, stage.name, "self", stage) for stage in stages)
+        self._places = {stage.name: Place(stage, (stage,)) for stage in stages}
         # Where a call takes no picture, nothing encodes one.
         idle = () if _takes_pictures(pipe) else ("image VAE encoding",)
         self._stages_of: dict[str, set[str]] = {}
@@ -146,74 +70,60 @@ class Composition:
         self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[Stage]:
-        return iter([entry.stage for entry in self._entries])
+        return itertools.chain.from_iterable(place.stages for place in self._places.values())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return any(entry.stage.name == name for entry in self._entries)
+        return name in self.names
 
     def __getitem__(self, key: str | int) -> Stage:
         if isinstance(key, int):
-            return self._entries[key].stage
-        return self._entries[self._index(key)].stage
+            return [*self][key]
+        place, index = self._find(key)
+        return place.stages[index]
 
     def __repr__(self) -> str:
+        built_in = {id(place.built_in) for place in self._places.values()}
         return "\n".join(
-            entry.stage.name if entry.stage is entry.built_in else f"{entry.stage.name}  ({type(entry.stage).__name__})"
-            for entry in self._entries
+            stage.name if id(stage) in built_in else f"{stage.name}  ({type(stage).__name__})" for stage in self
         )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The stages' names, in order."""
-        return tuple(entry.stage.name for entry in self._entries)
+        return tuple(stage.name for stage in self)
 
     def verify_arguments(self, arguments: Values) -> None:
-        """The built-in check of a call's arguments, where the pipeline has one that the user did not replace.
+        """Run the built-in check of a call's arguments, where the pipeline has one that the user did not replace.
 
         Raises:
             StageVerificationError: stock would die of them.
         """
         for stage in self:
             if isinstance(stage, InputValidation):
-                verified(stage, stage.name, "input", arguments)
+                verified(stage, "input", arguments)
 
-    def slots(self) -> Mapping[str, Slot]:
-        """The user's stages, by the built-in stage at whose door they run; a snapshot."""
-        slots: dict[str, Slot] = {}
-        for entry in self._entries:
-            if entry.stage is entry.built_in:
-                continue
-            slot = slots.get(entry.anchor, Slot((), None, ()))
-            if entry.side == "before":
-                slot = replace(slot, before=(*slot.before, entry.stage))
-            elif entry.side == "after":
-                slot = replace(slot, after=(*slot.after, entry.stage))
-            else:
-                slot = replace(slot, instead=entry.stage)
-            slots[entry.anchor] = slot
-        return slots
-
-    def parallelisms(self, mesh: Mesh | None) -> Mapping[str, StageParallelism]:
-        """How the ranks share each built-in stage; a snapshot.
+    def for_call(self, mesh: Mesh | None) -> CallStages:
+        """Return the stages of a call that begins on these ranks.
 
         Raises:
-            UnsupportedError: these ranks cannot share a stage as it asks for.
+            UnsupportedError: the ranks cannot share a stage as it asks for.
         """
         if mesh is not None:
             for stage in self:
                 require_ranks(stage.name, stage.parallelism, mesh)
-        built_in = [entry.built_in for entry in self._entries if entry.built_in is not None]
-        return {stage.name: stage.parallelism for stage in built_in}
+        parallelisms = {name: place.built_in.parallelism for name, place in self._places.items()}
+        users = {name: place for name, place in self._places.items() if place.stages != (place.built_in,)}
+        return CallStages(self, users, parallelisms)
 
     def run_on_all_ranks(self, component: str) -> bool:
         """Whether a component is at work on more than the main rank, which does some stages for all."""
         found = self._stages_of.get(component) or {
             stage for begin, stage in _COMPONENTS.items() if component.startswith(begin)
         }
-        stages = [entry.built_in for entry in self._entries if entry.built_in is not None and entry.stage.name in found]
+        stages = [place.built_in for place in self._places.values() if place.built_in.name in found]
         return not stages or any(stage.parallelism is not StageParallelism.MAIN_RANK for stage in stages)
 
     def add(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
@@ -229,20 +139,18 @@ class Composition:
         with self._lock:
             if name in self:
                 raise ConfigurationError(f"there is a stage {name!r} already; replace_stage puts another in its place")
-            self._require_new(name, stage, self._entries)
-            position = self._index(before if before is not None else after)
-            beside = self._entries[position]
-            side = "before" if before is not None else "after"
-            if beside.anchor == WHOLE_CALL:
-                raise ConfigurationError(f"{WHOLE_CALL!r} is the rest of the call, so no stage can stand beside it")
-            if beside.anchor == DENOISING and side == "before" and beside.side == "self":
+            place, index = self._find(before if before is not None else after)
+            self._refuse_second_place(name, stage)
+            if place.built_in.name == WHOLE_CALL:
+                raise ConfigurationError(f"{WHOLE_CALL!r} is the rest of the call, so no stage can be added to it")
+            index += after is not None
+            before_it = index <= place.at
+            if before_it and place.built_in.name == DENOISING:
                 raise ConfigurationError(
                     "denoising begins with the transformer's first call, so no stage can stand before it; use "
                     "after='latent preparation'"
                 )
-            entry = _Entry(stage, beside.anchor, side if beside.side == "self" else beside.side)
-            position += side == "after"
-            self._entries = (*self._entries[:position], entry, *self._entries[position:])
+            self._put(place, (*place.stages[:index], stage, *place.stages[index:]), place.at + before_it)
             stage.name = name
 
     def replace(self, name: str, stage: Stage) -> None:
@@ -254,15 +162,15 @@ class Composition:
         """
         _require_stage(name, stage)
         with self._lock:
-            position = self._index(name)
-            entry = self._entries[position]
-            if entry.side == "self" and entry.anchor in (DENOISING, WHOLE_CALL):
+            place, index = self._find(name)
+            if index == place.at and place.built_in.name in (DENOISING, WHOLE_CALL):
                 raise ConfigurationError(
-                    f"{name!r} is the pipeline's own script and cannot be replaced; add a stage beside another one"
+                    f"{name!r} is the pipeline's own script and cannot be replaced; add a stage after another"
                 )
-            self._require_new(name, stage, (*self._entries[:position], *self._entries[position + 1 :]))
-            self._give_up(entry.stage)
-            self._put(position, replace(entry, stage=stage))
+            own = (place.stages[index], place.built_in) if index == place.at else (place.stages[index],)
+            self._refuse_second_place(name, stage, but=own)
+            self._offload(place.stages[index])
+            self._put(place, (*place.stages[:index], stage, *place.stages[index + 1 :]), place.at)
             stage.name = name
 
     def remove(self, name: str) -> None:
@@ -272,17 +180,17 @@ class Composition:
             ConfigurationError: there is no such stage, or it is a built-in one.
         """
         with self._lock:
-            position = self._index(name)
-            entry = self._entries[position]
-            if entry.stage is entry.built_in:
+            place, index = self._find(name)
+            stage = place.stages[index]
+            if stage is place.built_in:
                 raise ConfigurationError(
                     f"{name!r} is built in and the script needs it; replace_stage puts another in its place"
                 )
-            self._give_up(entry.stage)
-            if entry.built_in is not None:
-                self._put(position, replace(entry, stage=entry.built_in))
-            else:
-                self._entries = (*self._entries[:position], *self._entries[position + 1 :])
+            self._offload(stage)
+            restored = (place.built_in,) if index == place.at else ()
+            self._put(
+                place, (*place.stages[:index], *restored, *place.stages[index + 1 :]), place.at - (index < place.at)
+            )
 
     def load(self, stage: Stage) -> None:
         """Load a stage unless it is loaded."""
@@ -294,33 +202,35 @@ class Composition:
     def offload(self) -> None:
         """Offload every stage that is loaded, also one that a call still ran when it was removed."""
         for stage in tuple(self._loaded.values()):
-            self._give_up(stage)
+            self._offload(stage)
 
-    def _give_up(self, stage: Stage) -> None:
+    def _offload(self, stage: Stage) -> None:
         with self._lock:
             if self._loaded.pop(id(stage), None) is not None:
                 stage.offload()
 
-    def _require_new(self, name: str, stage: Stage, entries: Sequence[_Entry]) -> None:
-        for entry in entries:
-            if stage is entry.stage or stage is entry.built_in:
-                raise ConfigurationError(
-                    f"stage {name!r} stands at {entry.stage.name!r} already; use another instance of "
-                    f"{type(stage).__name__}"
-                )
+    def _refuse_second_place(self, name: str, stage: Stage, but: tuple[Stage, ...] = ()) -> None:
+        for place in self._places.values():
+            for other in (*place.stages, place.built_in):
+                if stage is other and stage not in but:
+                    raise ConfigurationError(
+                        f"stage {name!r} stands at {other.name!r} already; "
+                        f"use another instance of {type(stage).__name__}"
+                    )
 
-    def _put(self, position: int, entry: _Entry) -> None:
-        self._entries = (*self._entries[:position], entry, *self._entries[position + 1 :])
+    def _put(self, place: Place, stages: tuple[Stage, ...], at: int) -> None:
+        self._places = {**self._places, place.built_in.name: Place(place.built_in, stages, at)}
 
-    def _index(self, name: str | None) -> int:
-        for position, entry in enumerate(self._entries):
-            if entry.stage.name == name:
-                return position
+    def _find(self, name: str | None) -> tuple[Place, int]:
+        """Return the place of a stage, and which of its stages it is."""
+        for place in self._places.values():
+            for index, stage in enumerate(place.stages):
+                if stage.name == name:
+                    return place, index
         raise not_one_of("stage", name, self.names)
 
 
-def has_door(pipe: Any, door: StageDoor) -> bool:
-    """Whether a pipeline has a door."""
+def _has_method(pipe: Any, door: StageDoor) -> bool:
     owner = pipe if not door.component else getattr(pipe, door.component, None)
     return callable(getattr(owner, door.method, None))
 
@@ -335,10 +245,3 @@ def _require_stage(name: str, stage: Any) -> None:
         raise UnsupportedError(f"stage {name!r} must be an instance of pipeboost.Stage, not {type(stage).__name__}")
     if not isinstance(stage.parallelism, StageParallelism):
         raise not_one_of(f"{type(stage).__name__}.parallelism", stage.parallelism, list(StageParallelism))
-
-
-def _is_positive_index(value: Any) -> bool:
-    try:
-        return operator.index(value) >= 1
-    except TypeError:
-        return False

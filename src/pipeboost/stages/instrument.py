@@ -1,6 +1,6 @@
-"""Layers on a pipeline's doors: stages begin and end there, steps are counted, cancellation is obeyed.
+"""Middleware on a pipeline's methods: stages begin and end there, steps are counted, cancellation is obeyed.
 
-They change no value unless the user put a stage of their own there.
+It changes no value unless the user put a stage of their own there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.stages.admission import TURN
-from pipeboost.stages.spans import DENOISING, WAITING, recorder_of
+from pipeboost.stages.admission import ADMISSION
+from pipeboost.stages.built_in import STAGES
+from pipeboost.stages.by_name import ResultForm, named_results
+from pipeboost.stages.spans import DENOISING, RECORDER, WAITING, Recorder
 from pipeboost.stages.stage import Values
-from pipeboost.stages.stage_middleware import middleware_of_stage, named_results, rebuilt, run_user_stage, user_stages
+from pipeboost.stages.stage_middleware import middleware_of_stage, run_user_stage
 from pipeboost.stages.trajectory import note_step
 
 COMPANIONS = ("controlnet",)
@@ -22,29 +24,29 @@ COMPANIONS = ("controlnet",)
 
 
 def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
-    """The objects in whose doors `watch` stands, by path from the pipeline (the pipeline itself: the empty path)."""
+    """Return the objects that `watch` takes, by path from the pipeline (the pipeline itself: the empty path)."""
     paths = dict.fromkeys((*(door.component for door in family.doors), "scheduler", *COMPANIONS))
     found = {path: pipe if not path else getattr(pipe, path, None) for path in paths}
     return {path: obj for path, obj in {**found, **family.models(pipe)}.items() if obj is not None}
 
 
 def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
-    """Stand in the doors of one object; pipelines that share it share the layers."""
+    """Put the middleware on one object; pipelines that share it share the middleware."""
     doors = tuple(door for door in family.doors if door.component == path)
-    layers = [(door.method, middleware_of_stage(door)) for door in doors]
+    middleware = [(door.method, middleware_of_stage(door)) for door in doors]
     if path in family.denoisers:
-        layers.append(("__call__", _denoise))
+        middleware.append(("__call__", _denoise))
     elif path in COMPANIONS:
-        layers.append(("__call__", _accompany))
+        middleware.append(("__call__", _accompany))
     if path == "scheduler":
-        layers.append(("step", _advance))
+        middleware.append(("step", _advance))
 
     kind = "scheduler" if path == "scheduler" else "component" if path else "pipe"
 
     def apply(inner: Ledger) -> None:
-        for method, layer in layers:
+        for method, each in middleware:
             if callable(getattr(obj, method, None)):
-                inner.add_middleware(obj, method, layer, place=f"{kind}.stages")
+                inner.add_middleware(obj, method, each, place=f"{kind}.stages")
 
     ledger.share(obj, "watch", (path, doors), apply)
 
@@ -53,8 +55,7 @@ def _accompany(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: 
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    _begin_step(call)
-    with recorder_of(call).span(DENOISING, "forward", step=call.step):
+    with _begin_step(call).span(DENOISING, "forward", step=call.step):
         return call_next(*args, **kwargs)
 
 
@@ -62,29 +63,31 @@ def _denoise(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    _begin_step(call)
+    recorder = _begin_step(call)
     call.follow_scheduler()
     call.branch += 1
-    with recorder_of(call).span(DENOISING, "forward", step=call.step, branch=call.branch):
+    with recorder.span(DENOISING, "forward", step=call.step, branch=call.branch):
         return call_next(*args, **kwargs)
 
 
-def _begin_step(call: Call) -> None:
+def _begin_step(call: Call) -> Recorder:
     call.raise_if_cancelled()
-    recorder = recorder_of(call)
+    recorder = call[RECORDER]
     if recorder.current_step() is None:
-        if TURN in call.state and call.step == 0:
+        admission = call.get(ADMISSION)
+        if admission is not None and call.step == 0:
             with recorder.span(WAITING):
-                call.state[TURN].begin()
+                admission.begin()
                 call.raise_if_cancelled()  # it may have waited long
         recorder.open(DENOISING, "step", step=call.step)
+    return recorder
 
 
 def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is None:
         return call_next(*args, **kwargs)
-    recorder = recorder_of(call)
+    recorder = call[RECORDER]
     with recorder.span(DENOISING, "scheduler", step=call.step):
         result = call_next(*args, **kwargs)
     note_step(call, args, kwargs, result)
@@ -93,23 +96,23 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
         recorder.close(step)
     call.step += 1
     call.branch = -1
-    recorder.step_done(call.step)
+    recorder.notify(DENOISING, call.step)
     call.raise_if_cancelled()
     return _after_the_loop(call, result) if _was_last(call, owner) else result
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    if TURN in call.state:
-        call.state[TURN].end()
-    slot = user_stages(call).get(DENOISING)
-    if slot is None:
+    admission, place = call.get(ADMISSION), call[STAGES].users.get(DENOISING)
+    if admission is not None:
+        admission.end()
+    if place is None:
         return result
     outputs = named_results(result, ("latents",))
     (name, latents), *_ = outputs.items()
     values: Values = {"latents": latents}
-    for stage in slot.after:
-        values = run_user_stage(call, stage, values)
-    return rebuilt({**outputs, name: values.get("latents")}, result, ("latents",))
+    for stage in place.after:
+        values, _ = run_user_stage(call, stage, values)
+    return ResultForm.of(result, ("latents",)).filled({**outputs, name: values.get("latents")})
 
 
 def _was_last(call: Call, scheduler: Any) -> bool:

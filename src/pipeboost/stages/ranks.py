@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, Slot
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Mesh, shared
 from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
 
-_RUNS = "stage runs"
+_RUNS = Slot[Counter[str]](Counter)
+"""How often each stage has run in the call."""
 _EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL)
 _ABSENT = object()
 
@@ -28,10 +29,10 @@ def on_ranks(
     given: Sequence[Any],
     pipe: Any = None,
 ) -> Any:
-    """What `work()` returns, on every rank of the sample, wherever it ran; so are the numbers it has drawn.
+    """Return what `work()` returns on every rank of the sample, wherever it ran; so with the numbers it has drawn.
 
-    While some ranks work alone, `call.mesh` is None: doors within the stage, and layers that would talk to ranks which
-    are not there, do as on one rank.
+    While some ranks work alone, `call.mesh` is None: methods within the stage, and middleware that would talk to ranks
+    which are not there, do as on one rank.
 
     Args:
         stage: its name.
@@ -47,21 +48,23 @@ def on_ranks(
     if mesh is None or mesh.control.size == 1 or parallelism in _EVERY_RANK:
         return work()
     branch = _next_branch(call, mesh, stage) if parallelism is StageParallelism.CFG_PARALLEL else None
-    generators = generators_in([*call.arguments.values(), *given])
-    effects = _Effects(generators, call.device, pipe)
+    touched = (generators_in([*call.arguments.values(), *given]), call.device, pipe)
+    ran = False
 
     def alone() -> tuple[Any, Any]:
-        call.mesh = None
-        effects.begin()
+        nonlocal ran
+        ran, call.mesh = True, None
+        before = _state(*touched)
         try:
-            return work(), effects.found()
+            result = work()
+            return result, _changes(before, _state(*touched))
         finally:
             call.mesh = mesh
 
     mine = [each for each in given if isinstance(each, (torch.Tensor, torch.Generator)) or callable(each)]
-    outcome, found = shared(mesh, alone, branch=branch, known=mine, what=f"the outcome of stage {stage!r}")
-    if not effects.begun:
-        effects.repeat(found)
+    outcome, changes = shared(mesh, alone, branch=branch, known=mine, what=f"the outcome of stage {stage!r}")
+    if not ran:
+        _repeat(changes, *touched)
     return outcome
 
 
@@ -78,58 +81,32 @@ def require_ranks(stage: str, parallelism: StageParallelism, mesh: Mesh) -> None
         )
 
 
-class _Effects:
-    """What a stage leaves behind beside its results: drawn random numbers, and attributes of the pipeline.
+def _state(generators: list[torch.Generator], device: torch.device, pipe: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what a stage may change beside its results: random state, and attributes of the pipeline."""
+    attributes = {} if pipe is None else dict(vars(pipe))
+    return [each.get_state() for each in generators], global_state(device), attributes
 
-    Args:
-        generators: that it may draw from, the same on all ranks.
-        device: whose global random state it may draw from.
-        pipe: whose attributes it may set; None if it sets none.
 
-    Attributes:
-        begun: whether they are found on this rank.
-    """
+def _changes(before: tuple[Any, Any, dict[str, Any]], after: tuple[Any, Any, dict[str, Any]]) -> tuple[Any, Any, Any]:
+    """Return what a stage has changed, for `_repeat` on another rank."""
+    drawn = [None if torch.equal(was, now) else now for was, now in zip(before[0], after[0], strict=True)]
+    everywhere = None if fingerprint(before[1]) == fingerprint(after[1]) else after[1]
+    attributes = {name: value for name, value in after[2].items() if before[2].get(name, _ABSENT) is not value}
+    return drawn, everywhere, attributes
 
-    def __init__(self, generators: list[torch.Generator], device: torch.device, pipe: Any) -> None:
-        self.begun = False
-        self._generators = generators
-        self._device = device
-        self._pipe = pipe
 
-    def begin(self) -> None:
-        """The stage begins, here."""
-        self.begun = True
-        self._states = [each.get_state() for each in self._generators]
-        self._global = fingerprint(global_state(self._device))
-        self._attributes = dict(vars(self._pipe)) if self._pipe is not None else {}
-
-    def found(self) -> Any:
-        """What it has left behind, for `repeat` on another rank."""
-        drawn = [
-            None if torch.equal(before, each.get_state()) else each.get_state()
-            for each, before in zip(self._generators, self._states, strict=True)
-        ]
-        everywhere = global_state(self._device)
-        attributes = dict(vars(self._pipe)) if self._pipe is not None else {}
-        return (
-            drawn,
-            None if fingerprint(everywhere) == self._global else everywhere,
-            {name: value for name, value in attributes.items() if self._attributes.get(name, _ABSENT) is not value},
-        )
-
-    def repeat(self, found: Any) -> None:
-        """Leave behind here what was found on another rank."""
-        drawn, everywhere, attributes = found
-        for generator, state in zip(self._generators, drawn, strict=True):
-            if state is not None:
-                generator.set_state(state)
-        if everywhere is not None:
-            set_global_state(everywhere, self._device)
-        for name, value in attributes.items():
-            setattr(self._pipe, name, value)
+def _repeat(changes: Any, generators: list[torch.Generator], device: torch.device, pipe: Any) -> None:
+    drawn, everywhere, attributes = changes
+    for generator, state in zip(generators, drawn, strict=True):
+        if state is not None:
+            generator.set_state(state)
+    if everywhere is not None:
+        set_global_state(everywhere, device)
+    for name, value in attributes.items():
+        setattr(pipe, name, value)
 
 
 def _next_branch(call: Call, mesh: Mesh, stage: str) -> int:
-    runs: Counter[str] = call.state.setdefault(_RUNS, Counter())
+    runs = call[_RUNS]
     runs[stage] += 1
     return (runs[stage] - 1) % mesh.degree("cfg")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeboost.contract.call import Call
 from pipeboost.core.errors import MissingPackageError
+from pipeboost.features.cache.state import CACHE
+from pipeboost.features.offload.component import LOADS
+from pipeboost.features.offload.copy_stream import MOVES
+from pipeboost.features.parallel.vae import VAE_FORWARDS
+from pipeboost.features.reuse.attach import PROMPTS
 from pipeboost.stages.spans import WHOLE_CALL, Span
 
 
@@ -97,16 +105,18 @@ class Report:
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of_spans(cls, spans: Sequence[Span], *, pipeline: str, **details: Any) -> Report:
-        """Read a finished call's spans, the first of which is the whole of it; on CUDA this waits for its end.
+    def of(cls, finished: FinishedCall, *, pipeline: str, **details: Any) -> Report:
+        """Read what is kept of a call; on CUDA this waits for its end.
 
         Args:
-            details: the other fields, as they are.
+            details: the fields that are not of the call but of its pipeline.
         """
+        spans = finished.spans
         whole = spans[0]
         if whole.events is not None:
             whole.events[1].synchronize()
-        moved = _by_stage(spans, [span.bytes_moved for span in spans])
+        sent, total = [at for at, _ in finished.moves], [0, *accumulate(nbytes for _, nbytes in finished.moves)]
+        moved = [total[bisect(sent, span.end)] - total[bisect(sent, span.start)] for span in spans]
         memory = whole.memory_peak
         if memory is None and whole.memory_after is not None:
             memory = torch.cuda.max_memory_allocated(whole.events[1].device if whole.events is not None else None)
@@ -117,7 +127,7 @@ class Report:
             steps=[span.seconds() for span in spans if span.what == "step"],
             memory=memory,
             stage_memory=_stage_memory(spans),
-            moved={stage: round(nbytes) for stage, nbytes in moved.items() if nbytes},
+            moved={stage: round(nbytes) for stage, nbytes in _by_stage(spans, moved).items() if nbytes},
             trace=[
                 TraceEvent(
                     span.stage, span.what, span.step, span.branch, _start(span, whole), span.seconds(),
@@ -125,6 +135,7 @@ class Report:
                 )
                 for span in spans
             ],
+            **finished.counts,
             **details,
         )  # fmt: skip
 
@@ -219,6 +230,39 @@ class Report:
             )
             lines.extend(f"    {count} not replayed: {reason}" for reason, count in found["eager"].items())
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class FinishedCall:
+    """What a report needs of a call; not the call itself, which would keep its pipeline alive.
+
+    Attributes:
+        spans: in order of their start, the first being the whole call.
+        moves: when weights were sent to the device, by `time.perf_counter`, and their bytes.
+        counts: the fields of its report that features have counted in it.
+    """
+
+    spans: list[Span]
+    moves: list[tuple[float, int]]
+    counts: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Call) -> FinishedCall:
+        """Read it off a call that has ended."""
+        cache, reuse, vae = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS)
+        counts = {
+            "loads": [Load(*load) for load in call.get(LOADS) or ()],
+            "cache": {
+                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
+                    "computed": count.computed_steps,
+                    "skipped": count.cached_steps,
+                }
+                for count in (() if cache is None else cache.counts())
+            },
+            "reuse": dict(reuse or {}),
+            "vae": dict(vae or {}),
+        }
+        return cls(call.events, call.get(MOVES) or [], counts)
 
 
 def _start(span: Span, whole: Span) -> float:

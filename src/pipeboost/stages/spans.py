@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, Slot
 
 DENOISING = "denoising"
 WHOLE_CALL = "other"
-"""The stage of a call's outermost span: what no door below it accounts for."""
+"""The stage of a call's outermost span: what no stage inside it accounts for."""
 WAITING = "waiting"
 """The stage of a call that waits for a component while calls before it use it."""
-RECORDER = "recorder"
-"""Where a call's state keeps its `Recorder`."""
 
 
 @dataclass
@@ -42,7 +40,6 @@ class Span:
         memory_before: bytes allocated on the device at its start; None on a CPU, and for what is within a step.
         memory_after: the same at its end.
         memory_peak: the most bytes in between, where that is known.
-        bytes_moved: bytes of weights that went from host to device in it.
     """
 
     stage: str
@@ -56,7 +53,6 @@ class Span:
     memory_before: int | None = None
     memory_after: int | None = None
     memory_peak: int | None = None
-    bytes_moved: int = 0
 
     def seconds(self) -> float:
         """Device time where there are events, which must have completed; else host time."""
@@ -67,7 +63,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress callback is told: at the start of each stage, and after each denoising step.
+    """What a progress callback is called with: at the start of each stage, and after each denoising step.
 
     Attributes:
         stage: name of the stage.
@@ -112,9 +108,8 @@ class Recorder:
         if what in ("stage", "step") and self._call.watched is not None:
             self._call.watched.watchdog.enter_stage(stage)
         if what == "stage" and stage != WHOLE_CALL:
-            self._tell(stage, None)
+            self.notify(stage)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
-        span.bytes_moved = -self._call.state.get("bytes moved", 0)
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
             if _has_memory(what):
@@ -136,7 +131,6 @@ class Recorder:
                 if _has_memory(last.what):
                     self._note_memory_at_end(last)
             last.end = time.perf_counter()
-            last.bytes_moved += self._call.state.get("bytes moved", 0)
             if last is span:
                 return
 
@@ -144,7 +138,7 @@ class Recorder:
     def span(
         self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None
     ) -> Iterator[Span]:
-        """A span for the length of a `with` block."""
+        """Open a span for the length of a `with` block."""
         span = self.open(stage, what, step=step, branch=branch)
         try:
             yield span
@@ -155,13 +149,10 @@ class Recorder:
         """The step that is open, if one is."""
         return next((span for span in reversed(self._open) if span.what == "step"), None)
 
-    def step_done(self, step: int) -> None:
-        """Tell the progress callback that the loop has done so many steps."""
-        self._tell(DENOISING, step)
-
-    def _tell(self, stage: str, step: int | None) -> None:
+    def notify(self, stage: str, step: int | None = None) -> None:
+        """Call the progress callback: a stage begins, or the loop has done so many steps."""
         if self._progress is not None:
-            steps = None if step is None else steps_of(self._call.pipe)
+            steps = None if step is None else _steps_of(self._call.pipe)
             self._progress(Progress(stage, step, steps, time.perf_counter() - self._began))
 
     def _note_memory_at_start(self, span: Span) -> None:
@@ -192,22 +183,15 @@ class Recorder:
         return stats["current"], stats["peak"]
 
 
+RECORDER = Slot[Recorder]()
+
+
 def _has_memory(what: str) -> bool:
     return what in ("stage", "step")
 
 
-def steps_of(pipe: Any) -> int | None:
-    """How many steps the loop that runs makes, where the pipeline or its scheduler says."""
-    steps = getattr(pipe, "_num_timesteps", None)
-    if steps is None:
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-        steps = None if timesteps is None else len(timesteps)
-    return steps
-
-
-def recorder_of(call: Call) -> Recorder:
-    """The recorder of a call; one that was opened without gets one of its own."""
-    recorder = call.state.get(RECORDER)
-    if recorder is None:
-        recorder = call.state.setdefault(RECORDER, Recorder(call))
-    return recorder
+def _steps_of(pipe: Any) -> int | None:
+    """Return how many steps the running loop makes, where the pipeline or its scheduler says."""
+    steps: int | None = getattr(pipe, "_num_timesteps", None)
+    timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return len(timesteps) if steps is None and timesteps is not None else steps

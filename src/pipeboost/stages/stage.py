@@ -170,8 +170,8 @@ class Checks:
         self.require(field, isinstance(value, torch.Tensor) and not bool(value.isnan().any()), "a tensor without NaN")
 
 
-def verified(stage: Stage, name: str, side: str, values: Values) -> Values:
-    """The values, once `stage` has nothing against them.
+def verified(stage: Stage, side: str, values: Values) -> Values:
+    """Return the values, once `stage` has nothing against them.
 
     Args:
         side: `"input"` or `"output"`.
@@ -181,7 +181,7 @@ def verified(stage: Stage, name: str, side: str, values: Values) -> Values:
     """
     failed = stage.verify_input(values) if side == "input" else stage.verify_output(values)
     if failed:
-        raise StageVerificationError(name, side, failed)
+        raise StageVerificationError(stage.name, side, failed)
     return values
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call
-from pipeboost.stages.stage_middleware import named_results
+from pipeboost.contract.call import Call, Slot
+from pipeboost.stages.by_name import named_results
 
 _ARGUMENT = "return_trajectory"
-_KEY = "trajectory"
 
 
 @dataclass
@@ -29,21 +28,18 @@ class Trajectory:
     latents: list[torch.Tensor] = field(default_factory=list)
 
 
+TRAJECTORY = Slot[Trajectory]()
+
+
 def without_trajectory(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """A call's arguments without the one that is ours, and what that said; a pipeline that has one keeps it."""
     rest = dict(kwargs)
     return rest, _ARGUMENT not in signature.parameters and rest.pop(_ARGUMENT, False)
 
 
-def follow_trajectory(call: Call) -> Trajectory:
-    """Begin to note the steps of a call."""
-    trajectory: Trajectory = call.state.setdefault(_KEY, Trajectory())
-    return trajectory
-
-
 def note_step(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Note one `scheduler.step(model_output, timestep, sample)` and what it returned, if the call asks for it."""
-    trajectory: Trajectory | None = call.state.get(_KEY)
+    trajectory = call.get(TRAJECTORY)
     if trajectory is None:
         return
     trajectory.timesteps.append(kwargs["timestep"] if "timestep" in kwargs else args[1])
@@ -51,8 +47,10 @@ def note_step(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result:
     trajectory.latents.append(latents.detach().clone())
 
 
-def with_trajectory(result: Any, trajectory: Trajectory) -> Any:
-    """A pipeline's result with the trajectory: an attribute of an output, one more element of a tuple."""
+def with_trajectory(result: Any, trajectory: Trajectory | None) -> Any:
+    """Return a pipeline's result with its trajectory: an attribute of an output, one more element of a tuple."""
+    if trajectory is None:
+        return result
     if isinstance(result, tuple):
         return (*result, trajectory)
     result.trajectory = trajectory

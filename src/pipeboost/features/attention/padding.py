@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.families import Family, PaddedText
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import signature_of, stock_class
 
-_STATE = "padded text"
 _UNMASKED = "padded text without a mask"
 _REMEMBERED = 8
 
@@ -29,6 +28,9 @@ class _Text(NamedTuple):
     kept: int
     full: bool
     mask: torch.Tensor
+
+
+_TEXTS = Slot[dict[Any, _Text]](dict)
 
 
 def trim_padded_text(model: torch.nn.Module, family: Family, ledger: Ledger, *, at_least: int = 1) -> None:
@@ -98,7 +100,7 @@ def _unmask_blocks(block_mask: str, key: int) -> Callable[..., Any]:
 
 def _read(mask: torch.Tensor, call: Call, at_least: int) -> _Text:
     """Read a mask, once for a tensor and its version; a view of the same memory is the same mask."""
-    known: dict[Any, _Text] = call.state.setdefault(_STATE, {})
+    known = call[_TEXTS]
     # Tensors made in inference mode count no versions; pipelines do not write to a mask after making it.
     version = 0 if mask.is_inference() else mask._version
     identity = (mask.data_ptr(), mask.device, mask.dtype, tuple(mask.shape), mask.stride(), version)

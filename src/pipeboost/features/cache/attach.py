@@ -31,8 +31,8 @@ def attach_cache(
     """Cache one transformer in the calls of `owner`; in all others, and outside calls, it stays stock.
 
     The state of a cache lives in the call: one context per guidance branch and expert, made at the call's first
-    forward and dropped with the call. What was computed and skipped can be read from `call.state["cache"]`, a
-    `CallCache`. The call's `step` and `branch` must be kept up by middleware on the scheduler and the transformer.
+    forward and dropped with the call. What was computed and skipped can be read from `call[CACHE]`, a `CallCache`. The
+    call's `step` and `branch` must be kept up by middleware on the scheduler and the transformer.
 
     A `step_mask` fixes the computed steps, so `threshold`, `warmup` and `max_continuous` have no say then.
 

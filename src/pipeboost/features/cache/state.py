@@ -1,4 +1,4 @@
-"""What the caches of one call keep, and what they count; it lives in `call.state["cache"]` and ends with the call."""
+"""What the caches of one call keep, and what they count; it lives in `call[CACHE]` and ends with the call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pipeboost.contract.call import Call
+from pipeboost.contract.call import Call, Slot
 from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
@@ -137,6 +137,9 @@ class CallCache:
             state.release()
 
 
+CACHE = Slot[CallCache]()
+
+
 def call_cache(call: Call, settings: CacheConfig, family: Family) -> CallCache:
     """Return the caches of this call, made at its first forward.
 
@@ -144,8 +147,8 @@ def call_cache(call: Call, settings: CacheConfig, family: Family) -> CallCache:
         ConfigurationError: a step mask cannot be had for the number of steps that an expert makes in this call.
         UnsupportedError: there is a step mask, but the pipeline does not say how many steps it makes.
     """
-    cache = call.state.get("cache")
+    cache = call.get(CACHE)
     if cache is None:
-        cache = call.state["cache"] = CallCache(settings, family, steps_of_experts(call.pipe, family))
+        cache = call[CACHE] = CallCache(settings, family, steps_of_experts(call.pipe, family))
         call.resources.callback(cache.release)
     return cache

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeboost.contract.call import current_call
+from pipeboost.contract.call import Slot, current_call
 from pipeboost.features.offload.copy_stream import Arrival, CopyStream
 from pipeboost.features.offload.host import HostStore
 from pipeboost.features.offload.stream import BlockStream, tensors_of
 
-LOADS = "loads"
+LOADS = Slot[list[tuple[str, int, float]]](list)
+"""Component, bytes and seconds of each load."""
 
 
 class StagedComponent:
@@ -113,7 +114,7 @@ class StagedComponent:
                 moved += self._stream.moved
                 self._stream.close()
         if call is not None:
-            call.state.setdefault(LOADS, []).append((self.path, moved, seconds))
+            call[LOADS].append((self.path, moved, seconds))
         if not all_back:
             self.bring_to_host()
 

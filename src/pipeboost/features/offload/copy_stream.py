@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import current_call
+from pipeboost.contract.call import Slot, current_call
 
-BYTES_MOVED = "bytes moved"
+MOVES = Slot[list[tuple[float, int]]](list)
+"""When copies were sent in a call, by `time.perf_counter`, and their bytes."""
 
 
 class Arrival:
@@ -56,8 +57,7 @@ class CopyStream:
         pairs = list(pairs)
         call = current_call()
         if call is not None:
-            moved = sum(target.nbytes for target, _ in pairs)
-            call.state[BYTES_MOVED] = call.state.get(BYTES_MOVED, 0) + moved
+            call[MOVES].append((time.perf_counter(), sum(target.nbytes for target, _ in pairs)))
         with torch.inference_mode(False):
             if self._stream is None:
                 start = time.perf_counter()

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh, Pending, checked_latents
 
-_STATE = "stops"
-_INTERRUPTED = "interrupted"
+_INTERRUPTED = Slot[bool](bool)
 
 
 def agree_on_steps(scheduler: Any, ledger: Ledger) -> None:
@@ -53,6 +52,9 @@ class _Flags(NamedTuple):
     pending: Pending
 
 
+_FLAGS = Slot[_Flags]()
+
+
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
     if call is None or call.mesh is None:
@@ -65,15 +67,16 @@ def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) 
         call.mesh.compared.add(latents.shape)
     if not call.of_several_ranks:
         return result
-    if _STATE in call.state:
-        cancelled, interrupted = _received(call.state.pop(_STATE))
+    flags = call.pop(_FLAGS)
+    if flags is not None:
+        cancelled, interrupted = _received(flags)
         if interrupted:
-            call.state[_INTERRUPTED] = True
+            call[_INTERRUPTED] = True
         if cancelled:
             raise call.cancelled()
     else:
         call.resources.callback(_receive_the_last, call)
-    call.state[_STATE] = _send(call, call.mesh)
+    call[_FLAGS] = _send(call, call.mesh)
     return result
 
 
@@ -94,7 +97,7 @@ def _received(flags: _Flags) -> tuple[bool, bool]:
 
 def _receive_the_last(call: Call) -> None:
     """Wait for what is under way when the call ends; a rank that ends at the same point has sent it."""
-    flags = call.state.pop(_STATE, None)
+    flags = call.pop(_FLAGS)
     if flags is not None:
         with contextlib.suppress(Exception):  # another rank has failed, which the call raises
             flags.pending.wait()
@@ -108,5 +111,5 @@ def _interrupt(call_next: Callable[..., Any], owner: Any) -> Any:
     if call.arguments.get("callback_on_step_end") is not None:
         control = call.mesh.control
         if bool(control.all_gather(torch.tensor([bool(here)]), 0, [1] * control.size).any()):
-            call.state[_INTERRUPTED] = True
-    return call.state.get(_INTERRUPTED, False)
+            call[_INTERRUPTED] = True
+    return call[_INTERRUPTED]

@@ -19,14 +19,16 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import disguised_subclass, signature_of, stock_class
 
-_STATE = "branches"
-_APART = "forwards that are no branch"
+_DEFERRED = Slot[list[torch.Tensor]](list)
+"""The predictions of a step's calls so far, of which another rank's are still to be filled."""
+_APART = Slot[bool](bool)
+"""Whether forwards are no branches of a step."""
 Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -55,12 +57,11 @@ def flush_deferred(reader: Any, ledger: Ledger, *, method: str = "step") -> None
 @contextlib.contextmanager
 def without_cfg_parallel(call: Call) -> Iterator[None]:
     """Inside, every rank computes the forwards of a call: they are no branches of a step, and may be read at once."""
-    before = call.state.get(_APART, False)
-    call.state[_APART] = True
+    before, call[_APART] = call[_APART], True
     try:
         yield
     finally:
-        call.state[_APART] = before
+        call[_APART] = before
 
 
 def callback_without_cfg_parallel(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,10 +89,10 @@ def _forward(
     prediction: Prediction, call_next: Callable[..., Any], owner: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     call = current_call()
-    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call.state.get(_APART):
+    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1 or call[_APART]:
         return call_next(*args, **kwargs)
     group = call.mesh.group("cfg")
-    waiting: list[torch.Tensor] = call.state.setdefault(_STATE, [])
+    waiting = call[_DEFERRED]
     states, as_tuple = _states(owner, args, kwargs)
     if len(waiting) == group.rank:
         result = call_next(*args, **kwargs)
@@ -107,7 +108,7 @@ def _forward(
 
 def _flush(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
     call = current_call()
-    if call is not None and call.state.get(_STATE):
+    if call is not None and call[_DEFERRED]:
         _fill(call)
     return call_next(*args, **kwargs)
 
@@ -116,8 +117,8 @@ def _fill(call: Call) -> None:
     """Give each rank's result to the others, in the order of the calls."""
     assert call.mesh is not None
     group = call.mesh.group("cfg")
-    waiting: list[torch.Tensor] = call.state.pop(_STATE)
-    for source, tensor in enumerate(waiting):
+    deferred = call.pop(_DEFERRED)
+    for source, tensor in enumerate(deferred or ()):
         outermost_first = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         dense = tensor.permute(outermost_first)
         assert dense.is_contiguous(), "memory of a prediction has gaps"

@@ -66,11 +66,11 @@ def _forward(
     shards = Shards(group.size, group.rank)
     given = _named(owner, args, kwargs)
     _take_own_tokens(shards, sharding.forward, given)
-    call.state[SHARDS] = shards
+    call[SHARDS] = shards
     try:
         return call_next(*_positional(owner, args, given), **given)
     finally:
-        del call.state[SHARDS]
+        call.pop(SHARDS)
 
 
 def _block(
@@ -126,7 +126,7 @@ def _gather(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any
 
 
 def _shards_of(call: Call | None) -> Shards | None:
-    return None if call is None else call.state.get(SHARDS)
+    return None if call is None else call.get(SHARDS)
 
 
 def _refuse_too_few(shards: Shards, sharding: TokenSharding, model: str) -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
+from pipeboost.contract.call import Slot
 from pipeboost.core.sharding import TokenArgument
-
-SHARDS = "token shards"
-"""Where a call's state keeps the `Shards` of the forward that runs."""
 
 
 def sizes(tokens: int, ranks: int) -> list[int]:
@@ -79,3 +77,7 @@ class Shards:
     def _run(self, value: torch.Tensor, dim: int) -> torch.Tensor:
         share = sizes(value.shape[dim], self.ranks)
         return value.narrow(dim, sum(share[: self.rank]), share[self.rank]).contiguous()
+
+
+SHARDS = Slot[Shards]()
+"""Those of the forward that runs."""

@@ -19,7 +19,7 @@ import torch
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Group
-from pipeboost.features.parallel.shards import SHARDS, Shards
+from pipeboost.features.parallel.shards import SHARDS
 from pipeboost.kernels import merge_partial
 
 Attend = Callable[..., Any]
@@ -83,7 +83,7 @@ class UlyssesRing:
         call, attend = current_call(), self._attend()
         assert call is not None
         assert attend is not None
-        shards: Shards | None = call.state.get(SHARDS)
+        shards = call.get(SHARDS)
         if shards is None:  # a call that runs on one rank, of a pipeline that shares the transformer
             return attend(q, k, v, mask, scale=scale)
         assert call.mesh is not None

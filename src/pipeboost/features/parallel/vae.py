@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.contract.call import current_call
+from pipeboost.contract.call import Slot, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.sharding import Autoencoder
@@ -25,7 +25,7 @@ from pipeboost.features.parallel.vae_strip import Strip
 from pipeboost.features.parallel.vae_structure import Structure, structure_of
 
 PARTS = ("encoder", "decoder")
-STATE = "vae"
+VAE_FORWARDS = Slot[Counter[str]](Counter)
 
 
 def parallelize_vae(
@@ -35,7 +35,7 @@ def parallelize_vae(
 
     Acts in calls that have `"parallel"` and a mesh with several such ranks; gradients are not for it. All ranks end
     with the whole result, which differs from the undivided one by rounding. What cannot be divided, such as a map with
-    fewer latent rows and columns than ranks, every rank computes whole. `call.state["vae"]` counts both:
+    fewer latent rows and columns than ranks, every rank computes whole. `call[VAE_FORWARDS]` counts both:
     `"decoder shared"`, `"decoder whole: <reason>"`.
 
     Args:
@@ -67,7 +67,7 @@ def _divided(
         return call_next(states, *args, **kwargs)
     if acceleration is not None and acceleration() is not call.owner:
         return call_next(states, *args, **kwargs)
-    counts: Counter[str] = call.state.setdefault(STATE, Counter())
+    counts = call[VAE_FORWARDS]
     structure = structure_of(part, autoencoder)
     strip = structure if isinstance(structure, str) else _strip(structure, call.mesh.group(*SAMPLE), states)
     if isinstance(structure, str) or isinstance(strip, str):

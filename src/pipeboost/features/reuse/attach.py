@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
-from pipeboost.contract.call import current_call
+from pipeboost.contract.call import Slot, current_call
 from pipeboost.core.config import ReuseConfig
 from pipeboost.core.fingerprint import identity
 from pipeboost.features.reuse.key import Keys
 from pipeboost.features.reuse.store import Entry, Store, Uncacheable
 
+PROMPTS = Slot[dict[str, int]](lambda: {"hits": 0, "misses": 0, "passed": 0})
+
 
 class PromptReuse:
     """The embeddings that one acceleration keeps, shared by its pipeline and the pipeline's shallow copies.
 
-    What it did in a call can be read from `call.state["reuse"]`: `hits`, `misses`, and how many were `passed` on to
+    What it did in a call can be read from `call[PROMPTS]`: `hits`, `misses`, and how many were `passed` on to
     stock because they could not be kept (given as embeddings, say, or encoded in training mode).
 
     Args:
@@ -52,7 +54,7 @@ class PromptReuse:
         ours = call is not None and call.owner is self._owner() and call.has("reuse") and not torch.is_grad_enabled()
         if call is None or not ours:
             return call_next(*args, **kwargs)
-        counts = call.state.setdefault("reuse", {"hits": 0, "misses": 0, "passed": 0})
+        counts = call[PROMPTS]
         key = self._keys.of(call, pipe, args, kwargs)
         if key is None:
             counts["passed"] += 1
