@@ -40,8 +40,8 @@ SCHEDULER = {
     [
         ("flux_dev", {"ulysses": 2}, LORA | WEIGHTS),
         ("flux_true_cfg", {"cfg": 2}, WEIGHTS | SCHEDULER | {"load": LORA["load"]}),
-        ("flux_dev", {"ulysses": 2}, VAE | SCHEDULER),
-        ("flux_dev", {"tensor": 2}, VAE | SCHEDULER | WEIGHTS),
+        ("flux_dev", {"ulysses": 2}, VAE),
+        ("flux_dev", {"tensor": 2}, SCHEDULER | WEIGHTS),
         (
             "wan22_t2v",
             {"cfg": 2},
