@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/pipeboost demo
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n logical
 
 # Every pipeline in every layout of ranks.
 test-distributed: $(VENV)/.dev

@@ -45,9 +45,12 @@ def is_rounding(difference: float, floor: float | Callable[[], float], *, margin
 
 
 @torch.no_grad()
-def floor_of(run: Callable[[], Any], *models: nn.Module, orders: int = 2) -> float:
-    """Return the largest difference between what `run` returns as it is and in other orders of the sums of `models`."""
-    stock, floor = _tensors(run()), 0.0
+def floor_of(run: Callable[[], Any], *models: nn.Module, orders: int = 2, stock: Any = None) -> float:
+    """Return the largest difference between what `run` returns as it is and in other orders of the sums of `models`.
+
+    As it is, it returns `stock`, where that is known.
+    """
+    stock, floor = _tensors(run() if stock is None else stock), 0.0
     for seed in range(orders):
         with reordered(*models, seed=seed):
             floor = max([floor, *(float((a - b).abs().max()) for a, b in zip(_tensors(run()), stock, strict=True))])

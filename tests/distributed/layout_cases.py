@@ -58,14 +58,16 @@ def differences(
     *,
     quality: str = "lossless",
     cache: Any = None,
+    twice: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Largest differences of final latents, and what the ranks did to get there.
 
     Returns:
         `"shared"`: a call on these ranks to one on one rank at the same tier; `"again"`: to a second one with the same
-        seed; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock after; `"left"`:
-        threads, groups and layers that are there after `remove()`; `"forwards"`: how often this rank's denoisers ran;
+        seed, made if `twice`; `"other"`: the same for another seed and prompt; `"removed"`: stock before to stock
+        after; `"left"`: threads, groups and middleware there after `remove()`; `"forwards"`: how often this rank's
+        denoisers ran;
         `"tokens"`: of the image at a block of this rank; `"cache"`: steps computed and skipped; `"carrier"`: what the
         report says carries heads and tokens.
     """
@@ -79,7 +81,8 @@ def differences(
         counts = _counted(pipe, entry.denoisers)
         shared = entry.call(pipe, **settings)
         forwards, tokens = counts["forwards"], counts["tokens"]
-        again, other_shared = entry.call(pipe, **settings), entry.call(pipe, **_other(settings))
+        again = entry.call(pipe, **settings) if twice else shared
+        other_shared = entry.call(pipe, **_other(settings))
         report = pipe.acceleration.report()
         pipe.acceleration.remove()
         after = entry.call(pipe, **settings)

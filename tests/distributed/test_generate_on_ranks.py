@@ -28,6 +28,7 @@ def test_what_all_ranks_refuse_is_told_in_one_line(monkeypatch, capfd):
     assert "width=100 is not a multiple of 16" in told
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_ranks_that_share_nothing_are_refused_in_one_line(monkeypatch, capfd, tmp_path):
     words = ("--model-path", stored("pixart_sigma"), "--prompt", "a", "--save-output", tmp_path / "a.png")
     assert run_main(monkeypatch, "generate", "--num-gpus", 2, *words) == 2

@@ -52,6 +52,7 @@ def test_what_a_rank_of_the_command_refuses_ends_all_in_one_sentence(alone, told
     assert str(raised.value) == f"width=100 cannot be{told}"
 
 
+@pytest.mark.usefixtures("quick_launch")
 def test_forged_records_and_garbage_are_ignored_with_one_warning():
     assert pipeboost.launch(launch_cases.attacked, num_gpus=2) == {"returned": 2.0, "warnings": 1}
 

@@ -1,6 +1,5 @@
 """Pipelines shared by several ranks: the same latents as on one, whatever the layout, and stock again afterwards."""
 
-import functools
 import itertools
 import os
 import shutil
@@ -11,29 +10,34 @@ from tests.distributed import layout_cases
 from tests.distributed.layout_cases import is_as_near
 from tests.distributed.layouts import FAMILIES, LAYOUTS, ranks_of
 from tests.distributed.ranks import on_ranks
-from tests.floors import is_rounding
+from tests.floors import is_rounding, once
 from tests.pipelines.tiny import FRAMES, TINY
 
 SEVERAL = ("ulysses 2", "ring 2", "cfg 2 × ulysses 2", "ulysses 2 × ring 2")
 VARIANTS = tuple(name for name in TINY if TINY[name].family in ("flux", "qwen_image", "wan", "hunyuan_video"))
+# With whom a layout is tried often; with all by `make test-distributed`.
 ONCE = {
-    "ulysses 4": "wan22_t2v",
-    "ring 4": "flux_true_cfg",
-    "tensor 4": "flux_true_cfg",
-    "ulysses 2 × ring 2": "flux_true_cfg",
-    "cfg 2 × ulysses 2": "flux_true_cfg",
-    "ulysses 2 × tensor 2": "qwen_image",
-    "cfg 2 × ring 2": "qwen_image",
-    "cfg 2 × tensor 2": "wan22_t2v",
-    "ring 2 × tensor 2": "hunyuan_video_true_cfg",
+    "ulysses 4": ["wan22_t2v"],
+    "ring 4": ["flux_true_cfg"],
+    "tensor 4": ["flux_true_cfg"],
+    "ulysses 2 × ring 2": ["flux_true_cfg"],
+    "cfg 2 × ulysses 2": ["flux_true_cfg"],
+    "ulysses 2 × tensor 2": ["qwen_image"],
+    "cfg 2 × ring 2": ["qwen_image"],
+    "cfg 2 × tensor 2": ["wan22_t2v"],
+    "ring 2 × tensor 2": ["hunyuan_video_true_cfg"],
 }
+ODD = {"ulysses 4": ["flux_true_cfg", "hunyuan_video_true_cfg"], "ring 4": ["qwen_image", "wan22_t2v"]}
+BATCHED = {"ulysses 2": ["qwen_image"], "cfg 2 × ulysses 2": ["qwen_image"], "ulysses 2 × ring 2": ["qwen_image"]}
+CACHED = {"cfg 2 × ulysses 2": ["qwen_image"], "ulysses 2 × ring 2": ["wan22_t2v"]}
 REST = tuple(name for name in VARIANTS if name not in FAMILIES)
 
 
-def check(name, layout, **overrides):
-    degrees = LAYOUTS[layout] if isinstance(layout, str) else layout
+@once
+def check(name, layout, *, twice=False, **overrides):
+    degrees = LAYOUTS[layout]
     expected = layout_cases.reference(name, **overrides)
-    results = on_ranks(ranks_of(degrees), layout_cases.differences, name, degrees, expected, **overrides)
+    results = on_ranks(ranks_of(degrees), layout_cases.differences, name, degrees, expected, twice=twice, **overrides)
     call = {key: value for key, value in overrides.items() if key not in ("quality", "cache")}
     for found in results:
         assert is_as_near(found["shared"], degrees, name, **call)
@@ -49,24 +53,25 @@ def is_near_stock(difference, name, **call):
     return is_rounding(difference, lambda: TINY[name].floor(output_type="latent", **call))
 
 
-def family_in(name, layout):
-    """One family stands for the others on four ranks: those have odd sizes, batches and caches there, and two ranks."""
-    rest = [pytest.mark.exhaustive] if ONCE.get(layout, name) != name else []
-    return pytest.param(name, layout, marks=rest, id=f"{name}-{layout}")
+def each_in_each(names, layouts, often):
+    """Try every name in every layout, with the names that `often` gives for a layout in every run of the tests."""
+    return pytest.mark.parametrize(
+        ("name", "layout"),
+        [
+            pytest.param(name, layout, marks=[pytest.mark.exhaustive] if name not in often.get(layout, names) else [])
+            for name, layout in itertools.product(names, layouts)
+        ],
+    )
 
 
-@functools.cache
-def tokens_of(name):
-    return check(name, {"cfg": 2})[0]["tokens"]
-
-
-@pytest.mark.parametrize(("name", "layout"), [family_in(*each) for each in itertools.product(FAMILIES, LAYOUTS)])
+# One family stands for the others on four ranks: those have odd sizes, batches and caches there, and two ranks.
+@each_in_each(FAMILIES, LAYOUTS, ONCE)
 def test_a_layout_gives_the_latents_of_one_rank(name, layout):
-    results = check(name, layout)
+    results, alone = check(name, layout, twice=True), check(name, "cfg 2", twice=True)
     degrees = LAYOUTS[layout]
     entry = TINY[name]
     shards = degrees.get("ulysses", 1) * degrees.get("ring", 1)
-    assert [found["tokens"] for found in results] == [tokens_of(name) // shards] * len(results)
+    assert [found["tokens"] for found in results] == [alone[0]["tokens"] // shards] * len(results)
     branches = entry.branches // degrees.get("cfg", 1)
     assert {found["forwards"] for found in results} == {entry.steps * branches}
     assert {found["carrier"] for found in results} == {"gloo" if "ulysses" in degrees else ""}
@@ -105,8 +110,7 @@ def test_cfg_parallel_is_right_without_guidance(name):
     check(name, "cfg 2", quality="exact")
 
 
-@pytest.mark.parametrize("layout", ["ulysses 4", "ring 4"])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_in_each(FAMILIES, ["ulysses 4", "ring 4"], ODD)
 def test_tokens_that_do_not_divide(name, layout):
     frames = {"num_frames": FRAMES} if TINY[name].family in ("wan", "hunyuan_video") else {}
     results = check(name, layout, height=80, width=48, **frames)
@@ -124,8 +128,7 @@ def test_two_real_text_tokens_of_eight(layout):
         assert is_rounding(difference, floor)
 
 
-@pytest.mark.parametrize("layout", SEVERAL)
-@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video_true_cfg"])
+@each_in_each(["qwen_image", "hunyuan_video_true_cfg"], SEVERAL, BATCHED)
 def test_a_batch_of_prompts_of_unequal_length(name, layout):
     check(name, layout, **layout_cases.BATCH)
 
@@ -169,8 +172,7 @@ def test_blocks_compiled_by_inductor_run_in_a_layout_and_new_prompts_compile_not
         assert found["more"] == 0
 
 
-@pytest.mark.parametrize("layout", ["cfg 2 × ulysses 2", "ulysses 2 × ring 2"])
-@pytest.mark.parametrize("name", ["qwen_image", "wan22_t2v"])
+@each_in_each(["qwen_image", "wan22_t2v"], ["cfg 2 × ulysses 2", "ulysses 2 × ring 2"], CACHED)
 def test_ranks_that_share_tokens_skip_the_same_steps(name, layout):
     from pipeboost import CacheConfig
 

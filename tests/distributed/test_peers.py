@@ -27,8 +27,8 @@ def test_heads_and_tokens_arrive_where_they_belong(ranks, tmp_path):
         (3, [1] * ranks, 3 * ranks, 4, "float16", 3),
         (1, [4] * ranks, 3 * ranks, 8, "float16", 2),
         # More than a program sends at a time, and more of that than there are programs.
-        (1, [40 - (rank > 1) for rank in range(ranks)], 2 * ranks, 64, "bfloat16", 1),
-        (1, [40 - (rank > 1) for rank in range(ranks)], 2 * ranks, 64, "bfloat16", 2),
+        (1, [20 - (rank > 1) for rank in range(ranks)], 2 * ranks, 64, "bfloat16", 1),
+        (1, [20 - (rank > 1) for rank in range(ranks)], 2 * ranks, 64, "bfloat16", 2),
     ]
     for outcome in on_mortal_ranks(ranks, peer_cases.exchanges, str(tmp_path), cases):
         assert outcome.answer == [True] * len(cases), outcome.printed

@@ -121,8 +121,9 @@ def _stock(entry: TinyPipeline, /, **arguments: Any) -> torch.Tensor:
 @once
 def _floor(entry: TinyPipeline, /, **arguments: Any) -> float:
     pipe = entry.build()
-    vae = [pipe.vae] if arguments.get("output_type") != "latent" else []
-    return floor_of(lambda: entry.call(pipe, **arguments), *(getattr(pipe, name) for name in entry.denoisers), *vae)
+    models = [getattr(pipe, name) for name in entry.denoisers]
+    models += [pipe.vae] if arguments.get("output_type") != "latent" else []
+    return floor_of(lambda: entry.call(pipe, **arguments), *models, stock=entry.stock(**arguments))
 
 
 def picture(*, seed: int = 0, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
