@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,16 +12,21 @@ from typing import Any, TypeVar
 
 from pipeboost.apply import AppliedPlan
 from pipeboost.contract.call import Call
-from pipeboost.core.config import AccelerationConfig, resolve_config
-from pipeboost.core.errors import PipeboostError, UnsupportedError
+from pipeboost.core.config import AccelerationConfig, CacheConfig, resolve_config
+from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import attach
+from pipeboost.core.user_files import make_folder, user_path
+from pipeboost.features.cache import attach_cache
 from pipeboost.features.parallel.cfg_parallel import apart
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests
 from pipeboost.runner import Calls, weakly
 from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
+from pipeboost.tune.budget import Budget
+from pipeboost.tune.tuned import Tuned
+from pipeboost.tune.tuner import tune
 
 P = TypeVar("P")
 
@@ -276,6 +282,79 @@ class Acceleration:
             paused=self.paused,
             opened=self.open,
         )
+
+    def tune(
+        self,
+        prompts: Sequence[str | Mapping[str, Any]],
+        *,
+        budget: str = "psnr>=30",
+        share: float = 0.95,
+        held_out: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        progress: Callable[[int], None] | None = None,
+        **call: Any,
+    ) -> Tuned:
+        """Find which denoising steps to compute, so that results stay within a budget of stock's.
+
+        Records stock's steps for the first prompts, searches them for schedules that compute few steps and extrapolate
+        the transformer's output in the others, runs the best, and judges the winner on prompts that it did not see.
+
+        Args:
+            prompts: texts, or arguments of one call each; the more, the surer the answer.
+            budget: what each result has to reach, such as `"psnr>=30"`, dB to stock's with the same seed.
+            share: of the prompts that has to.
+            held_out: how many of the last prompts judge the result; None is a third.
+            folder: keeps what was measured, so that the same call continues where it was stopped.
+            progress: called with the number of calls of the pipeline made so far.
+            call: arguments that all calls have, such as `num_inference_steps`.
+
+        Returns:
+            The schedule, its share with an interval, and stock with as many forwards beside it.
+
+        Raises:
+            ConfigurationError: the budget or share cannot be read, or there are too few prompts.
+            UnsupportedError: nothing tells which forwards a step makes, or there are two experts or several ranks.
+        """
+        pipe, read = self._alive_pipe(), Budget.of(budget)
+        calls = [{**call, **({"prompt": each} if isinstance(each, str) else each)} for each in prompts]
+        where = None if folder is None else user_path(folder, "folder")
+        if where is not None:
+            make_folder(where, f"folder {where}")
+        return tune(
+            pipe,
+            calls,
+            budget=read,
+            share=share,
+            held_out=len(calls) // 3 if held_out is None else held_out,
+            stock=self.paused,
+            cached=self._tunable(pipe),
+            folder=where,
+            progress=progress,
+        )
+
+    def _tunable(self, pipe: Any) -> Callable[[CacheConfig], contextlib.AbstractContextManager[None]]:
+        """Return the context in which calls run with a cache; raise where there can be none."""
+        family, models = self.plan.family, self.plan.family.models(pipe)
+        if self.plan["cache"].on:
+            raise ConfigurationError("tune needs an acceleration without a cache; accelerate with cache=None first")
+        if not family.pipelines or len(models) != 1 or self._applied.team is not None:
+            raise UnsupportedError(
+                f"tune cannot search schedules of {self.plan.model.pipeline}: it knows pipelines of a family with one "
+                "denoiser, on one rank; give CacheConfig(step_mask=...) by hand"
+            )
+        ((_, model),) = models.items()
+
+        @contextlib.contextmanager
+        def cached(settings: CacheConfig) -> Iterator[None]:
+            ledger = Ledger()
+            with ledger:
+                attach_cache(model, settings, family, ledger, owner=self._applied)
+            try:
+                yield
+            finally:
+                ledger.undo()
+
+        return cached
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Inside this context the pipeline runs stock in this thread; calls of other threads stay accelerated."""

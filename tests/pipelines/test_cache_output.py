@@ -14,7 +14,16 @@ from tests.pipelines.tiny import OTHER_PROMPT, TINY
 
 SOME = CacheConfig(extrapolate="output", step_mask=(0, 1, 4), steps=6, taylorseer_order=1)
 PLAIN = {"quality": "fast", "compile": None, "attention": None, "reuse": None, "parallel": None}
-FAMILIES = ("flux_dev", "flux_true_cfg", "qwen_image", "wan21_t2v", "hunyuan_video", "z_image", "ltx2", "flux_controlnet")
+FAMILIES = (
+    "flux_dev",
+    "flux_true_cfg",
+    "qwen_image",
+    "wan21_t2v",
+    "hunyuan_video",
+    "z_image",
+    "ltx2",
+    "flux_controlnet",
+)
 
 
 def reference(name: str, computed: tuple[int, ...], branches: int, **call: Any) -> torch.Tensor:
@@ -42,7 +51,9 @@ def reference(name: str, computed: tuple[int, ...], branches: int, **call: Any) 
     return entry.call(pipe, **call)
 
 
-@pytest.mark.parametrize(("name", "branches"), [("flux_dev", 1), ("flux_true_cfg", 2), ("qwen_image", 2), ("wan21_t2v", 2)])
+@pytest.mark.parametrize(
+    ("name", "branches"), [("flux_dev", 1), ("flux_true_cfg", 2), ("qwen_image", 2), ("wan21_t2v", 2)]
+)
 def test_skipped_steps_are_on_the_line_through_the_computed_ones_of_their_branch(name: str, branches: int) -> None:
     pipe = accelerate_pipeline(TINY[name].build(), **PLAIN, cache=SOME)
     ours = TINY[name].call(pipe, steps=6)
