@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests
 from pipeboost.runner import Calls, weakly
 from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
+from pipeboost.tune import Tuned, tune
 
 P = TypeVar("P")
 
@@ -257,6 +259,43 @@ class Acceleration:
             denoisers=self.plan.family.models(pipe),
             paused=self.paused,
             opened=self.open,
+        )
+
+    def tune(
+        self,
+        prompts: Sequence[str | Mapping[str, Any]],
+        *,
+        budget: str = "psnr>=30",
+        share: float = 0.95,
+        held_out: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        progress: Callable[[int], None] | None = None,
+        **call: Any,
+    ) -> Tuned:
+        """Find which denoising steps to compute and between which to extrapolate, within a budget of quality.
+
+        Args:
+            prompts: texts, or arguments of one call each; the more, the surer the answer.
+            budget: what each result has to reach, such as `"psnr>=30"`, dB to stock's with the same seed.
+            share: of the prompts that has to.
+            held_out: how many of the last prompts judge the result, unseen by the search; None is a third.
+            folder: keeps what was measured, so that the same call continues where it was stopped.
+            progress: called with the number of calls made so far.
+            call: arguments that all calls have, such as `num_inference_steps`.
+
+        Raises:
+            PipeboostError: the budget cannot be read, there are too few prompts, or the pipeline cannot be searched.
+        """
+        return tune(
+            self._alive_pipe(),
+            self._applied,
+            [{**call, **({"prompt": each} if isinstance(each, str) else each)} for each in prompts],
+            budget=budget,
+            share=share,
+            held_out=held_out,
+            stock=self.paused,
+            folder=folder,
+            progress=progress,
         )
 
     def paused(self) -> contextlib.AbstractContextManager[None]:

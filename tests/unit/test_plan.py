@@ -46,7 +46,7 @@ def test_graphs_are_for_cuda_and_for_forwards_that_leave_nothing_to_the_host():
     assert plan(compile=CompileConfig(graphs=False))["graphs"].choice == "off"
     for off, reason in (
         (plan(CPU), "CPU"),
-        (plan(quality="fast"), "cache"),
+        (plan(quality="fast", cache=CacheConfig()), "cache"),
         (plan(offload="layerwise"), "weights come"),
     ):
         assert off["graphs"].choice == "off"
@@ -54,7 +54,8 @@ def test_graphs_are_for_cuda_and_for_forwards_that_leave_nothing_to_the_host():
     with pytest.raises(UnsupportedError, match="on the CPU"):
         plan(CPU, compile=alone)
     with pytest.raises(UnsupportedError, match="cache decides"):
-        plan(quality="fast", compile=alone)
+        plan(quality="fast", compile=alone, cache=CacheConfig())
+    assert plan(quality="fast")["graphs"].on  # whole forwards are skipped, and a graph holds one
     with pytest.raises(ConfigurationError, match="scope=None"):
         CompileConfig(scope=None)
     with pytest.raises(ConfigurationError, match="graphs"):
@@ -69,7 +70,7 @@ def test_the_default_on_a_hopper_compiles_and_never_caches():
 
 
 def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
-    assert plan(quality="fast")["cache"].settings == CacheConfig()
+    assert plan(quality="fast")["cache"].settings.extrapolate == "output"
     made = plan(quality="fast", family=UNKNOWN)
     assert not made["cache"].on
     assert "no family" in made["cache"].why
@@ -116,9 +117,9 @@ def test_the_plan_tells_of_sizes_what_the_family_declares():
     assert why("FluxPipeline", dynamic=True).endswith("for all sizes")
 
 
-def test_a_controlnet_leaves_the_cache_out_and_a_cache_asked_for_is_refused():
+def test_beside_a_controlnet_whole_forwards_are_skipped_and_a_cache_of_blocks_is_refused():
     facts = ModelInfo("FluxControlNetPipeline", torch.bfloat16, 1, controlnet=True)
-    assert "ControlNet" in make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].why
+    assert make_plan(AccelerationConfig(quality="fast"), H100, FLUX, facts)["cache"].choice == "outputs"
     with pytest.raises(PipeboostError, match="ControlNet adds to the states"):
         make_plan(AccelerationConfig(quality="fast", cache=CacheConfig()), H100, FLUX, facts)
 

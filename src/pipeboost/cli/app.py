@@ -54,6 +54,26 @@ def doctor() -> None:
 
 
 @app.command()
+def tune(
+    model: Annotated[str | None, typer.Argument(help="folder of a Diffusers pipeline, or a hub id; else ours")] = None,
+    prompts: Annotated[Path, typer.Option(help="prompts, a line each, or JSONL, JSON or YAML")] = ...,  # type: ignore[assignment]
+    budget: Annotated[str, typer.Option(help="what each picture has to reach, against stock's")] = "psnr>=30",
+    share: Annotated[float, typer.Option(help="of the prompts that has to")] = 0.95,
+    steps: Annotated[int | None, typer.Option(help="denoising steps of stock; else the pipeline's default")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the schedule, the plot and what was measured")] = Path(
+        "tuned"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Find which denoising steps to compute within a budget of quality, on your prompts; continues where it stopped."""
+    from pipeboost.cli.tune import run_tune
+
+    raise typer.Exit(
+        run_tune(model, prompts=prompts, budget=budget, share=share, steps=steps, output=output, device=device)
+    )
+
+
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
     tier: Annotated[list[str] | None, typer.Option(help="quality tier to measure; may be given several times")] = None,

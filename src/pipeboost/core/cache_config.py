@@ -5,51 +5,68 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeboost.core.config_checks import checked_bins, from_mapping, is_number, require_integer, require_one_of
+from pipeboost.core.config_checks import checked_mask, from_mapping, is_number, require_integer, require_one_of
 from pipeboost.core.errors import ConfigurationError
 
 STEP_MASKS = ("slow", "medium", "fast", "ultra")
+EXTRAPOLATED = ("blocks", "output")
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Step caching by cache-dit: skip the middle blocks when the first ones say that little has changed.
+    """Step caching: in some denoising steps the transformer, or its middle blocks, are not run but extrapolated.
 
     Attributes:
+        extrapolate: `"output"` skips the whole transformer in fixed steps and extrapolates what it returns; `"blocks"`
+            runs the first and last blocks and lets cache-dit extrapolate the residual of the others.
+        step_mask: fixed steps instead of the residual's decision: a preset for any number of steps,
+            `([compute bins], [cache bins])`, run alternately, or with `steps` the computed steps, from 0.
+        steps: the number of denoising steps that such a list of computed steps is for.
+        taylorseer_order: order of the extrapolation over the steps; None repeats what was computed last.
+        max_continuous: skipped steps in a row, at most; None: 3 where the residual decides, any number in a mask.
         fn: blocks at the front that always run; their residual decides.
         bn: blocks at the end that always run.
-        warmup: denoising steps at the start that are never skipped.
+        warmup: denoising steps at the start that the residual never skips.
         threshold: relative change of the residual below which a step is skipped.
-        max_continuous: skipped steps in a row, at most.
-        taylorseer_order: extrapolate skipped steps by a Taylor series of this order; None reuses the last residual.
-        step_mask: fixed steps instead of the residual's decision: a preset of cache-dit, or
-            `([compute bins], [cache bins])`, run alternately; `threshold`, `warmup`, `max_continuous` then do nothing.
         secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
     """
 
+    extrapolate: str = "blocks"
+    step_mask: str | tuple[tuple[int, ...], tuple[int, ...]] | tuple[int, ...] | None = None
+    steps: int | None = None
+    taylorseer_order: int | None = None
+    max_continuous: int | None = None
     fn: int = 1
     bn: int = 0
     warmup: int = 4
     threshold: float = 0.24
-    max_continuous: int = 3
-    taylorseer_order: int | None = None
-    step_mask: str | tuple[tuple[int, ...], tuple[int, ...]] | None = None
     secondary: CacheConfig | None = None
 
     def __post_init__(self) -> None:
+        require_one_of("cache.extrapolate", self.extrapolate, EXTRAPOLATED)
         require_integer("cache.fn", self.fn, minimum=1)
         require_integer("cache.bn", self.bn, minimum=0)
         require_integer("cache.warmup", self.warmup, minimum=0)
-        require_integer("cache.max_continuous", self.max_continuous, minimum=1)
         if not is_number(self.threshold) or not 0 < self.threshold <= 1:
             raise ConfigurationError(f"cache.threshold={self.threshold!r} must be a number in (0, 1]")
-        if self.taylorseer_order is not None:
-            require_integer("cache.taylorseer_order", self.taylorseer_order, minimum=1, maximum=4)
-        if isinstance(self.step_mask, str):
-            require_one_of("cache.step_mask", self.step_mask, STEP_MASKS)
-        elif self.step_mask is not None:
-            object.__setattr__(self, "step_mask", checked_bins("cache.step_mask", self.step_mask, STEP_MASKS))
+        for name, value, maximum in (
+            ("max_continuous", self.max_continuous, None),
+            ("taylorseer_order", self.taylorseer_order, 4),
+            ("steps", self.steps, None),
+        ):
+            if value is not None:
+                require_integer(f"cache.{name}", value, minimum=1, maximum=maximum)
+        object.__setattr__(self, "step_mask", checked_mask("cache", self.step_mask, self.steps, STEP_MASKS))
+        if self.extrapolate == "output" and self.step_mask is None:
+            raise ConfigurationError(
+                "cache.extrapolate='output' skips fixed steps; use it with step_mask='fast', or name the steps"
+            )
         if isinstance(self.secondary, Mapping):
             object.__setattr__(self, "secondary", from_mapping(CacheConfig, "cache.secondary", self.secondary))
         elif not isinstance(self.secondary, CacheConfig | None):
             raise ConfigurationError(f"cache.secondary={self.secondary!r} must be CacheConfig(...) or None")
+        if self.secondary is not None and self.secondary.extrapolate != self.extrapolate:
+            raise ConfigurationError(
+                f"cache.secondary.extrapolate={self.secondary.extrapolate!r} must be that of the first expert, "
+                f"{self.extrapolate!r}"
+            )

@@ -27,19 +27,38 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def checked_bins(argument: str, mask: Any, presets: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return `([compute bins], [cache bins])` as tuples, or raise; `presets` are what may stand in their place."""
+def checked_mask(argument: str, mask: Any, steps: int | None, presets: Sequence[str]) -> Any:
+    """Return a step mask with tuples for its lists, or raise; see `CacheConfig.step_mask`."""
+    if isinstance(mask, str) or mask is None:
+        if isinstance(mask, str):
+            require_one_of(f"{argument}.step_mask", mask, presets)
+        if steps is not None:
+            raise ConfigurationError(
+                f"{argument}.steps={steps} is for a list of computed steps in {argument}.step_mask"
+            )
+        return mask
     try:
-        compute, cache = (tuple(bins) for bins in mask)
-    except (TypeError, ValueError):
-        compute = cache = ()
-    every = (*compute, *cache)
-    if not compute or not cache or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in every):
+        parts: Any = tuple(mask) if steps is not None else tuple(tuple(bins) for bins in mask)
+    except TypeError:
+        parts = ()
+    if steps is None:
+        if len(parts) == 2 and all(part and all(map(_is_positive, part)) for part in parts):
+            return parts
         raise ConfigurationError(
-            f"{argument}={mask!r} must be one of {', '.join(map(repr, presets))} or "
-            "([compute bins], [cache bins]) with positive integers in both"
+            f"{argument}.step_mask={quoted(mask)} must be one of {', '.join(map(repr, presets))}, "
+            f"([compute bins], [cache bins]) with positive integers in both, or with {argument}.steps a list of steps"
         )
-    return compute, cache
+    numbers = [0, *sorted(part for part in parts if _is_positive(part))]
+    if list(parts) != numbers or len(set(numbers)) < len(numbers) or numbers[-1] >= steps:
+        raise ConfigurationError(
+            f"{argument}.step_mask={quoted(mask)} must list steps from 0, which is always computed, to {steps - 1} in "
+            "order"
+        )
+    return parts
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_process_group(group: Any) -> bool:

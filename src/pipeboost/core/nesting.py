@@ -7,6 +7,7 @@ from __future__ import annotations
 
 NESTING: dict[str, dict[str, str]] = {
     "pipe": {
+        "tune": "a recording begins with each call",
         "call": "opens the call, in which everything below acts",
         "stages": "a stage spans whatever else its method has become",
         "reuse": "a prompt that was kept is a stage that took no time",
@@ -19,6 +20,7 @@ NESTING: dict[str, dict[str, str]] = {
         "stages": "a stage's time includes loading its weights",
         "offload": "weights are there before anything computes",
         "cfg": "the branch that another rank computes is neither trimmed nor captured here",
+        "cache": "an output that is extrapolated is that of one guidance branch, and computes nothing below",
         "verify": "sees each branch as it was computed, whatever computes it",
         "strips": "ranks divide a VAE's map",
         "padding": "padded text is cut before ranks share its tokens, and before shapes are captured",
@@ -37,6 +39,7 @@ NESTING: dict[str, dict[str, str]] = {
         "sequence": "puts tokens together, or takes a rank's own",
     },
     "scheduler": {
+        "tune": "records what the step was given and what it returned",
         "agreement": "whether the other ranks still run is asked before their branches are",
         "cfg": "fills in the branches of other ranks, which the step reads",
         "stages": "counts the step once it has all it reads",

@@ -18,6 +18,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.features.cache.output import CachedOutput
 from pipeboost.features.cache.span import CachedSpan
 from pipeboost.features.cache.steps import settings_of
 
@@ -42,11 +43,18 @@ def attach_cache(
         owner: the acceleration, which is the `owner` of its calls. Several may cache one model, each its own way.
         position: which of `family.denoisers` this model is.
 
+    With `extrapolate="output"` the whole transformer is skipped, and the family need not say which blocks there are.
+
     Raises:
         UnsupportedError: the family does not say which blocks there are, the blocks are not of the form it
             declares, or another cache is on the model. Nothing was changed.
         ConfigurationError: `fn + bn` is more than the blocks there are. Nothing was changed.
     """
+    if settings.extrapolate == "output":
+        refuse_other_caches(model, family)
+        middleware = CachedOutput(settings=settings, family=family, position=position, owner=owner)
+        ledger.add_middleware(model, "__call__", middleware, place="component.cache")
+        return
     if not family.blocks:
         raise UnsupportedError(
             f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "

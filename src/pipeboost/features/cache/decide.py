@@ -8,6 +8,10 @@ from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
+from pipeboost.features.cache.steps import LONGEST
+
+AUTO = CacheConfig(extrapolate="output", step_mask="fast", taylorseer_order=1)
+"""What tier `fast` does by itself."""
 
 
 def decide(
@@ -26,30 +30,41 @@ def decide(
         if asked != "auto":
             raise needs_tier("cache", asked, "fast", config.quality)
         return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
-    if not (family.blocks and family.pipelines):
-        unknown = "which forwards a step makes" if family.blocks else "which blocks may be skipped"
+    settings = AUTO if asked == "auto" else asked
+    against = _obstacle(settings, config, model, family)
+    if against is not None:
         if asked != "auto":
-            raise UnsupportedError(
-                f"cache needs to know {unknown}, which no family tells for {model.pipeline}; use cache=None or add a "
-                "family (entry-point group 'pipeboost.patches')"
-            )
-        return Decision("cache", "off", f"no family tells {unknown} in {model.pipeline}")
-    if model.controlnet:
-        if asked != "auto":
-            raise UnsupportedError(
-                f"cache cannot skip blocks of {model.pipeline}, whose ControlNet adds to the states between them; "
-                "use cache=None"
-            )
-        return Decision("cache", "off", "a ControlNet adds to the states between the blocks, which a cache would skip")
-    if isinstance(config.compile, CompileConfig) and config.compile.scope == "full":
-        if asked != "auto":
-            raise ConfigurationError("cache decides between blocks, which compile='full' does not have; use 'regional'")
-        return Decision("cache", "off", "compile='full' leaves no blocks to decide between")
-    settings = CacheConfig() if asked == "auto" else asked
-    how = (
-        f"fixed steps ({settings.step_mask})"
-        if settings.step_mask is not None
-        else f"a step is skipped while the residual of the first {settings.fn} block(s) moves less than "
-        f"{settings.threshold}, at most {settings.max_continuous} in a row, never in the first {settings.warmup}"
+            raise against
+        return Decision("cache", "off", str(against))
+    skips = "the transformer" if settings.extrapolate == "output" else "the middle blocks"
+    order = settings.taylorseer_order
+    how = "its last result stands in" if order is None else f"its results are extrapolated with order {order}"
+    when = (
+        f"in the residual's quiet steps: while that of the first {settings.fn} block(s) moves less than "
+        f"{settings.threshold}, at most {settings.max_continuous or LONGEST} in a row, never in the first "
+        f"{settings.warmup}"
+        if settings.step_mask is None
+        else f"in fixed steps ({settings.step_mask if isinstance(settings.step_mask, str) else 'as listed'})"
     )
-    return Decision("cache", "cache-dit", how, settings=settings)
+    choice = "outputs" if settings.extrapolate == "output" else "cache-dit"
+    return Decision("cache", choice, f"{skips} is skipped {when}; {how}", settings=settings)
+
+
+def _obstacle(
+    settings: CacheConfig, config: AccelerationConfig, model: ModelInfo, family: Family
+) -> ConfigurationError | UnsupportedError | None:
+    blocks = settings.extrapolate == "blocks"
+    if not (family.pipelines and (family.blocks or not blocks)):
+        unknown = "which forwards a step makes" if not family.pipelines else "which blocks may be skipped"
+        return UnsupportedError(
+            f"cache needs to know {unknown}, which no family tells for {model.pipeline}; use cache=None or add a "
+            "family (entry-point group 'pipeboost.patches')"
+        )
+    if blocks and model.controlnet:
+        return UnsupportedError(
+            f"cache cannot skip blocks of {model.pipeline}, whose ControlNet adds to the states between them; "
+            "use extrapolate='output' or cache=None"
+        )
+    if blocks and isinstance(config.compile, CompileConfig) and config.compile.scope == "full":
+        return ConfigurationError("cache decides between blocks, which compile='full' does not have; use 'regional'")
+    return None

@@ -18,6 +18,7 @@ from torch import nn
 from pipeboost.core.config import CacheConfig
 from pipeboost.core.families import BlockReturn
 from pipeboost.distributed import Group
+from pipeboost.features.cache.steps import LONGEST
 
 _LEFT_BEHIND = "FFPA_CUDA_ALLOW_SMALL_D"
 
@@ -38,11 +39,11 @@ def _process_kept() -> Iterator[None]:
 
 
 with _process_kept():
-    from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig, steps_mask
+    from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
     from cache_dit.caching import CachedBlocks, CachedContextManager
     from cache_dit.caching.cache_blocks import pattern_base
 
-__all__ = ["BlockRow", "Cache", "steps_mask"]
+__all__ = ["BlockRow", "Cache"]
 
 Cache: TypeAlias = Callable[..., tuple[Any, bool]]
 """Runs a row of blocks for one step: what its last block would have returned, and whether the middle was skipped."""
@@ -122,7 +123,7 @@ class BlockRow:
                 Bn_compute_blocks=settings.bn,
                 residual_diff_threshold=settings.threshold,
                 max_warmup_steps=settings.warmup,
-                max_continuous_cached_steps=settings.max_continuous,
+                max_continuous_cached_steps=settings.max_continuous or LONGEST,
                 enable_separate_cfg=False,
                 num_inference_steps=steps,
                 steps_computation_mask=mask,

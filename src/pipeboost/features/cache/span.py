@@ -76,7 +76,7 @@ class CachedSpan:
         place = self._places.get(id(block))
         if call is None or call.owner is not self.owner or place is None:
             return call_next(*args, **kwargs)
-        branch = call_cache(call, self._settings, self._family).branch(self._position, self.name, call.branch)
+        branch = call_cache(call, self._settings, self._family).blocks_branch(self._position, self.name, call.branch)
         if branch.computing:
             return call_next(*args, **kwargs)
         if place == 0:

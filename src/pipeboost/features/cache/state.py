@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.distributed import Group
-from pipeboost.features.cache.steps import computed_steps, settings_of, steps_of_experts
+from pipeboost.features.cache.extrapolation import OutputBranch
+from pipeboost.features.cache.masks import computed_steps
+from pipeboost.features.cache.steps import settings_of, steps_of_experts
 
 if TYPE_CHECKING:
     from pipeboost.features.cache.library import BlockRow, Cache
@@ -26,8 +28,8 @@ class CacheCount:
     Attributes:
         denoiser: attribute of the pipeline, such as `"transformer"`.
         branch: index of the forward within a step; 0 is the first.
-        blocks: the block lists that share the decision, joined by `+`.
-        skipped: by the expert's steps, whether the middle blocks were skipped.
+        blocks: the block lists that share the decision, joined by `+`; `output` where the whole transformer is skipped.
+        skipped: by the expert's steps, whether they were skipped.
     """
 
     denoiser: str
@@ -37,12 +39,12 @@ class CacheCount:
 
     @property
     def computed_steps(self) -> int:
-        """Steps in which all blocks ran."""
+        """How many steps were computed."""
         return self.skipped.count(False)
 
     @property
     def cached_steps(self) -> int:
-        """Steps in which only the first and last blocks ran."""
+        """How many steps were skipped."""
         return self.skipped.count(True)
 
 
@@ -110,16 +112,29 @@ class CallCache:
         self._steps = tuple(steps)
         # All masks now: a mask that the second expert cannot have must not stop the call halfway.
         self._masks = tuple(map(computed_steps, self._settings, self._steps))
-        self._branches: dict[tuple[int, str, int], Branch] = {}
+        self._branches: dict[tuple[int, str, int], Branch | OutputBranch] = {}
 
-    def branch(self, position: int, blocks: str, branch: int) -> Branch:
-        """Return the branch of the expert at `position`; when one takes over, the others' contexts are dropped."""
-        key = (position, blocks, branch)
+    def blocks_branch(self, position: int, blocks: str, branch: int) -> Branch:
+        """Return the branch of a row of blocks of the expert at `position`."""
+        settings, steps, mask = self._settings[position], self._steps[position], self._masks[position]
+        state = self._of((position, blocks, branch), lambda: Branch(settings, steps, mask))
+        assert isinstance(state, Branch)
+        return state
+
+    def output_branch(self, position: int, branch: int) -> OutputBranch:
+        """Return the branch of the output of the expert at `position`."""
+        mask, order = self._masks[position] or [], self._settings[position].taylorseer_order or 0
+        state = self._of((position, "output", branch), lambda: OutputBranch(mask, order))
+        assert isinstance(state, OutputBranch)
+        return state
+
+    def _of(self, key: tuple[int, str, int], make: Callable[[], Branch | OutputBranch]) -> Branch | OutputBranch:
+        """Return a branch; when one expert takes over from another, what the other keeps is dropped."""
         if key not in self._branches:
-            for (other, _, _), state in self._branches.items():
-                if other != position:
+            for (position, _, _), state in self._branches.items():
+                if position != key[0]:
                     state.release()
-            self._branches[key] = Branch(self._settings[position], self._steps[position], self._masks[position])
+            self._branches[key] = make()
         return self._branches[key]
 
     def counts(self) -> tuple[CacheCount, ...]:

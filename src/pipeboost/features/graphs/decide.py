@@ -26,10 +26,10 @@ def decide(
     wanted = "auto" if asked == "auto" else asked.graphs
     if wanted is False:
         return Decision("graphs", "off", "turned off")
-    offload = earlier["offload"].settings
+    offload, caching = earlier["offload"].settings, earlier["cache"].settings
     against: dict[str, bool] = {
         "the pipeline is on the CPU": hardware.device == "cpu",
-        "the cache decides on the host which blocks run": earlier["cache"].on,
+        "the cache decides on the host which blocks run": caching is not None and caching.extrapolate == "blocks",
         "the transformer's weights come and go": model.offloaded
         or (offload is not None and offload.transformers != "resident"),
     }

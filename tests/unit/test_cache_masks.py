@@ -2,29 +2,50 @@
 
 from types import SimpleNamespace
 
+import cache_dit
 import pytest
 import torch
 
 from pipeboost.core.config import STEP_MASKS, CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.features.cache.steps import computed_steps, settings_of, steps_of_experts
+from pipeboost.features.cache.masks import COMPUTED_SHARE, computed_steps
+from pipeboost.features.cache.steps import settings_of, steps_of_experts
 from pipeboost.patches import flux, wan
 
 
 @pytest.mark.parametrize("preset", STEP_MASKS)
-def test_every_preset_covers_4_6_and_every_number_of_steps_from_8(preset: str) -> None:
-    for steps in (4, 6, *range(8, 101)):
+def test_every_preset_serves_every_number_of_steps_and_computes_its_share(preset: str) -> None:
+    for steps in range(1, 101):
         mask = computed_steps(CacheConfig(step_mask=preset), steps)
         assert mask is not None
         assert len(mask) == steps
-        assert mask[0] == mask[-1] == 1
-        assert 0 in mask
+        assert mask[0] == 1
+        assert abs(sum(mask) - COMPUTED_SHARE[preset] * steps) <= 1 + 0.03 * steps  # two may round to one
+        bounded = computed_steps(CacheConfig(step_mask=preset, max_continuous=2), steps)
+        assert bounded is not None
+        assert "000" not in "".join(map(str, bounded))
+        assert all(wide <= narrow for wide, narrow in zip(mask, bounded, strict=True))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
-def test_a_preset_that_does_not_exist_raises_and_names_what_does(steps: int) -> None:
-    with pytest.raises(ConfigurationError, match=rf"for {steps} steps of one transformer; use 4, 6, or at least 8"):
-        computed_steps(CacheConfig(step_mask="fast"), steps)
+def test_listed_steps_are_computed_and_are_for_one_number_of_steps() -> None:
+    settings = CacheConfig(step_mask=[0, 2, 5], steps=7)
+    assert computed_steps(settings, 7) == [1, 0, 1, 0, 0, 1, 0]
+    with pytest.raises(ConfigurationError, match="is for 7 steps, but one transformer makes 8 in this call; use num"):
+        computed_steps(settings, 8)
+
+
+def test_no_mask_skips_more_in_a_row_than_it_may() -> None:
+    for schedule in ({"step_mask": ([2, 1], [3, 1])}, {"step_mask": (0, 4), "steps": 7}):
+        with pytest.raises(ConfigurationError, match=r"skips 3 steps in a row, more than cache.max_cont"):
+            computed_steps(CacheConfig(max_continuous=2, **schedule), 7)
+        assert computed_steps(CacheConfig(max_continuous=3, **schedule), 7) is not None
+
+
+def test_bins_are_those_of_cache_dit() -> None:
+    for bins in (([3, 1], [2, 4]), ([4, 2, 1], [1, 2]), ([1, 1], [3, 2, 4])):
+        for steps in range(1, sum(map(sum, bins)) + 1):
+            theirs = cache_dit.steps_mask(compute_bins=bins[0], cache_bins=bins[1], total_steps=steps)
+            assert computed_steps(CacheConfig(step_mask=bins), steps) == theirs
 
 
 def test_bins_alternate_and_what_is_left_over_is_cut() -> None:

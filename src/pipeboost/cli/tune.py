@@ -1,0 +1,55 @@
+"""`pipeboost tune`: finds which denoising steps to compute within a budget, on the user's prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pipeboost.cli.quiet import quiet_libraries
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.user_files import make_folder, user_path
+from pipeboost.generate import load_model
+from pipeboost.generate.prompt_file import read_prompts
+
+
+def run_tune(
+    model: str | None, *, prompts: Path, budget: str, share: float, steps: int | None, output: Path, device: str
+) -> int:
+    """Tune, print the result, and write it with a plot and all measurements into a folder.
+
+    Returns:
+        The exit code: 0 where the held-out prompts kept the budget, else 1.
+
+    Raises:
+        ConfigurationError: a file cannot be read or written, or there are too few prompts.
+    """
+    rows = read_prompts(user_path(prompts, "--prompts"))
+    output = user_path(output, "--output")
+    make_folder(output, f"--output {output}")
+    for row in rows:
+        if set(row) - {"prompt", "negative_prompt", "width", "height"}:
+            raise ConfigurationError(f"--prompts {prompts}: tune reads prompt, negative_prompt, width and height")
+    console = Console()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with (
+        quiet_libraries(),
+        load_model(model, device=device, quality="fast", cache=None) as loaded,
+        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task("recording stock")
+        call = {} if steps is None else {"num_inference_steps": steps}
+        tuned = loaded.pipe.acceleration.tune(
+            rows,
+            budget=budget,
+            share=share,
+            folder=output,
+            progress=lambda made: bar.update(task, description=f"{made} calls"),
+            **call,
+        )
+    console.print(str(tuned), soft_wrap=True, highlight=False)
+    tuned.save(output / "schedule.yaml")
+    tuned.plot(output / "shares.png")
+    console.print(f"\nwritten: {output / 'schedule.yaml'} (pipeboost generate --config …) and {output / 'shares.png'}")
+    return 0 if tuned.kept else 1

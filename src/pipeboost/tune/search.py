@@ -1,0 +1,90 @@
+"""Searches schedules over recorded trajectories, without running the model.
+
+A skipped step adds an error to the latents: its weight times how far the extrapolated prediction is from the recorded
+one. Errors of several steps add up as vectors. What later steps make of an error is not in a recording: it is measured
+once, as a gain for each step (`gains`): early errors grow, for they change what the picture becomes; late ones fade.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pipeboost.features.cache.extrapolation import lagrange_weights
+
+_QUANTILE = 0.9
+"""Over the prompts: the errors that matter are those of the prompts that fail first."""
+_KEPT = 2
+"""Schedules that go on from each step, of those with as many computed steps and the same latest one."""
+
+
+class Schedule(NamedTuple):
+    """Which steps are computed, from 0, and the order of the extrapolation between them."""
+
+    computed: tuple[int, ...]
+    order: int
+
+
+def best_schedule(
+    predictions: torch.Tensor, weights: torch.Tensor, gains: torch.Tensor, *, forwards: int, order: int
+) -> Schedule:
+    """Return the schedule with the smallest predicted error, by beam search.
+
+    Args:
+        predictions: of recorded calls, `(steps, prompts, elements)`.
+        weights: of each step, `(steps,)`; see `Trajectory.weights`.
+        gains: of each step, `(steps,)`: the final error that an error of one in its latents ends as.
+        forwards: how many steps are computed, the first one always.
+        order: of the extrapolation.
+    """
+    steps = len(predictions)
+    impact = (weights * gains)[:, None, None]
+    states: list[tuple[tuple[int, ...], torch.Tensor]] = [((0,), torch.zeros_like(predictions[0]))]
+    for step in range(1, steps):
+        alike: dict[tuple[int, int], list[tuple[float, tuple[int, ...], torch.Tensor]]] = defaultdict(list)
+        for computed, error in states:
+            added = impact[step] * (_extrapolated(predictions, computed[-order - 1 :], step) - predictions[step])
+            options = [(computed, error + added)]
+            if len(computed) < forwards:
+                options.append(((*computed, step), error))
+            for schedule, total in options:
+                if forwards - len(schedule) < steps - step:  # the rest can still be computed
+                    alike[len(schedule), schedule[-1]].append((_size(total), schedule, total))
+        states = [
+            (schedule, total)
+            for rivals in alike.values()
+            for _, schedule, total in sorted(rivals, key=lambda rival: rival[0])[:_KEPT]
+        ]
+    finished = [state for state in states if len(state[0]) == forwards]
+    return Schedule(min(finished, key=lambda state: _size(state[1]))[0], order)
+
+
+def injected(predictions: torch.Tensor, weights: torch.Tensor, step: int, order: int) -> torch.Tensor:
+    """Return the size of the error that skipping this step alone adds, for each prompt: `(prompts,)`."""
+    known = tuple(range(step))[-order - 1 :]
+    return (weights[step] * (_extrapolated(predictions, known, step) - predictions[step])).norm(dim=1)
+
+
+def gains_between(probed: Sequence[int], gains: Sequence[float], steps: int) -> torch.Tensor:
+    """Return the gain of each step from those of some, by interpolating their logarithms: `(steps,)`."""
+    logs = torch.tensor(gains, dtype=torch.float32).clamp_min(1e-6).log().tolist()
+    result = []
+    for step in range(steps):
+        after = next((place for place, probe in enumerate(probed) if probe >= step), len(probed) - 1)
+        before = max(after - 1, 0)
+        span = probed[after] - probed[before]
+        share = 1.0 if span == 0 else min(max((step - probed[before]) / span, 0.0), 1.0)
+        result.append(logs[before] + share * (logs[after] - logs[before]))
+    return torch.tensor(result).exp()
+
+
+def _extrapolated(predictions: torch.Tensor, known: tuple[int, ...], step: int) -> torch.Tensor:
+    weights = torch.tensor(lagrange_weights(list(known), step))
+    return torch.einsum("k,kpe->pe", weights, predictions[list(known)])
+
+
+def _size(error: torch.Tensor) -> float:
+    return float(error.pow(2).mean(1).quantile(_QUANTILE))

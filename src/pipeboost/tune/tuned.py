@@ -1,0 +1,162 @@
+"""`Tuned`: the schedule that was found, what it was judged on, and everything that was tried beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from pipeboost.core.config import CacheConfig
+from pipeboost.core.errors import MissingPackageError
+from pipeboost.core.user_files import user_path
+from pipeboost.tune.budget import Budget, interval
+from pipeboost.tune.search import Schedule
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One way to make a picture, and how near each of some prompts' pictures was to stock's.
+
+    Attributes:
+        name: `"schedule"`, or `"stock"` with fewer steps.
+        forwards: of the transformer for each guidance branch.
+        schedule: which were computed; None for stock.
+        values: of the budget's metric, one for each prompt.
+    """
+
+    name: str
+    forwards: int
+    schedule: Schedule | None
+    values: tuple[float, ...]
+
+    def kept(self, budget: Budget) -> int:
+        """Return how many prompts kept the budget."""
+        return sum(value >= budget.least for value in self.values)
+
+    def share(self, budget: Budget) -> float:
+        """Return the share of prompts that kept the budget."""
+        return self.kept(budget) / len(self.values)
+
+    def row(self, budget: Budget) -> str:
+        """Return one line of a table."""
+        low, high = interval(self.kept(budget), len(self.values))
+        order = "" if self.schedule is None else f" order {self.schedule.order}: {_listed(self.schedule.computed)}"
+        return (
+            f"{self.name:<9} {self.forwards:>3} forwards  kept {self.kept(budget)}/{len(self.values)} "
+            f"({self.share(budget):.1%}, 95% interval {low:.1%} to {high:.1%})  worst {min(self.values):.1f}  "
+            f"median {median(self.values):.1f}{order}"
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `Acceleration.tune` found.
+
+    Attributes:
+        budget: that was asked for.
+        share: of the prompts that was to keep it.
+        steps: denoising steps of stock.
+        best: the schedule, judged on the held-out prompts.
+        rival: stock with as many forwards, judged on the same.
+        tried: schedules and stock with fewer steps, on the tuning prompts.
+    """
+
+    budget: Budget
+    share: float
+    steps: int
+    best: Judged
+    rival: Judged
+    tried: tuple[Judged, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the share of held-out prompts that was asked for kept the budget."""
+        return self.best.share(self.budget) >= self.share
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings: `accelerate_pipeline(pipe, quality="fast", cache=tuned.config)`."""
+        schedule = self.best.schedule
+        assert schedule is not None
+        return CacheConfig(
+            extrapolate="output", step_mask=schedule.computed, steps=self.steps, taylorseer_order=schedule.order or None
+        )
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "NOT kept"
+        return "\n".join(
+            [
+                f"budget {self.budget} for {self.share:.0%} of prompts: {verdict} on {len(self.best.values)} prompts "
+                f"that the search did not see, with {self.best.forwards} of {self.steps} forwards",
+                f"  {self.best.row(self.budget)}",
+                f"  {self.rival.row(self.budget)}",
+                f"tried on {len(self.tried[0].values)} other prompts:",
+                *(f"  {each.row(self.budget)}" for each in self.tried),
+            ]
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the settings as a YAML file, which `config=` reads.
+
+        Raises:
+            ConfigurationError: there can be no such file.
+        """
+        import yaml
+
+        schedule = self.best.schedule
+        assert schedule is not None
+        cache = {
+            "extrapolate": "output",
+            "step_mask": list(schedule.computed),
+            "steps": self.steps,
+            "taylorseer_order": schedule.order or None,
+        }
+        text = "".join(f"# {line}\n" for line in str(self).splitlines())
+        text += yaml.safe_dump({"quality": "fast", "cache": cache}, sort_keys=False)
+        user_path(path, "path").write_text(text)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the share of prompts that kept the budget over the forwards, schedules and stock; needs matplotlib.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingPackageError("plots need matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for name, marker in (("schedule", "o"), ("stock", "s")):
+            front = _best_of_each(
+                [each for each in (*self.tried, self.best, self.rival) if each.name == name], self.budget
+            )
+            label = "computed steps, extrapolated between" if name == "schedule" else "stock with fewer steps"
+            axes.plot(
+                [each.forwards for each in front],
+                [each.share(self.budget) for each in front],
+                marker,
+                ls="-",
+                label=label,
+            )
+        axes.axhline(self.share, color="0.6", ls=":")
+        axes.set(
+            xlabel=f"forwards (stock: {self.steps})", ylabel=f"share of prompts with {self.budget}", ylim=(0, 1.02)
+        )
+        axes.legend()
+        figure.savefig(Path(path))
+
+
+def _best_of_each(judged: Sequence[Judged], budget: Budget) -> list[Judged]:
+    best: dict[int, Judged] = {}
+    for each in judged:
+        known = best.get(each.forwards)
+        if known is None or each.share(budget) > known.share(budget):
+            best[each.forwards] = each
+    return [best[forwards] for forwards in sorted(best)]
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))

@@ -1,0 +1,139 @@
+"""Fixed steps in which the whole transformer is skipped and its output extrapolated."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from pipeboost import CacheConfig, accelerate_pipeline
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.features.cache.extrapolation import OutputBranch
+from tests.pipelines.tiny import OTHER_PROMPT, TINY
+
+SOME = CacheConfig(extrapolate="output", step_mask=(0, 1, 4), steps=6, taylorseer_order=1)
+PLAIN = {"quality": "fast", "compile": None, "attention": None, "reuse": None, "parallel": None}
+FAMILIES = (
+    "flux_dev",
+    "flux_true_cfg",
+    "qwen_image",
+    "wan21_t2v",
+    "hunyuan_video",
+    "z_image",
+    "ltx2",
+    "flux_controlnet",
+)
+
+
+def reference(name: str, computed: tuple[int, ...], branches: int, **call: Any) -> torch.Tensor:
+    """Stock, whose transformer is told by hand to repeat the line through what it returned in the computed steps."""
+    entry = TINY[name]
+    pipe = entry.build()
+    forward, count = pipe.transformer.forward, 0
+    known: dict[int, list[tuple[int, torch.Tensor]]] = {branch: [] for branch in range(branches)}
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        step, branch = divmod(count, branches)
+        count += 1
+        if step in computed:
+            result = forward(*args, **kwargs)
+            known[branch].append((step, result[0]))
+            return result
+        (last_step, last) = known[branch][-1]
+        if len(known[branch]) == 1:
+            return (last,)
+        (first_step, first) = known[branch][-2]
+        return (last + (last - first) * (step - last_step) / (last_step - first_step),)
+
+    pipe.transformer.forward = instead
+    return entry.call(pipe, **call)
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"), [("flux_dev", 1), ("flux_true_cfg", 2), ("qwen_image", 2), ("wan21_t2v", 2)]
+)
+def test_skipped_steps_are_on_the_line_through_the_computed_ones_of_their_branch(name: str, branches: int) -> None:
+    pipe = accelerate_pipeline(TINY[name].build(), **PLAIN, cache=SOME)
+    ours = TINY[name].call(pipe, steps=6)
+    torch.testing.assert_close(ours, reference(name, (0, 1, 4), branches, steps=6), rtol=1e-4, atol=1e-5)
+    rows = pipe.acceleration.report().cache
+    assert [*rows] == [f"transformer.output branch {branch}" for branch in range(branches)]
+    assert all(row == {"computed": 3, "skipped": 3} for row in rows.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mask_that_skips_nothing_changes_nothing_and_a_cached_call_repeats_to_the_bit(name: str) -> None:
+    entry = TINY[name]
+    pipe = entry.build()
+    stock = entry.call(pipe, steps=3)
+    accelerate_pipeline(pipe, **PLAIN, cache=CacheConfig(extrapolate="output", step_mask=(0, 1, 2), steps=3))
+    assert torch.equal(entry.call(pipe, steps=3), stock)
+    accelerate_pipeline(pipe, **PLAIN, cache=CacheConfig(extrapolate="output", step_mask="fast", taylorseer_order=1))
+    cached = entry.call(pipe, steps=3)
+    assert not torch.equal(cached, stock)
+    entry.call(pipe, steps=5)
+    assert torch.equal(entry.call(pipe, steps=3), cached)
+    pipe.acceleration.remove()
+    assert torch.equal(entry.call(pipe, steps=3), stock)
+
+
+def test_each_expert_begins_with_a_computed_step() -> None:
+    entry = TINY["wan22_t2v"]
+    settings = CacheConfig(extrapolate="output", step_mask="ultra", secondary=CacheConfig("output", "slow"))
+    pipe = accelerate_pipeline(entry.build(), **PLAIN, cache=settings)
+    entry.call(pipe, steps=8)
+    rows = pipe.acceleration.report().cache
+    assert {name.partition(".")[0] for name in rows} == {"transformer", "transformer_2"}
+    assert sum(row["computed"] + row["skipped"] for row in rows.values()) == 16
+    assert all(row["computed"] >= 1 for row in rows.values())
+
+
+def test_views_in_two_threads_give_what_each_gives_alone() -> None:
+    entry = TINY["flux_dev"]
+    pipe = accelerate_pipeline(entry.build(), **PLAIN, cache=CacheConfig("output", "fast", taylorseer_order=2))
+    alone = [entry.call(pipe, steps=6), entry.call(pipe, steps=9, prompt=OTHER_PROMPT)]
+    results: dict[int, torch.Tensor] = {}
+
+    def run(place: int, **call: Any) -> None:
+        view = copy.copy(pipe)
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+        results[place] = entry.call(view, **call)
+
+    threads = [
+        threading.Thread(target=run, args=(0,), kwargs={"steps": 6}),
+        threading.Thread(target=run, args=(1,), kwargs={"steps": 9, "prompt": OTHER_PROMPT}),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(results[0], alone[0])
+    assert torch.equal(results[1], alone[1])
+
+
+def test_a_schedule_for_other_steps_is_one_sentence_before_the_first_forward() -> None:
+    pipe = accelerate_pipeline(TINY["flux_dev"].build(), **PLAIN, cache=SOME)
+    forwards: list[None] = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(None))
+    with pytest.raises(ConfigurationError, match="is for 6 steps, but one transformer makes 5 in this call"):
+        TINY["flux_dev"].call(pipe, steps=5)
+    assert not forwards
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype", "bound"), [(0, torch.float32, 0.0), (1, torch.float64, 1e-14), (2, torch.bfloat16, 0.05)]
+)
+def test_a_polynomial_of_the_order_is_continued(order: int, dtype: torch.dtype, bound: float) -> None:
+    start = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    branch = OutputBranch([1, 1, 0, 1, 0, 0, 1, 0], order)
+    for step in range(8):
+        wanted = (start * (1 + 0.1 * step) ** order).to(dtype)
+        result = branch.run(lambda wanted=wanted: {"sample": wanted, "of": ("a name", 3)})
+        assert result["of"] == ("a name", 3)
+        assert result["sample"].dtype == dtype
+        # The second step of order 2 is on a line through two points.
+        if branch.skipped[-1] and step > order:
+            assert (result["sample"].double() - wanted.double()).abs().max() <= bound
+    assert branch.skipped == [False, False, True, False, True, True, False, True]
