@@ -1,0 +1,107 @@
+"""The tuner on a tiny pipeline: what it says is what calls with its schedule give, and it goes on where it stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeboost import accelerate_pipeline
+from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.quality.metrics import outputs_on_host, psnr
+from pipeboost.tune import Tuned
+from tests.pipelines.tiny import TINY
+
+PLAIN = {"quality": "fast", "cache": None, "compile": None, "reuse": None}
+PROMPTS = ["a cat", "a dog", "two boats", "a red house", "a tree", "rain"]
+
+
+def pipeline(name: str = "flux_dev") -> Any:
+    return accelerate_pipeline(TINY[name].build(), **PLAIN)
+
+
+def call_of(name: str = "flux_dev") -> dict[str, Any]:
+    call = TINY[name].call_kwargs(steps=6)
+    return {key: value for key, value in call.items() if key not in ("prompt", "generator")}
+
+
+def tuned(folder: Path | None = None, progress: Any = None, **changed: Any) -> Tuned:
+    arguments = {"budget": "psnr>=25", "share": 1.0, "held_out": 2, **changed}
+    pipe = pipeline()
+    return pipe.acceleration.tune(PROMPTS, folder=folder, progress=progress, **call_of(), **arguments)
+
+
+def test_what_it_judged_is_what_calls_with_its_schedule_give(tmp_path: Path) -> None:
+    result = tuned()
+    assert result.steps == 6
+    assert 1 <= result.best.forwards <= 6
+    assert result.rival.forwards == result.best.forwards
+    result.save(tmp_path / "schedule.yaml")
+    pipe = TINY["flux_dev"].build()
+    for seed, value in zip((4, 5), result.best.values, strict=True):
+        call = {**call_of(), "prompt": PROMPTS[seed]}
+        stock = outputs_on_host(pipe(**call, generator=torch.Generator().manual_seed(seed)))
+        accelerate_pipeline(pipe, config=tmp_path / "schedule.yaml", compile=None)
+        ours = outputs_on_host(pipe(**call, generator=torch.Generator().manual_seed(seed)))
+        (row,) = pipe.acceleration.report().cache.values()
+        assert row["computed"] == result.best.forwards
+        pipe.acceleration.remove()
+        assert psnr(ours["images"].numpy(), stock["images"].numpy()) == pytest.approx(value, rel=1e-6)
+
+
+def test_a_budget_that_stock_alone_keeps_computes_every_step() -> None:
+    result = tuned(budget="psnr>=900")
+    assert result.best.forwards == 6
+    assert result.kept
+    assert set(result.best.values) == {float("inf")}
+
+
+def test_it_continues_where_it_was_stopped_and_gives_the_same_answer(tmp_path: Path) -> None:
+    calls: list[int] = []
+    whole = tuned(progress=calls.append)
+    total = calls[-1]
+
+    def stop(made: int) -> None:
+        if made == total - 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, stop)
+    again: list[int] = []
+    assert str(tuned(tmp_path, again.append)) == str(whole)
+    assert again[-1] < total
+    (tmp_path / "plot.png").unlink(missing_ok=True)
+    whole.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_pipeline_is_as_it_was_afterwards() -> None:
+    pipe = pipeline()
+    before = TINY["flux_dev"].call(pipe)
+    changes = len(pipe.acceleration._ledger.changes)
+    pipe.acceleration.tune(PROMPTS, held_out=2, **call_of())
+    assert len(pipe.acceleration._ledger.changes) == changes
+    assert torch.equal(TINY["flux_dev"].call(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"budget": "lpips<=0.1"}, ConfigurationError, "budget='lpips<=0.1' must be one of psnr"),
+        ({"share": 1.2}, ConfigurationError, "share=1.2 must be a share of the prompts"),
+        ({"held_out": 3}, ConfigurationError, "tune got 6 prompts, of which 3 are held out; it needs at least 4"),
+        ({"held_out": 0}, ConfigurationError, "of which 0 are held out"),
+    ],
+)
+def test_what_it_cannot_do_is_one_sentence(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        tuned(**changed)
+
+
+def test_pipelines_it_cannot_search_are_refused() -> None:
+    pipe = pipeline("wan22_t2v")
+    with pytest.raises(UnsupportedError, match="one denoiser, on one rank; give CacheConfig"):
+        pipe.acceleration.tune(PROMPTS)
+    cached = accelerate_pipeline(TINY["flux_dev"].build(), quality="fast", compile=None)
+    with pytest.raises(ConfigurationError, match="accelerate with cache=None first"):
+        cached.acceleration.tune(PROMPTS)
