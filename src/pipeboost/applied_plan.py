@@ -22,7 +22,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.offload import placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.plan import Plan, agreed_plan
-from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, watched_components
+from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, instrumented_components
 
 
 @dataclass
@@ -183,7 +183,7 @@ class AppliedPlan:
         before = dict(self.components)
         with team.watched(doing):
             try:
-                with team.all_or_none(doing):
+                with team.collective_errors(doing):
                     self.bind(pipe)
             except BaseException:
                 for key in reversed(tuple(self.components)):
@@ -199,7 +199,7 @@ class AppliedPlan:
             if self.removed:
                 return
             of_view, denoisers = pipe is not self.pipe, self.plan.family.models(pipe)
-            objects: dict[str, Any] = watched_components(pipe, self.plan.family)
+            objects: dict[str, Any] = instrumented_components(pipe, self.plan.family)
             if self.plan["offload"].on:
                 objects |= placed_components(pipe)
             if self.team is not None:

@@ -19,7 +19,7 @@ from pipeboost.features.offload import apply as offload
 from pipeboost.features.parallel import apply as parallel
 from pipeboost.features.quantize import apply as quantize
 from pipeboost.features.reuse import apply as reuse
-from pipeboost.stages import watch
+from pipeboost.stages import instrument_component
 
 JOIN: dict[str, Any] = {
     "parallel": parallel,  # ranks come together before anything is changed that they might not agree on
@@ -55,12 +55,12 @@ def apply(component: Component, context: ApplyContext, ledger: Ledger) -> dict[s
         Feature → what it counts.
     """
     counters = {}
-    sharing_errors = contextlib.nullcontext() if context.ranks is None else context.ranks.sharing_errors()
-    with ledger, sharing_errors:
+    reporting_errors = contextlib.nullcontext() if context.ranks is None else context.ranks.reporting_errors()
+    with ledger, reporting_errors:
         for name, feature in APPLY.items():
             if context.decisions[name].on:
                 counters[name] = feature.apply(component, context.decisions[name], context, ledger)
-        watch(component.path, component.object, context.family, ledger)
+        instrument_component(component.path, component.object, context.family, ledger)
     return {name: counted for name, counted in counters.items() if counted is not None}
 
 

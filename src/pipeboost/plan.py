@@ -18,7 +18,7 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
 from pipeboost.core.families import Activations, Family
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.distributed import announce, decline, meet, world_size
+from pipeboost.distributed import announce, decline, rendezvous, world_size
 from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
@@ -202,5 +202,5 @@ def agreed_plan(
             decline(_PLANS, ranks, error)
         raise
     if plan["parallel"].on:
-        meet(_PLANS, ranks, "ready")
+        rendezvous(_PLANS, ranks, "ready")
     return plan

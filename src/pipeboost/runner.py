@@ -33,8 +33,8 @@ from pipeboost.stages import (
     Recorder,
     Report,
     Trajectory,
+    component_bytes,
     take_record,
-    weights_of,
     with_trajectory,
     without_trajectory,
 )
@@ -150,7 +150,7 @@ class Calls:
         return Report.of(
             finished,
             pipeline=applied.plan.model.pipeline,
-            components={} if pipe is None else weights_of(pipe.components),
+            components={} if pipe is None else component_bytes(pipe.components),
             compiled=applied.counters("compile"),
             graphs=applied.counters("graphs"),
             ulysses="" if applied.team is None else applied.team.carrier,

@@ -103,7 +103,7 @@ def dies_while_accelerating(name: str, rank: int, /, **layout: Any) -> dict[str,
 @contextmanager
 def _failing(rank: int, path: str, *, kill: bool = False, only_first: bool = False) -> Iterator[None]:
     """Inside, one rank fails at the last thing that is done to the component at `path`."""
-    stock = parts.watch
+    stock = parts.instrument_component
     failures = []
 
     def watch(component: str, *args: Any) -> None:
@@ -114,11 +114,11 @@ def _failing(rank: int, path: str, *, kill: bool = False, only_first: bool = Fal
             raise ValueError(f"boom on rank {rank}")
         stock(component, *args)
 
-    parts.watch = watch
+    parts.instrument_component = watch
     try:
         yield
     finally:
-        parts.watch = stock
+        parts.instrument_component = stock
 
 
 def _accelerated(pipe: Any, layout: Mapping[str, Any]) -> Any:

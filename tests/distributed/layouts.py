@@ -59,7 +59,7 @@ def main(path: Path) -> None:
             assert layout_cases.is_as_near(found[name, layout], LAYOUTS[layout], name), (name, layout)
     rows = [" | ".join(["| pipeline", *LAYOUTS]) + " |", "| --- " * (len(LAYOUTS) + 1) + "|"]
     rows += [
-        " | ".join([f"| {name}", *(_in_words(found[name, layout]) for layout in LAYOUTS)]) + " |" for name in names
+        " | ".join([f"| {name}", *(_describe(found[name, layout]) for layout in LAYOUTS)]) + " |" for name in names
     ]
     text = path.read_text()
     before, after = text.split(_START)[0], text.split(_END)[1]
@@ -67,7 +67,7 @@ def main(path: Path) -> None:
     print("\n".join(rows))
 
 
-def _in_words(difference: float) -> str:
+def _describe(difference: float) -> str:
     return "0" if difference == 0.0 else f"{difference:.1e}"
 
 

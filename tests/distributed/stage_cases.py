@@ -21,8 +21,8 @@ from pipeboost.stages import (
     Recorder,
     Stage,
     StageParallelism,
-    watch,
-    watched_components,
+    instrument_component,
+    instrumented_components,
 )
 from pipeboost.stages.stage_middleware import run_user_stage
 from tests.pipelines.tiny import TINY
@@ -37,8 +37,8 @@ def meshed_call(pipe: Any, degrees: Degrees, arguments: dict[str, Any] | None = 
     """A call of a watched pipeline on a mesh of ranks."""
     mesh, ledger, family = Mesh(degrees, device=CPU), Ledger(), family_of(pipe)
     try:
-        for path, obj in watched_components(pipe, family).items():
-            watch(path, obj, family, ledger)
+        for path, obj in instrumented_components(pipe, family).items():
+            instrument_component(path, obj, family, ledger)
         with open_call(pipe, owner=None, arguments=arguments, device=CPU, mesh=mesh) as call:
             call[RECORDER], call[STAGES] = Recorder(call), Composition(family, pipe).for_call(mesh)
             yield call

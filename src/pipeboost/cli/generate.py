@@ -21,7 +21,7 @@ from pipeboost.generate import LoadedModel
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS
 from pipeboost.generate.prompt_file import read_prompts
-from pipeboost.generate.requests import Request, make_requests
+from pipeboost.generate.requests import GenerationRequest, make_requests
 
 _FIRST_TO_SPEAK = 1.0
 """Seconds that other ranks leave the first one to report what all of them refuse."""
@@ -29,11 +29,11 @@ _FIRST_TO_SPEAK = 1.0
 
 def requests_from(
     prompts: Sequence[str], prompt_file: Path | None, defaults: Mapping[str, Any], of_model: Mapping[str, Any]
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """Return a request for each prompt.
 
     Args:
-        defaults: values of all of them, by the names of `Request`; `call` as words, `NAME=VALUE` each.
+        defaults: values of all of them, by the names of `GenerationRequest`; `call` as words, `NAME=VALUE` each.
         of_model: what the model would be asked for by itself.
 
     Raises:
@@ -55,7 +55,9 @@ def requests_from(
     return make_requests(rows or [{}], {**defaults, "call": call}, of_model=of_model)
 
 
-def generate_on_ranks(settings: ModelSettings, ranks: int, requests: Sequence[Request], **arguments: Any) -> None:
+def generate_on_ranks(
+    settings: ModelSettings, ranks: int, requests: Sequence[GenerationRequest], **arguments: Any
+) -> None:
     """Make and save an output for each request, on as many processes as are to share the model.
 
     Args:
@@ -75,7 +77,7 @@ def generate_on_ranks(settings: ModelSettings, ranks: int, requests: Sequence[Re
     launch(_on_rank, settings, requests, arguments, num_gpus=ranks)
 
 
-def _on_rank(settings: ModelSettings, requests: Sequence[Request], arguments: dict[str, Any]) -> None:
+def _on_rank(settings: ModelSettings, requests: Sequence[GenerationRequest], arguments: dict[str, Any]) -> None:
     """`run_generate` on one rank; a mistake of the user ends all ranks and is reported once, without a traceback."""
     try:
         run_generate(settings, requests, **arguments)
@@ -90,7 +92,7 @@ def _on_rank(settings: ModelSettings, requests: Sequence[Request], arguments: di
 
 
 def run_generate(
-    settings: ModelSettings, requests: Sequence[Request], *, fps: int | None, warm_up: bool, output: Output
+    settings: ModelSettings, requests: Sequence[GenerationRequest], *, fps: int | None, warm_up: bool, output: Output
 ) -> None:
     """Make and save an output for each request; of several ranks, the first one saves and reports.
 

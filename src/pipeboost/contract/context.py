@@ -38,13 +38,13 @@ class RankContext:
         mesh: the ranks.
         attention: attention among the tokens of all ranks; None where each rank has all tokens.
         token_ranks: how many ranks share the tokens.
-        sharing_errors: inside it, an error is sent to the other ranks before anything is taken back.
+        reporting_errors: inside it, an error is sent to the other ranks before anything is taken back.
     """
 
     mesh: Mesh
     attention: Any
     token_ranks: int
-    sharing_errors: Callable[[], AbstractContextManager[None]]
+    reporting_errors: Callable[[], AbstractContextManager[None]]
 
 
 class Counters(Protocol):

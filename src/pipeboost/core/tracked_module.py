@@ -33,7 +33,7 @@ class Weight(NamedTuple):
     content: int
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What can be read of it."""
         return f"{self.dtype} {self.shape}"
 

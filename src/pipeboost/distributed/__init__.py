@@ -6,12 +6,12 @@ from pipeboost.distributed.agreement.arguments import (
     checked_latents,
     require_same_state,
 )
-from pipeboost.distributed.agreement.broadcast import shared
+from pipeboost.distributed.agreement.broadcast import broadcast_outcome
 from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
 from pipeboost.distributed.failure.collective_wait import Pending, follow, suspend_timeout
-from pipeboost.distributed.failure.rendezvous import announce, decline, meet
+from pipeboost.distributed.failure.rendezvous import announce, decline, rendezvous
 from pipeboost.distributed.start import local_device, world, world_size
 
 __all__ = [
@@ -25,13 +25,13 @@ __all__ = [
     "Pending",
     "agreed_arguments",
     "announce",
+    "broadcast_outcome",
     "checked_latents",
     "decline",
     "follow",
     "local_device",
-    "meet",
+    "rendezvous",
     "require_same_state",
-    "shared",
     "suspend_timeout",
     "world",
     "world_size",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted
 from pipeboost.core.seams import stock_class
 from pipeboost.generate.ignored import guidance_acts, refuse_ignored
-from pipeboost.generate.requests import Request
+from pipeboost.generate.requests import GenerationRequest
 
 Kind = Literal["image", "video"]
 
@@ -120,7 +120,7 @@ class CallSignature:
             multiple = math.lcm(multiple, int(getattr(config, "vae_scale_factor", None) or 1))
         return multiple
 
-    def arguments(self, request: Request) -> dict[str, Any]:
+    def arguments(self, request: GenerationRequest) -> dict[str, Any]:
         """The call's arguments, without a generator and an output type.
 
         Raises:
@@ -209,7 +209,7 @@ class CallSignature:
                 f"use {below} or {below + factor}"
             )
 
-    def _images(self, request: Request) -> dict[str, Any]:
+    def _images(self, request: GenerationRequest) -> dict[str, Any]:
         images = list(request.images)
         if not images:
             if self.needs_image:

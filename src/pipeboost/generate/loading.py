@@ -18,7 +18,7 @@ from pipeboost.distributed import local_device, world_size
 from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
-from pipeboost.stages.report import weights_of
+from pipeboost.stages.report import component_bytes
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 
@@ -140,7 +140,7 @@ def _put_on_device(pipe: Any, settings: ModelSettings) -> AccelerationConfig:
     offload = acceleration.offload
     waits = isinstance(offload, OffloadConfig) and not offload.all_resident
     may_wait = on_gpu and (waits or offload == "auto")
-    if may_wait and sum(weights_of(pipe.components).values()) > torch.cuda.mem_get_info()[0]:
+    if may_wait and sum(component_bytes(pipe.components).values()) > torch.cuda.mem_get_info()[0]:
         return replace(acceleration, offload=offload if waits else OffloadConfig())
     pipe.to(local_device() if on_gpu else "cpu")
     return acceleration

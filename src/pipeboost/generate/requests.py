@@ -1,4 +1,4 @@
-"""What one image or video is asked to be: a `Request`, and how rows and defaults become a batch of them."""
+"""What one image or video is asked to be: a `GenerationRequest`, and how rows and defaults become a batch of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerationRequest:
     """One image or video; None leaves a value to the pipeline.
 
     Attributes:
@@ -78,7 +78,7 @@ class Request:
 
 def make_requests(
     rows: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any], *, of_model: Mapping[str, Any] | None = None
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """A batch: each row's own values win over the defaults, those over the model's, and its pictures are read.
 
     Request `i` without a seed of its own gets the default seed + `i`; without a default one, a random seed is drawn
@@ -121,7 +121,7 @@ def make_requests(
             name: picture(value) if name.endswith("image") and isinstance(value, (str, Path)) else value
             for name, value in {**model_call, **call}.items()
         }
-        requests.append(Request(**{"prompt": "", **values}))
+        requests.append(GenerationRequest(**{"prompt": "", **values}))
     return requests
 
 

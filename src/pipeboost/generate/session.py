@@ -20,9 +20,9 @@ from pipeboost.features.offload import in_gib
 from pipeboost.generate.call_arguments import CallSignature, Kind
 from pipeboost.generate.loading import ModelSettings, load_pipeline
 from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps
-from pipeboost.generate.requests import Request, make_requests
+from pipeboost.generate.requests import GenerationRequest, make_requests
 from pipeboost.generate.truncation import Truncations
-from pipeboost.stages.report import weights_of
+from pipeboost.stages.report import component_bytes
 
 if TYPE_CHECKING:
     from pipeboost.stages import Progress
@@ -54,7 +54,7 @@ class LoadedModel:
         self._truncations = Truncations(self._pipe)
         self.components = {
             name: LoadedComponent(weight, next(self._pipe.components[name].parameters()).device.type)
-            for name, weight in weights_of(self._pipe.components).items()
+            for name, weight in component_bytes(self._pipe.components).items()
             if weight
         }
 
@@ -80,7 +80,9 @@ class LoadedModel:
         """One video for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_video`."""
         return self.generate_all("video", prompt, requests_of(self.settings, prompt, request), fps=fps)
 
-    def generate_all(self, kind: Kind, prompt: Any, requests: Sequence[Request], *, fps: int = DEFAULT_FPS) -> Any:
+    def generate_all(
+        self, kind: Kind, prompt: Any, requests: Sequence[GenerationRequest], *, fps: int = DEFAULT_FPS
+    ) -> Any:
         """Return what `generate` makes of all requests: a list where `prompt` is one.
 
         Raises:
@@ -93,7 +95,7 @@ class LoadedModel:
 
     def generate(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[GenerationRequest],
         *,
         fps: int = DEFAULT_FPS,
         progress: Callable[[Progress], None] | None = None,
@@ -188,7 +190,7 @@ def _pixels(made: Any, name: str) -> Any:
 
 def requests_of(
     settings: ModelSettings, prompt: str | Sequence[str] | None, request: Mapping[str, Any]
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
     prompts = prompt if isinstance(prompt, (list, tuple)) else () if prompt is None else (prompt,)
     if not all(isinstance(each, str) for each in prompts):

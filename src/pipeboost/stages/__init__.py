@@ -4,8 +4,8 @@ from pipeboost.stages.admission import ADMISSION, AT_ONCE, Admission, AdmissionQ
 from pipeboost.stages.built_in import STAGES, TEXT_ENCODING
 from pipeboost.stages.call_record import CallRecord, recorded_by, take_record
 from pipeboost.stages.composition import Composition
-from pipeboost.stages.instrument import watch, watched_components
-from pipeboost.stages.report import FinishedCall, Report, weights_of
+from pipeboost.stages.instrument import instrument_component, instrumented_components
+from pipeboost.stages.report import FinishedCall, Report, component_bytes
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
 from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism, StageVerificationError
 from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
@@ -32,11 +32,11 @@ __all__ = [
     "StageParallelism",
     "StageVerificationError",
     "Trajectory",
+    "component_bytes",
+    "instrument_component",
+    "instrumented_components",
     "recorded_by",
     "take_record",
-    "watch",
-    "watched_components",
-    "weights_of",
     "with_trajectory",
     "without_trajectory",
 ]

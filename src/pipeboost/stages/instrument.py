@@ -23,14 +23,14 @@ COMPANIONS = ("controlnet",)
 """Components that a denoising step calls before the transformer, so that the step begins with them."""
 
 
-def watched_components(pipe: Any, family: Family) -> dict[str, Any]:
-    """Return the objects that `watch` takes, by path from the pipeline (the pipeline itself: the empty path)."""
+def instrumented_components(pipe: Any, family: Family) -> dict[str, Any]:
+    """Return the objects that `instrument_component` takes, by path; the pipeline's own is empty."""
     paths = dict.fromkeys((*(door.component for door in family.doors), "scheduler", *COMPANIONS))
     found = {path: pipe if not path else getattr(pipe, path, None) for path in paths}
     return {path: obj for path, obj in {**found, **family.models(pipe)}.items() if obj is not None}
 
 
-def watch(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
+def instrument_component(path: str, obj: Any, family: Family, ledger: Ledger) -> None:
     """Put the middleware on one object; pipelines that share it share the middleware."""
     doors = tuple(door for door in family.doors if door.component == path)
     middleware = [(door.method, middleware_of_stage(door)) for door in doors]

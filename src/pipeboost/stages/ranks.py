@@ -10,7 +10,7 @@ import torch
 
 from pipeboost.contract.call import Call, Slot
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.distributed import Mesh, shared
+from pipeboost.distributed import Mesh, broadcast_outcome
 from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
 
@@ -62,7 +62,7 @@ def on_ranks(
             call.mesh = mesh
 
     mine = [each for each in given if isinstance(each, (torch.Tensor, torch.Generator)) or callable(each)]
-    outcome, changes = shared(mesh, alone, branch=branch, known=mine, what=f"the outcome of stage {stage!r}")
+    outcome, changes = broadcast_outcome(mesh, alone, branch=branch, known=mine, what=f"the outcome of stage {stage!r}")
     if not ran:
         _repeat(changes, *touched)
     return outcome

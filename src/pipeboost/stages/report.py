@@ -199,7 +199,7 @@ class Report:
         for name, seconds in sorted(self.stages.items(), key=lambda item: -item[1]):
             line = f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}"
             arrived = f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""
-            lines.append(line + _memory_in_words(self.stage_memory.get(name)) + arrived)
+            lines.append(line + _describe_memory(self.stage_memory.get(name)) + arrived)
         if self.steps:
             fastest, slowest = min(self.steps), max(self.steps)
             lines.append(
@@ -287,7 +287,7 @@ def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
     return found
 
 
-def _memory_in_words(memory: StageMemory | None) -> str:
+def _describe_memory(memory: StageMemory | None) -> str:
     if memory is None:
         return ""
     peak = "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
@@ -314,7 +314,7 @@ def _by_stage(spans: Sequence[Span], values: Sequence[float]) -> dict[str, float
     return sums
 
 
-def weights_of(components: Mapping[str, Any]) -> dict[str, int]:
+def component_bytes(components: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of parameters and buffers, by component."""
     return {
         name: sum(t.numel() * t.element_size() for t in (*component.parameters(), *component.buffers()))

@@ -142,7 +142,7 @@ class Checks:
     def require(self, field: str, passed: bool, rule: str) -> None:
         """Note a check of your own."""
         if not passed:
-            self.failed.append(FailedCheck(field, _in_words(self._values.get(field)), rule))
+            self.failed.append(FailedCheck(field, _describe(self._values.get(field)), rule))
 
     def positive_integer(self, field: str) -> None:
         """An integer of at least 1."""
@@ -191,7 +191,7 @@ def _fits(actual: Sequence[int], wanted: Sequence[int | None]) -> bool:
     )
 
 
-def _in_words(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)} of {value.dtype}"
     text = repr(value)

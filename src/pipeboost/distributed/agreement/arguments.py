@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.fingerprint import digest
-from pipeboost.distributed.agreement.broadcast import shared
+from pipeboost.distributed.agreement.broadcast import broadcast_outcome
 from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.distributed.collectives.mesh import Mesh
 
@@ -88,7 +88,7 @@ def agreed_arguments(mesh: Mesh, bound: inspect.BoundArguments, device: torch.de
         set_global_state(everyone[0][1], device)
     lacking = _lacking([each for each, _ in everyone], mesh.control.ranks)
     if lacking:
-        received = shared(mesh, lambda: {name: values[name] for name in lacking}, what=", ".join(lacking))
+        received = broadcast_outcome(mesh, lambda: {name: values[name] for name in lacking}, what=", ".join(lacking))
         bound = inspect.BoundArguments(bound.signature, dict(bound.arguments))
         for name in (name for name, ranks in lacking.items() if mesh.control.rank in ranks):
             named = name in bound.signature.parameters and name != _rest(bound.signature)
@@ -118,7 +118,7 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
     different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
     part = different[0]
     own = facts(part) if part in digests else {}
-    here = {name: (digest(value), _describe_fact(value), hasattr(value, "words")) for name, value in own.items()}
+    here = {name: (digest(value), _describe_fact(value), hasattr(value, "description")) for name, value in own.items()}
     everywhere: list[dict[str, _Fact]] = control.all_gather_objects(here)
     others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
     first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
@@ -131,7 +131,7 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
 
 
 def _describe_fact(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "words", "") or _describe(value)
+    return value if isinstance(value, str) else getattr(value, "description", "") or _describe(value)
 
 
 def _difference(theirs: Mapping[str, _Fact], first: Mapping[str, _Fact]) -> str:

@@ -1,4 +1,4 @@
-"""`shared`: work that some ranks of a sample do, and all of them have the outcome of."""
+"""`broadcast_outcome`: work that some ranks of a sample do, and all of them have the outcome of."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Outcome(IntEnum):
     FAILED = 2
 
 
-def shared(
+def broadcast_outcome(
     mesh: Mesh, work: Callable[[], Any], *, what: str, branch: int | None = None, known: Sequence[Any] = ()
 ) -> Any:
     """Return what `work()` returns on the ranks that do it, on all ranks of the sample. Every one of them calls this.

@@ -9,7 +9,7 @@ import torch
 
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed.collectives.groups import Group
-from pipeboost.distributed.failure.rendezvous import meet
+from pipeboost.distributed.failure.rendezvous import rendezvous
 from pipeboost.distributed.failure.watchdog import Watchdog
 from pipeboost.distributed.start import world
 
@@ -53,7 +53,7 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        layouts = meet("a mesh", self.ranks, f"{self._describe() or 'one rank a sample'} on {device.type}")
+        layouts = rendezvous("a mesh", self.ranks, f"{self._describe() or 'one rank a sample'} on {device.type}")
         other = next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None)
         if other is not None:
             raise UnsupportedError(

@@ -34,7 +34,7 @@ class CollectiveErrors:
             self._over = True
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
+    def reporting(self) -> Iterator[None]:
         """Tell the others of an error at once, before anything is taken back; each error once."""
         try:
             yield

@@ -25,7 +25,7 @@ def announce() -> None:
     _write(_process_key(world().rank), this_process()._asdict())
 
 
-def meet(about: str, ranks: Sequence[int], word: str) -> list[str]:
+def rendezvous(about: str, ranks: Sequence[int], word: str) -> list[str]:
     """Wait until all of these ranks of the world have come here as often as this one.
 
     Args:

@@ -49,7 +49,7 @@ class RankTeam:
         self.state = RunningState()
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        self._all_or_none = CollectiveErrors(self.mesh, "accelerate_pipeline")
+        self._errors = CollectiveErrors(self.mesh, "accelerate_pipeline")
         try:
             with self.watched("accelerate_pipeline"):
                 self._refuse_different_plans(context)
@@ -66,7 +66,7 @@ class RankTeam:
     @property
     def ranks(self) -> RankContext:
         """The ranks as other features see them."""
-        return RankContext(self.mesh, self.across, self.token_ranks, self.telling)
+        return RankContext(self.mesh, self.across, self.token_ranks, self.reporting)
 
     @property
     def carrier(self) -> str:
@@ -78,24 +78,24 @@ class RankTeam:
         return self.mesh.watchdog.watched(stage, timeout=self._layout.timeout)
 
     @contextlib.contextmanager
-    def all_or_none(self, doing: str) -> Iterator[None]:
+    def collective_errors(self, doing: str) -> Iterator[None]:
         """Inside, an error on one rank is an error on all of them; inside `watched`, so that none waits for ever.
 
         Raises:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._all_or_none = CollectiveErrors(self.mesh, doing)
-        with self._all_or_none:
+        self._errors = CollectiveErrors(self.mesh, doing)
+        with self._errors:
             yield
 
     def require_all(self) -> None:
-        """Inside `all_or_none`, wait until all ranks have come here, or raise what one has raised."""
-        self._all_or_none.require_all()
+        """Inside `collective_errors`, wait until all ranks have come here, or raise what one has raised."""
+        self._errors.require_all()
 
-    def telling(self) -> contextlib.AbstractContextManager[None]:
-        """Inside `all_or_none`, an error is sent to the others before anything is undone, which may need all ranks."""
-        return self._all_or_none.telling()
+    def reporting(self) -> contextlib.AbstractContextManager[None]:
+        """Inside `collective_errors`, an error is sent to the others before anything is undone."""
+        return self._errors.reporting()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
         """Return the arguments of a call that all ranks go on with.
