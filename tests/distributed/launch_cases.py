@@ -69,6 +69,7 @@ def attacked() -> dict[str, Any]:
                 with heartbeat._lock:  # or the rank itself would write over it, maybe always just before rank 0 looks
                     store.set("1", message)
                     time.sleep(0.3)  # longer than between two looks
+                time.sleep(0.3)  # in which it says again that it is busy
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
