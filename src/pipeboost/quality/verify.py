@@ -38,6 +38,7 @@ class Verification:
             outputs `transformer.output` → that of each.
         noise_floor: the same → relative error that stock's own compile makes there; empty where it was not needed.
         outputs: output of the whole call → its PSNR to stock, dB, and its largest difference.
+        rival: where steps are skipped, as many steps of stock as are computed, and their PSNR to stock with all, dB.
     """
 
     quality: str
@@ -48,12 +49,15 @@ class Verification:
     forward_errors: dict[str, float] = field(default_factory=dict)
     noise_floor: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rival: tuple[int, float] | None = None
 
     def __str__(self) -> str:
         lines = [f"{'passed' if self.passed else 'FAILED'}: {self.promise}"]
         for name, (ratio, difference) in self.outputs.items():
             of = f", {name}" if len(self.outputs) > 1 else ""
             lines.append(f"  whole call{of}: PSNR to stock {ratio:.1f} dB, largest difference {difference:.3g}")
+        if self.rival is not None:
+            lines.append(f"  stock with as many forwards, {self.rival[0]} steps: PSNR {self.rival[1]:.1f} dB")
         for name, error in self.forward_errors.items():
             floor = f", noise floor {self.noise_floor[name]:.3g}" if name in self.noise_floor else ""
             lines.append(f"  one forward of {name}: relative error {error:.3g}{floor}")
@@ -68,6 +72,7 @@ def verify_acceleration(
     denoisers: Mapping[str, Any],
     paused: Callable[[], AbstractContextManager[Any]],
     opened: Callable[[], AbstractContextManager[Any]],
+    computed: Callable[[], int | None] = lambda: None,
 ) -> Verification:
     """Compare `pipe(**call)` stock and accelerated, and one forward of each denoiser on the inputs stock gave it.
 
@@ -76,12 +81,18 @@ def verify_acceleration(
         denoisers: transformers by name.
         paused: context in which the pipeline runs stock.
         opened: context in which a direct forward of a denoiser runs accelerated.
+        computed: how many steps the latest call has computed; None where it skips none.
     """
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
     with _rewound_generators(pipe, call) as rewind, paused(), _first_forwards(denoisers, first):
         stock = outputs_on_host(pipe(**rewind()))
     with _rewound_generators(pipe, call) as rewind:
         ours = outputs_on_host(pipe(**rewind()))
+    rival, forwards = None, computed()
+    if forwards is not None and not call.keys() & {"sigmas", "timesteps"}:
+        with _rewound_generators(pipe, call) as rewind, paused():
+            fewer = outputs_on_host(pipe(**{**rewind(), "num_inference_steps": forwards}))
+        rival = forwards, min(psnr(fewer[name].numpy(), stock[name].numpy()) for name in stock)
     whole = {}
     for name, expected in stock.items():
         difference = float((ours[name].double() - expected.double()).abs().max())
@@ -99,7 +110,7 @@ def verify_acceleration(
                 with torch.no_grad(), paused(), stock_compile(denoisers[path], fullgraph=True):
                     floors |= _errors(path, denoisers[path](*args, **kwargs), expected_outputs)
     promise, passed = _judge(quality, difference, ratio, errors, floors)
-    return Verification(quality, passed, promise, ratio, difference, errors, floors, whole)
+    return Verification(quality, passed, promise, ratio, difference, errors, floors, whole, rival)
 
 
 def _judge(

@@ -193,6 +193,12 @@ class Report:
         right.set_ylim(bottom=0)
         figure.savefig(path, dpi=120)
 
+    @property
+    def computed_steps(self) -> int | None:
+        """How many denoising steps were computed; None where none could be skipped."""
+        first = [counts["computed"] for name, counts in self.cache.items() if name.endswith(" branch 0")]
+        return sum(first) if first else None
+
     def __str__(self) -> str:
         width = max(len(name) for name in self.stages)
         lines = [f"{self.pipeline}: {self.seconds:.3f} s"]
