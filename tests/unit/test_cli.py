@@ -149,6 +149,22 @@ def test_plan_knows_the_shipped_model(pipeboost):
     assert "FluxPipeline" in out
 
 
+def test_tune_writes_a_schedule_that_generate_takes(pipeboost, refused, stored, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "tuned"
+    prompts.write_text("a cat\na dog\na tree\n")
+    size = ["--steps", 3, "--width", 64, "--height", 64]
+    words = ["tune", stored, "--prompts", prompts, *size, "--budget", "psnr>=5", "--output", output]
+    assert "tune got 3 prompts, of which 1 are held out" in refused(*words, "--device", "cpu")
+    prompts.write_text("a cat\na dog\na tree\na boat\na star\na fox\n")
+    code, out, _ = pipeboost(*words, "--device", "cpu")
+    assert code == 0
+    assert "budget psnr>=5 for 95% of prompts: kept on 2 prompts" in out
+    assert (output / "shares.png").exists()
+    config = ["--config", output / "generate.yaml", "--device", "cpu", "--output-path", tmp_path / "made"]
+    code, _, err = pipeboost("generate", "--model-path", stored, "--prompt", "a cat", *config)
+    assert code == 0, err
+
+
 def test_a_plan_on_a_terminal_fits_its_width_and_loses_no_word():
     text = str(plan_of("flux.1-dev", quality="fast", hardware=detect_hardware("cpu")))
     lines = wrapped(text, 80).splitlines()

@@ -60,6 +60,8 @@ def tune(
     budget: Annotated[str, typer.Option(help="what each picture has to reach, against stock's")] = "psnr>=30",
     share: Annotated[float, typer.Option(help="of the prompts that has to")] = 0.95,
     steps: Annotated[int | None, typer.Option(help="denoising steps of stock; else the pipeline's default")] = None,
+    width: Annotated[int | None, typer.Option(help="in pixels; else the pipeline's default")] = None,
+    height: Annotated[int | None, typer.Option(help="in pixels; else the pipeline's default")] = None,
     output: Annotated[Path, typer.Option(help="folder for the schedule, the plot and what was measured")] = Path(
         "tuned"
     ),
@@ -69,7 +71,17 @@ def tune(
     from pipeboost.cli.tune import run_tune
 
     raise typer.Exit(
-        run_tune(model, prompts=prompts, budget=budget, share=share, steps=steps, output=output, device=device)
+        run_tune(
+            model,
+            prompts=prompts,
+            budget=budget,
+            share=share,
+            output=output,
+            device=device,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+        )
     )
 
 

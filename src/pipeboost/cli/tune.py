@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -15,9 +16,19 @@ from pipeboost.generate.prompt_file import read_prompts
 
 
 def run_tune(
-    model: str | None, *, prompts: Path, budget: str, share: float, steps: int | None, output: Path, device: str
+    model: str | None,
+    *,
+    prompts: Path,
+    budget: str,
+    share: float,
+    output: Path,
+    device: str,
+    **size: int | None,
 ) -> int:
     """Tune, print the result, and write it with a plot and all measurements into a folder.
+
+    Args:
+        size: `width`, `height` and `num_inference_steps` of all prompts; None leaves them to the pipeline.
 
     Returns:
         The exit code: 0 where the held-out prompts kept the budget, else 1.
@@ -31,25 +42,30 @@ def run_tune(
     for row in rows:
         if set(row) - {"prompt", "negative_prompt", "width", "height"}:
             raise ConfigurationError(f"--prompts {prompts}: tune reads prompt, negative_prompt, width and height")
-    console = Console()
+    console, errors = Console(), Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with (
         quiet_libraries(),
         load_model(model, device=device, quality="fast", cache=None) as loaded,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
     ):
         task = bar.add_task("recording stock")
-        call = {} if steps is None else {"num_inference_steps": steps}
+        call = {name: value for name, value in loaded.settings.request_defaults.items() if name != "prompt"}
+        call |= call.pop("call", {})
+        given = {name: value for name, value in size.items() if value is not None}
         tuned = loaded.pipe.acceleration.tune(
             rows,
             budget=budget,
             share=share,
             folder=output,
             progress=lambda made: bar.update(task, description=f"{made} calls"),
-            **call,
+            **call | given,
         )
     console.print(str(tuned), soft_wrap=True, highlight=False)
     tuned.save(output / "schedule.yaml")
     tuned.plot(output / "shares.png")
-    console.print(f"\nwritten: {output / 'schedule.yaml'} (pipeboost generate --config …) and {output / 'shares.png'}")
+    command = {**given, "num_inference_steps": tuned.steps, "acceleration": tuned.settings}
+    (output / "generate.yaml").write_text(yaml.safe_dump(command, sort_keys=False))
+    console.print(f"\nIn {output}: shares.png, schedule.yaml for accelerate_pipeline(config=…),")
+    console.print("generate.yaml for pipeboost generate --config …")
     return 0 if tuned.kept else 1

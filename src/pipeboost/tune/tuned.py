@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import MissingPackageError
 from pipeboost.core.user_files import user_path
 from pipeboost.tune.budget import Budget, interval
@@ -76,13 +76,17 @@ class Tuned:
         return self.best.share(self.budget) >= self.share
 
     @property
-    def config(self) -> CacheConfig:
-        """The settings: `accelerate_pipeline(pipe, quality="fast", cache=tuned.config)`."""
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `accelerate_pipeline`, of plain types."""
         schedule = self.best.schedule
         assert schedule is not None
-        return CacheConfig(
-            extrapolate="output", step_mask=schedule.computed, steps=self.steps, taylorseer_order=schedule.order or None
-        )
+        cache = {
+            "extrapolate": "output",
+            "step_mask": list(schedule.computed),
+            "steps": self.steps,
+            "taylorseer_order": schedule.order or None,
+        }
+        return {"quality": "fast", "cache": cache}
 
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "NOT kept"
@@ -105,16 +109,8 @@ class Tuned:
         """
         import yaml
 
-        schedule = self.best.schedule
-        assert schedule is not None
-        cache = {
-            "extrapolate": "output",
-            "step_mask": list(schedule.computed),
-            "steps": self.steps,
-            "taylorseer_order": schedule.order or None,
-        }
         text = "".join(f"# {line}\n" for line in str(self).splitlines())
-        text += yaml.safe_dump({"quality": "fast", "cache": cache}, sort_keys=False)
+        text += yaml.safe_dump(self.settings, sort_keys=False)
         user_path(path, "path").write_text(text)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
