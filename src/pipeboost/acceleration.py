@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pipeboost.applied_plan import AppliedPlan
 from pipeboost.contract.call import Call
-from pipeboost.core.config import AccelerationConfig, resolve_config
+from pipeboost.core.config import FEATURES, AccelerationConfig, resolve_config
 from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.locks import Locks
@@ -68,17 +68,8 @@ def accelerate_pipeline(
     Raises:
         PipeboostError: something cannot be done as asked, here or on another rank. The pipeline is as it was before.
     """
-    arguments = {
-        "quality": quality,
-        "attention": attention,
-        "parallel": parallel,
-        "cache": cache,
-        "compile": compile,
-        "quantize": quantize,
-        "offload": offload,
-        "reuse": reuse,
-    }
-    given = {name: value for name, value in arguments.items() if not isinstance(value, _Default)}
+    names = ("quality", *FEATURES)
+    given = {name: value for name, value in locals().items() if name in names and not isinstance(value, _Default)}
     settings = resolve_config(config, given)
     with _locks.of(pipe):
         previous = getattr(pipe, "__dict__", {}).get("acceleration")
