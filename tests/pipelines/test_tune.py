@@ -21,7 +21,7 @@ def pipeline(name: str = "flux_dev") -> Any:
 
 
 def call_of(name: str = "flux_dev") -> dict[str, Any]:
-    call = TINY[name].call_kwargs(steps=6)
+    call = TINY[name].call_kwargs(steps=4)
     return {key: value for key, value in call.items() if key not in ("prompt", "generator")}
 
 
@@ -33,8 +33,8 @@ def tuned(folder: Path | None = None, progress: Any = None, **changed: Any) -> T
 
 def test_what_it_judged_is_what_calls_with_its_schedule_give(tmp_path: Path) -> None:
     result = tuned()
-    assert result.steps == 6
-    assert 1 <= result.best.forwards <= 6
+    assert result.steps == 4
+    assert 1 <= result.best.forwards <= 4
     assert result.rival.forwards == result.best.forwards
     result.save(tmp_path / "schedule.yaml")
     pipe = TINY["flux_dev"].build()
@@ -51,7 +51,7 @@ def test_what_it_judged_is_what_calls_with_its_schedule_give(tmp_path: Path) -> 
 
 def test_a_budget_that_stock_alone_keeps_computes_every_step() -> None:
     result = tuned(budget="psnr>=900")
-    assert result.best.forwards == 6
+    assert result.best.forwards == 4
     assert result.kept
     assert set(result.best.values) == {float("inf")}
 
