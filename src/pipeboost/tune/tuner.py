@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _tune(trials: _Trials, share: float, first_held_out: int, count: int) -> Tun
 
     def keeps(forwards: int) -> bool:
         rivals = [trials.judged(schedule, tuning[:_RECORDED]) for schedule in proposals.of(forwards)]
-        best = max(rivals, key=lambda rival: (rival.share(budget), sorted(rival.values)))
+        best = max(rivals, key=lambda rival: (rival.share(budget), median(rival.values)))
         assert best.schedule is not None
         tried[forwards] = trials.judged(best.schedule, tuning)
         return tried[forwards].share(budget) >= share
