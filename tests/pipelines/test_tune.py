@@ -75,6 +75,17 @@ def test_it_continues_where_it_was_stopped_and_gives_the_same_answer(tmp_path: P
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_what_was_measured_for_other_prompts_does_not_count(tmp_path: Path) -> None:
+    tuned(tmp_path)
+    with (tmp_path / "values.jsonl").open("a") as file:
+        file.write('{"trial": "cut o')
+    pipe = pipeline()
+    others = [f"{prompt} at night" for prompt in PROMPTS]
+    arguments = {**call_of(), "budget": "psnr>=25", "share": 1.0, "held_out": 2}
+    kept = pipe.acceleration.tune(others, folder=tmp_path, **arguments)
+    assert kept.best.values == pipe.acceleration.tune(others, **arguments).best.values
+
+
 def test_the_pipeline_is_as_it_was_afterwards() -> None:
     pipe = pipeline()
     before = TINY["flux_dev"].call(pipe)

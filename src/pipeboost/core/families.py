@@ -1,6 +1,6 @@
 """What pipeboost knows of a model family: the `Family` dataclass, which is data, and what its fields are made of.
 
-`patches/` holds one file for each; `known_families.py` finds the one of a pipeline.
+`patches/` holds one file for each; `contract/registry.py` finds the one of a pipeline.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from pipeboost.applied_plan import AppliedPlan
 from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted
+from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache import attach_cache
@@ -69,10 +70,13 @@ def tune(
             "tune on and one to judge by"
         )
     cached = _cached_by(pipe, applied)
+    ((_, model),) = applied.plan.family.models(pipe).items()
     where = None if folder is None else user_path(folder, "folder")
     if where is not None:
         make_folder(where, f"folder {where}")
-    return _tune(_Trials(pipe, calls, read, stock, cached, where, progress), share, len(calls) - held_out, len(calls))
+    return _tune(
+        _Trials(pipe, model, calls, read, stock, cached, where, progress), share, len(calls) - held_out, len(calls)
+    )
 
 
 def _cached_by(pipe: Any, applied: AppliedPlan) -> Cached:
@@ -106,8 +110,8 @@ def _tune(trials: _Trials, share: float, first_held_out: int, count: int) -> Tun
     tuning, judging = range(first_held_out), range(first_held_out, count)
     trajectories = [trials.stock_trajectory(call) for call in tuning[:_RECORDED]]
     steps = {len(trajectory.predictions) for trajectory in trajectories}
-    if len(steps) != 1:
-        raise UnsupportedError(f"tune needs calls of as many steps each, and these make {sorted(steps)}")
+    if len(steps) != 1 or steps == {1}:
+        raise UnsupportedError(f"tune needs calls of as many steps each, two or more, and these make {sorted(steps)}")
     proposals = _Proposals(trajectories, trials)
     tried: dict[int, Judged] = {}
 
@@ -178,6 +182,7 @@ class _Trials:
     def __init__(
         self,
         pipe: Any,
+        model: torch.nn.Module,
         calls: Sequence[Mapping[str, Any]],
         budget: Budget,
         stock: Callable[[], AbstractContextManager[Any]],
@@ -196,10 +201,16 @@ class _Trials:
         self._trajectories: dict[int, Trajectory] = {}
         self._values: dict[str, float] = {}
         self._made = 0
+        self._about = [""] * len(calls)
         if folder is not None:
+            # What was measured holds for this model, scheduler and call alone; a line cut off by a kill is dropped.
+            about = type(pipe).__name__, dict(pipe.scheduler.config), dict(model.state_dict())
+            self._about = [digest((about, dict(call))).hex() for call in calls]
             path = folder / "values.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            self._values = {entry["trial"]: entry["value"] for entry in map(json.loads, lines)}
+            text = path.read_text() if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]
+            path.write_text(whole)
+            self._values = {entry["trial"]: entry["value"] for entry in map(json.loads, whole.splitlines())}
 
     def stock_trajectory(self, call: int) -> Trajectory:
         """Return the trajectory of stock."""
@@ -236,7 +247,7 @@ class _Trials:
         return Judged("stock", steps, None, tuple(values))
 
     def _value(self, trial: str, call: int, run: Callable[[], np.ndarray]) -> float:
-        trial = f"{self.budget.metric} {trial}"
+        trial = f"{self.budget.metric} {self._about[call]} {trial}"
         if trial not in self._values:
             self._values[trial] = self.budget.measure(run(), self._stock_result(call))
             if self._folder is not None:
