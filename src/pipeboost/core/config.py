@@ -126,7 +126,7 @@ class CompileConfig:
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
-            come twice, `"auto"` those that the host launches too slowly for the device, False none.
+            come twice, `"auto"` those that are faster so when both are timed, False none.
     """
 
     scope: str | None = "regional"
