@@ -295,7 +295,8 @@ class _Compiler:
                 except PipeboostError:
                     raise
                 except Exception as error:
-                    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+                    cause = getattr(error, "inner_exception", error)
+                    reason = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
                     raise NotCaptured(f"cannot be compiled ({reason})", for_good=True) from error
             region._made[result.guarded_code.guard_manager] = Found(model)
             region._generation += 1
