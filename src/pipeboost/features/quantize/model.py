@@ -112,9 +112,9 @@ class QuantizedModel:
             linears, left = linears_of(model, self._family)
             memory = HostMemory()
             self.counts.left = dict(left)
-            for place, linear in linears:
-                if place.parent._modules.get(place.name) is linear:
-                    self._replace(place, linear, memory)
+            linears.reverse()
+            while linears:  # which must not keep alive what is not to be kept
+                self._replace(*linears.pop(), memory)
             self._changed = list(filter(_in_place, self._changed))
             self._quantised = True
             self.counts.quantised += 1
@@ -181,6 +181,8 @@ class QuantizedModel:
         self.restore(doing="a call outside of the acceleration")
 
     def _replace(self, place: Place, linear: nn.Linear, memory: HostMemory) -> None:
+        if place.parent._modules.get(place.name) is not linear:  # but what stands for it
+            return
         weight = linear.weight
         device = self._device if weight.device.type == "cpu" else None
         ours = Float8Linear(linear, device=device, reversible=self._settings.reversible)
