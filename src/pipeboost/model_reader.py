@@ -16,6 +16,7 @@ from pipeboost.features.attention import swappable_processors
 from pipeboost.features.compile import capture_obstacles
 from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
+from pipeboost.features.quantize import of_original, quantizable
 
 
 def model_info(
@@ -34,7 +35,10 @@ def model_info(
     loaded = {path: module for path, module in modules.items() if not any(each.is_meta for each in module.parameters())}
     reasons = {path: unmovable_weights(module) for path, module in loaded.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
-    components = tuple(of_all_ranks(component, modules[component.path]) for component in weigh(modules, family))
+    components = tuple(
+        of_original(of_all_ranks(component, modules[component.path]), modules[component.path])
+        for component in weigh(modules, family)
+    )
     model = next(iter(denoisers.values()))
     hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
@@ -58,6 +62,7 @@ def model_info(
         heads=heads if isinstance(heads, int) else None,
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,
+        quantizable=quantizable(denoisers, family),
         stock_denoisers={
             path: stock_class(module).__name__
             for path, module in modules.items()

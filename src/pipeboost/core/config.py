@@ -160,12 +160,21 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Weights and activations in fewer bits."""
+    """Linears of the transformer in fewer bits.
+
+    Attributes:
+        scheme: `"fp8"`: weights and activations in float8_e4m3fn with a scale for each row.
+        reversible: whether the weights are kept in the host's memory as they were, for `remove()`, for stock calls, and
+            for what loads, fuses or saves weights. False keeps none: `remove()` then leaves the weights as 8 bits have
+            them and says so, and the others raise.
+    """
 
     scheme: str = "fp8"
+    reversible: bool = True
 
     def __post_init__(self) -> None:
         require_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
+        require_one_of("quantize.reversible", self.reversible, (True, False))
 
 
 @dataclass(frozen=True)
