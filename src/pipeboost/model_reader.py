@@ -14,6 +14,7 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
 from pipeboost.features.compile import capture_obstacles
+from pipeboost.features.compile.vae import is_rewritable
 from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
 
@@ -37,6 +38,7 @@ def model_info(
     components = tuple(of_all_ranks(component, modules[component.path]) for component in weigh(modules, family))
     model = next(iter(denoisers.values()))
     hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
+    vae = getattr(pipe, "vae", None)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelInfo(
         pipeline=type(pipe).__name__,
@@ -58,6 +60,7 @@ def model_info(
         heads=heads if isinstance(heads, int) else None,
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,
+        vae=None if not isinstance(vae, nn.Module) else "causal" if is_rewritable(vae) else "other",
         stock_denoisers={
             path: stock_class(module).__name__
             for path, module in modules.items()

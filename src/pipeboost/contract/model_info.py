@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -71,6 +72,8 @@ class ModelInfo:
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
             was not asked.
         activations: what the stages take besides weights, on one rank; None where no family says.
+        vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"other"` nothing; None where
+            there is none.
     """
 
     pipeline: str
@@ -94,6 +97,7 @@ class ModelInfo:
     ranks: int = 1
     splits: Mapping[str, Split] | None = None
     activations: Activations | None = None
+    vae: Literal["causal", "other"] | None = None
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
         """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""

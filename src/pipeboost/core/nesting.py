@@ -37,6 +37,7 @@ NESTING: dict[str, dict[str, str]] = {
     },
     "submodule": {
         "sequence": "puts tokens together, or takes a rank's own",
+        "rewrite": "computes what stock would, inside its hooks",
     },
     "scheduler": {
         "tune": "records what the step was given and what it returned",

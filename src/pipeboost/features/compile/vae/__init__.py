@@ -1,0 +1,5 @@
+"""The VAE: compiled where that pays, its convolutions and norms rewritten where they are a video's."""
+
+from pipeboost.features.compile.vae.rewrites import REWRITES, is_rewritable, rewrite_vae
+
+__all__ = ["REWRITES", "is_rewritable", "rewrite_vae"]

@@ -1,0 +1,68 @@
+"""Lets a VAE compute faster in the same precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from pipeboost.contract.context import ApplyContext, Component
+from pipeboost.contract.decision import Decision
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.compile.model import CompiledModel, compile_model
+from pipeboost.features.compile.vae.decide import VaeSettings
+from pipeboost.features.compile.vae.rewrites import (
+    is_compiled,
+    is_rewritable,
+    rewrite_vae,
+    step_back_where_compiled,
+)
+
+PARTS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class CompiledVae:
+    """What compiling a VAE's encoder and decoder cost so far."""
+
+    parts: tuple[CompiledModel, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts of both as a report shows them."""
+        summaries = [part.summary() for part in self.parts]
+        eager: dict[str, int] = {}
+        for reason, count in (item for summary in summaries for item in summary["eager"].items()):
+            eager[reason] = eager.get(reason, 0) + count
+        return {**{name: sum(each[name] for each in summaries) for name in ("graphs", "seconds")}, "eager": eager}
+
+
+def apply(component: Component, decision: Decision, context: ApplyContext, ledger: Ledger) -> CompiledVae | None:
+    """Rewrite or compile the VAE in the calls of the acceleration; it is compiled when it is first called.
+
+    Tiling and slicing call the same encoder and decoder, with a tile or a sample.
+
+    Raises:
+        UnsupportedError: as `compile_model`.
+    """
+    if component.path != "vae":
+        return None
+    vae, settings = component.object, decision.settings
+    assert isinstance(settings, VaeSettings)
+    if settings.rewrites and is_rewritable(vae) and not is_compiled(vae):
+        rewrite_vae(vae, context.family.autoencoder, ledger, owner=context.owner)
+    if settings.compiled is None:
+        return None
+    parts = [part for name in PARTS if (part := getattr(vae, name, None)) is not None]
+    # Tiles of a video have up to eight sizes.
+    dynamic = settings.compiled.dynamic or any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    compiled = replace(settings.compiled, dynamic=dynamic)
+    return CompiledVae(
+        tuple(compile_model(part, compiled, context.family, ledger, owner=context.owner) for part in parts)
+    )
+
+
+def rebind(component: Component, decision: Decision, context: ApplyContext) -> None:
+    """Leave a VAE that the user has compiled since to them."""
+    if component.path == "vae":
+        step_back_where_compiled(component.object)
