@@ -74,6 +74,7 @@ class ModelInfo:
         activations: what the stages take besides weights, on one rank; None where no family says.
         vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"other"` nothing; None where
             there is none.
+        vae_key: stands for the VAE's class, configuration and dtype, by which compiled code of it is found.
     """
 
     pipeline: str
@@ -98,6 +99,7 @@ class ModelInfo:
     splits: Mapping[str, Split] | None = None
     activations: Activations | None = None
     vae: Literal["causal", "other"] | None = None
+    vae_key: str = ""
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
         """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""

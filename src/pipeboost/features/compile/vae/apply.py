@@ -12,6 +12,7 @@ from pipeboost.contract.decision import Decision
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.compile.model import CompiledModel, compile_model
 from pipeboost.features.compile.vae.decide import VaeSettings
+from pipeboost.features.compile.vae.known_sizes import key_of, noting_sizes, only_sizes
 from pipeboost.features.compile.vae.rewrites import (
     is_compiled,
     is_rewritable,
@@ -53,13 +54,23 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         rewrite_vae(vae, context.family.autoencoder, ledger, owner=context.owner)
     if settings.compiled is None:
         return None
-    parts = [part for name in PARTS if (part := getattr(vae, name, None)) is not None]
     # Tiles of a video have up to eight sizes.
     dynamic = settings.compiled.dynamic or any(isinstance(module, nn.Conv3d) for module in vae.modules())
     compiled = replace(settings.compiled, dynamic=dynamic)
-    return CompiledVae(
-        tuple(compile_model(part, compiled, context.family, ledger, owner=context.owner) for part in parts)
-    )
+    key, hardware, models = key_of(vae), context.hardware.name, []
+    for name in PARTS:
+        part = getattr(vae, name, None)
+        if part is None:
+            continue
+        models.append(compile_model(part, compiled, context.family, ledger, owner=context.owner))
+        middleware = only_sizes(name, settings.sizes) if settings.sizes is not None else None
+        if middleware is None and compiled.backend == "inductor":
+            middleware = noting_sizes(name, key, hardware, models[-1])
+        if middleware is not None:
+            ledger.share_middleware(
+                part, "__call__", middleware, place="component.sizes", kind="sizes", settings=settings.sizes is None
+            )
+    return CompiledVae(tuple(models))
 
 
 def rebind(component: Component, decision: Decision, context: ApplyContext) -> None:

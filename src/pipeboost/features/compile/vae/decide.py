@@ -10,6 +10,7 @@ from pipeboost.core.config import AccelerationConfig, CompileConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
+from pipeboost.features.compile.vae.known_sizes import known_sizes
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class VaeSettings:
     Attributes:
         rewrites: whether its convolutions and norms are rewritten.
         compiled: how its encoder and decoder are compiled; None where they are not.
+        sizes: those that are compiled, as `name_of` gives them; None for all.
     """
 
     rewrites: bool = False
     compiled: CompileConfig | None = None
+    sizes: frozenset[str] | None = None
 
 
 def decide(
@@ -54,9 +57,13 @@ def decide(
     obstacle = _obstacle(config, settings, model, hardware, earlier)
     if obstacle is not None:
         return _refusal(wanted, obstacle)
-    if wanted == "auto":
-        return Decision("vae", "off", _price(family))
     compiled = replace(settings, scope="full", graphs=False, vae=True)
+    if wanted == "auto":
+        sizes = known_sizes(model.vae_key, hardware.name) if settings.backend == "inductor" else frozenset()
+        if not sizes:
+            return Decision("vae", "off", _price(family))
+        why = f"for the {len(sizes)} sizes whose code is at hand from before"
+        return Decision("vae", "compiled", why, settings=VaeSettings(compiled=compiled, sizes=sizes))
     return Decision("vae", "compiled", "at its first use, one graph a size", settings=VaeSettings(compiled=compiled))
 
 
@@ -82,9 +89,11 @@ def _obstacle(
 def _price(family: Family) -> str:
     measured = None if family.autoencoder is None else family.autoencoder.compiling
     if measured is None:
-        return "compiling it takes seconds; CompileConfig(vae=True) does at its first use"
+        return (
+            "compiling it takes seconds; CompileConfig(vae=True) does so at its first use, `pipeboost warm` beforehand"
+        )
     return (
         f"compiling its decoder takes {measured.seconds:.0f} s and saves {measured.saved * 1000:.0f} ms a picture "
         f"({measured.workload}, {measured.hardware}), so it pays after {measured.pays_after} of one size; "
-        "CompileConfig(vae=True) does so at its first use"
+        "CompileConfig(vae=True) does so at its first use, `pipeboost warm` beforehand"
     )
