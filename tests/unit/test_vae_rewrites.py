@@ -21,6 +21,7 @@ from pipeboost.core.seams import stock_class
 from pipeboost.features.compile.vae import is_rewritable, rewrite_vae
 from pipeboost.features.compile.vae.apply import rebind
 from pipeboost.features.compile.vae.causal_conv import convolve_causally, is_causal
+from pipeboost.features.compile.vae.layout import lay_out
 from pipeboost.kernels.channel_norm import channel_norm
 from tests.distributed.vae_cases import wan22_vae
 from tests.floors import floor_of, is_rounding
@@ -188,3 +189,18 @@ def compare_kernel() -> None:
                     torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=rtol)
                     own = channel_norm(each, gamma.view(-1, *[1] * len(shape[2:])), scale, activate=activate)
                     torch.testing.assert_close(own.double(), exact, rtol=4 * rtol, atol=4 * rtol)
+
+
+def test_convolutions_over_frames_are_laid_out_in_a_captured_graph() -> None:
+    conv, states = nn.Conv3d(3, 4, 3), torch.randn(1, 3, 4, 5, 6)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(lay_out(graph))
+        return graph
+
+    with torch.no_grad():
+        ours = torch.compile(conv, backend=backend)(states)
+        torch.testing.assert_close(ours, conv(states))
+    layouts = [node.kwargs for node in graphs[0].graph.nodes if node.target == "contiguous"]
+    assert layouts == [{"memory_format": torch.channels_last_3d}]

@@ -9,10 +9,12 @@ from torch import nn
 
 from pipeboost.contract.context import ApplyContext, Component
 from pipeboost.contract.decision import Decision
+from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.compile.model import CompiledModel, compile_model
 from pipeboost.features.compile.vae.decide import VaeSettings
 from pipeboost.features.compile.vae.known_sizes import key_of, noting_sizes, only_sizes
+from pipeboost.features.compile.vae.layout import inductor_channels_last
 from pipeboost.features.compile.vae.rewrites import (
     is_compiled,
     is_rewritable,
@@ -54,18 +56,39 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         rewrite_vae(vae, context.family.autoencoder, ledger, owner=context.owner)
     if settings.compiled is None:
         return None
-    # Tiles of a video have up to eight sizes.
-    dynamic = settings.compiled.dynamic or any(isinstance(module, nn.Conv3d) for module in vae.modules())
-    compiled = replace(settings.compiled, dynamic=dynamic)
-    key, hardware, models = key_of(vae), context.hardware.name, []
+    return compile_vae(vae, settings, context.family, context.hardware.name, ledger, owner=context.owner)
+
+
+def compile_vae(
+    vae: nn.Module, settings: VaeSettings, family: Family, hardware: str, ledger: Ledger, *, owner: Any = None
+) -> CompiledVae:
+    """Run a VAE's encoder and decoder compiled in the calls of an acceleration; undone by the ledger.
+
+    Args:
+        vae: the VAE.
+        settings: how, and which sizes.
+        family: of the pipeline.
+        hardware: the device's name, for which compiled sizes are noted.
+        ledger: takes the inverse.
+        owner: the acceleration; None for every call.
+
+    Raises:
+        UnsupportedError: as `compile_model`.
+    """
+    assert settings.compiled is not None
+    compiled, models = settings.compiled, []
+    kept = compiled.backend == "inductor"
+    if any(isinstance(module, nn.Conv3d) for module in vae.modules()):
+        # Tiles of a video have up to eight sizes.
+        compiled = replace(compiled, dynamic=True, backend=inductor_channels_last if kept else compiled.backend)
     for name in PARTS:
         part = getattr(vae, name, None)
         if part is None:
             continue
-        models.append(compile_model(part, compiled, context.family, ledger, owner=context.owner))
-        middleware = only_sizes(name, settings.sizes) if settings.sizes is not None else None
-        if middleware is None and compiled.backend == "inductor":
-            middleware = noting_sizes(name, key, hardware, models[-1])
+        models.append(compile_model(part, compiled, family, ledger, owner=owner))
+        middleware = None if settings.sizes is None else only_sizes(name, settings.sizes, dynamic=compiled.dynamic)
+        if middleware is None and kept:
+            middleware = noting_sizes(name, key_of(vae), hardware, models[-1], dynamic=compiled.dynamic)
         if middleware is not None:
             ledger.share_middleware(
                 part, "__call__", middleware, place="component.sizes", kind="sizes", settings=settings.sizes is None

@@ -62,7 +62,7 @@ def decide(
         sizes = known_sizes(model.vae_key, hardware.name) if settings.backend == "inductor" else frozenset()
         if not sizes:
             return Decision("vae", "off", _price(family))
-        why = f"for the {len(sizes)} sizes whose code is at hand from before"
+        why = f"for sizes whose code is at hand from before, {len(sizes)} so far"
         return Decision("vae", "compiled", why, settings=VaeSettings(compiled=compiled, sizes=sizes))
     return Decision("vae", "compiled", "at its first use, one graph a size", settings=VaeSettings(compiled=compiled))
 

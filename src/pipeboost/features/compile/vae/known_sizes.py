@@ -35,13 +35,13 @@ def known_sizes(key: str, hardware: str) -> frozenset[str]:
     return frozenset()
 
 
-def name_of(part: str, states: torch.Tensor) -> str:
-    """Return the name of a size: of the encoder or decoder, and its input."""
-    shape = "x".join(map(str, states.shape))
+def name_of(part: str, states: torch.Tensor, *, dynamic: bool) -> str:
+    """Return the name of a size: of the encoder or decoder, and its input, of which a dynamic graph takes any."""
+    shape = "any" if dynamic else "x".join(map(str, states.shape))
     return f"{part}-{shape}-{str(states.dtype).removeprefix('torch.')}"
 
 
-def noting_sizes(part: str, key: str, hardware: str, compiled: CompiledModel) -> Middleware:
+def noting_sizes(part: str, key: str, hardware: str, compiled: CompiledModel, *, dynamic: bool) -> Middleware:
     """Note each size that is compiled."""
 
     def note(call_next: Callable[..., Any], owner: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -51,17 +51,17 @@ def noting_sizes(part: str, key: str, hardware: str, compiled: CompiledModel) ->
             folder = _folder(key, hardware)
             with contextlib.suppress(OSError):  # then it is compiled when asked for only
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                (folder / name_of(part, states)).touch()
+                (folder / name_of(part, states, dynamic=dynamic)).touch()
         return result
 
     return note
 
 
-def only_sizes(part: str, known: frozenset[str]) -> Middleware:
+def only_sizes(part: str, known: frozenset[str], *, dynamic: bool) -> Middleware:
     """Run the part compiled for sizes whose code is at hand, and stock for others."""
 
     def choose(call_next: Callable[..., Any], owner: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if name_of(part, states) in known:
+        if name_of(part, states, dynamic=dynamic) in known:
             return call_next(states, *args, **kwargs)
         return stock_class(owner).__call__(owner, states, *args, **kwargs)
 
