@@ -330,11 +330,18 @@ def _kept_compiled(family: Family, backend: str) -> TurnOn:
     def turn_on(vae: nn.Module, stack: contextlib.ExitStack) -> None:
         if vae not in compiled:
             compiled[vae] = compile_vae(vae, settings, family, "a benchmark's", Ledger())
+        stack.callback(_refuse_eager, compiled[vae])
         for model in compiled[vae].parts:
             model.every_call = True
             stack.callback(setattr, model, "every_call", False)
 
     return turn_on
+
+
+def _refuse_eager(compiled: CompiledVae) -> None:
+    eager = compiled.summary()["eager"]
+    if eager:
+        raise RuntimeError(f"ran eager: {eager}")
 
 
 def _compiled(select: Callable[[Any], Iterable[nn.Module]], backend: str, *, dynamic: bool) -> TurnOn:
