@@ -93,7 +93,7 @@ def _measure(model: str, chosen: dict[str, dict[str, Any] | str], once: bool) ->
                 row["ms"].append(_milliseconds(pipe.transformer, inputs))
                 if handle is not None:
                     report = handle.report()
-                    row["compile"], row["graphs"] = report.compile, report.graphs
+                    row["compile"], row["graphs"] = report.compiled, report.graphs
                 row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]

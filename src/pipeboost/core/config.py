@@ -132,6 +132,9 @@ class CompileConfig:
             writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices. Default: all.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
             come twice, `"auto"` those that are faster so when both are timed, False none.
+        vae: whether the VAE's encoder and decoder run faster in the same precision: `"auto"` with convolutions and
+            norms rewritten where they are a video VAE's, and compiled where that takes no time; True compiles others
+            when they are first used, one graph a size; False leaves the VAE stock.
     """
 
     scope: str | None = "regional"
@@ -140,10 +143,12 @@ class CompileConfig:
     recompile_limit: int = 64
     rewrites: tuple[str, ...] = REWRITES
     graphs: bool | Literal["auto"] = "auto"
+    vae: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         require_one_of("compile", self.scope, (*COMPILE_SCOPES, None))
         require_one_of("compile.graphs", self.graphs, ("auto", True, False))
+        require_one_of("compile.vae", self.vae, ("auto", True, False))
         if self.scope is None and self.graphs is not True:
             raise ConfigurationError(
                 "compile.scope=None compiles nothing and is for CUDA graphs alone; add graphs=True, or use compile=None"

@@ -33,6 +33,7 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import suspend_timeout
+from pipeboost.features.compile.artifacts import artifacts
 from pipeboost.features.compile.rewrites import RewritingBackend
 
 # Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
@@ -275,6 +276,7 @@ class _Compiler:
             _SHAPE_CONFIG.patch(use_duck_shape=False),
             region.knowing_sizes() as sizes,
             tracing_our_call(),
+            artifacts(settings.backend),
         ):
             if region._generation != generation:
                 raise _CompiledMeanwhile
