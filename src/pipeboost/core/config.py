@@ -29,7 +29,7 @@ TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
-REWRITES = ("cat_of_slices", "norm_rotary", "modulated_norm", "real_rotary", "gelu_gemm", "cat_gemm")
+REWRITES = ("cat_of_slices", "norm_rotary", "modulated_norm", "float8_rows", "real_rotary", "gelu_gemm", "cat_gemm")
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 

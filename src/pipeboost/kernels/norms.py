@@ -37,7 +37,7 @@ def norm_rotary(
         dim = part.shape[3]
         part = part if part.stride()[2:] == (dim, 1) else part.contiguous()
         tables = [None if table is None else _pairs(table, part.shape[1], dim) for table in (cos, sin)]
-        launch_norm_rotary(part, weight, *tables, into, each, across_heads)
+        launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
     return out
 
 
@@ -73,15 +73,9 @@ def modulated_norm(
         shift: as `gate`.
         eps: of the norm.
     """
-    from pipeboost.kernels.norms_triton import launch_modulated_norm
+    from pipeboost.kernels.norms_triton import normalise
 
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    total = x.new_empty(0) if branch is None else torch.empty_like(x)
-    width = x.shape[-1]
-    tables = [None if each is None else each.reshape(-1, width) for each in (gate, scale, shift)]
-    launch_modulated_norm(x, None if branch is None else branch.contiguous(), *tables, total, out, eps, one_plus)  # type: ignore[arg-type]
-    return total, out
+    return normalise(x, branch, gate, scale, shift, eps, one_plus)  # type: ignore[return-value]
 
 
 @modulated_norm.register_fake

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pipeboost.kernels.float8_triton import float8_scale, to_float8
+
 
 def launch_norm_rotary(
     x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None,
@@ -68,28 +70,24 @@ def _norm_rotary(  # type: ignore[no-untyped-def]
     tl.store(out_pointer + batch * out_batch + token * out_token + places, x, mask=mask)
 
 
-def launch_modulated_norm(
+def normalise(
     x: torch.Tensor, branch: torch.Tensor | None, gate: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor,
-    total: torch.Tensor, out: torch.Tensor, eps: float, one_plus: bool,
-) -> None:  # fmt: skip
-    """Write the sum of a residual and a gated branch, and its modulated layer norm.
-
-    Args:
-        x: `(batch, tokens, features)`, contiguous.
-        branch: as `x`; None: the sum is `x`, and `total` is not written.
-        gate: `(batch or 1, features)`, the last dimension contiguous; None: the branch as it is.
-        scale: as `gate`; with `one_plus` it is added to 1.
-        shift: as `gate`.
-        total: as `x`.
-        out: as `x`.
-    """
+    eps: float, one_plus: bool, *, float8: bool = False,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return the sum and the norm of `norms.modulated_norm`; with `float8` that of `float8.modulated_norm_float8`."""
     batch, tokens, width = x.shape
-    gates = x if gate is None else gate
+    x = x.contiguous()
+    total = x.new_empty(0) if branch is None else torch.empty_like(x)
+    out = x.new_empty((batch * tokens, width), dtype=torch.float8_e4m3fn) if float8 else torch.empty_like(x)
+    scales = x.new_empty((batch * tokens, 1) if float8 else 0, dtype=torch.float32)
+    tables = [x if each is None else each.reshape(-1, width) for each in (gate, scale, shift)]
+    places = [argument for each in tables for argument in (each, _step(each))]
     _modulated_norm[(batch * tokens,)](
-        x, x if branch is None else branch, gates, _step(gates), scale, _step(scale), shift, _step(shift), total, out,
+        x, x if branch is None else branch.contiguous(), *places, total, out, scales,
         tokens, width, eps, BLOCK=triton.next_power_of_2(width), BRANCH=branch is not None, GATED=gate is not None,
-        ONE=1.0 if one_plus else 0.0, num_warps=4 if width <= 2048 else 8,
+        ONE=1.0 if one_plus else 0.0, FLOAT8=float8, num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
+    return (total, out, scales) if float8 else (total, out)
 
 
 def _step(tensor: torch.Tensor) -> int:
@@ -99,8 +97,8 @@ def _step(tensor: torch.Tensor) -> int:
 @triton.jit
 def _modulated_norm(  # type: ignore[no-untyped-def]
     x_pointer, branch_pointer, gate_pointer, gate_batch, scale_pointer, scale_batch, shift_pointer, shift_batch,
-    total_pointer, out_pointer, tokens, width, eps,
-    BLOCK: tl.constexpr, BRANCH: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr,
+    total_pointer, out_pointer, scales_pointer, tokens, width, eps,
+    BLOCK: tl.constexpr, BRANCH: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
@@ -122,4 +120,8 @@ def _modulated_norm(  # type: ignore[no-untyped-def]
     centred = tl.where(mask, x - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / width
     out = centred * tl.rsqrt(variance + eps) * (ONE + scale) + shift
+    if FLOAT8:
+        out_scale = float8_scale(tl.max(tl.where(mask, tl.abs(out), 0.0), axis=0))
+        tl.store(scales_pointer + row, out_scale)
+        out = to_float8(out, out_scale)
     tl.store(out_pointer + places, out, mask=mask)

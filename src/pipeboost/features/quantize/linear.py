@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeboost.core.errors import UnsupportedError
+from pipeboost.kernels.float8 import quantise_rows
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -95,7 +96,7 @@ class Float8Linear(nn.Module):
         rows = features.reshape(-1, self.in_features)
         if not len(rows):  # as where another rank has all of a short text
             return features.new_empty((*features.shape[:-1], self.out_features))
-        quantised, scale = to_float8(rows)
+        quantised, scale = quantise_rows([rows], [False])
         # The kernels for a scale a row have bfloat16 alone for what they return on a GPU.
         dtype = torch.bfloat16 if features.is_cuda or features.dtype is torch.float16 else features.dtype
         bias = self.bias if self.bias is not None and self.bias.dtype is dtype else None

@@ -14,6 +14,7 @@ from torch import fx
 
 from pipeboost.features.compile.rewrites.cat_gemm import multiply_parts
 from pipeboost.features.compile.rewrites.cat_of_slices import drop_cats_of_slices
+from pipeboost.features.compile.rewrites.float8_rows import quantise_in_producers
 from pipeboost.features.compile.rewrites.gelu_gemm import gelu_in_gemm
 from pipeboost.features.compile.rewrites.modulated_norm import fuse_norms
 from pipeboost.features.compile.rewrites.norm_rotary import fuse_norms_and_rotations
@@ -23,6 +24,7 @@ REWRITES: dict[str, Callable[[fx.Graph], int]] = {
     "cat_of_slices": drop_cats_of_slices,
     "norm_rotary": fuse_norms_and_rotations,
     "modulated_norm": fuse_norms,
+    "float8_rows": quantise_in_producers,  # among them the norms above
     "real_rotary": rotate_in_real_numbers,
     "gelu_gemm": gelu_in_gemm,
     "cat_gemm": multiply_parts,  # what is concatenated may be a product that a pass above has changed

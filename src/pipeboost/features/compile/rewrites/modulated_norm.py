@@ -53,24 +53,29 @@ def _norm(node: Any, value: torch.Tensor) -> _Norm | None:
     if not isinstance(node, fx.Node):
         return None
     if node.target is torch.nn.functional.layer_norm:
-        x, shape, weight, bias, eps = (*node.args, None, None, 1e-5)[:5]
+        x, shape, weight, bias, eps = _arguments(node)
         scale, shift, one_plus = without_casts(weight), without_casts(bias), False
     else:
-        scaled, shift = operands(node, operator.add, lambda each: _scaled(each) is not None) or (None, None)
+        scaled, shift = operands(node, operator.add, lambda each: _scaled(each) is not None)
         found = _scaled(scaled)
         if found is None:
             return None
         normed, scale = found
-        x, shape, _, _, eps = (*normed.args, None, None, 1e-5)[:5]
+        x, shape, _, _, eps = _arguments(normed)
         one_plus = True
     fits = tuple(shape) == (value.shape[-1],) and all(_is_per_feature(each, value) for each in (scale, shift))
     return _Norm(x, scale, shift, float(eps), one_plus) if fits else None
 
 
+def _arguments(norm: Any) -> tuple[Any, ...]:
+    """Input, shape, weight, bias and eps of a layer norm."""
+    return (*norm.args, None, None, 1e-5)[:5]
+
+
 def _scaled(node: Any) -> tuple[fx.Node, Any] | None:
     """The layer norm and the scale, where a node is the one times 1 + the other."""
-    normed, factor = operands(node, operator.mul, _is_plain_norm) or (None, None)
-    _, scale = operands(factor, operator.add, lambda each: type(each) in (int, float) and each == 1) or (None, None)
+    normed, factor = operands(node, operator.mul, _is_plain_norm)
+    _, scale = operands(factor, operator.add, lambda each: type(each) in (int, float) and each == 1)
     return None if scale is None else (without_casts(normed), scale)
 
 
@@ -103,7 +108,7 @@ def _summands(total: Any) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """Residual, branch and gate, where a node is a sum of two such tensors; the gate is None where there is none."""
     for is_branch in (lambda each: _gated(each) is not None, lambda each: True):
         found = operands(total, operator.add, is_branch)
-        if found is None:
+        if found[0] is None:
             continue
         branch, gate = _gated(found[0]) or (without_casts(found[0]), None)
         residual = without_casts(found[1])
@@ -119,7 +124,7 @@ def _gated(node: Any) -> tuple[fx.Node, fx.Node] | None:
     value = tensor_of(node)
     if value is None:
         return None
-    gate, branch = operands(node, operator.mul, lambda each: _is_per_feature(each, value)) or (None, None)
+    gate, branch = operands(node, operator.mul, lambda each: _is_per_feature(each, value))
     branch = without_casts(branch)
     given = tensor_of(branch)
     return None if gate is None or given is None or given.shape != value.shape else (branch, gate)

@@ -35,18 +35,18 @@ def without_casts(node: Any) -> Any:
     return node
 
 
-def operands(node: Any, operation: Any, first: Callable[[Any], bool]) -> tuple[Any, Any] | None:
-    """Return the two operands of a sum or product, that one in front for which `first` holds; None where none is so.
+def operands(node: Any, operation: Any, first: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """Return the two operands of a sum or product, that one in front for which `first` holds; twice None if none does.
 
     Args:
         operation: `operator.add` or `operator.mul`.
     """
     if not isinstance(node, fx.Node) or node.target not in (operation, _OPERATORS[operation]) or len(node.args) != 2:
-        return None
+        return None, None
     one, other = node.args
     if first(one):
         return one, other
-    return (other, one) if first(other) else None
+    return (other, one) if first(other) else (None, None)
 
 
 def replace(node: fx.Node, result: fx.Node, *, users: Callable[[fx.Node], bool] = lambda user: True) -> None:
@@ -80,6 +80,18 @@ def linear_arguments(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     known = value.dim() == 3 and isinstance(value.shape[0], int) and isinstance(value.shape[2], int)
     return (x, weight, bias) if known else None
+
+
+def concatenated(node: fx.Node) -> list[fx.Node] | None:
+    """Return tensors of three dimensions and one dtype that a node joins along the last one, for one user alone."""
+    if node.target is not torch.cat or len(node.users) > 1:
+        return None
+    parts: Any = node.args[0]
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    tensors = [tensor_of(part) for part in parts] if isinstance(parts, (list, tuple)) else [None]
+    known = all(each is not None and each.dim() == 3 and isinstance(each.shape[-1], int) for each in tensors)
+    alike = len({each.dtype for each in tensors if each is not None}) == 1
+    return list(parts) if dim in (-1, 2) and known and alike else None
 
 
 def batch_of(node: fx.Node) -> int:

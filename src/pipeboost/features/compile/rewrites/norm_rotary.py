@@ -69,7 +69,7 @@ def fuse_norms_and_rotations(graph: fx.Graph) -> int:
             heads = [_heads(graph, part, int(value.shape[-1])) for part in parts]
             tables = [_tables(graph, part, heads[:place], heads[place]) for place, part in enumerate(parts)]
             weights, eps = [part.weight for part in parts], [part.eps for part in parts]
-            arguments = (heads, weights, *map(list, zip(*tables, strict=True)), eps, parts[0].across_heads)
+            arguments: Any = (heads, weights, *map(list, zip(*tables, strict=True)), eps, parts[0].across_heads)
             result = graph.call_function(torch.ops.pipeboost.norm_rotary.default, arguments)
         replace(node, result)
         erase_unused(graph, [write for each in rotations for write in each.writes])
@@ -117,12 +117,12 @@ def _rms_norm(node: Any) -> tuple[Any, fx.Node, float] | None:
 
 def _written_out(node: fx.Node) -> tuple[Any, fx.Node, float] | None:
     """The same of one that is written out, as in Diffusers' `RMSNorm`."""
-    value = tensor_of(node)
-    weight, normed = operands(node, operator.mul, lambda each: _shape(each) == (value.shape[-1],)) or (None, None)  # type: ignore[union-attr]
-    factor, x = operands(without_casts(normed), operator.mul, lambda each: _target(each) is torch.rsqrt) or (None, None)
+    shape = _shape(node) or ()
+    weight, normed = operands(node, operator.mul, lambda each: _shape(each) == shape[-1:])
+    factor, x = operands(without_casts(normed), operator.mul, lambda each: _target(each) is torch.rsqrt)
     if factor is None:
         return None
-    mean, eps = operands(factor.args[0], operator.add, lambda each: _target(each) == "mean") or (None, None)
+    mean, eps = operands(factor.args[0], operator.add, lambda each: _target(each) == "mean")
     square = None if mean is None else mean.args[0]
     if square is None or mean.args[1:] != (-1,) or _target(square) != "pow" or square.args[1] != 2:
         return None
@@ -134,10 +134,10 @@ def _by_tables(node: fx.Node) -> _Rotation | None:
     if node.target is not operator.add:
         return None
     for plain, other in (node.args, reversed(node.args)):
-        turned, sin = operands(other, operator.mul, lambda each: _turned(each) is not None) or (None, None)
+        turned, sin = operands(other, operator.mul, lambda each: _turned(each) is not None)
         source = _turned(turned)
         if source is not None:
-            x, cos = operands(plain, operator.mul, lambda each, of=source: without_casts(each) is of) or (None, None)
+            x, cos = operands(plain, operator.mul, lambda each: without_casts(each) is source)  # noqa: B023
             return None if x is None else _Rotation(source, cos, sin)
     return None
 
@@ -167,11 +167,8 @@ def _half(node: Any) -> tuple[Any, int] | None:
 def _by_complex_numbers(node: fx.Node) -> _Rotation | None:
     """`view_as_real(view_as_complex(x) * frequencies)`."""
     product = _argument(_argument(node, "flatten"), torch.view_as_real)
-    numbers, frequencies = operands(product, operator.mul, lambda each: _target(each) is torch.view_as_complex) or (
-        None,
-        None,
-    )
-    pairs = None if numbers is None else numbers.args[0]
+    numbers, frequencies = operands(product, operator.mul, lambda each: _target(each) is torch.view_as_complex)
+    pairs: Any = None if numbers is None else numbers.args[0]
     table = tensor_of(frequencies)
     if _target(pairs) != "reshape" or table is None or not table.is_complex():
         return None
@@ -199,7 +196,7 @@ def _by_writing(node: fx.Node) -> _Rotation | None:
 
 def _of_half(node: Any) -> tuple[Any, int, Any] | None:
     """Tensor, half (0: its even numbers) and table, where a node is the product of the last two."""
-    half, table = operands(node, operator.mul, lambda each: _half(without_casts(each)) is not None) or (None, None)
+    half, table = operands(node, operator.mul, lambda each: _half(without_casts(each)) is not None)
     found = _half(without_casts(half))
     return None if found is None else (*found, table)
 
