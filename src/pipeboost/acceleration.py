@@ -21,7 +21,9 @@ from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests
 from pipeboost.runner import Calls, weakly
-from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
+from pipeboost.stages import Progress, Stage
+from pipeboost.stages.call_record import CallRecord, recorded_by
+from pipeboost.stages.report import Report
 from pipeboost.tune import Tuned, tune
 
 P = TypeVar("P")

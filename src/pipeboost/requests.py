@@ -24,7 +24,10 @@ from torch.utils._pytree import tree_leaves
 from pipeboost.contract.call import current_call, no_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.runner import Calls
-from pipeboost.stages import AT_ONCE, Admission, CallRecord, Progress, Report, recorded_by
+from pipeboost.stages.admission import AT_ONCE, Admission
+from pipeboost.stages.call_record import CallRecord, recorded_by
+from pipeboost.stages.report import Report
+from pipeboost.stages.spans import Progress
 
 _Modes = Callable[[], contextlib.AbstractContextManager[None]]
 _IN_FLIGHT = AT_ONCE + 2

@@ -20,24 +20,12 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
-from pipeboost.stages import (
-    ADMISSION,
-    RECORDER,
-    STAGES,
-    TRAJECTORY,
-    WHOLE_CALL,
-    AdmissionQueue,
-    CallRecord,
-    FinishedCall,
-    Progress,
-    Recorder,
-    Report,
-    Trajectory,
-    component_bytes,
-    take_record,
-    with_trajectory,
-    without_trajectory,
-)
+from pipeboost.stages.admission import ADMISSION, AdmissionQueue
+from pipeboost.stages.built_in import STAGES
+from pipeboost.stages.call_record import CallRecord, take_record
+from pipeboost.stages.report import FinishedCall, Report, component_bytes
+from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
+from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)

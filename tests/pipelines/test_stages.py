@@ -25,8 +25,8 @@ from pipeboost import (
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.runner import _scheduler_locks
-from pipeboost.stages import StageVerificationError
 from pipeboost.stages.admission import AdmissionQueue
+from pipeboost.stages.stage import StageVerificationError
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")

@@ -15,7 +15,7 @@ from pipeboost.core.errors import ConfigurationError, MissingPackageError, Pipeb
 from pipeboost.generate.writing import output_name, output_path, write_whole
 
 if TYPE_CHECKING:
-    from pipeboost.stages import Report
+    from pipeboost.stages.report import Report
 
 DEFAULT_FOLDER = Path("outputs")
 DEFAULT_FPS = 16

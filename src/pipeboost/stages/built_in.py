@@ -66,44 +66,17 @@ class InputValidation(BuiltInStage):
         """Check the step count and size of a call's arguments."""
         checks = Checks(values)
         if "num_inference_steps" in values and values.get("sigmas") is None and values.get("timesteps") is None:
-            checks.require(
-                "num_inference_steps", _is_positive_index(values["num_inference_steps"]), "a positive integer"
-            )
+            steps = values["num_inference_steps"]
+            try:
+                counts = operator.index(steps) >= 1
+            except TypeError:
+                counts = False
+            checks.require("num_inference_steps", counts, "a positive integer")
         for size in ("height", "width"):
             value = values.get(size)
             negative = isinstance(value, (int, float)) and value < 0
             checks.require(size, not isinstance(value, str) and not negative, "a positive integer")
         return checks.failed
-
-
-@dataclass(frozen=True)
-class Place:
-    """A built-in stage, or the user's in place of it, with the user's stages before and after.
-
-    Attributes:
-        built_in: the stage at whose methods all of them run.
-        stages: in order.
-        at: which of them is the built-in one or stands for it.
-    """
-
-    built_in: BuiltInStage
-    stages: tuple[Stage, ...]
-    at: int = 0
-
-    @property
-    def before(self) -> tuple[Stage, ...]:
-        """The user's stages that run first."""
-        return self.stages[: self.at]
-
-    @property
-    def replacement(self) -> Stage | None:
-        """The user's stage in place of the built-in one."""
-        return None if self.stages[self.at] is self.built_in else self.stages[self.at]
-
-    @property
-    def after(self) -> tuple[Stage, ...]:
-        """The user's stages that run last."""
-        return self.stages[self.at + 1 :]
 
 
 @dataclass
@@ -112,24 +85,18 @@ class CallStages:
 
     Attributes:
         composition: loads them.
-        users: where the user has stages, by the name of the built-in stage.
+        users: where the user has stages: name of the built-in stage → those at its methods, in order; the one that has
+            its name is itself or stands for it.
         parallelisms: how the ranks share each built-in stage.
         inside: the built-in stages whose methods the call is in.
         replaced: the stock work of the stages that are being replaced, by name.
     """
 
     composition: Composition
-    users: Mapping[str, Place]
+    users: Mapping[str, tuple[Stage, ...]]
     parallelisms: Mapping[str, StageParallelism]
     inside: list[str] = field(default_factory=list)
     replaced: dict[str, Callable[[Values], Values]] = field(default_factory=dict)
 
 
 STAGES = Slot[CallStages]()
-
-
-def _is_positive_index(value: Any) -> bool:
-    try:
-        return operator.index(value) >= 1
-    except TypeError:
-        return False

@@ -102,15 +102,15 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    admission, place = call.get(ADMISSION), call[STAGES].users.get(DENOISING)
+    admission, stages = call.get(ADMISSION), call[STAGES].users.get(DENOISING, ())
     if admission is not None:
         admission.end()
-    if place is None:
+    if not stages:
         return result
     outputs = named_results(result, ("latents",))
     (name, latents), *_ = outputs.items()
     values: Values = {"latents": latents}
-    for stage in place.after:
+    for stage in stages[1:]:
         values, _ = run_user_stage(call, stage, values)
     return ResultForm.of(result, ("latents",)).filled({**outputs, name: values.get("latents")})
 

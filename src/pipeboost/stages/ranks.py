@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pipeboost.contract.call import Call, Slot
-from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Mesh, broadcast_outcome
 from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
@@ -66,19 +65,6 @@ def on_ranks(
     if not ran:
         _repeat(changes, *touched)
     return outcome
-
-
-def require_ranks(stage: str, parallelism: StageParallelism, mesh: Mesh) -> None:
-    """Refuse a stage that these ranks cannot share.
-
-    Raises:
-        UnsupportedError: its weights are to be shared by ranks, and the mesh has none for that.
-    """
-    if parallelism is StageParallelism.TENSOR_PARALLEL and mesh.control.size > 1 and mesh.degree("tensor") == 1:
-        raise UnsupportedError(
-            f"stage {stage!r} asks for {parallelism!s}, but the mesh has no tensor ranks; use "
-            "ParallelConfig(tensor=2) or more, or StageParallelism.MAIN_RANK"
-        )
 
 
 def _state(generators: list[torch.Generator], device: torch.device, pipe: Any) -> tuple[Any, Any, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeboost.core.families import StageDoor
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import Middleware
 from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
-from pipeboost.stages.built_in import STAGES, Place
+from pipeboost.stages.built_in import STAGES, BuiltInStage
 from pipeboost.stages.by_name import Arguments, ResultForm, named_results
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import RECORDER, WAITING
@@ -35,12 +35,21 @@ def middleware_of_stage(door: StageDoor) -> Middleware:
             return call_next(*args, **kwargs)
         call.raise_if_cancelled()
         stages = call[STAGES]
-        place = None if door.stage in stages.inside else stages.users.get(door.stage)
+        users = () if door.stage in stages.inside else stages.users.get(door.stage, ())
+
+        def stock(*args: Any, **kwargs: Any) -> Any:
+            """Do the method's own work, as a span of its stage."""
+            parallelism = stages.parallelisms.get(door.stage, StageParallelism.REPLICATED)
+            work = functools.partial(call_next, *args, **kwargs)
+            pipe = None if door.component else owner
+            with _alone_with_what_it_shares(call, door, owner), call[RECORDER].span(door.stage):
+                return on_ranks(call, door.stage, parallelism, work, given=(*args, *kwargs.values()), pipe=pipe)
+
         stages.inside.append(door.stage)
         try:
-            if place is not None:
-                return _compose(call, place, door, call_next, owner, args, kwargs)
-            return _stock(call, door, call_next, owner, args, kwargs)
+            if users:
+                return _compose(call, users, door, stock, Arguments(owner, door.method, args, kwargs))
+            return stock(*args, **kwargs)
         finally:
             stages.inside.pop()
 
@@ -75,55 +84,33 @@ def run_user_stage(
         return result
 
 
-def _stock(
-    call: Call,
-    door: StageDoor,
-    call_next: Callable[..., Any],
-    owner: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The method's own work, as a span of its stage."""
-    parallelism = call[STAGES].parallelisms.get(door.stage, StageParallelism.REPLICATED)
-    work = functools.partial(call_next, *args, **kwargs)
-    pipe = None if door.component else owner
-    with _alone_with_what_it_shares(call, door, owner), call[RECORDER].span(door.stage):
-        return on_ranks(call, door.stage, parallelism, work, given=(*args, *kwargs.values()), pipe=pipe)
-
-
 def _compose(
-    call: Call,
-    place: Place,
-    door: StageDoor,
-    call_next: Callable[..., Any],
-    owner: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call, stages: Sequence[Stage], door: StageDoor, stock: Callable[..., Any], arguments: Arguments
 ) -> Any:
-    arguments = Arguments(owner, door.method, args, kwargs)
+    at = [stage.name for stage in stages].index(door.stage)
     values = arguments.values
-    for stage in place.before:
-        values, _ = run_user_stage(call, stage, values)
     forms: list[ResultForm | None] = [None]
+    for stage in stages[:at]:
+        values, _ = run_user_stage(call, stage, values)
 
-    def stock(changed: Values) -> Values:
+    def work(changed: Values) -> Values:
         changed_args, changed_kwargs = arguments.changed_to(changed)
-        result = _stock(call, door, call_next, owner, changed_args, changed_kwargs)
+        result = stock(*changed_args, **changed_kwargs)
         forms.append(ResultForm.of(result, door.outputs))
         return named_results(result, door.outputs)
 
-    if place.replacement is None:
-        outputs = stock(values)
+    if isinstance(stages[at], BuiltInStage):
+        outputs = work(values)
         form = forms[-1]
     else:
         replaced = call[STAGES].replaced
-        replaced[door.stage] = stock
+        replaced[door.stage] = work
         try:
             # Where another rank has run it, the form comes from there.
-            outputs, form = run_user_stage(call, place.replacement, values, more=lambda: forms[-1])
+            outputs, form = run_user_stage(call, stages[at], values, more=lambda: forms[-1])
         finally:
             del replaced[door.stage]
-    for stage in place.after:
+    for stage in stages[at + 1 :]:
         outputs, _ = run_user_stage(call, stage, outputs)
     return (form or ResultForm.expected(values, outputs, door.outputs)).filled(outputs)
 
