@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pipeboost.cli.quiet import quiet_libraries
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.generate import load_model
 from pipeboost.generate.prompt_file import read_prompts
@@ -63,9 +63,13 @@ def run_tune(
         )
     console.print(str(tuned), soft_wrap=True, highlight=False)
     tuned.save(output / "schedule.yaml")
-    tuned.plot(output / "shares.png")
     command = {**given, "num_inference_steps": tuned.steps, "acceleration": tuned.settings}
     (output / "generate.yaml").write_text(yaml.safe_dump(command, sort_keys=False))
-    console.print(f"\nIn {output}: shares.png, schedule.yaml for accelerate_pipeline(config=…),")
-    console.print("generate.yaml for pipeboost generate --config …")
+    try:
+        tuned.plot(output / "shares.png")
+        plotted = "and shares.png"
+    except MissingPackageError as error:
+        plotted = f"but no shares.png: {error}"
+    console.print(f"\nIn {output}: schedule.yaml for accelerate_pipeline(config=…),")
+    console.print(f"generate.yaml for pipeboost generate --config …, {plotted}")
     return 0 if tuned.kept else 1

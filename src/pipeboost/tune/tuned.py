@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,11 +41,11 @@ class Judged:
     def row(self, budget: Budget) -> str:
         """Return one line of a table."""
         low, high = interval(self.kept(budget), len(self.values))
-        order = "" if self.schedule is None else f" order {self.schedule.order}: {_listed(self.schedule.computed)}"
+        schedule = "" if self.schedule is None else f" {self.schedule}"
         return (
             f"{self.name:<9} {self.forwards:>3} forwards  kept {self.kept(budget)}/{len(self.values)} "
             f"({self.share(budget):.1%}, 95% interval {low:.1%} to {high:.1%})  worst {min(self.values):.1f}  "
-            f"median {median(self.values):.1f}{order}"
+            f"median {median(self.values):.1f}{schedule}"
         )
 
 
@@ -125,34 +124,16 @@ class Tuned:
             raise MissingPackageError("plots need matplotlib: pip install matplotlib") from error
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for name, marker in (("schedule", "o"), ("stock", "s")):
-            front = _best_of_each(
-                [each for each in (*self.tried, self.best, self.rival) if each.name == name], self.budget
-            )
-            label = "computed steps, extrapolated between" if name == "schedule" else "stock with fewer steps"
-            axes.plot(
-                [each.forwards for each in front],
-                [each.share(self.budget) for each in front],
-                marker,
-                ls="-",
-                label=label,
-            )
+        lines = ("schedule", "o", "computed steps, extrapolated between"), ("stock", "s", "stock with fewer steps")
+        for name, marker, label in lines:
+            best: dict[int, float] = {}
+            for each in (*self.tried, self.best, self.rival):
+                if each.name == name:
+                    best[each.forwards] = max(best.get(each.forwards, 0.0), each.share(self.budget))
+            axes.plot(sorted(best), [best[forwards] for forwards in sorted(best)], marker, ls="-", label=label)
         axes.axhline(self.share, color="0.6", ls=":")
         axes.set(
             xlabel=f"forwards (stock: {self.steps})", ylabel=f"share of prompts with {self.budget}", ylim=(0, 1.02)
         )
         axes.legend()
         figure.savefig(Path(path))
-
-
-def _best_of_each(judged: Sequence[Judged], budget: Budget) -> list[Judged]:
-    best: dict[int, Judged] = {}
-    for each in judged:
-        known = best.get(each.forwards)
-        if known is None or each.share(budget) > known.share(budget):
-            best[each.forwards] = each
-    return [best[forwards] for forwards in sorted(best)]
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps))
