@@ -75,19 +75,15 @@ def accelerate_pipeline(
     settings = resolve_config(config, given)
     with _locks.of(pipe):
         previous = getattr(pipe, "__dict__", {}).get("acceleration")
-
-        def check() -> None:
-            if isinstance(previous, Acceleration):
-                previous._refuse_to_give_way(pipe)
-
-        plan = agreed_plan(pipe, settings, check)
-        if isinstance(previous, Acceleration):
-            previous.remove()
+        if not isinstance(previous, Acceleration):
+            Acceleration(pipe, agreed_plan(pipe, settings), settings)
+            return pipe
+        plan = agreed_plan(pipe, settings, lambda: previous._refuse_to_give_way(pipe))
+        previous.remove()
         try:
             Acceleration(pipe, plan, settings)
         except Exception:
-            if isinstance(previous, Acceleration):
-                Acceleration(pipe, previous.plan, previous.config)
+            Acceleration(pipe, previous.plan, previous.config)
             raise
     return pipe
 

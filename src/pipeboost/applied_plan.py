@@ -23,8 +23,7 @@ from pipeboost.features.offload import placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.stages import StageParallelism
-from pipeboost.stages.built_in import TEXT_ENCODING
-from pipeboost.stages.composition import Composition
+from pipeboost.stages.composition import TEXT_ENCODING, Composition
 from pipeboost.stages.instrument import instrumented_components
 
 

@@ -21,8 +21,8 @@ from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
 from pipeboost.stages.admission import ADMISSION, AdmissionQueue
-from pipeboost.stages.built_in import STAGES
 from pipeboost.stages.call_record import CallRecord, take_record
+from pipeboost.stages.composition import STAGES
 from pipeboost.stages.report import FinishedCall, Report, component_bytes
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
 from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory

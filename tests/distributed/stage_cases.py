@@ -14,8 +14,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
 from pipeboost.stages import Checks, Stage, StageParallelism
-from pipeboost.stages.built_in import STAGES
-from pipeboost.stages.composition import Composition
+from pipeboost.stages.composition import STAGES, Composition
 from pipeboost.stages.instrument import instrument_component, instrumented_components
 from pipeboost.stages.spans import RECORDER, Recorder
 from pipeboost.stages.stage_middleware import run_user_stage

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeboost.cli import bench, demo, doctor, generate, main, plan
-from pipeboost.cli.picture import picture_grid
+from pipeboost.cli.demo import picture_grid
 from pipeboost.cli.plan import plan_of, wrapped
 from pipeboost.core.errors import RankFailedError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware

@@ -30,11 +30,9 @@ from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
-from pipeboost.generate.loading import ModelSettings
-from pipeboost.generate.lora import Lora
-from pipeboost.generate.prompt_file import read_prompts
-from pipeboost.generate.requests import make_requests
-from pipeboost.generate.writing import write_whole
+from pipeboost.generate.loading import Lora, ModelSettings
+from pipeboost.generate.outputs import write_whole
+from pipeboost.generate.requests import make_requests, read_prompts
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
 

@@ -15,7 +15,7 @@ from pipeboost.cli import generate as command
 from pipeboost.cli import generate_output
 from pipeboost.core.errors import PipeboostError
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
-from pipeboost.generate import outputs, writing
+from pipeboost.generate import outputs
 from pipeboost.runner import Calls
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
@@ -411,7 +411,7 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(writing.os, "replace", fill_the_disk)
+    monkeypatch.setattr(outputs.os, "replace", fill_the_disk)
     result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
     assert (result.code, result.err.count("\n"), result.out.count(".png")) == (2, 1, 2)
     assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err

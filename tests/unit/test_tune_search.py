@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.tune.budget import Budget, interval
 from pipeboost.tune.search import best_schedule, gains_between, injected
+from pipeboost.tune.tuned import Budget, interval
 
 STEPS = 12
 

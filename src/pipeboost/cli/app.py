@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeboost.cli.flags import Acceleration, Device, with_acceleration
-from pipeboost.cli.generate_flags import GenerateCommand, generate
+from pipeboost.cli.flags import Acceleration, Device, GenerateCommand, generate, with_acceleration
 
 app = typer.Typer(
     help="pipeboost: one line gives a stock Diffusers pipeline the speed of a dedicated engine.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
-from pipeboost.cli.picture import picture_grid
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
@@ -107,9 +107,7 @@ def _load(hardware: Hardware) -> tuple[Any, Callable[..., float]]:
         except ImportError as error:
             if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
                 raise
-            raise MissingPackageError(
-                f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
-            ) from error
+            raise MissingPackageError(f"the demo needs {error.name}: pip install scikit-image scipy") from error
         from diffusers import FluxPipeline
 
         pipe = FluxPipeline.from_pretrained(str(weights), local_files_only=True).to(hardware.device)
@@ -171,3 +169,31 @@ def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., flo
 
 def _stack(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+
+_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 72
+
+
+def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:
+    """Put square images of one size side by side, enlarged.
+
+    Args:
+        rows: name, time and images of each variant, one image a prompt.
+        prompts: the heading of each column.
+    """
+    side = rows[0][2][0].width * _SCALE
+    size = (_LEFT + len(prompts) * (side + _MARGIN), _TOP + len(rows) * (side + _MARGIN))
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    for column, prompt in enumerate(prompts):
+        x = _LEFT + column * (side + _MARGIN)
+        for line, text in enumerate(textwrap.wrap(prompt, 40)[:4]):
+            pen.text((x, 6 + 15 * line), text, fill="black", font_size=13)
+    for row, (name, speed, images) in enumerate(rows):
+        y = _TOP + row * (side + _MARGIN)
+        pen.text((8, y + side // 2 - 24), name, fill="black", font_size=18)
+        pen.text((8, y + side // 2), speed, fill="black", font_size=14)
+        for column, image in enumerate(images):
+            enlarged = image.resize((side, side), Image.Resampling.LANCZOS)
+            grid.paste(enlarged, (_LEFT + column * (side + _MARGIN), y))
+    return grid

@@ -10,8 +10,7 @@ from typing import Any
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.generate import Generated, GeneratedImage, GeneratedVideo, LoadedModel
-from pipeboost.generate.outputs import DEFAULT_FOLDER, require_pyav
-from pipeboost.generate.writing import output_path, write_whole
+from pipeboost.generate.outputs import DEFAULT_FOLDER, output_path, require_pyav, write_whole
 
 _FORMATS = {"image": GeneratedImage.formats, "video": GeneratedVideo.formats}
 _ALL_FORMATS = sum(_FORMATS.values(), ())
@@ -46,9 +45,7 @@ class Output:
             raise ConfigurationError("--no-save-output contradicts --save-output and --output-path; leave one out")
         target, is_file = user_path(folder or DEFAULT_FOLDER, "--output-path"), False
         if target.suffix.lower() in _ALL_FORMATS and not target.is_dir():
-            raise ConfigurationError(
-                f"--output-path {target} must be a folder; name a file with --save-output {target.name}"
-            )
+            raise ConfigurationError(f"--output-path {target} is no folder; for a file use --save-output {target.name}")
         if save:
             named, is_file = output_path(save, _ALL_FORMATS, "--save-output")
             target = target / named if folder else named

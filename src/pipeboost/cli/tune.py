@@ -12,7 +12,7 @@ from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.generate import load_model
-from pipeboost.generate.prompt_file import read_prompts
+from pipeboost.generate.requests import read_prompts
 
 
 def run_tune(

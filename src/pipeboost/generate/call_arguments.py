@@ -26,18 +26,9 @@ _NO_NEGATIVE_PROMPT = " "
 LONGEST_SIDE = 16384
 """Pixels: far more than any model was trained for, and few enough that a mistake does not run for hours."""
 _OURS = (
-    "self",
-    "prompt",
-    "prompt_embeds",
-    "negative_prompt",
-    "image",
-    "generator",
-    "output_type",
-    "return_dict",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "callback_on_step_end",
-)
+    "self", "prompt", "prompt_embeds", "negative_prompt", "image", "generator", "output_type", "return_dict",
+    "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
+)  # fmt: skip
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
@@ -56,9 +47,7 @@ class CallSignature:
         self.pipe = pipe
         self.name = cls.__name__
         signature = inspect.signature(cls.__call__)
-        self.parameters = {
-            name: each for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD
-        }
+        self.parameters = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
         scales = ("true_cfg_scale", "guidance_scale")
         self.cfg_scale = next((name for name in scales if name in self.parameters), None)
         self._outputs = _output_fields(signature.return_annotation)

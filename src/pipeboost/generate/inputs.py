@@ -79,9 +79,7 @@ def _download(url: str) -> bytes:
         result = TimeoutError()
     if isinstance(result, bytes):
         if len(result) > LARGEST_IMAGE:
-            raise ConfigurationError(
-                f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it and give its path"
-            )
+            raise ConfigurationError(f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it, give its path")
         return result
     if isinstance(result, TimeoutError):
         why = f"it did not come within {SECONDS_TO_WAIT:g} s"

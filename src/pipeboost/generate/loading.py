@@ -2,23 +2,137 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
-from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, shortened
+from pipeboost.core.errors import (
+    ConfigurationError,
+    MissingPackageError,
+    PipeboostError,
+    UnsupportedError,
+    one_line,
+    quoted,
+    shortened,
+)
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
 from pipeboost.features.parallel.own_device import to_be_split
-from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
-from pipeboost.generate.lora import Lora, load_loras
+from pipeboost.generate.requests import is_finite
 from pipeboost.stages.report import component_bytes
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def require_pipeline(model: str) -> None:
+    """Refuse what can be neither a Diffusers pipeline on this machine nor a hub id.
+
+    Raises:
+        ConfigurationError: the path is missing, or is not the folder of a pipeline.
+    """
+    path, why = Path(model), ""
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        why = "is not a Diffusers pipeline: it has no model_index.json"
+    elif path.exists() and not path.is_dir():
+        why = "is a file; it must be the folder of a Diffusers pipeline, as save_pretrained writes one, or a hub id"
+    elif not path.exists() and not is_hub_id(model):
+        why = "does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
+    if why:
+        raise ConfigurationError(f"model_path={quoted(model)} {why}")
+
+
+@contextlib.contextmanager
+def loading_errors(argument: str, path: str) -> Iterator[None]:
+    """Turn what libraries raise over missing, damaged or too large files into one sentence."""
+    what = f"{argument}={quoted(path)}"
+    try:
+        yield
+    except PipeboostError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
+    except ImportError as error:
+        raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
+        where = "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
+        raise ConfigurationError(f"{what} cannot be loaded{where}: {one_line(error)}") from error
+
+
+_WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter.
+
+    Attributes:
+        path: a file of weights, a folder with one, or a hub id.
+        scale: how strongly it acts; 1 as it was trained.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, given: Any) -> Lora:
+        """Read `"PATH"`, `"PATH=0.8"`, `"PATH:0.8"` or `("PATH", 0.8)`.
+
+        Raises:
+            ConfigurationError: the file or folder does not exist, or the scale is no number.
+        """
+        path, scale = given if isinstance(given, (tuple, list)) and len(given) == 2 else (str(given), 1.0)
+        if not os.path.exists(os.path.expanduser(str(path))) and (match := _WITH_SCALE.fullmatch(str(path))):
+            path, scale = match["path"], float(match["scale"])
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
+            raise ConfigurationError(
+                f"lora_path={quoted(given)}: the scale must be a number, as in 'style.safetensors=0.8'"
+            )
+        lora = cls(str(user_path(str(path), "lora_path")), float(scale))
+        if not Path(lora.path).exists() and not is_hub_id(lora.path):
+            raise ConfigurationError(f"lora_path={quoted(lora.path)} is neither a file, nor a folder, nor a hub id")
+        return lora
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Load adapters into a pipeline and set their scales.
+
+    Raises:
+        MissingPackageError: peft is not installed.
+        UnsupportedError: the pipeline takes no LoRA.
+        ConfigurationError: a file is no LoRA for this model.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UnsupportedError(f"lora_path: {type(pipe).__name__} takes no LoRA; leave it out")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("a LoRA needs peft: pip install peft") from error
+    for number, lora in enumerate(loras):
+        path = Path(lora.path)
+        where = {"weight_name": path.name} if path.is_file() else {}
+        with loading_errors("lora_path", lora.path):
+            pipe.load_lora_weights(path.parent if where else lora.path, adapter_name=f"lora_{number}", **where)
+        if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
+            raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
+    names = [f"lora_{number}" for number in range(len(loras))]
+    pipe.set_adapters(names, adapter_weights=[lora.scale for lora in loras])
+
 
 _ACCELERATION = ("quality", *FEATURES, "config")
 

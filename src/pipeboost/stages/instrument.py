@@ -12,8 +12,8 @@ from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.stages.admission import ADMISSION
-from pipeboost.stages.built_in import STAGES
 from pipeboost.stages.by_name import ResultForm, named_results
+from pipeboost.stages.composition import STAGES
 from pipeboost.stages.spans import DENOISING, RECORDER, WAITING, Recorder
 from pipeboost.stages.stage import Values
 from pipeboost.stages.stage_middleware import middleware_of_stage, run_user_stage

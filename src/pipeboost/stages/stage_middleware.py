@@ -16,8 +16,8 @@ from pipeboost.core.families import StageDoor
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import Middleware
 from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
-from pipeboost.stages.built_in import STAGES, BuiltInStage
 from pipeboost.stages.by_name import Arguments, ResultForm, named_results
+from pipeboost.stages.composition import STAGES, BuiltInStage
 from pipeboost.stages.ranks import on_ranks
 from pipeboost.stages.spans import RECORDER, WAITING
 from pipeboost.stages.stage import Stage, StageParallelism, Values, verified

@@ -22,10 +22,9 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache import attach_cache
 from pipeboost.quality.metrics import outputs_on_host
-from pipeboost.tune.budget import Budget
 from pipeboost.tune.recording import Trajectory, recorded
 from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
-from pipeboost.tune.tuned import Judged, Tuned
+from pipeboost.tune.tuned import Budget, Judged, Tuned
 
 _RECORDED = 24
 """Calls whose trajectories the search sees, of the tuning prompts."""
