@@ -576,7 +576,7 @@ def test_a_stage_that_takes_no_such_value_is_told_what_there_is():
             return values | {"weather": "rain"}
 
     pipe.acceleration.add_stage("inventing", Inventing(), before="text encoding")
-    with pytest.raises(PipeboostError, match="'weather', which its method does not take; it has prompt"):
+    with pytest.raises(PipeboostError, match="'weather', unknown to its method; it has prompt"):
         TINY["flux_dev"].call(pipe)
 
 

@@ -102,7 +102,7 @@ def test_a_broken_index_is_refused_by_plan(refused, tmp_path, index, sentence):
         ("transformer/diffusion_pytorch_model.safetensors", "no weights", "cannot be read as safetensors"),
         ("transformer/config.json", "{", "config.json is not valid JSON"),
         ("transformer/config.json", '{"quantization_config": {"quant_method": "x"}}', "is stored quantised"),
-        ("model_index.json", '{"_class_name": "NoPipeline"}', "a NoPipeline, which this version of Diffusers does not"),
+        ("model_index.json", '{"_class_name": "NoPipeline"}', "a NoPipeline, unknown to this Diffusers"),
         ("model_index.json", '{"_class_name": "FluxPipeline"}', "cannot be loaded"),
     ],
 )

@@ -205,7 +205,7 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--profile", "."], ". is a folder; name a file in it"),
         (["--report", "a.json", "--profile", "a.json"], "a.json is named by two flags"),
         (["--save-output", "a.png", "--report", "a.png"], "a.png is named by two flags"),
-        (["--output-path", "a.png"], "--output-path a.png must be a folder; name a file with --save-output a.png"),
+        (["--output-path", "a.png"], "--output-path a.png is no folder; for a file use --save-output a.png"),
         (["--output-path", "~nosuchuser/a"], "--output-path='~nosuchuser/a' cannot be a path: Could not determine"),
         (["--save-output", "~nosuchuser/a.png"], "cannot be a path: Could not determine home"),
         (["--report", "~nosuchuser/a"], "--report='~nosuchuser/a' cannot be a path"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
@@ -71,7 +71,7 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(DEMO_PROMPTS)} prompts, {steps} steps, {size}")
     runs: list[Run] = []
     with Progress(
-        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        "{task.description:<24}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
 
         def draw(name: str, settings: dict[str, Any] | None, steps: int) -> Run:

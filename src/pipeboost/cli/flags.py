@@ -46,12 +46,8 @@ def _acceleration(
 ) -> Acceleration:
     if num_gpus is not None and num_gpus < 1:
         raise ConfigurationError(f"--num-gpus {num_gpus} must be at least 1")
-    given = {
-        "cfg": 2 if enable_cfg_parallel else None,
-        "ulysses": ulysses_degree,
-        "ring": ring_degree,
-        "tensor": tp_size,
-    }
+    cfg = 2 if enable_cfg_parallel else None
+    given = {"cfg": cfg, "ulysses": ulysses_degree, "ring": ring_degree, "tensor": tp_size}
     degrees: dict[str, Any] = {name: degree for name, degree in given.items() if degree is not None}
     ranks = world_size() if num_gpus is None else num_gpus
     layout = ParallelConfig(**degrees) if degrees or num_gpus == 1 else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeboost.cli import STOPPED
 from pipeboost.cli.generate_output import Output, Results
@@ -45,13 +45,8 @@ class BatchProgress(Progress):
         self._noted: set[tuple[str, str]] = set()
         console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        super().__init__(
-            TextColumn("{task.description}"),
-            *columns,
-            console=console,
-            transient=True,
-            disable=silent or not console.is_terminal,
-        )
+        disable = silent or not console.is_terminal
+        super().__init__("{task.description}", *columns, console=console, transient=True, disable=disable)
         self._task = self.add_task("loading", total=None)
 
     def show_status(self, text: str) -> None:

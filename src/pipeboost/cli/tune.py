@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
@@ -43,7 +43,7 @@ def run_tune(
         if set(row) - {"prompt", "negative_prompt", "width", "height"}:
             raise ConfigurationError(f"--prompts {prompts}: tune reads prompt, negative_prompt, width and height")
     console, errors = Console(), Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), "{task.description}", TimeElapsedColumn()
     with (
         quiet_libraries(),
         load_model(model, device=device, quality="fast", cache=None) as loaded,
