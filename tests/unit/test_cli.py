@@ -302,10 +302,10 @@ def test_ctrl_c_while_the_libraries_are_loaded_is_one_line_and_130(start, tmp_pa
 @pytest.mark.parametrize(
     ("command", "module", "function"),
     [
-        (["doctor"], doctor, "print_diagnosis"),
-        (["demo"], demo, "run_demo"),
-        (["bench", "x"], bench, "run_bench"),
-        (["plan", "x"], plan, "print_plan"),
+        (["doctor"], doctor, "detect_hardware"),
+        (["demo"], demo, "detect_hardware"),
+        (["bench", "list"], bench, "full_sizes"),
+        (["plan", "x"], plan, "detect_hardware"),
         (["generate"], generate, "generate_on_ranks"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -340,7 +340,7 @@ def test_what_a_rank_raised_is_one_line(pipeboost, monkeypatch, error, code, lin
     def failed(*_, **__):
         raise error
 
-    monkeypatch.setattr(doctor, "print_diagnosis", failed)
+    monkeypatch.setattr(doctor, "detect_hardware", failed)
     left, _, err = pipeboost("doctor")
     assert (left, err.count("\n")) == (code, 1)
     assert err.startswith(line)
@@ -377,7 +377,7 @@ def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):
     def stopped() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "print_diagnosis", stopped)
+    monkeypatch.setattr(doctor, "detect_hardware", stopped)
     monkeypatch.setattr(sys, "argv", ["pipeboost", "doctor"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -10,16 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
+from pipeboost.cli.flags import Device
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
@@ -47,19 +49,12 @@ class Run:
     steps: int
 
 
-def run_demo(*, steps: int, output: Path, device: str) -> None:
-    """Draw four prompts stock and accelerated, print a table and write one picture.
-
-    Args:
-        steps: denoising steps of each image.
-        output: folder for `demo.png` and the single images; made if it is missing.
-        device: `auto`, `cpu` or `cuda`.
-
-    Raises:
-        ConfigurationError: the device is not here, `steps` is not positive, `output` cannot be a folder, or the weights
-            that we ship are missing.
-        MissingPackageError: the packages that read the pictures back are missing.
-    """
+def run_demo(
+    steps: Annotated[int, typer.Option(help="denoising steps per image")] = 28,
+    output: Annotated[Path, typer.Option(help="folder for the picture and the images")] = Path("demo_output"),
+    device: Device = "auto",
+) -> None:
+    """Stock and accelerated images of the model we ship, side by side, with times."""
     if steps < 1:
         raise ConfigurationError(f"--steps {steps} must be at least 1")
     hardware = detect_hardware(device_type(device))

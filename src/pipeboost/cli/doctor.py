@@ -25,7 +25,7 @@ _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", 
 
 
 def print_diagnosis() -> None:
-    """Print three tables: the machine, the attention kernels, the optional packages."""
+    """What is installed, what this device could use, and how to install what is missing."""
     console = Console()
     hardware = detect_hardware()
     cuda = torch.version.cuda or "none"

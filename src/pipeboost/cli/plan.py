@@ -9,13 +9,15 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeboost.bench.full_size import build_pipeline, full_sizes
+from pipeboost.cli.flags import Acceleration, Device
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import resolve_config
@@ -29,21 +31,15 @@ from pipeboost.plan import Plan, make_plan
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
 
 
-def print_plan(model: str, *, device: str, config: Path | None, ranks: int, **settings: Any) -> None:
-    """Print what `accelerate_pipeline` would do.
-
-    Args:
-        model: folder of a Diffusers pipeline, a hub id, or a name of `FullSize`.
-        device: `auto`, `cpu` or `cuda`.
-        config: YAML or JSON file of settings.
-        ranks: how many processes, each with a device like this one, would run it together.
-        settings: arguments of `accelerate_pipeline`, which win over `config`.
-
-    Raises:
-        ConfigurationError: the model cannot be found or read, or a setting is not allowed.
-    """
+def print_plan(
+    model: Annotated[str, typer.Argument(help="folder of a Diffusers pipeline, a hub id, or a size bench knows")],
+    acceleration: Acceleration,
+    device: Device = "auto",
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings")] = None,
+) -> None:
+    """What accelerate_pipeline would do to a model on this machine, without loading its weights."""
     hardware = detect_hardware(device_type(device))
-    plan = str(plan_of(model, hardware=hardware, config=config, ranks=ranks, **settings))
+    plan = str(plan_of(model, hardware=hardware, config=config, ranks=acceleration.ranks, **acceleration.settings))
     # Whatever reads a pipe wants a line a feature.
     print(wrapped(plan, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plan)
 

@@ -152,26 +152,16 @@ class Report:
 
     def trace_events(self, *, process: int = 0, start: float = 0.0) -> list[dict[str, Any]]:
         """The events of a Chrome trace, as those of one `process`, `start` seconds after the trace's own."""
-        events: list[dict[str, Any]] = [
-            {
-                "name": event.stage if event.what == "stage" else f"{event.what} {event.step}",
-                "cat": event.stage,
-                "ph": "X",
-                "ts": (start + event.start) * 1e6,
-                "dur": event.seconds * 1e6,
-                "pid": process,
-                "tid": 0,
-                "args": {"step": event.step, "branch": event.branch},
-            }
-            for event in self.trace
-        ]
+        events: list[dict[str, Any]] = []
         for event in self.trace:
-            for when, memory in (
-                (start + event.start, event.memory_before),
-                (start + event.start + event.seconds, event.memory_after),
-            ):
+            begin, end = ((start + at) * 1e6 for at in (event.start, event.start + event.seconds))
+            name = event.stage if event.what == "stage" else f"{event.what} {event.step}"
+            args = {"step": event.step, "branch": event.branch}
+            row = {"name": name, "cat": event.stage, "ph": "X", "ts": begin, "dur": event.seconds * 1e6}
+            events.append({**row, "pid": process, "tid": 0, "args": args})
+            for at, memory in ((begin, event.memory_before), (end, event.memory_after)):
                 if memory is not None:
-                    counter = {"name": "memory", "ph": "C", "ts": when * 1e6, "pid": process}
+                    counter = {"name": "memory", "ph": "C", "ts": at, "pid": process}
                     events.append({**counter, "args": {"GiB": memory / 2**30}})
         return events
 
@@ -255,18 +245,16 @@ class FinishedCall:
     @classmethod
     def of(cls, call: Call) -> FinishedCall:
         """Read it off a call that has ended."""
-        cache, reuse, vae = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS)
+        cache = call.get(CACHE)
+        steps = {
+            f"{each.denoiser}.{each.blocks} branch {each.branch}": (each.computed_steps, each.cached_steps)
+            for each in (() if cache is None else cache.counts())
+        }
         counts = {
             "loads": [Load(*load) for load in call.get(LOADS) or ()],
-            "cache": {
-                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
-                    "computed": count.computed_steps,
-                    "skipped": count.cached_steps,
-                }
-                for count in (() if cache is None else cache.counts())
-            },
-            "reuse": dict(reuse or {}),
-            "vae": dict(vae or {}),
+            "cache": {name: dict(zip(("computed", "skipped"), each, strict=True)) for name, each in steps.items()},
+            "reuse": dict(call.get(PROMPTS) or {}),
+            "vae": dict(call.get(VAE_FORWARDS) or {}),
         }
         return cls(call.events, call.get(MOVES) or [], counts)
 
@@ -279,18 +267,17 @@ def _start(span: Span, whole: Span) -> float:
 
 
 def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
-    found: dict[str, StageMemory] = {}
+    found: dict[str, list[Span]] = {}
     for span in spans:
-        if span.memory_before is None or span.memory_after is None or span.stage == WHOLE_CALL:
-            continue
-        earlier = found.get(span.stage)
-        peaks = [peak for peak in (span.memory_peak, earlier.peak if earlier else None) if peak is not None]
-        found[span.stage] = StageMemory(
-            before=span.memory_before if earlier is None else earlier.before,
-            after=span.memory_after,
-            peak=max(peaks, default=None),
-        )
-    return found
+        if span.memory_after is not None and span.stage != WHOLE_CALL:
+            found.setdefault(span.stage, []).append(span)
+    peaks = {
+        stage: [span.memory_peak for span in each if span.memory_peak is not None] for stage, each in found.items()
+    }
+    return {
+        stage: StageMemory(each[0].memory_before, each[-1].memory_after, max(peaks[stage], default=None))
+        for stage, each in found.items()
+    }
 
 
 def _describe_memory(memory: StageMemory | None) -> str:

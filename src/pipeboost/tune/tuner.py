@@ -196,6 +196,7 @@ class _Trials:
         if tried is None and call in self._stock_runs:
             return self._stock_runs[call]
         arguments = {**self._calls[call], "generator": torch.Generator("cpu").manual_seed(call)}
+        running: AbstractContextManager[Any]
         if isinstance(tried, Schedule):
             running = self._cached(tried, len(self.run(None, call)[1].predictions))
         else:
