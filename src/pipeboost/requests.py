@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pipeboost.contract.call import current_call, no_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.runner import Calls
-from pipeboost.stages.admission import AT_ONCE, Admission
-from pipeboost.stages.call_record import CallRecord, recorded_by
+from pipeboost.stages.call_record import AT_ONCE, CallRecord, recorded_by
 from pipeboost.stages.report import Report
 from pipeboost.stages.spans import Progress
 
@@ -42,15 +41,14 @@ class Request:
     def __init__(
         self,
         queue: Requests,
-        admission: Admission,
+        record: CallRecord,
         run: Callable[[CallRecord], Any],
         generators: Sequence[Any],
         number: int,
     ) -> None:
         self._queue = queue
         self._calls = queue.calls
-        self._admission = admission
-        self._record = CallRecord(kept=True, admission=admission)
+        self._record = record
         self._run: Callable[[CallRecord], Any] | None = run
         self._generators = generators
         self._thread = threading.Thread(target=self._work, name=f"pipeboost request {number}", daemon=True)
@@ -122,7 +120,7 @@ class Request:
     def _work(self) -> None:
         assert self._run is not None
         try:
-            with self._admission:
+            with self._record.admitted():
                 self._output = self._run(self._record)
         except BaseException as error:  # raised by whoever asks for the result
             self._error = error
@@ -154,14 +152,15 @@ class Requests:
         """Let `pipe(**call)` run in a thread, in its turn."""
         generators = _generators(call)
         with self._lock:
-            overlapping = [each for each in self._under_way if not each._admission.alone]
+            overlapping = [each for each in self._under_way if not each._record.alone]
             theirs = [generator for each in overlapping for generator in each._generators]
             alone = not self._may_overlap(pipe) or not _are_own([*generators, *theirs])
             self._submitted += 1
             run = _runner(pipe, call, None) if alone else _runner(self._view(pipe), call, self._submitted % _STREAMS)
-            admission = self.calls.queue.enter(alone=alone, must_run=self.calls.applied.team is not None)
-            request = Request(self, admission, run, generators, self._submitted)
-            self.calls.records.add(request._record)
+            record = CallRecord(kept=True)
+            self.calls.queue.enter(record, alone=alone, must_run=self.calls.applied.team is not None)
+            self.calls.records.add(record)
+            request = Request(self, record, run, generators, self._submitted)
             if not self._under_way:
                 atexit.register(self._give_up)
             self._under_way.append(request)

@@ -20,8 +20,7 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
-from pipeboost.stages.admission import ADMISSION, AdmissionQueue
-from pipeboost.stages.call_record import CallRecord, take_record
+from pipeboost.stages.call_record import ADMISSION, AdmissionQueue, CallRecord, take_record
 from pipeboost.stages.composition import STAGES
 from pipeboost.stages.report import FinishedCall, Report, component_bytes
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
@@ -96,12 +95,12 @@ class Calls:
             Cancelled: it was cancelled while it waited.
         """
         together = self.applied.team is not None
-        waits = record.admission is None and current_call() is None and (together or pipe is self.applied.pipe)
+        waits = record.queue is None and current_call() is None and (together or pipe is self.applied.pipe)
         if waits:
-            record.admission = self.queue.enter(alone=True, must_run=together)
+            self.queue.enter(record, alone=True, must_run=together)
         self.records.add(record)
         try:
-            with record.admission if waits and record.admission is not None else contextlib.nullcontext():
+            with record.admitted() if waits else contextlib.nullcontext():
                 yield
         finally:
             self.records.discard(record)
@@ -119,8 +118,8 @@ class Calls:
             call.rebind = functools.partial(applied.bind, pipe)
             call[STAGES] = applied.stages.for_call(mesh)
             call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=notify)
-            if record.admission is not None and not record.admission.alone:
-                call[ADMISSION] = record.admission
+            if record.queue is not None and not record.alone:
+                call[ADMISSION] = record
             with residing(pipe):
                 yield call
 

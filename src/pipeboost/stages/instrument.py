@@ -11,8 +11,8 @@ from typing import Any
 from pipeboost.contract.call import Call, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.stages.admission import ADMISSION
 from pipeboost.stages.by_name import ResultForm, named_results
+from pipeboost.stages.call_record import ADMISSION
 from pipeboost.stages.composition import STAGES
 from pipeboost.stages.spans import DENOISING, RECORDER, WAITING, Recorder
 from pipeboost.stages.stage import Values

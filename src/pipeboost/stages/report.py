@@ -246,13 +246,12 @@ class FinishedCall:
     def of(cls, call: Call) -> FinishedCall:
         """Read it off a call that has ended."""
         cache = call.get(CACHE)
-        steps = {
-            f"{each.denoiser}.{each.blocks} branch {each.branch}": (each.computed_steps, each.cached_steps)
-            for each in (() if cache is None else cache.counts())
-        }
         counts = {
             "loads": [Load(*load) for load in call.get(LOADS) or ()],
-            "cache": {name: dict(zip(("computed", "skipped"), each, strict=True)) for name, each in steps.items()},
+            "cache": {
+                f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
+                for c in (() if cache is None else cache.counts())
+            },
             "reuse": dict(call.get(PROMPTS) or {}),
             "vae": dict(call.get(VAE_FORWARDS) or {}),
         }
@@ -271,13 +270,14 @@ def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
     for span in spans:
         if span.memory_after is not None and span.stage != WHOLE_CALL:
             found.setdefault(span.stage, []).append(span)
-    peaks = {
-        stage: [span.memory_peak for span in each if span.memory_peak is not None] for stage, each in found.items()
-    }
-    return {
-        stage: StageMemory(each[0].memory_before, each[-1].memory_after, max(peaks[stage], default=None))
-        for stage, each in found.items()
-    }
+    result = {}
+    for stage, each in found.items():
+        before, after = each[0].memory_before, each[-1].memory_after
+        assert before is not None
+        assert after is not None
+        peaks = [span.memory_peak for span in each if span.memory_peak is not None]
+        result[stage] = StageMemory(before, after, max(peaks, default=None))
+    return result
 
 
 def _describe_memory(memory: StageMemory | None) -> str:
