@@ -22,9 +22,9 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
 from pipeboost.stages.call_record import ADMISSION, AdmissionQueue, CallRecord, take_record
 from pipeboost.stages.composition import STAGES
-from pipeboost.stages.report import FinishedCall, Report, component_bytes
+from pipeboost.stages.instrument import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
+from pipeboost.stages.report import Report, component_bytes
 from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
-from pipeboost.stages.trajectory import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
@@ -40,7 +40,7 @@ class Calls:
 
     Attributes:
         progress: called at each stage and denoising step; None where nobody asks.
-        finished: the latest call that has returned, or request whose result was taken, for a report.
+        finished: makes the report of the latest call that has returned, or request whose result was taken.
         queue: the order of the calls of the pipeline itself, and of its requests; on several ranks, of all calls.
         records: of the calls and requests that wait or run.
     """
@@ -48,7 +48,7 @@ class Calls:
     def __init__(self, applied: AppliedPlan) -> None:
         self.applied = applied
         self.progress: Callable[[Progress], None] | None = None
-        self.finished: FinishedCall | None = None
+        self.finished: Callable[..., Report] | None = None
         self.queue = AdmissionQueue()
         self.records: set[CallRecord] = set()
 
@@ -131,11 +131,10 @@ class Calls:
         elif call in self.applied.running:
             call.cancel()
 
-    def report_of(self, finished: FinishedCall) -> Report:
+    def report_of(self, finished: Callable[..., Report]) -> Report:
         """Return the report of a call that has ended."""
         applied, pipe = self.applied, self.applied.pipe
-        return Report.of(
-            finished,
+        return finished(
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else component_bytes(pipe.components),
             compiled=applied.counters("compile"),

@@ -61,13 +61,7 @@ def run_bench(
 
 
 def measure_sizes(
-    sizes: Sequence[FullSize],
-    *,
-    tiers: Sequence[str],
-    steps: int,
-    repeats: int,
-    output: Path,
-    device: str,
+    sizes: Sequence[FullSize], *, tiers: Sequence[str], steps: int, repeats: int, output: Path, device: str
 ) -> int:
     """Measure each size with `accelerate_pipeline`, and write its files as soon as it is done.
 

@@ -47,22 +47,18 @@ def _acceleration(
     if num_gpus is not None and num_gpus < 1:
         raise ConfigurationError(f"--num-gpus {num_gpus} must be at least 1")
     cfg = 2 if enable_cfg_parallel else None
-    given = {"cfg": cfg, "ulysses": ulysses_degree, "ring": ring_degree, "tensor": tp_size}
-    degrees: dict[str, Any] = {name: degree for name, degree in given.items() if degree is not None}
+    split = {"cfg": cfg, "ulysses": ulysses_degree, "ring": ring_degree, "tensor": tp_size}
+    degrees: dict[str, Any] = {name: degree for name, degree in split.items() if degree is not None}
     ranks = world_size() if num_gpus is None else num_gpus
     layout = ParallelConfig(**degrees) if degrees or num_gpus == 1 else None
     if layout is not None:
         ranks = layout.size
         if num_gpus not in (None, ranks):
             raise ConfigurationError(f"--num-gpus {num_gpus} is not the product of the parallel flags, {ranks}")
-    settings = {
-        "quality": quality,
-        "attention": attention_backend,
-        "compile": None if compile is None else "regional" if compile else "off",
-        "offload": offload,
-        "parallel": layout,
-    }
-    return Acceleration({name: value for name, value in settings.items() if value is not None}, ranks)
+    kind = None if compile is None else "regional" if compile else "off"
+    settings = {"quality": quality, "attention": attention_backend, "compile": kind, "offload": offload}
+    given = {name: value for name, value in {**settings, "parallel": layout}.items() if value is not None}
+    return Acceleration(given, ranks)
 
 
 def with_acceleration(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import secrets
@@ -58,8 +59,7 @@ class Generated:
             PipeboostError: it cannot be written; nothing is left of the file.
         """
         target, is_file = output_path(DEFAULT_FOLDER if path is None else path, self.formats)
-        if not is_file:
-            target /= f"{output_name(self.prompt, self.seed)}{self.formats[0]}"
+        target = target if is_file else target / f"{output_name(self.prompt, self.seed)}{self.formats[0]}"
         return write_whole(target, self._encoded(target), new=not is_file)
 
     def _encoded(self, path: Path) -> bytes:
@@ -166,14 +166,12 @@ def write_whole(path: Path, content: bytes, *, new: bool = False) -> Path:
 
 def _reserved(path: Path) -> Path:
     """The first free name, which from now on is an empty file of ours."""
-    each, number = path, 1
-    while True:
-        try:
+    for number in itertools.count(1):
+        each = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        with contextlib.suppress(FileExistsError):
             each.touch(exist_ok=False)
-            return each
-        except FileExistsError:
-            number += 1
-            each = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            break
+    return each
 
 
 def output_path(given: str | os.PathLike[str], formats: Collection[str], what: str = "path") -> tuple[Path, bool]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pipeboost.contract.call import Call, Slot, assigned
 from pipeboost.core.errors import Cancelled
-from pipeboost.stages.report import FinishedCall
+from pipeboost.stages.report import Report, report_maker
 from pipeboost.stages.spans import RECORDER, Progress
 
 AT_ONCE = 2
@@ -52,7 +52,7 @@ class CallRecord:
         progress: what they were called with last.
         call: the call while it runs.
         cancelled: whether it is to be.
-        finished: what a report needs of the call, once it has ended.
+        finished: makes its report from what is of the pipeline, once it has ended.
         queue: in which it has a place; None where it has none.
         alone, must_run: as `AdmissionQueue.enter` was told.
         begun, ended: whether its loop has.
@@ -63,7 +63,7 @@ class CallRecord:
     progress: Progress | None = None
     call: Call | None = None
     cancelled: bool = False
-    finished: FinishedCall | None = None
+    finished: Callable[..., Report] | None = None
     queue: AdmissionQueue | None = None
     alone: bool = True
     must_run: bool = False
@@ -88,7 +88,7 @@ class CallRecord:
             self.call = None
             call.pop(RECORDER)  # which knows its call: without this cycle a dropped pipeline frees its memory at once
             if call.events:
-                self.finished = FinishedCall.of(call)
+                self.finished = report_maker(call)
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -105,23 +106,23 @@ class Report:
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of(cls, finished: FinishedCall, *, pipeline: str, **details: Any) -> Report:
+    def of(cls, spans: Sequence[Span], moves: Sequence[tuple[float, int]], **counts: Any) -> Report:
         """Read what is kept of a call; on CUDA this waits for its end.
 
         Args:
-            details: the fields that are not of the call but of its pipeline.
+            spans: in order of their start, the first being the whole call.
+            moves: when weights were sent to the device, by `time.perf_counter`, and their bytes.
+            counts: the fields that others have counted, and those of the pipeline.
         """
-        spans = finished.spans
         whole = spans[0]
         if whole.events is not None:
             whole.events[1].synchronize()
-        sent, total = [at for at, _ in finished.moves], [0, *accumulate(nbytes for _, nbytes in finished.moves)]
+        sent, total = [at for at, _ in moves], [0, *accumulate(nbytes for _, nbytes in moves)]
         moved = [total[bisect(sent, span.end)] - total[bisect(sent, span.start)] for span in spans]
         memory = whole.memory_peak
         if memory is None and whole.memory_after is not None:
             memory = torch.cuda.max_memory_allocated(whole.events[1].device if whole.events is not None else None)
         return cls(
-            pipeline=pipeline,
             seconds=whole.seconds(),
             stages=_by_stage(spans, [span.seconds() for span in spans]),
             steps=[span.seconds() for span in spans if span.what == "step"],
@@ -135,8 +136,7 @@ class Report:
                 )
                 for span in spans
             ],
-            **finished.counts,
-            **details,
+            **counts,
         )  # fmt: skip
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -228,34 +228,19 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class FinishedCall:
-    """What a report needs of a call; not the call itself, which would keep its pipeline alive.
-
-    Attributes:
-        spans: in order of their start, the first being the whole call.
-        moves: when weights were sent to the device, by `time.perf_counter`, and their bytes.
-        counts: the fields of its report that features have counted in it.
-    """
-
-    spans: list[Span]
-    moves: list[tuple[float, int]]
-    counts: dict[str, Any]
-
-    @classmethod
-    def of(cls, call: Call) -> FinishedCall:
-        """Read it off a call that has ended."""
-        cache = call.get(CACHE)
-        counts = {
-            "loads": [Load(*load) for load in call.get(LOADS) or ()],
-            "cache": {
-                f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
-                for c in (() if cache is None else cache.counts())
-            },
-            "reuse": dict(call.get(PROMPTS) or {}),
-            "vae": dict(call.get(VAE_FORWARDS) or {}),
-        }
-        return cls(call.events, call.get(MOVES) or [], counts)
+def report_maker(call: Call) -> Callable[..., Report]:
+    """Return `Report.of` of a call that has ended, which lacks what is of its pipeline and keeps neither alive."""
+    cache = call.get(CACHE)
+    counts = {
+        "loads": [Load(*load) for load in call.get(LOADS) or ()],
+        "cache": {
+            f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
+            for c in (() if cache is None else cache.counts())
+        },
+        "reuse": dict(call.get(PROMPTS) or {}),
+        "vae": dict(call.get(VAE_FORWARDS) or {}),
+    }
+    return partial(Report.of, call.events, call.get(MOVES) or [], **counts)
 
 
 def _start(span: Span, whole: Span) -> float:
