@@ -426,7 +426,7 @@ def test_a_lora_acts_by_its_scale_and_several_add_up(tmp_path):
 def test_a_lora_that_is_none_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    assert "is neither a file, nor a folder, nor a hub id" in refusal(Lora.of, given="gone.safetensors=0.5")
+    assert "does not exist, and is no hub id" in refusal(Lora.of, given="gone.safetensors=0.5")
     assert "the scale must be a number" in refusal(Lora.of, given=(str(tmp_path), "much"))
     foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
     save_file({"something.weight": torch.zeros(2, 2)}, foreign)
@@ -451,8 +451,8 @@ def test_another_vae_decodes_and_one_that_does_not_fit_is_refused(tmp_path):
     for path, sentence in (
         (tmp_path / "wider", "has latent_channels 8, but the model needs 4"),
         (stored("wan21_t2v"), "has class_name AutoencoderKLWan, but the model needs AutoencoderKL"),
-        (tmp_path / "gone", "is neither a folder nor a hub id"),
-        (stored("flux_dev") + "/scheduler", "holds no VAE"),
+        (tmp_path / "gone", "does not exist, and is no hub id"),
+        (stored("flux_dev") + "/scheduler", "is not a VAE: it has no config.json and no vae/config.json"),
     ):
         assert sentence in refusal(pipeboost.load_model, model_path=stored("flux_dev"), vae_path=path, device="cpu")
 

@@ -30,6 +30,7 @@ _OURS = (
     "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
 )  # fmt: skip
 
+_OF_REQUESTS = ("width", "height", "num_frames", "num_inference_steps", "negative_prompt")
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
@@ -117,15 +118,12 @@ class CallSignature:
             UnsupportedError: something that the pipeline has no argument for.
         """
         arguments: dict[str, Any] = {"prompt": request.prompt}
-        for name in ("width", "height", "num_frames", "num_inference_steps"):
-            if (value := getattr(request, name)) is not None:
+        own = {name: getattr(request, name) for name in _OF_REQUESTS}
+        own[self.guidance or "guidance_scale"] = request.guidance_scale
+        for name, value in own.items():
+            if value is not None:
                 self._require(name, value)
                 arguments[name] = value
-        if request.guidance_scale is not None:
-            if self.guidance is None:
-                self._require("guidance_scale", request.guidance_scale)
-            else:
-                arguments[self.guidance] = request.guidance_scale
         for name, value in self._own(request.call).items():
             if name in arguments and arguments[name] != value:
                 raise ConfigurationError(
@@ -134,9 +132,6 @@ class CallSignature:
             arguments[name] = value
         self._check_size(arguments)
         given = {name: value for name, value in arguments.items() if name not in ("prompt", self.guidance)}
-        if request.negative_prompt is not None:
-            self._require("negative_prompt", request.negative_prompt)
-            arguments["negative_prompt"] = given["negative_prompt"] = request.negative_prompt
         refuse_ignored(self, arguments, given)
         negative = {"negative_prompt", "negative_prompt_embeds"}
         unguided = "negative_prompt" in self.parameters and not negative & arguments.keys()
@@ -159,7 +154,6 @@ class CallSignature:
             if name in _OURS:
                 raise ConfigurationError(f"call={{{name!r}: ...}} is not allowed, generate sets it; leave it out")
             self._require(name, value)
-        for name, value in call.items():
             wanted = self.parameters[name].annotation
             if value is not None and not _may_be(value, wanted):
                 raise ConfigurationError(

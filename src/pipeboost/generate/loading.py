@@ -33,26 +33,26 @@ from pipeboost.stages.report import component_bytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a hub id, `owner/name`."""
-    return _HUB_ID.fullmatch(name) is not None
+def located(given: str | os.PathLike[str], argument: str, thing: str, *files: str) -> str:
+    """Return the path of a model's part on this machine, or its hub id.
 
-
-def require_pipeline(model: str) -> None:
-    """Refuse what can be neither a Diffusers pipeline on this machine nor a hub id.
+    Args:
+        thing: what it is, with an article.
+        files: of which its folder has one; without any, it may be a file itself.
 
     Raises:
-        ConfigurationError: the path is missing, or is not the folder of a pipeline.
+        ConfigurationError: it can be neither.
     """
-    path, why = Path(model), ""
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        why = "is not a Diffusers pipeline: it has no model_index.json"
-    elif path.exists() and not path.is_dir():
-        why = "is a file; it must be the folder of a Diffusers pipeline, as save_pretrained writes one, or a hub id"
-    elif not path.exists() and not is_hub_id(model):
+    path, why = user_path(given, argument), ""
+    if path.is_dir() and files and not any((path / name).is_file() for name in files):
+        why = f"is not {thing}: it has no {' and no '.join(files)}"
+    elif path.exists() and not path.is_dir() and files:
+        why = f"is a file; it must be the folder of {thing}, as save_pretrained writes one, or a hub id"
+    elif not path.exists() and not _HUB_ID.fullmatch(str(path)):
         why = "does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
     if why:
-        raise ConfigurationError(f"model_path={quoted(model)} {why}")
+        raise ConfigurationError(f"{argument}={quoted(str(path))} {why}")
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -101,10 +101,7 @@ class Lora:
             raise ConfigurationError(
                 f"lora_path={quoted(given)}: the scale must be a number, as in 'style.safetensors=0.8'"
             )
-        lora = cls(str(user_path(str(path), "lora_path")), float(scale))
-        if not Path(lora.path).exists() and not is_hub_id(lora.path):
-            raise ConfigurationError(f"lora_path={quoted(lora.path)} is neither a file, nor a folder, nor a hub id")
-        return lora
+        return cls(located(str(path), "lora_path", "a LoRA"), float(scale))
 
 
 def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
@@ -127,7 +124,8 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
         path = Path(lora.path)
         where = {"weight_name": path.name} if path.is_file() else {}
         with loading_errors("lora_path", lora.path):
-            pipe.load_lora_weights(path.parent if where else lora.path, adapter_name=f"lora_{number}", **where)
+            source = str(path.parent) if where else lora.path
+            pipe.load_lora_weights(source, adapter_name=f"lora_{number}", **where)
         if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
             raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
     names = [f"lora_{number}" for number in range(len(loras))]
@@ -175,8 +173,10 @@ class ModelSettings:
         Raises:
             PipeboostError: a path is missing, or a setting is not allowed.
         """
-        path = str(demo_weights()) if model_path is None else str(user_path(model_path, "model_path"))
-        require_pipeline(path)
+        path = demo_weights() if model_path is None else model_path
+        path = located(path, "model_path", "a Diffusers pipeline", "model_index.json")
+        vae_files = "config.json", "vae/config.json"
+        vae = None if vae_path is None else located(vae_path, "vae_path", "a VAE", *vae_files)
         device = device_type(device)
         given = dict(acceleration or {})
         for name in given:
@@ -192,7 +192,7 @@ class ModelSettings:
         adapters = lora_path if isinstance(lora_path, (list, tuple)) else (lora_path,)
         return cls(
             model_path=path,
-            vae_path=None if vae_path is None else _checked_vae(user_path(vae_path, "vae_path")),
+            vae_path=vae,
             loras=tuple(Lora.of(each) for each in adapters if each is not None),
             device=device,
             acceleration=settings,
@@ -274,14 +274,6 @@ def demo_weights() -> Path:
             f"`python -m examples.demo_model.train --out {WEIGHTS}`"
         )
     return WEIGHTS
-
-
-def _checked_vae(path: Path) -> str:
-    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "vae/config.json")):
-        raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
-    if not path.is_dir() and (path.exists() or not is_hub_id(str(path))):
-        raise ConfigurationError(f"vae_path='{path}' is neither a folder nor a hub id such as 'owner/name'")
-    return str(path)
 
 
 def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -121,9 +121,7 @@ def make_requests(
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The values that are given, and of them the further arguments of the pipeline's call."""
     values = {name: value for name, value in given.items() if value is not None}
-    for name in values:
-        if name not in FIELDS:
-            raise ConfigurationError(f"a request has no field {quoted(name)}; it may have {', '.join(FIELDS)}")
+    _check_fields(values, "a request")
     call = values.pop("call", {})
     if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
         raise ConfigurationError(f"call={quoted(call)} must map names of the pipeline's arguments to values")
@@ -178,9 +176,11 @@ def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
     row = {"prompt": entry} if isinstance(entry, str) else entry
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigurationError(f"prompt file {path}, entry {number}, must be a prompt or a mapping with a prompt")
-    for name in row:
-        if name not in FIELDS:
-            raise ConfigurationError(
-                f"prompt file {path}, entry {number}, has no field {quoted(name)}; it may have {', '.join(FIELDS)}"
-            )
+    _check_fields(row, f"prompt file {path}, entry {number},")
     return row
+
+
+def _check_fields(names: Iterable[Any], whose: str) -> None:
+    for name in names:
+        if name not in FIELDS:
+            raise ConfigurationError(f"{whose} has no field {quoted(name)}; it may have {', '.join(FIELDS)}")

@@ -221,9 +221,7 @@ def _call_errors(name: str, call: Mapping[str, Any]) -> Iterator[None]:
         ) from error
     except (ValueError, TypeError) as error:
         # Else the pipeline failed over its arguments, rather than found fault with them.
-        checks = {"check_inputs", "retrieve_timesteps"}
-        if isinstance(error, PipeboostError) or checks.isdisjoint(
-            frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)
-        ):
+        ran = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if isinstance(error, PipeboostError) or not ran & {"check_inputs", "retrieve_timesteps"}:
             raise
         raise ConfigurationError(f"{name} refused the request: {one_line(error)}") from error
