@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
 
-import numpy as np
-
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, quoted
 from pipeboost.core.user_files import user_path
-from pipeboost.quality.metrics import psnr
 from pipeboost.tune.search import Schedule
-
-METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {"psnr": psnr}
-"""The larger the nearer; of a whole result, picture or video, to stock's."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A metric and the least that each result must reach."""
+    """The least PSNR that each result must have to stock's, in dB."""
 
-    metric: str
     least: float
 
     @classmethod
@@ -33,21 +25,15 @@ class Budget:
         """Read such as `psnr>=30`.
 
         Raises:
-            ConfigurationError: it is no metric of `METRICS`, `>=` and a number.
+            ConfigurationError: it is not `psnr>=` and a number.
         """
-        match = re.fullmatch(r"\s*([a-z]+)\s*>=\s*([0-9.]+)\s*", text) if isinstance(text, str) else None
-        if match is None or match[1] not in METRICS or match[2].count(".") > 1:
-            raise ConfigurationError(
-                f"budget={quoted(text)} must be one of {', '.join(METRICS)}, then '>=' and a number, as in 'psnr>=30'"
-            )
-        return cls(match[1], float(match[2]))
+        match = re.fullmatch(r"\s*psnr\s*>=\s*(\d+\.?\d*|\.\d+)\s*", text) if isinstance(text, str) else None
+        if match is None:
+            raise ConfigurationError(f"budget={quoted(text)} must be 'psnr>=' and a number of dB, as in 'psnr>=30'")
+        return cls(float(match[1]))
 
     def __str__(self) -> str:
-        return f"{self.metric}>={self.least:g}"
-
-    def measure(self, ours: np.ndarray, stock: np.ndarray) -> float:
-        """Return how near a result is to stock's."""
-        return METRICS[self.metric](ours, stock)
+        return f"psnr>={self.least:g}"
 
 
 def interval(kept: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -67,7 +53,7 @@ class Judged:
         name: `"schedule"`, or `"stock"` with fewer steps.
         forwards: of the transformer for each guidance branch.
         schedule: which were computed; None for stock.
-        values: of the budget's metric, one for each prompt.
+        values: PSNR to stock's in dB, one for each prompt.
     """
 
     name: str

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache import attach_cache
-from pipeboost.quality.metrics import outputs_on_host
+from pipeboost.quality.metrics import outputs_on_host, psnr
 from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
 from pipeboost.tune.tuned import Budget, Judged, Tuned
 
@@ -197,42 +197,36 @@ def _measured_gains(
     return gains_between(probed, gains, steps)
 
 
+@dataclass
 class _Trials:
     """Runs calls, and judges each way to make one once: what it gave is kept, in a folder too.
 
     What is tried is a schedule, stock with this many steps, or None for stock as it is.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        applied: AppliedPlan,
-        calls: Sequence[Mapping[str, Any]],
-        budget: Budget,
-        stock: Callable[[], AbstractContextManager[Any]],
-        folder: Path | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._pipe = pipe
-        self._applied = applied
-        ((_, self._model),) = applied.plan.family.models(pipe).items()
-        self._calls = calls
-        self.budget = budget
-        self._stock = stock
-        self._progress = progress
-        self._stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = {}
-        self._values: dict[str, float] = {}
-        self._made = 0
-        self._about = [""] * len(calls)
-        self._file = None if folder is None else folder / "values.jsonl"
-        if self._file is not None:
+    pipe: Any
+    applied: AppliedPlan
+    calls: Sequence[Mapping[str, Any]]
+    budget: Budget
+    stock: Callable[[], AbstractContextManager[Any]]
+    folder: Path | None
+    progress: Callable[[int], None] | None
+    made: int = 0
+    stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ((_, self.model),) = self.applied.plan.family.models(self.pipe).items()
+        self.about = [""] * len(self.calls)
+        self.file = None if self.folder is None else self.folder / "values.jsonl"
+        if self.file is not None:
             # What was measured holds for this model, scheduler and call alone; a line cut off by a kill is dropped.
-            about = type(pipe).__name__, dict(pipe.scheduler.config), dict(self._model.state_dict())
-            self._about = [digest((about, dict(call))).hex() for call in calls]
-            text = self._file.read_text() if self._file.exists() else ""
+            about = type(self.pipe).__name__, dict(self.pipe.scheduler.config), dict(self.model.state_dict())
+            self.about = [digest((about, dict(call))).hex() for call in self.calls]
+            text = self.file.read_text() if self.file.exists() else ""
             whole = text[: text.rfind("\n") + 1]
-            self._file.write_text(whole)
-            self._values = {entry["trial"]: entry["value"] for entry in map(json.loads, whole.splitlines())}
+            self.file.write_text(whole)
+            self.values = {entry["trial"]: entry["value"] for entry in map(json.loads, whole.splitlines())}
 
     def judged(self, tried: Schedule | int, calls: Sequence[int]) -> Judged:
         """Judge a schedule, or stock with this many steps, by some calls."""
@@ -243,33 +237,33 @@ class _Trials:
 
     def _value(self, tried: Schedule | int, call: int) -> float:
         way = f"{tried.order} {tried.computed}" if isinstance(tried, Schedule) else f"stock {tried}"
-        trial = f"{self.budget.metric} {self._about[call]} {call} {way}"
-        if trial not in self._values:
-            self._values[trial] = self.budget.measure(self.run(tried, call)[0], self.run(None, call)[0])
-            if self._file is not None:
-                with self._file.open("a") as file:
-                    file.write(json.dumps({"trial": trial, "value": self._values[trial]}) + "\n")
-        return self._values[trial]
+        trial = f"psnr {self.about[call]} {call} {way}"
+        if trial not in self.values:
+            self.values[trial] = psnr(self.run(tried, call)[0], self.run(None, call)[0])
+            if self.file is not None:
+                with self.file.open("a") as file:
+                    file.write(json.dumps({"trial": trial, "value": self.values[trial]}) + "\n")
+        return self.values[trial]
 
     def run(self, tried: Schedule | int | None, call: int) -> tuple[np.ndarray, Trajectory]:
         """Return a call's result and trajectory."""
-        if tried is None and call in self._stock_runs:
-            return self._stock_runs[call]
-        arguments = {**self._calls[call], "generator": torch.Generator("cpu").manual_seed(call)}
+        if tried is None and call in self.stock_runs:
+            return self.stock_runs[call]
+        arguments = {**self.calls[call], "generator": torch.Generator("cpu").manual_seed(call)}
         running: AbstractContextManager[Any]
         if isinstance(tried, Schedule):
             running = self._cached(tried, len(self.run(None, call)[1].predictions))
         else:
-            running = self._stock()
+            running = self.stock()
             arguments |= {} if tried is None else {"num_inference_steps": tried}
-        with running, recorded(self._pipe) as trajectory:
-            result = self._pipe(**arguments)
-        self._made += 1
-        if self._progress is not None:
-            self._progress(self._made)
+        with running, recorded(self.pipe) as trajectory:
+            result = self.pipe(**arguments)
+        self.made += 1
+        if self.progress is not None:
+            self.progress(self.made)
         ran = next(iter(outputs_on_host(result).values())).numpy(), trajectory()
         if tried is None:
-            self._stock_runs[call] = ran
+            self.stock_runs[call] = ran
         return ran
 
     @contextlib.contextmanager
@@ -278,7 +272,7 @@ class _Trials:
         settings = CacheConfig(extrapolate="output", step_mask=schedule.computed, steps=steps, taylorseer_order=order)
         ledger = Ledger()
         with ledger:
-            attach_cache(self._model, settings, self._applied.plan.family, ledger, owner=self._applied)
+            attach_cache(self.model, settings, self.applied.plan.family, ledger, owner=self.applied)
         try:
             yield
         finally:
