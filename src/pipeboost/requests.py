@@ -168,15 +168,7 @@ class Requests:
         return request
 
     def run_many(self, pipe: Any, requests: Sequence[Mapping[str, Any]], *, overlap: bool) -> Iterator[Any]:
-        """Run `pipe(**request)` for each request and yield what they return, in order.
-
-        Args:
-            requests: arguments of each call.
-            overlap: whether they overlap where that gives the results of one call after the other, to the bit.
-
-        Raises:
-            Exception: what a request raises, in its turn; the requests after it are not run.
-        """
+        """As `Acceleration.run_many`: run `pipe(**request)` for each request and yield what they return, in order."""
         overlap = overlap and len(requests) > 1 and current_call() is None and self._may_overlap(pipe)
         if not overlap or not _are_own([each for request in requests for each in _generators(request)]):
             for request in requests:

@@ -9,7 +9,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import Future, wait
-from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -89,7 +88,8 @@ def _download(url: str) -> bytes:
 
 
 def _body(url: str, until: float) -> bytes:
-    web, data = urllib.request.build_opener(_ToTheWebAlone), bytearray()
+    web, data = urllib.request.build_opener(), bytearray()
+    web.handle_open.pop("ftp", None)  # to which a redirection may lead
     request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
     with web.open(request, timeout=SECONDS_TO_WAIT) as response:
         while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):
@@ -97,12 +97,3 @@ def _body(url: str, until: float) -> bytes:
     if time.monotonic() >= until:
         raise TimeoutError
     return bytes(data)
-
-
-class _ToTheWebAlone(urllib.request.HTTPRedirectHandler):
-    """urllib itself follows a redirection to ftp, too."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if newurl.startswith("ftp:"):
-            raise urllib.error.URLError("unknown url type: ftp")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -207,8 +207,8 @@ class Report:
         if self.loads:
             moved = sum(load.bytes for load in self.loads)
             lines.append(f"  {len(self.loads)} loads moved {moved / 2**30:.2f} GiB to the device")
-        for name, counts in self.cache.items():
-            lines.append(f"  cache: {name}: {counts['computed']} steps computed, {counts['skipped']} skipped")
+        for name, count in self.cache.items():
+            lines.append(f"  cache: {name}: {count['computed']} steps computed, {count['skipped']} skipped")
         if self.reuse:
             lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         if self.vae:

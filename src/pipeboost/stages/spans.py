@@ -88,11 +88,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        call: Call,
-        *,
-        exact_peaks: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        self, call: Call, *, exact_peaks: bool = False, progress: Callable[[Progress], None] | None = None
     ) -> None:
         self._call = call
         self._device = call.device

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeboost.contract.call import current_call
-from pipeboost.core.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError, quoted
 
 Values = dict[str, Any]
 Shape = Sequence[int | None]
@@ -189,7 +189,4 @@ def _fits(actual: Sequence[int], wanted: Sequence[int | None]) -> bool:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} of {value.dtype}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else quoted(value)

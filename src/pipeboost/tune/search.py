@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,11 @@ class Schedule(NamedTuple):
 
     computed: tuple[int, ...]
     order: int
+
+    def settings(self, steps: int) -> dict[str, Any]:
+        """Return arguments of `CacheConfig`, of plain types, for calls of so many steps."""
+        order = self.order or None
+        return {"extrapolate": "output", "step_mask": [*self.computed], "steps": steps, "taylorseer_order": order}
 
     def __str__(self) -> str:
         return f"order {self.order}: {', '.join(map(str, self.computed))}"

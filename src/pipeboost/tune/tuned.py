@@ -108,15 +108,8 @@ class Tuned:
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of `accelerate_pipeline`, of plain types."""
-        schedule = self.best.schedule
-        assert schedule is not None
-        cache = {
-            "extrapolate": "output",
-            "step_mask": list(schedule.computed),
-            "steps": self.steps,
-            "taylorseer_order": schedule.order or None,
-        }
-        return {"quality": "fast", "cache": cache}
+        assert self.best.schedule is not None
+        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps)}
 
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "NOT kept"

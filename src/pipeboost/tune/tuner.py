@@ -268,8 +268,7 @@ class _Trials:
 
     @contextlib.contextmanager
     def _cached(self, schedule: Schedule, steps: int) -> Iterator[None]:
-        order = schedule.order or None
-        settings = CacheConfig(extrapolate="output", step_mask=schedule.computed, steps=steps, taylorseer_order=order)
+        settings = CacheConfig(**schedule.settings(steps))
         ledger = Ledger()
         with ledger:
             attach_cache(self.model, settings, self.applied.plan.family, ledger, owner=self.applied)
