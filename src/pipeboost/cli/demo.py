@@ -31,6 +31,8 @@ from pipeboost.demo_model.prompts import DEMO_CALL, DEMO_PROMPTS
 from pipeboost.generate.loading import demo_weights
 from pipeboost.quality import psnr
 
+_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 72
+
 
 @dataclass
 class Run:
@@ -164,9 +166,6 @@ def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., flo
 
 def _stack(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
-
-
-_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 72
 
 
 def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:

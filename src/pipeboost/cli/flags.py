@@ -24,6 +24,10 @@ _Text = str | None
 _Texts = list[str] | None
 _File = Path | None
 Device = Annotated[str, _speed(help="auto, cpu or cuda")]
+_model = partial(typer.Option, rich_help_panel="Model")
+_request = partial(typer.Option, rich_help_panel="What to make")
+_output = partial(typer.Option, rich_help_panel="Output")
+_ACCELERATION = "acceleration"
 
 
 class Acceleration(NamedTuple):
@@ -75,13 +79,6 @@ def with_acceleration(command: Callable[..., None]) -> Callable[..., None]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     run.__signature__ = inspect.Signature([each.replace(kind=keyword) for each in parameters])  # type: ignore[attr-defined]
     return run
-
-
-_model = partial(typer.Option, rich_help_panel="Model")
-_request = partial(typer.Option, rich_help_panel="What to make")
-_output = partial(typer.Option, rich_help_panel="Output")
-
-_ACCELERATION = "acceleration"
 
 
 class GenerateCommand(TyperCommand):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pipeboost.generate import Generated
     from pipeboost.stages import Progress as StageProgress
 
+_FIRST_TO_SPEAK = 1.0
+"""Seconds that other ranks leave the first one to report what all of them refuse."""
+
 
 class BatchProgress(Progress):
     """The progress of one command; outputs go to stdout, the bar to stderr.
@@ -82,10 +85,6 @@ class BatchProgress(Progress):
         finally:
             if running:
                 self.start()
-
-
-_FIRST_TO_SPEAK = 1.0
-"""Seconds that other ranks leave the first one to report what all of them refuse."""
 
 
 def requests_from(

@@ -29,6 +29,7 @@ from pipeboost.model_reader import model_info
 from pipeboost.plan import Plan, make_plan
 
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.gguf"]
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def print_plan(
@@ -83,9 +84,6 @@ def _hub_folder(model: str) -> Path:
         raise ConfigurationError(
             f"{quoted(model)} is no folder, and the hub did not give it to us: {one_line(error)}"
         ) from error
-
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def skeleton(folder: Path) -> tuple[Any, bool]:

@@ -31,6 +31,8 @@ from pipeboost.generate.requests import is_finite
 from pipeboost.stages.report import component_bytes
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
+_ACCELERATION = ("quality", *FEATURES, "config")
 
 
 def located(given: str | os.PathLike[str], argument: str, thing: str, *files: str) -> str:
@@ -70,9 +72,6 @@ def loading_errors(argument: str, path: str) -> Iterator[None]:
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
         where = "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
         raise ConfigurationError(f"{what} cannot be loaded{where}: {one_line(error)}") from error
-
-
-_WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,6 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
             raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
     names = [f"lora_{number}" for number in range(len(loras))]
     pipe.set_adapters(names, adapter_weights=[lora.scale for lora in loras])
-
-
-_ACCELERATION = ("quality", *FEATURES, "config")
 
 
 @dataclass(frozen=True, kw_only=True)

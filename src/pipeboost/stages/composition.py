@@ -19,6 +19,15 @@ from pipeboost.stages.stage import Checks, FailedCheck, Stage, StageParallelism,
 
 INPUT_VALIDATION = "input validation"
 TEXT_ENCODING = "text encoding"
+_ORDER = (
+    INPUT_VALIDATION, TEXT_ENCODING, "image encoding", "image VAE encoding", "timestep preparation",
+    "latent preparation", DENOISING, "decoding", "postprocessing", WHOLE_CALL,
+)  # fmt: skip
+_COMPONENTS = {
+    **dict.fromkeys(("text_encoder", "tokenizer", "processor"), TEXT_ENCODING),
+    **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
+}
+"""How names of components begin that a stage runs from a method of the pipeline."""
 
 
 class BuiltInStage(Stage):
@@ -103,17 +112,6 @@ class CallStages:
 
 
 STAGES = Slot[CallStages]()
-
-
-_ORDER = (
-    INPUT_VALIDATION, TEXT_ENCODING, "image encoding", "image VAE encoding", "timestep preparation",
-    "latent preparation", DENOISING, "decoding", "postprocessing", WHOLE_CALL,
-)  # fmt: skip
-_COMPONENTS = {
-    **dict.fromkeys(("text_encoder", "tokenizer", "processor"), TEXT_ENCODING),
-    **dict.fromkeys(("image_encoder", "feature_extractor"), "image encoding"),
-}
-"""How names of components begin that a stage runs from a method of the pipeline."""
 
 
 class Composition:

@@ -29,6 +29,10 @@ from pipeboost.stages.spans import RECORDER, WAITING
 from pipeboost.stages.stage import Stage, StageParallelism, Values, verified
 
 _locks = Locks()
+_RUNS = Slot[Counter[str]](Counter)
+"""How often each stage has run in the call."""
+_EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL)
+_ABSENT = object()
 
 
 @functools.cache
@@ -144,12 +148,6 @@ def _alone_with_what_it_shares(call: Call, door: StageDoor, owner: Any) -> Itera
                     lock.acquire()
             stack.callback(lock.release)
         yield
-
-
-_RUNS = Slot[Counter[str]](Counter)
-"""How often each stage has run in the call."""
-_EVERY_RANK = (StageParallelism.REPLICATED, StageParallelism.TENSOR_PARALLEL)
-_ABSENT = object()
 
 
 def on_ranks(
