@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,26 +36,21 @@ _STREAMS = 2
 """Two keep a GPU busy; the allocator keeps the memory that a decode frees once for each."""
 
 
+@dataclass(eq=False, repr=False)
 class Request:
     """A call that was submitted: it waits for its turn, runs, or has ended. Any thread may use it."""
 
-    def __init__(
-        self,
-        queue: Requests,
-        record: CallRecord,
-        run: Callable[[CallRecord], Any],
-        generators: Sequence[Any],
-        number: int,
-    ) -> None:
-        self._queue = queue
-        self._calls = queue.calls
-        self._record = record
-        self._run: Callable[[CallRecord], Any] | None = run
-        self._generators = generators
-        self._thread = threading.Thread(target=self._work, name=f"pipeboost request {number}", daemon=True)
+    _queue: Requests
+    _record: CallRecord
+    _run: Callable[[CallRecord], Any] | None
+    _generators: Sequence[Any]
+    _output: Any = None
+    _error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self._calls = self._queue.calls
+        self._thread = threading.Thread(target=self._work, name="pipeboost request", daemon=True)
         self._ended = threading.Event()
-        self._output: Any = None
-        self._error: BaseException | None = None
 
     def __repr__(self) -> str:
         running = "waiting" if self._record.call is None else "running"
@@ -160,7 +156,7 @@ class Requests:
             record = CallRecord(kept=True)
             self.calls.queue.enter(record, alone=alone, must_run=self.calls.applied.team is not None)
             self.calls.records.add(record)
-            request = Request(self, record, run, generators, self._submitted)
+            request = Request(self, record, run, generators)
             if not self._under_way:
                 atexit.register(self._give_up)
             self._under_way.append(request)

@@ -136,8 +136,7 @@ def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, adv
         seconds.append(time.perf_counter() - started)
     computed = steps
     if settings is not None:
-        rows = pipe.acceleration.report().cache.values()
-        computed = next((row["computed"] for row in rows), steps)
+        computed = pipe.acceleration.report().computed_steps or steps
         pipe.acceleration.remove()
     return Run(name, images[1:], statistics.median(seconds[1:]), seconds[0], computed, steps)
 

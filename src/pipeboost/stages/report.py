@@ -175,12 +175,9 @@ class Report:
         left, right = figure.subplots(1, 2)
         names = sorted(self.stages, key=self.stages.__getitem__)
         left.barh(names, [self.stages[name] for name in names])
-        left.set_xlabel("seconds")
-        left.set_title(f"{self.pipeline}: {self.seconds:.2f} s")
+        left.set(xlabel="seconds", title=f"{self.pipeline}: {self.seconds:.2f} s")
         right.plot(range(1, len(self.steps) + 1), [seconds * 1e3 for seconds in self.steps], marker="o")
-        right.set_xlabel("denoising step")
-        right.set_ylabel("milliseconds")
-        right.set_ylim(bottom=0)
+        right.set(xlabel="denoising step", ylabel="milliseconds", ylim=(0, None))
         figure.savefig(path, dpi=120)
 
     @property

@@ -109,7 +109,7 @@ class Recorder:
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
             if _has_memory(what):
-                self._note_memory_at_start(span)
+                self._note_memory(span, begins=True)
             stream = torch.cuda.current_stream(self._device)
             span.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             span.events[0].record(stream)
@@ -125,7 +125,7 @@ class Recorder:
                 last.events[1].record(torch.cuda.current_stream(self._device))
                 torch.cuda.nvtx.range_pop()
                 if _has_memory(last.what):
-                    self._note_memory_at_end(last)
+                    self._note_memory(last, begins=False)
             last.end = time.perf_counter()
             if last is span:
                 return
@@ -151,27 +151,22 @@ class Recorder:
             steps = None if step is None else _steps_of(self._call.pipe)
             self._progress(Progress(stage, step, steps, time.perf_counter() - self._began))
 
-    def _note_memory_at_start(self, span: Span) -> None:
-        span.memory_before, peak = self._allocated()
+    def _note_memory(self, span: Span, *, begins: bool) -> None:
+        """Note the memory at a span's start or end; those still open have all peaks that were counted inside them."""
+        now, peak = self._allocated()
         if self._exact_peaks:
-            for outer in self._open:
-                if outer.memory_peak is not None:
-                    outer.memory_peak = max(outer.memory_peak, peak)
+            for each in (*self._open, *(() if begins else (span,))):
+                if each.memory_peak is not None:
+                    each.memory_peak = max(each.memory_peak, peak)
             torch.cuda.reset_peak_memory_stats(self._device)
-            span.memory_peak = span.memory_before
-        self._peaks_at_start.append(peak)
-
-    def _note_memory_at_end(self, span: Span) -> None:
-        span.memory_after, peak = self._allocated()
-        before = self._peaks_at_start.pop()
-        if self._exact_peaks:
-            span.memory_peak = max(span.memory_peak or 0, peak)
-            for outer in self._open:
-                if outer.memory_peak is not None:
-                    outer.memory_peak = max(outer.memory_peak, span.memory_peak)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif peak > before:
-            span.memory_peak = peak
+        if begins:
+            span.memory_before = now
+            span.memory_peak = now if self._exact_peaks else None
+            self._peaks_at_start.append(peak)
+        else:
+            span.memory_after = now
+            if self._peaks_at_start.pop() < peak and not self._exact_peaks:
+                span.memory_peak = peak
 
     def _allocated(self) -> tuple[int, int]:
         """Bytes allocated now and at most; the nested form, because the flat one costs ten times as much."""
