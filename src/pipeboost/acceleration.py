@@ -240,16 +240,7 @@ class Acceleration:
         Raises:
             PipeboostError: the acceleration was removed.
         """
-        pipe = self._alive_pipe()
-        return verify_acceleration(
-            pipe,
-            call,
-            quality=self.plan.quality,
-            denoisers=self.plan.family.models(pipe),
-            paused=self.paused,
-            opened=self.open,
-            computed=lambda: self.report().computed_steps,
-        )
+        return verify_acceleration(self, self._alive_pipe(), call)
 
     def tune(
         self,

@@ -156,9 +156,8 @@ class CallSignature:
             self._require(name, value)
             wanted = self.parameters[name].annotation
             if value is not None and not _may_be(value, wanted):
-                raise ConfigurationError(
-                    f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {_described(wanted)} there; leave it out"
-                )
+                kind = inspect.formatannotation(wanted).replace("NoneType", "None")
+                raise ConfigurationError(f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {kind}; leave it out")
             is_count = name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
             if is_count and isinstance(value, int) and value < 1:
                 raise ConfigurationError(f"call={{{name!r}: {value}}} must be an integer of at least 1")
@@ -224,11 +223,6 @@ def _may_be(value: Any, annotation: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, (bool, int) if kind is bool else kind)
-
-
-def _described(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("NoneType", "None")
 
 
 def _output_fields(annotation: Any) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,33 +63,21 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify_acceleration(
-    pipe: Any,
-    call: Mapping[str, Any],
-    *,
-    quality: str,
-    denoisers: Mapping[str, Any],
-    paused: Callable[[], AbstractContextManager[Any]],
-    opened: Callable[[], AbstractContextManager[Any]],
-    computed: Callable[[], int | None] = lambda: None,
-) -> Verification:
+def verify_acceleration(acceleration: Any, pipe: Any, call: Mapping[str, Any]) -> Verification:
     """Compare `pipe(**call)` stock and accelerated, and one forward of each denoiser on the inputs stock gave it.
 
     Args:
-        quality: the tier to check.
-        denoisers: transformers by name.
-        paused: context in which the pipeline runs stock.
-        opened: context in which a direct forward of a denoiser runs accelerated.
-        computed: how many steps the latest call has computed; None where it skips none.
+        acceleration: that of `pipe`; its tier is checked.
     """
+    quality, denoisers = acceleration.plan.quality, acceleration.plan.family.models(pipe)
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
-    with _rewound(call) as arguments, paused(), _first_forwards(denoisers, first):
+    with _rewound(call) as arguments, acceleration.paused(), _first_forwards(denoisers, first):
         stock = outputs_on_host(pipe(**arguments))
     with _rewound(call) as arguments:
         ours = outputs_on_host(pipe(**arguments))
-    rival, forwards = None, computed()
+    rival, forwards = None, acceleration.report().computed_steps
     if forwards is not None and not call.keys() & {"sigmas", "timesteps"}:
-        with _rewound(call) as arguments, paused():
+        with _rewound(call) as arguments, acceleration.paused():
             fewer = outputs_on_host(pipe(**{**arguments, "num_inference_steps": forwards}))
         rival = forwards, min(psnr(fewer[name].numpy(), stock[name].numpy()) for name in stock)
     whole = {}
@@ -102,11 +89,11 @@ def verify_acceleration(
     errors: dict[str, float] = {}
     floors: dict[str, float] = {}
     for path, (args, kwargs, outputs) in first.items() if quality != "exact" else ():
-        with torch.no_grad(), opened():
+        with torch.no_grad(), acceleration.open():
             found = _errors(path, denoisers[path](*args, **kwargs), outputs)
         errors |= found
         if quality == "lossless" and any(found.values()):
-            with torch.no_grad(), paused(), stock_compile(denoisers[path], fullgraph=True):
+            with torch.no_grad(), acceleration.paused(), stock_compile(denoisers[path], fullgraph=True):
                 floors |= _errors(path, denoisers[path](*args, **kwargs), outputs)
     promise, passed = _judge(quality, difference, ratio, errors, floors)
     return Verification(quality, passed, promise, ratio, difference, errors, floors, whole, rival)

@@ -134,7 +134,9 @@ class Composition:
         # What runs at the methods of a built-in stage; a stage in its place has its name.
         self._stages: dict[str, tuple[Stage, ...]] = {name: (stage,) for name, stage in self._built_in.items()}
         # Where a call takes no picture, nothing encodes one.
-        idle = () if _takes_pictures(pipe) else ("image VAE encoding",)
+        given = [name for name in signature_of(stock_class(pipe), "__call__").parameters if "ip_adapter" not in name]
+        takes_pictures = any(name.split("_")[-1] in ("image", "images", "video") for name in given)
+        idle = () if takes_pictures else ("image VAE encoding",)
         self._stages_of: dict[str, set[str]] = {}
         for door in family.doors:
             if door.stage not in idle:
@@ -299,11 +301,6 @@ class Composition:
 def _has_method(pipe: Any, door: StageDoor) -> bool:
     owner = pipe if not door.component else getattr(pipe, door.component, None)
     return callable(getattr(owner, door.method, None))
-
-
-def _takes_pictures(pipe: Any) -> bool:
-    given = [name for name in signature_of(stock_class(pipe), "__call__").parameters if "ip_adapter" not in name]
-    return any(name.split("_")[-1] in ("image", "images", "video") for name in given)
 
 
 def _require_stage(name: str, stage: Any) -> None:
