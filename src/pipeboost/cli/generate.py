@@ -143,10 +143,8 @@ def _on_rank(settings: ModelSettings, requests: Sequence[GenerationRequest], arg
         raise
     except PipeboostError as error:
         rank = world().rank
-        if rank == 0:
-            raise RankFailedError(str(error), rank=0) from error
-        time.sleep(_FIRST_TO_SPEAK)
-        raise RankFailedError(f"{error} (rank {rank})", rank=rank) from error
+        time.sleep(_FIRST_TO_SPEAK if rank else 0)
+        raise RankFailedError(f"{error} (rank {rank})" if rank else str(error), rank=rank) from error
 
 
 def run_generate(
@@ -168,7 +166,13 @@ def run_generate(
         BatchProgress(len(requests), silent=not first) as progress,
         LoadedModel(settings, on_status=progress.show_status) as model,
     ):
-        _require_shared(model)
+        # Each of several ranks would do all of the work.
+        if world_size() > 1 and not (parallel := model.pipe.acceleration.plan["parallel"]).on:
+            name = stock_class(model.pipe).__name__
+            raise UnsupportedError(
+                f"--num-gpus {world_size()}: {name} would be computed whole on each of them ({parallel.why}); use "
+                "--num-gpus 1"
+            )
         if fps is not None and model.kind != "video":
             raise UnsupportedError(f"--fps {fps}: the model makes images; leave it out")
         output.check(model.kind, len(requests))
@@ -198,13 +202,3 @@ def run_generate(
                 error.args = (f"{line}{results.kept}{blank}{trace}",)
             raise
         results.write()
-
-
-def _require_shared(model: LoadedModel) -> None:
-    """Refuse that each of several ranks does all of the work."""
-    parallel = model.pipe.acceleration.plan["parallel"]
-    if world_size() > 1 and not parallel.on:
-        raise UnsupportedError(
-            f"--num-gpus {world_size()}: {stock_class(model.pipe).__name__} would be computed whole on each of them "
-            f"({parallel.why}); use --num-gpus 1"
-        )

@@ -116,8 +116,6 @@ def skeleton(folder: Path) -> tuple[Any, bool]:
 
 def _index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
-    if not path.exists():
-        raise ConfigurationError(f"{folder} is not a Diffusers pipeline: it has no model_index.json")
     index = parse_json(read_text(path, "file"), f"file {path}")
     if not isinstance(index, dict):
         raise ConfigurationError(f"{path} must hold a mapping of components, not a {type(index).__name__}")

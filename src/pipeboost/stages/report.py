@@ -191,8 +191,10 @@ class Report:
         lines = [f"{self.pipeline}: {self.seconds:.3f} s"]
         for name, seconds in sorted(self.stages.items(), key=lambda item: -item[1]):
             line = f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}"
-            arrived = f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""
-            lines.append(line + _describe_memory(self.stage_memory.get(name)) + arrived)
+            if (memory := self.stage_memory.get(name)) is not None:
+                line += f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB"
+                line += "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
+            lines.append(line + (f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""))
         if self.steps:
             fastest, slowest = min(self.steps), max(self.steps)
             lines.append(
@@ -260,13 +262,6 @@ def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
         peaks = [span.memory_peak for span in each if span.memory_peak is not None]
         result[stage] = StageMemory(before, after, max(peaks, default=None))
     return result
-
-
-def _describe_memory(memory: StageMemory | None) -> str:
-    if memory is None:
-        return ""
-    peak = "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
-    return f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB{peak}"
 
 
 def _by_stage(spans: Sequence[Span], values: Sequence[float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 
 from pipeboost.contract.call import Call, Slot
 
+_WITH_MEMORY = ("stage", "step")
 DENOISING = "denoising"
 WHOLE_CALL = "other"
 """The stage of a call's outermost span: what no stage inside it accounts for."""
@@ -101,14 +102,14 @@ class Recorder:
 
     def open(self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None) -> Span:
         """Begin a span inside those that are open."""
-        if what in ("stage", "step") and self._call.watched is not None:
+        if what in _WITH_MEMORY and self._call.watched is not None:
             self._call.watched.watchdog.enter_stage(stage)
         if what == "stage" and stage != WHOLE_CALL:
             self.notify(stage)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
-            if _has_memory(what):
+            if what in _WITH_MEMORY:
                 self._note_memory(span, begins=True)
             stream = torch.cuda.current_stream(self._device)
             span.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -124,7 +125,7 @@ class Recorder:
             if last.events is not None:
                 last.events[1].record(torch.cuda.current_stream(self._device))
                 torch.cuda.nvtx.range_pop()
-                if _has_memory(last.what):
+                if last.what in _WITH_MEMORY:
                     self._note_memory(last, begins=False)
             last.end = time.perf_counter()
             if last is span:
@@ -175,10 +176,6 @@ class Recorder:
 
 
 RECORDER = Slot[Recorder]()
-
-
-def _has_memory(what: str) -> bool:
-    return what in ("stage", "step")
 
 
 def _steps_of(pipe: Any) -> int | None:

@@ -60,14 +60,9 @@ class Trajectory:
 
 @contextlib.contextmanager
 def recorded(pipe: Any) -> Iterator[Callable[[], Trajectory]]:
-    """Inside, calls are recorded; what this yields returns the latest of them."""
+    """Inside, one call is recorded; what this yields returns it afterwards."""
     predictions: list[torch.Tensor] = []
     latents: list[torch.Tensor] = []
-
-    def begin(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-        predictions.clear()
-        latents.clear()
-        return call_next(*args, **kwargs)
 
     def record(call_next: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
@@ -80,7 +75,6 @@ def recorded(pipe: Any) -> Iterator[Callable[[], Trajectory]]:
         return result
 
     with Ledger() as ledger:
-        ledger.add_middleware(pipe, "__call__", begin, place="pipe.tune")
         ledger.add_middleware(pipe.scheduler, "step", record, place="scheduler.tune")
     try:
         yield lambda: Trajectory(torch.stack(predictions), torch.stack(latents))
