@@ -69,7 +69,7 @@ def stored(tmp_path_factory):
         (["plan", "flux.1-dev", "--num-gpus", 0], "--num-gpus 0 must be at least 1"),
         (["plan", "flux.1-dev", "--tp-size", 5, "--device", "cpu"], "tensor=5 does not divide the heads"),
         (["plan", ""], "model='' is empty; leave it out or name a path"),
-        (["plan", "nothing"], "'nothing' is neither a folder, nor a hub id, nor one of flux.1-dev"),
+        (["plan", "nothing"], "'nothing' is no folder, no hub id, and not one of flux.1-dev"),
         (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
         (["demo", "--device", "tpu"], "device='tpu' is not allowed"),
         (["bench", "nope"], "model='nope' is not allowed; use one of 'flux.1-dev'"),

@@ -144,9 +144,8 @@ def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, adv
 def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., float]) -> None:
     headings = ("s/image", "speed-up", "first", "to stock", "right", "computed")
     table = Table("", *(Column(each, justify="right", no_wrap=True) for each in headings))
-    reference = _stack(runs[0].images)
     for run in runs:
-        ratio = psnr(_stack(run.images), reference, peak=1.0)
+        ratio = psnr(np.stack(run.images), np.stack(runs[0].images), peak=255)
         table.add_row(
             run.name,
             f"{run.seconds:.2f}",
@@ -163,10 +162,6 @@ def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., flo
     )
 
 
-def _stack(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
-
-
 def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:
     """Put square images of one size side by side, enlarged.
 
@@ -180,8 +175,7 @@ def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts
     pen = ImageDraw.Draw(grid)
     for column, prompt in enumerate(prompts):
         x = _LEFT + column * (side + _MARGIN)
-        for line, text in enumerate(textwrap.wrap(prompt, 40)[:4]):
-            pen.text((x, 6 + 15 * line), text, fill="black", font_size=13)
+        pen.text((x, 6), "\n".join(textwrap.wrap(prompt, 40)[:4]), fill="black", font_size=13)
     for row, (name, speed, images) in enumerate(rows):
         y = _TOP + row * (side + _MARGIN)
         pen.text((8, y + side // 2 - 24), name, fill="black", font_size=18)

@@ -76,8 +76,7 @@ def _hub_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if model.count("/") != 1:
-        names = ", ".join(full_sizes())
-        raise ConfigurationError(f"{quoted(model)} is neither a folder, nor a hub id, nor one of {names}")
+        raise ConfigurationError(f"{quoted(model)} is no folder, no hub id, and not one of {', '.join(full_sizes())}")
     try:
         return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*"], ignore_patterns=_WEIGHTS))
     except (OSError, ValueError) as error:

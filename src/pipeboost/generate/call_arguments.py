@@ -49,8 +49,7 @@ class CallSignature:
         self.name = cls.__name__
         signature = inspect.signature(cls.__call__)
         self.parameters = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-        scales = ("true_cfg_scale", "guidance_scale")
-        self.cfg_scale = next((name for name in scales if name in self.parameters), None)
+        self.cfg_scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
         self._outputs = _output_fields(signature.return_annotation)
 
     def value(self, name: str, call: Mapping[str, Any]) -> Any:

@@ -127,8 +127,7 @@ def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
             pipe.load_lora_weights(source, adapter_name=f"lora_{number}", **where)
         if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
             raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
-    names = [f"lora_{number}" for number in range(len(loras))]
-    pipe.set_adapters(names, adapter_weights=[lora.scale for lora in loras])
+    pipe.set_adapters([f"lora_{n}" for n in range(len(loras))], adapter_weights=[lora.scale for lora in loras])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,8 +84,7 @@ def verify_acceleration(acceleration: Any, pipe: Any, call: Mapping[str, Any]) -
     for name, expected in stock.items():
         difference = float((ours[name].double() - expected.double()).abs().max())
         whole[name] = psnr(ours[name].numpy(), expected.numpy()), difference
-    ratio = min(ratio for ratio, _ in whole.values())
-    difference = max(difference for _, difference in whole.values())
+    ratio, difference = min(each for each, _ in whole.values()), max(each for _, each in whole.values())
     errors: dict[str, float] = {}
     floors: dict[str, float] = {}
     for path, (args, kwargs, outputs) in first.items() if quality != "exact" else ():

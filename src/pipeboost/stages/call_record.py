@@ -25,7 +25,6 @@ class AdmissionQueue:
     """The calls of one pipeline that wait or run, in the order in which they came."""
 
     def __init__(self) -> None:
-        self.at_once = AT_ONCE
         self.records: list[CallRecord] = []
         self.changed = threading.Condition()
 
@@ -115,9 +114,7 @@ class CallRecord:
         Raises:
             Cancelled: it was cancelled meanwhile.
         """
-        assert self.queue is not None
-        at_once = self.queue.at_once
-        self._wait(lambda before: sum(not each.ended for each in before) < at_once)
+        self._wait(lambda before: sum(not each.ended for each in before) < AT_ONCE)
         self.begun = True
         self._notify()
 

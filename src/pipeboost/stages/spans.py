@@ -17,7 +17,7 @@ import torch
 
 from pipeboost.contract.call import Call, Slot
 
-_WITH_MEMORY = ("stage", "step")
+_COARSE = ("stage", "step")
 DENOISING = "denoising"
 WHOLE_CALL = "other"
 """The stage of a call's outermost span: what no stage inside it accounts for."""
@@ -102,14 +102,14 @@ class Recorder:
 
     def open(self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None) -> Span:
         """Begin a span inside those that are open."""
-        if what in _WITH_MEMORY and self._call.watched is not None:
+        if what in _COARSE and self._call.watched is not None:
             self._call.watched.watchdog.enter_stage(stage)
         if what == "stage" and stage != WHOLE_CALL:
             self.notify(stage)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
-            if what in _WITH_MEMORY:
+            if what in _COARSE:
                 self._note_memory(span, begins=True)
             stream = torch.cuda.current_stream(self._device)
             span.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -125,7 +125,7 @@ class Recorder:
             if last.events is not None:
                 last.events[1].record(torch.cuda.current_stream(self._device))
                 torch.cuda.nvtx.range_pop()
-                if last.what in _WITH_MEMORY:
+                if last.what in _COARSE:
                     self._note_memory(last, begins=False)
             last.end = time.perf_counter()
             if last is span:
