@@ -1,4 +1,4 @@
-"""Requests: calls of one pipeline in threads of their own, started in order, of which neighbours overlap.
+"""Requests: calls of one pipeline in threads of their own, started in order, of which consecutive ones overlap.
 
 While two denoise, the next encodes its text and the previous decodes, each on a view of the pipeline and one of two
 streams. What runs in each is the same as in a call by itself, so the results are the same to the bit; a request for

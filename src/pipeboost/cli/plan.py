@@ -136,7 +136,7 @@ def _model(folder: Path, library: str | None, class_name: str | None) -> nn.Modu
     config = parse_json(read_text(path, "file"), f"file {path}")
     if config.get("quantization_config"):
         raise UnsupportedError(
-            f"{folder} is stored quantised, and only loading tells what becomes of it; load the pipeline, and print "
+            f"{folder} is stored quantised, and only loading it shows the result; load the pipeline, and print "
             "accelerate_pipeline(pipe).acceleration.plan"
         )
     with loading_errors("model", str(folder)), torch.device("meta"):

@@ -53,7 +53,7 @@ class CallRecord:
         cancelled: whether it is to be.
         finished: makes its report from what is of the pipeline, once it has ended.
         queue: in which it has a place; None where it has none.
-        alone, must_run: as `AdmissionQueue.enter` was told.
+        alone, must_run: as given to `AdmissionQueue.enter`.
         begun, ended: whether its loop has.
     """
 

@@ -199,7 +199,7 @@ def on_ranks(
 
 
 def _state(generators: list[torch.Generator], device: torch.device, pipe: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Return what a stage may change beside its results: random state, and attributes of the pipeline."""
+    """Return what a stage may change besides its results: random state, and attributes of the pipeline."""
     attributes = {} if pipe is None else dict(vars(pipe))
     return [each.get_state() for each in generators], global_state(device), attributes
 

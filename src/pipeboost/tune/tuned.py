@@ -1,4 +1,4 @@
-"""`Tuned`: the schedule that was found, what it was judged on, and everything that was tried beside it."""
+"""`Tuned`: the schedule that was found, what it was judged on, and everything else that was tried."""
 
 from __future__ import annotations
 
