@@ -97,15 +97,15 @@ class CallStages:
 
     Attributes:
         composition: loads them.
-        users: where the user has stages: name of the built-in stage → those at its methods, in order; the one that has
-            its name is itself or stands for it.
+        users: where the user has stages: name of the built-in stage → those at its methods, in order, and which of them
+            is itself or stands for it.
         parallelisms: how the ranks share each built-in stage.
         inside: the built-in stages whose methods the call is in.
         replaced: the stock work of the stages that are being replaced, by name.
     """
 
     composition: Composition
-    users: Mapping[str, tuple[Stage, ...]]
+    users: Mapping[str, tuple[tuple[Stage, ...], int]]
     parallelisms: Mapping[str, StageParallelism]
     inside: list[str] = field(default_factory=list)
     replaced: dict[str, Callable[[Values], Values]] = field(default_factory=dict)
@@ -193,7 +193,8 @@ class Composition:
                     "ParallelConfig(tensor=2) or more, or StageParallelism.MAIN_RANK"
                 )
         parallelisms = {name: stage.parallelism for name, stage in self._built_in.items()}
-        users = {name: stages for name, stages in self._stages.items() if stages != (self._built_in[name],)}
+        changed = {name: stages for name, stages in self._stages.items() if stages != (self._built_in[name],)}
+        users = {name: (stages, [each.name for each in stages].index(name)) for name, stages in changed.items()}
         return CallStages(self, users, parallelisms)
 
     def run_on_all_ranks(self, component: str) -> bool:

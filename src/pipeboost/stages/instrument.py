@@ -123,7 +123,7 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    admission, stages = call.get(ADMISSION), call[STAGES].users.get(DENOISING, ())
+    admission, (stages, _) = call.get(ADMISSION), call[STAGES].users.get(DENOISING, ((), 0))
     if admission is not None:
         admission.end()
     if not stages:

@@ -45,7 +45,7 @@ def middleware_of_stage(door: StageDoor) -> Middleware:
             return call_next(*args, **kwargs)
         call.raise_if_cancelled()
         stages = call[STAGES]
-        users = () if door.stage in stages.inside else stages.users.get(door.stage, ())
+        users, at = stages.users.get(door.stage, ((), 0)) if door.stage not in stages.inside else ((), 0)
 
         def stock(*args: Any, **kwargs: Any) -> Any:
             """Do the method's own work, as a span of its stage."""
@@ -58,7 +58,7 @@ def middleware_of_stage(door: StageDoor) -> Middleware:
         stages.inside.append(door.stage)
         try:
             if users:
-                return _compose(call, users, door, stock, Arguments(owner, door.method, args, kwargs))
+                return _compose(call, users, at, door, stock, Arguments(owner, door.method, args, kwargs))
             return stock(*args, **kwargs)
         finally:
             stages.inside.pop()
@@ -95,9 +95,8 @@ def run_user_stage(
 
 
 def _compose(
-    call: Call, stages: Sequence[Stage], door: StageDoor, stock: Callable[..., Any], arguments: Arguments
+    call: Call, stages: Sequence[Stage], at: int, door: StageDoor, stock: Callable[..., Any], arguments: Arguments
 ) -> Any:
-    at = [stage.name for stage in stages].index(door.stage)
     values = arguments.values
     forms: list[ResultForm | None] = [None]
     for stage in stages[:at]:
