@@ -145,7 +145,7 @@ def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., flo
     headings = ("s/image", "speed-up", "first", "to stock", "right", "computed")
     table = Table("", *(Column(each, justify="right", no_wrap=True) for each in headings))
     for run in runs:
-        ratio = psnr(np.stack(run.images), np.stack(runs[0].images), peak=255)
+        ratio = psnr(*(np.stack([*map(np.asarray, each.images)]) for each in (run, runs[0])), peak=255)
         table.add_row(
             run.name,
             f"{run.seconds:.2f}",

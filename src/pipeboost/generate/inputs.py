@@ -89,7 +89,7 @@ def _download(url: str) -> bytes:
 
 def _body(url: str, until: float) -> bytes:
     web, data = urllib.request.build_opener(), bytearray()
-    web.handle_open.pop("ftp", None)  # to which a redirection may lead
+    vars(web)["handle_open"].pop("ftp", None)  # to which a redirection may lead
     request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
     with web.open(request, timeout=SECONDS_TO_WAIT) as response:
         while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):

@@ -229,17 +229,17 @@ class Report:
 
 def report_maker(call: Call) -> Callable[..., Report]:
     """Return `Report.of` of a call that has ended, which lacks what is of its pipeline and keeps neither alive."""
-    cache = call.get(CACHE)
+    cache, reuse, vae, moves = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS), call.get(MOVES)
     counts = {
         "loads": [Load(*load) for load in call.get(LOADS) or ()],
         "cache": {
             f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
             for c in (() if cache is None else cache.counts())
         },
-        "reuse": dict(call.get(PROMPTS) or {}),
-        "vae": dict(call.get(VAE_FORWARDS) or {}),
+        "reuse": dict(reuse or {}),
+        "vae": dict(vae or {}),
     }
-    return partial(Report.of, call.events, call.get(MOVES) or [], **counts)
+    return partial(Report.of, call.events, moves or [], **counts)
 
 
 def _start(span: Span, whole: Span) -> float:
