@@ -48,8 +48,8 @@ class Request:
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self._calls = self._queue.calls
-        self._thread = threading.Thread(target=self._work, name="pipeboost request", daemon=True)
+        name = f"pipeboost request {self._queue._submitted}"
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._ended = threading.Event()
 
     def __repr__(self) -> str:
@@ -77,7 +77,7 @@ class Request:
     def report(self) -> Report | None:
         """Where its time went; None until it has ended, and where it never began."""
         finished = self._record.finished
-        return self._calls.report_of(finished) if self.done and finished is not None else None
+        return self._queue.calls.report_of(finished) if self.done and finished is not None else None
 
     def cancel(self) -> None:
         """Make this request raise `Cancelled`: where it waits, or at its next denoising step. Others go on."""
@@ -97,7 +97,7 @@ class Request:
             PipeboostError: it has not ended, and this is inside a call of the same pipeline, for which it may wait.
         """
         outer = current_call()
-        if outer is not None and outer.owner is self._calls.applied and not self.done:
+        if outer is not None and outer.owner is self._queue.calls.applied and not self.done:
             raise PipeboostError(
                 "a request may wait for the call that this is inside of; take its result after that call, or call the "
                 "pipeline itself here"
@@ -110,7 +110,7 @@ class Request:
                 raise self._error
             finally:
                 del self  # which the error's traceback would keep
-        self._calls.finished = self._record.finished or self._calls.finished
+        self._queue.calls.finished = self._record.finished or self._queue.calls.finished
         return self._output
 
     def _work(self) -> None:

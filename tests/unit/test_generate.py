@@ -617,7 +617,7 @@ def test_half_a_character_and_a_path_that_cannot_be_are_refused():
 
 def test_no_lora_may_be_said_as_none():
     assert ModelSettings.of(lora_path=None).loras == ()
-    assert "lora_path='5' is neither" in refusal(ModelSettings.of, lora_path=5)
+    assert "lora_path='5' does not exist" in refusal(ModelSettings.of, lora_path=5)
 
 
 def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):

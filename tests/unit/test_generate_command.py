@@ -390,7 +390,8 @@ def test_a_config_file_gives_flags_and_acceleration_and_the_command_line_wins(ma
         ("prompt: {a: 1}", "prompt={'a': 1} is not a value of its flag"),
         ("output_path: [a, b]", "output_path=['a', 'b'] is not a value of its flag"),
         ("num_gpus: true", "num_gpus=True is not a value of its flag"),
-        ("call: {latents: 2020-01-01, x: 1}", "x=1: FluxPipeline, which makes images, has no such argument"),
+        ("call: {latents: 2020-01-01}", "call={'latents': '2020-01-01'}: FluxPipeline takes torch.FloatTensor"),
+        ("call: {x: 1}", "x=1: FluxPipeline, which makes images, has no such argument"),
     ):
         (tmp_path / "settings.yaml").write_text(f"{line}\n")
         assert sentence in refused("--config", "settings.yaml")
