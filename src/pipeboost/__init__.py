@@ -34,33 +34,11 @@ if TYPE_CHECKING:
     from pipeboost.stages import Checks, FailedCheck, Progress, Stage, StageParallelism
 
 __all__ = [
-    "Acceleration",
-    "AccelerationConfig",
-    "AttentionConfig",
-    "CacheConfig",
-    "Cancelled",
-    "Checks",
-    "CompileConfig",
-    "ConfigurationError",
-    "FailedCheck",
-    "GeneratedImage",
-    "GeneratedVideo",
-    "OffloadConfig",
-    "ParallelConfig",
-    "PipeboostError",
-    "Progress",
-    "QuantizeConfig",
-    "RankFailedError",
-    "ReuseConfig",
-    "Stage",
-    "StageParallelism",
-    "accelerate_pipeline",
-    "free_models",
-    "generate_image",
-    "generate_video",
-    "launch",
-    "load_model",
-]
+    "Acceleration", "AccelerationConfig", "AttentionConfig", "CacheConfig", "Cancelled", "Checks", "CompileConfig",
+    "ConfigurationError", "FailedCheck", "GeneratedImage", "GeneratedVideo", "OffloadConfig", "ParallelConfig",
+    "PipeboostError", "Progress", "QuantizeConfig", "RankFailedError", "ReuseConfig", "Stage", "StageParallelism",
+    "accelerate_pipeline", "free_models", "generate_image", "generate_video", "launch", "load_model",
+]  # fmt: skip
 
 _HOMES = ("core.errors", "core.config", "stages", "distributed.launch", "acceleration", "generate")
 

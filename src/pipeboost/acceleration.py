@@ -21,7 +21,9 @@ from pipeboost.plan import Plan, agreed_plan
 from pipeboost.quality import Verification, verify_acceleration
 from pipeboost.requests import Request, Requests
 from pipeboost.runner import Calls, weakly
-from pipeboost.stages import CallRecord, Progress, Report, Stage, recorded_by
+from pipeboost.stages import Progress, Stage
+from pipeboost.stages.call_record import CallRecord, recorded_by
+from pipeboost.stages.report import Report
 from pipeboost.tune import Tuned, tune
 
 P = TypeVar("P")
@@ -73,19 +75,15 @@ def accelerate_pipeline(
     settings = resolve_config(config, given)
     with _locks.of(pipe):
         previous = getattr(pipe, "__dict__", {}).get("acceleration")
-
-        def check() -> None:
-            if isinstance(previous, Acceleration):
-                previous._refuse_to_give_way(pipe)
-
-        plan = agreed_plan(pipe, settings, check)
-        if isinstance(previous, Acceleration):
-            previous.remove()
+        if not isinstance(previous, Acceleration):
+            Acceleration(pipe, agreed_plan(pipe, settings), settings)
+            return pipe
+        plan = agreed_plan(pipe, settings, lambda: previous._refuse_to_give_way(pipe))
+        previous.remove()
         try:
             Acceleration(pipe, plan, settings)
         except Exception:
-            if isinstance(previous, Acceleration):
-                Acceleration(pipe, previous.plan, previous.config)
+            Acceleration(pipe, previous.plan, previous.config)
             raise
     return pipe
 
@@ -242,16 +240,7 @@ class Acceleration:
         Raises:
             PipeboostError: the acceleration was removed.
         """
-        pipe = self._alive_pipe()
-        return verify_acceleration(
-            pipe,
-            call,
-            quality=self.plan.quality,
-            denoisers=self.plan.family.models(pipe),
-            paused=self.paused,
-            opened=self.open,
-            computed=lambda: self.report().computed_steps,
-        )
+        return verify_acceleration(self, self._alive_pipe(), call)
 
     def tune(
         self,

@@ -22,7 +22,9 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.offload import placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.plan import Plan, agreed_plan
-from pipeboost.stages import TEXT_ENCODING, Composition, StageParallelism, instrumented_components
+from pipeboost.stages import StageParallelism
+from pipeboost.stages.composition import TEXT_ENCODING, Composition
+from pipeboost.stages.instrument import instrumented_components
 
 
 @dataclass

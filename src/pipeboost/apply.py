@@ -20,7 +20,7 @@ from pipeboost.features.offload import apply as offload
 from pipeboost.features.parallel import apply as parallel
 from pipeboost.features.quantize import apply as quantize
 from pipeboost.features.reuse import apply as reuse
-from pipeboost.stages import instrument_component
+from pipeboost.stages.instrument import instrument_component
 
 JOIN: dict[str, Any] = {
     "parallel": parallel,  # ranks come together before anything is changed that they might not agree on

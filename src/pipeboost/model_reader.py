@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.families import Family
@@ -70,10 +69,7 @@ def model_info(
         stock_denoisers={
             path: stock_class(module).__name__
             for path, module in modules.items()
-            if kind_of(path, family) == ("transformers", None) and _takes_timestep(module)
+            if kind_of(path, family) == ("transformers", None)
+            and {"timestep", "t"} & signature_of(stock_class(module), "forward").parameters.keys()
         },
     )
-
-
-def _takes_timestep(module: nn.Module) -> bool:
-    return bool({"timestep", "t"} & signature_of(stock_class(module), "forward").parameters.keys())

@@ -1,4 +1,4 @@
-"""Requests: calls of one pipeline in threads of their own, started in order, of which neighbours overlap.
+"""Requests: calls of one pipeline in threads of their own, started in order, of which consecutive ones overlap.
 
 While two denoise, the next encodes its text and the previous decodes, each on a view of the pipeline and one of two
 streams. What runs in each is the same as in a call by itself, so the results are the same to the bit; a request for
@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from pipeboost.contract.call import current_call, no_call
 from pipeboost.core.errors import PipeboostError
 from pipeboost.runner import Calls
-from pipeboost.stages import AT_ONCE, Admission, CallRecord, Progress, Report, recorded_by
+from pipeboost.stages.call_record import AT_ONCE, CallRecord, recorded_by
+from pipeboost.stages.report import Report
+from pipeboost.stages.spans import Progress
 
 _Modes = Callable[[], contextlib.AbstractContextManager[None]]
 _IN_FLIGHT = AT_ONCE + 2
@@ -33,27 +36,21 @@ _STREAMS = 2
 """Two keep a GPU busy; the allocator keeps the memory that a decode frees once for each."""
 
 
+@dataclass(eq=False, repr=False)
 class Request:
     """A call that was submitted: it waits for its turn, runs, or has ended. Any thread may use it."""
 
-    def __init__(
-        self,
-        queue: Requests,
-        admission: Admission,
-        run: Callable[[CallRecord], Any],
-        generators: Sequence[Any],
-        number: int,
-    ) -> None:
-        self._queue = queue
-        self._calls = queue.calls
-        self._admission = admission
-        self._record = CallRecord(kept=True, admission=admission)
-        self._run: Callable[[CallRecord], Any] | None = run
-        self._generators = generators
-        self._thread = threading.Thread(target=self._work, name=f"pipeboost request {number}", daemon=True)
+    _queue: Requests
+    _record: CallRecord
+    _run: Callable[[CallRecord], Any] | None
+    _generators: Sequence[Any]
+    _output: Any = None
+    _error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        name = f"pipeboost request {self._queue._submitted}"
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._ended = threading.Event()
-        self._output: Any = None
-        self._error: BaseException | None = None
 
     def __repr__(self) -> str:
         running = "waiting" if self._record.call is None else "running"
@@ -80,7 +77,7 @@ class Request:
     def report(self) -> Report | None:
         """Where its time went; None until it has ended, and where it never began."""
         finished = self._record.finished
-        return self._calls.report_of(finished) if self.done and finished is not None else None
+        return self._queue.calls.report_of(finished) if self.done and finished is not None else None
 
     def cancel(self) -> None:
         """Make this request raise `Cancelled`: where it waits, or at its next denoising step. Others go on."""
@@ -100,7 +97,7 @@ class Request:
             PipeboostError: it has not ended, and this is inside a call of the same pipeline, for which it may wait.
         """
         outer = current_call()
-        if outer is not None and outer.owner is self._calls.applied and not self.done:
+        if outer is not None and outer.owner is self._queue.calls.applied and not self.done:
             raise PipeboostError(
                 "a request may wait for the call that this is inside of; take its result after that call, or call the "
                 "pipeline itself here"
@@ -113,13 +110,13 @@ class Request:
                 raise self._error
             finally:
                 del self  # which the error's traceback would keep
-        self._calls.finished = self._record.finished or self._calls.finished
+        self._queue.calls.finished = self._record.finished or self._queue.calls.finished
         return self._output
 
     def _work(self) -> None:
         assert self._run is not None
         try:
-            with self._admission:
+            with self._record.admitted():
                 self._output = self._run(self._record)
         except BaseException as error:  # raised by whoever asks for the result
             self._error = error
@@ -151,14 +148,15 @@ class Requests:
         """Let `pipe(**call)` run in a thread, in its turn."""
         generators = _generators(call)
         with self._lock:
-            overlapping = [each for each in self._under_way if not each._admission.alone]
+            overlapping = [each for each in self._under_way if not each._record.alone]
             theirs = [generator for each in overlapping for generator in each._generators]
             alone = not self._may_overlap(pipe) or not _are_own([*generators, *theirs])
             self._submitted += 1
             run = _runner(pipe, call, None) if alone else _runner(self._view(pipe), call, self._submitted % _STREAMS)
-            admission = self.calls.queue.enter(alone=alone, must_run=self.calls.applied.team is not None)
-            request = Request(self, admission, run, generators, self._submitted)
-            self.calls.records.add(request._record)
+            record = CallRecord(kept=True)
+            self.calls.queue.enter(record, alone=alone, must_run=self.calls.applied.team is not None)
+            self.calls.records.add(record)
+            request = Request(self, record, run, generators)
             if not self._under_way:
                 atexit.register(self._give_up)
             self._under_way.append(request)
@@ -166,15 +164,7 @@ class Requests:
         return request
 
     def run_many(self, pipe: Any, requests: Sequence[Mapping[str, Any]], *, overlap: bool) -> Iterator[Any]:
-        """Run `pipe(**request)` for each request and yield what they return, in order.
-
-        Args:
-            requests: arguments of each call.
-            overlap: whether they overlap where that gives the results of one call after the other, to the bit.
-
-        Raises:
-            Exception: what a request raises, in its turn; the requests after it are not run.
-        """
+        """As `Acceleration.run_many`: run `pipe(**request)` for each request and yield what they return, in order."""
         overlap = overlap and len(requests) > 1 and current_call() is None and self._may_overlap(pipe)
         if not overlap or not _are_own([each for request in requests for each in _generators(request)]):
             for request in requests:

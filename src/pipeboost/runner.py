@@ -20,24 +20,11 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.offload import residing
-from pipeboost.stages import (
-    ADMISSION,
-    RECORDER,
-    STAGES,
-    TRAJECTORY,
-    WHOLE_CALL,
-    AdmissionQueue,
-    CallRecord,
-    FinishedCall,
-    Progress,
-    Recorder,
-    Report,
-    Trajectory,
-    component_bytes,
-    take_record,
-    with_trajectory,
-    without_trajectory,
-)
+from pipeboost.stages.call_record import ADMISSION, AdmissionQueue, CallRecord, take_record
+from pipeboost.stages.composition import STAGES
+from pipeboost.stages.instrument import TRAJECTORY, Trajectory, with_trajectory, without_trajectory
+from pipeboost.stages.report import Report, component_bytes
+from pipeboost.stages.spans import RECORDER, WHOLE_CALL, Progress, Recorder
 
 _paused: ContextVar[frozenset[int]] = ContextVar("pipeboost_paused", default=frozenset())
 _profiled: ContextVar[bool] = ContextVar("pipeboost_profiled", default=False)
@@ -53,7 +40,7 @@ class Calls:
 
     Attributes:
         progress: called at each stage and denoising step; None where nobody asks.
-        finished: the latest call that has returned, or request whose result was taken, for a report.
+        finished: makes the report of the latest call that has returned, or request whose result was taken.
         queue: the order of the calls of the pipeline itself, and of its requests; on several ranks, of all calls.
         records: of the calls and requests that wait or run.
     """
@@ -61,7 +48,7 @@ class Calls:
     def __init__(self, applied: AppliedPlan) -> None:
         self.applied = applied
         self.progress: Callable[[Progress], None] | None = None
-        self.finished: FinishedCall | None = None
+        self.finished: Callable[..., Report] | None = None
         self.queue = AdmissionQueue()
         self.records: set[CallRecord] = set()
 
@@ -108,12 +95,12 @@ class Calls:
             Cancelled: it was cancelled while it waited.
         """
         together = self.applied.team is not None
-        waits = record.admission is None and current_call() is None and (together or pipe is self.applied.pipe)
+        waits = record.queue is None and current_call() is None and (together or pipe is self.applied.pipe)
         if waits:
-            record.admission = self.queue.enter(alone=True, must_run=together)
+            self.queue.enter(record, alone=True, must_run=together)
         self.records.add(record)
         try:
-            with record.admission if waits and record.admission is not None else contextlib.nullcontext():
+            with record.admitted() if waits else contextlib.nullcontext():
                 yield
         finally:
             self.records.discard(record)
@@ -131,8 +118,8 @@ class Calls:
             call.rebind = functools.partial(applied.bind, pipe)
             call[STAGES] = applied.stages.for_call(mesh)
             call[RECORDER] = Recorder(call, exact_peaks=_profiled.get(), progress=notify)
-            if record.admission is not None and not record.admission.alone:
-                call[ADMISSION] = record.admission
+            if record.queue is not None and not record.alone:
+                call[ADMISSION] = record
             with residing(pipe):
                 yield call
 
@@ -144,11 +131,10 @@ class Calls:
         elif call in self.applied.running:
             call.cancel()
 
-    def report_of(self, finished: FinishedCall) -> Report:
+    def report_of(self, finished: Callable[..., Report]) -> Report:
         """Return the report of a call that has ended."""
         applied, pipe = self.applied, self.applied.pipe
-        return Report.of(
-            finished,
+        return finished(
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else component_bytes(pipe.components),
             compiled={**applied.counters("compile"), **applied.counters("vae")},

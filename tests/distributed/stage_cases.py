@@ -13,17 +13,10 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
-from pipeboost.stages import (
-    RECORDER,
-    STAGES,
-    Checks,
-    Composition,
-    Recorder,
-    Stage,
-    StageParallelism,
-    instrument_component,
-    instrumented_components,
-)
+from pipeboost.stages import Checks, Stage, StageParallelism
+from pipeboost.stages.composition import STAGES, Composition
+from pipeboost.stages.instrument import instrument_component, instrumented_components
+from pipeboost.stages.spans import RECORDER, Recorder
 from pipeboost.stages.stage_middleware import run_user_stage
 from tests.pipelines.tiny import TINY
 

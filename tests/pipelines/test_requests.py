@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeboost import Cancelled, PipeboostError, Stage, accelerate_pipeline
-from pipeboost.stages import StageVerificationError
+from pipeboost.stages.stage import StageVerificationError
 from tests.pipelines.tiny import OTHER_PROMPT, PROMPT, TINY
 
 ENTRY = TINY["flux_dev"]

@@ -25,8 +25,8 @@ from pipeboost import (
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.runner import _scheduler_locks
-from pipeboost.stages import StageVerificationError
-from pipeboost.stages.admission import AdmissionQueue
+from pipeboost.stages.call_record import AdmissionQueue, CallRecord
+from pipeboost.stages.stage import StageVerificationError
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
@@ -515,9 +515,11 @@ def test_overlapped_requests_do_overlap_and_denoise_two_at_a_time():
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_request_denoises_once_few_enough_before_it_do(monkeypatch, at_once):
-    monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", at_once)
+    monkeypatch.setattr("pipeboost.stages.call_record.AT_ONCE", at_once)
     queue = AdmissionQueue()
-    *first, last = [queue.enter(alone=False) for _ in range(at_once + 1)]
+    *first, last = [CallRecord() for _ in range(at_once + 1)]
+    for record in (*first, last):
+        queue.enter(record, alone=False)
     for admission in first:
         admission.begin()
     next_one = threading.Thread(target=last.begin, daemon=True)
@@ -576,7 +578,7 @@ def test_a_stage_that_takes_no_such_value_is_told_what_there_is():
             return values | {"weather": "rain"}
 
     pipe.acceleration.add_stage("inventing", Inventing(), before="text encoding")
-    with pytest.raises(PipeboostError, match="'weather', which its method does not take; it has prompt"):
+    with pytest.raises(PipeboostError, match="'weather', unknown to its method; it has prompt"):
         TINY["flux_dev"].call(pipe)
 
 
@@ -651,7 +653,7 @@ def test_a_call_that_waits_while_the_acceleration_is_removed_runs_stock_and_leav
 
 
 def test_a_cancelled_request_that_waits_for_the_denoiser_never_denoises(monkeypatch):
-    monkeypatch.setattr("pipeboost.stages.admission.AT_ONCE", 1)
+    monkeypatch.setattr("pipeboost.stages.call_record.AT_ONCE", 1)
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     forwards = []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(current_call()))

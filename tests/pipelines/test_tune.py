@@ -98,7 +98,7 @@ def test_the_pipeline_is_as_it_was_afterwards() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"budget": "lpips<=0.1"}, ConfigurationError, "budget='lpips<=0.1' must be one of psnr"),
+        ({"budget": "lpips<=0.1"}, ConfigurationError, "budget='lpips<=0.1' must be 'psnr>=' and a number"),
         ({"share": 1.2}, ConfigurationError, "share=1.2 must be a share of the prompts"),
         ({"held_out": 3}, ConfigurationError, "tune got 6 prompts, of which 3 are held out; it needs at least 4"),
         ({"held_out": 0}, ConfigurationError, "of which 0 are held out"),

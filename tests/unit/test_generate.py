@@ -30,11 +30,9 @@ from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
-from pipeboost.generate.loading import ModelSettings
-from pipeboost.generate.lora import Lora
-from pipeboost.generate.prompt_file import read_prompts
-from pipeboost.generate.requests import make_requests
-from pipeboost.generate.writing import write_whole
+from pipeboost.generate.loading import Lora, ModelSettings
+from pipeboost.generate.outputs import write_whole
+from pipeboost.generate.requests import make_requests, read_prompts
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import SIZE, built, files_of_at_most, loaded, png, served, stored, stored_lora
 
@@ -135,9 +133,9 @@ def test_a_with_block_frees_its_model_and_a_freed_one_says_so():
         ({"width": 8}, "use 16"),
         ({"width": 1000000}, "width=1000000 is more than 16384; use a smaller one"),
         ({"call": {"height": 10**9}}, "height=1000000000 is more than 16384"),
-        ({"call": {"latents": 5}}, "call={'latents': 5}: FluxPipeline takes torch.FloatTensor | None there"),
-        ({"call": {"max_sequence_length": "many"}}, "takes int there; leave it out"),
-        ({"call": {"sigmas": [1.0, "a"]}}, "takes list[float] | None there; leave it out"),
+        ({"call": {"latents": 5}}, "call={'latents': 5}: FluxPipeline takes torch.FloatTensor | None; leave"),
+        ({"call": {"max_sequence_length": "many"}}, "takes int; leave it out"),
+        ({"call": {"sigmas": [1.0, "a"]}}, "takes list[float] | None; leave it out"),
         ({"height": 0}, "height=0 must be an integer of at least 1"),
         ({"num_inference_steps": 1.5}, "num_inference_steps=1.5 must be an integer"),
         ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number"),
@@ -428,7 +426,7 @@ def test_a_lora_acts_by_its_scale_and_several_add_up(tmp_path):
 def test_a_lora_that_is_none_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    assert "is neither a file, nor a folder, nor a hub id" in refusal(Lora.of, given="gone.safetensors=0.5")
+    assert "does not exist, and is no hub id" in refusal(Lora.of, given="gone.safetensors=0.5")
     assert "the scale must be a number" in refusal(Lora.of, given=(str(tmp_path), "much"))
     foreign, damaged = tmp_path / "foreign.safetensors", tmp_path / "damaged.safetensors"
     save_file({"something.weight": torch.zeros(2, 2)}, foreign)
@@ -453,8 +451,8 @@ def test_another_vae_decodes_and_one_that_does_not_fit_is_refused(tmp_path):
     for path, sentence in (
         (tmp_path / "wider", "has latent_channels 8, but the model needs 4"),
         (stored("wan21_t2v"), "has class_name AutoencoderKLWan, but the model needs AutoencoderKL"),
-        (tmp_path / "gone", "is neither a folder nor a hub id"),
-        (stored("flux_dev") + "/scheduler", "holds no VAE"),
+        (tmp_path / "gone", "does not exist, and is no hub id"),
+        (stored("flux_dev") + "/scheduler", "is not a VAE: it has no config.json and no vae/config.json"),
     ):
         assert sentence in refusal(pipeboost.load_model, model_path=stored("flux_dev"), vae_path=path, device="cpu")
 
@@ -619,7 +617,7 @@ def test_half_a_character_and_a_path_that_cannot_be_are_refused():
 
 def test_no_lora_may_be_said_as_none():
     assert ModelSettings.of(lora_path=None).loras == ()
-    assert "lora_path='5' is neither" in refusal(ModelSettings.of, lora_path=5)
+    assert "lora_path='5' does not exist" in refusal(ModelSettings.of, lora_path=5)
 
 
 def test_a_link_is_written_through_and_a_device_stays_one(tmp_path):

@@ -15,7 +15,7 @@ from pipeboost.cli import generate as command
 from pipeboost.cli import generate_output
 from pipeboost.core.errors import PipeboostError
 from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
-from pipeboost.generate import outputs, writing
+from pipeboost.generate import outputs
 from pipeboost.runner import Calls
 from tests.pipelines.tiny import TINY, picture
 from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
@@ -190,8 +190,8 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--image-path", "gone.png"], "image gone.png cannot be read: No such file"),
         (["--negative-prompt", "blurry"], "does nothing in FluxPipeline at true_cfg_scale=1.0; use guidance_scale=4"),
         (["--model-path", "gone/far/away"], "does not exist, and is no hub id"),
-        (["--lora-path", "gone.safetensors"], "is neither a file, nor a folder, nor a hub id"),
-        (["--vae-path", "gone"], "is neither a folder nor a hub id"),
+        (["--lora-path", "gone.safetensors"], "does not exist, and is no hub id"),
+        (["--vae-path", "gone"], "does not exist, and is no hub id"),
         (["--prompt", ""], "must be a text that is not empty"),
         (["--prompt-file", "gone.txt"], "prompt file gone.txt cannot be read: No such file"),
         (["--config", "gone.yaml"], "config file gone.yaml cannot be read"),
@@ -205,7 +205,7 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--profile", "."], ". is a folder; name a file in it"),
         (["--report", "a.json", "--profile", "a.json"], "a.json is named by two flags"),
         (["--save-output", "a.png", "--report", "a.png"], "a.png is named by two flags"),
-        (["--output-path", "a.png"], "--output-path a.png must be a folder; name a file with --save-output a.png"),
+        (["--output-path", "a.png"], "--output-path a.png is no folder; for a file use --save-output a.png"),
         (["--output-path", "~nosuchuser/a"], "--output-path='~nosuchuser/a' cannot be a path: Could not determine"),
         (["--save-output", "~nosuchuser/a.png"], "cannot be a path: Could not determine home"),
         (["--report", "~nosuchuser/a"], "--report='~nosuchuser/a' cannot be a path"),
@@ -390,7 +390,8 @@ def test_a_config_file_gives_flags_and_acceleration_and_the_command_line_wins(ma
         ("prompt: {a: 1}", "prompt={'a': 1} is not a value of its flag"),
         ("output_path: [a, b]", "output_path=['a', 'b'] is not a value of its flag"),
         ("num_gpus: true", "num_gpus=True is not a value of its flag"),
-        ("call: {latents: 2020-01-01, x: 1}", "x=1: FluxPipeline, which makes images, has no such argument"),
+        ("call: {latents: 2020-01-01}", "call={'latents': '2020-01-01'}: FluxPipeline takes torch.FloatTensor"),
+        ("call: {x: 1}", "x=1: FluxPipeline, which makes images, has no such argument"),
     ):
         (tmp_path / "settings.yaml").write_text(f"{line}\n")
         assert sentence in refused("--config", "settings.yaml")
@@ -411,7 +412,7 @@ def test_when_the_third_save_fails_the_first_two_are_kept(generate, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(writing.os, "replace", fill_the_disk)
+    monkeypatch.setattr(outputs.os, "replace", fill_the_disk)
     result = generate(*(word for name in "abcd" for word in ("--prompt", name)))
     assert (result.code, result.err.count("\n"), result.out.count(".png")) == (2, 1, 2)
     assert "c-seed3.png cannot be written: No space left on device (2 of 4 were finished and are kept)" in result.err

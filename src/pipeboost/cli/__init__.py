@@ -92,8 +92,7 @@ def _stopped_at_once() -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        sys.stderr.write("pipeboost: stopped\n")
-        sys.stderr.flush()
+        _print_error("stopped")
         os._exit(STOPPED)
 
     before = signal.signal(signal.SIGINT, stop)

@@ -8,10 +8,14 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from pipeboost.acceleration import accelerate_pipeline
 from pipeboost.bench.benchmark import benchmark, check_counts
 from pipeboost.bench.full_size import full_size_named, full_sizes, parameter_count
+from pipeboost.cli.flags import Device
 from pipeboost.core.config import TIERS
 from pipeboost.core.errors import ConfigurationError, not_one_of
 from pipeboost.core.families import FullSize
@@ -21,25 +25,16 @@ from pipeboost.quality.tuned_stock import forget_compiled
 
 
 def run_bench(
-    models: Sequence[str], *, tiers: Sequence[str], steps: int, repeats: int, output: Path, device: str
+    models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
+    tiers: Annotated[
+        list[str] | None, typer.Option("--tier", help="quality tier to measure; may be given several times")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="also time a denoising loop of this many steps; 0: not")] = 0,
+    repeats: Annotated[int, typer.Option(help="timed forwards per variant")] = 7,
+    output: Annotated[Path, typer.Option(help="folder for the JSON and Markdown results")] = Path("benchmarks/results"),
+    device: Device = "auto",
 ) -> int:
-    """Measure published sizes one after the other; `["list"]` prints their names instead.
-
-    Args:
-        models: names of published sizes.
-        tiers: quality tiers of ours to measure.
-        steps: also time a pipeline call of this many denoising steps; 0 for none.
-        repeats: timed forwards of each variant.
-        output: folder for the JSON and Markdown files, which are written as each model is done.
-        device: `"auto"`, `"cuda"` or `"cpu"`.
-
-    Returns:
-        The exit code: 0 where everything could be measured.
-
-    Raises:
-        ConfigurationError: an unknown model or tier, a count that is out of range, a device that is not here, a model
-            too large for it, or an output that cannot be a folder.
-    """
+    """Full-size random weights: stock, tuned stock and ours in one run, with errors and shares of the bound."""
     if set(models) == {"list"}:
         for size in full_sizes().values():
             print(f"{size.name:<16} {size.workload}")
@@ -48,7 +43,7 @@ def run_bench(
         others = " ".join(name for name in models if name != "list")
         raise ConfigurationError(f"`pipeboost bench list` takes no other name; to measure: `pipeboost bench {others}`")
     sizes = [full_size_named(name) for name in dict.fromkeys(models)]
-    for tier in tiers:
+    for tier in (tiers := tiers or ["lossless"]):
         if tier not in TIERS:
             raise not_one_of("tier", tier, TIERS)
     check_counts(repeats=repeats, steps=steps)
@@ -60,21 +55,13 @@ def run_bench(
                 f"{size.name} has {needed / 2**30:.0f} GiB of weights in {dtype}, more than {hardware} holds; use a "
                 "smaller size of `pipeboost bench list` or a device with more memory"
             )
-    output = user_path(output, "--output")
+    output, tiers, device = user_path(output, "--output"), [*dict.fromkeys(tiers)], hardware.device
     make_folder(output, f"--output {output}")
-    return measure_sizes(
-        sizes, tiers=tuple(dict.fromkeys(tiers)), steps=steps, repeats=repeats, output=output, device=hardware.device
-    )
+    return measure_sizes(sizes, tiers=tiers, steps=steps, repeats=repeats, output=output, device=device)
 
 
 def measure_sizes(
-    sizes: Sequence[FullSize],
-    *,
-    tiers: Sequence[str],
-    steps: int,
-    repeats: int,
-    output: Path,
-    device: str,
+    sizes: Sequence[FullSize], *, tiers: Sequence[str], steps: int, repeats: int, output: Path, device: str
 ) -> int:
     """Measure each size with `accelerate_pipeline`, and write its files as soon as it is done.
 

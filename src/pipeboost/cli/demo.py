@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image
+import typer
+from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
 from pipeboost import accelerate_pipeline
-from pipeboost.cli.picture import picture_grid
+from pipeboost.cli.flags import Device
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import TIERS, CompileConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError
@@ -28,6 +30,8 @@ from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.demo_model.prompts import DEMO_CALL, DEMO_PROMPTS
 from pipeboost.generate.loading import demo_weights
 from pipeboost.quality import psnr
+
+_SCALE, _MARGIN, _LEFT, _TOP = 2, 8, 150, 72
 
 
 @dataclass
@@ -47,19 +51,12 @@ class Run:
     steps: int
 
 
-def run_demo(*, steps: int, output: Path, device: str) -> None:
-    """Draw four prompts stock and accelerated, print a table and write one picture.
-
-    Args:
-        steps: denoising steps of each image.
-        output: folder for `demo.png` and the single images; made if it is missing.
-        device: `auto`, `cpu` or `cuda`.
-
-    Raises:
-        ConfigurationError: the device is not here, `steps` is not positive, `output` cannot be a folder, or the weights
-            that we ship are missing.
-        MissingPackageError: the packages that read the pictures back are missing.
-    """
+def run_demo(
+    steps: Annotated[int, typer.Option(help="denoising steps per image")] = 28,
+    output: Annotated[Path, typer.Option(help="folder for the picture and the images")] = Path("demo_output"),
+    device: Device = "auto",
+) -> None:
+    """Stock and accelerated images of the model we ship, side by side, with times."""
     if steps < 1:
         raise ConfigurationError(f"--steps {steps} must be at least 1")
     hardware = detect_hardware(device_type(device))
@@ -71,7 +68,7 @@ def run_demo(*, steps: int, output: Path, device: str) -> None:
     console.print(f"[bold]pipeboost demo[/] on {hardware}: {len(DEMO_PROMPTS)} prompts, {steps} steps, {size}")
     runs: list[Run] = []
     with Progress(
-        TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        "{task.description:<24}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as progress:
 
         def draw(name: str, settings: dict[str, Any] | None, steps: int) -> Run:
@@ -107,9 +104,7 @@ def _load(hardware: Hardware) -> tuple[Any, Callable[..., float]]:
         except ImportError as error:
             if (error.name or "").split(".")[0] not in ("skimage", "scipy"):
                 raise
-            raise MissingPackageError(
-                f"the demo reads its pictures back with {error.name}: pip install scikit-image scipy"
-            ) from error
+            raise MissingPackageError(f"the demo needs {error.name}: pip install scikit-image scipy") from error
         from diffusers import FluxPipeline
 
         pipe = FluxPipeline.from_pretrained(str(weights), local_files_only=True).to(hardware.device)
@@ -141,8 +136,7 @@ def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, adv
         seconds.append(time.perf_counter() - started)
     computed = steps
     if settings is not None:
-        rows = pipe.acceleration.report().cache.values()
-        computed = next((row["computed"] for row in rows), steps)
+        computed = pipe.acceleration.report().computed_steps or steps
         pipe.acceleration.remove()
     return Run(name, images[1:], statistics.median(seconds[1:]), seconds[0], computed, steps)
 
@@ -150,9 +144,8 @@ def _draw(pipe: Any, name: str, settings: dict[str, Any] | None, steps: int, adv
 def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., float]) -> None:
     headings = ("s/image", "speed-up", "first", "to stock", "right", "computed")
     table = Table("", *(Column(each, justify="right", no_wrap=True) for each in headings))
-    reference = _stack(runs[0].images)
     for run in runs:
-        ratio = psnr(_stack(run.images), reference, peak=1.0)
+        ratio = psnr(*(np.stack([*map(np.asarray, each.images)]) for each in (run, runs[0])), peak=255)
         table.add_row(
             run.name,
             f"{run.seconds:.2f}",
@@ -169,5 +162,25 @@ def _print_table(console: Console, runs: Sequence[Run], score: Callable[..., flo
     )
 
 
-def _stack(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+def picture_grid(rows: Sequence[tuple[str, str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:
+    """Put square images of one size side by side, enlarged.
+
+    Args:
+        rows: name, time and images of each variant, one image a prompt.
+        prompts: the heading of each column.
+    """
+    side = rows[0][2][0].width * _SCALE
+    size = (_LEFT + len(prompts) * (side + _MARGIN), _TOP + len(rows) * (side + _MARGIN))
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    for column, prompt in enumerate(prompts):
+        x = _LEFT + column * (side + _MARGIN)
+        pen.text((x, 6), "\n".join(textwrap.wrap(prompt, 40)[:4]), fill="black", font_size=13)
+    for row, (name, speed, images) in enumerate(rows):
+        y = _TOP + row * (side + _MARGIN)
+        pen.text((8, y + side // 2 - 24), name, fill="black", font_size=18)
+        pen.text((8, y + side // 2), speed, fill="black", font_size=14)
+        for column, image in enumerate(images):
+            enlarged = image.resize((side, side), Image.Resampling.LANCZOS)
+            grid.paste(enlarged, (_LEFT + column * (side + _MARGIN), y))
+    return grid

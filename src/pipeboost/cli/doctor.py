@@ -20,12 +20,16 @@ _EXTRAS = (
     ("scikit-image", "reading the demo's pictures back", "pip install scikit-image"),
     ("scipy", "reading the demo's pictures back", "pip install scipy"),
 )
+_NO_COMPILER = {
+    "cpu": "no C++ compiler: apt-get install g++ (or your system's equivalent)",
+    "cuda": "triton is missing: pip install triton",
+}
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "cache-dit")
 
 
 def print_diagnosis() -> None:
-    """Print three tables: the machine, the attention kernels, the optional packages."""
+    """What is installed, what this device could use, and how to install what is missing."""
     console = Console()
     hardware = detect_hardware()
     cuda = torch.version.cuda or "none"
@@ -34,7 +38,8 @@ def print_diagnosis() -> None:
         reach = "each reaches" if hardware.peer_links else "not all reach"
         console.print(f"[bold]Links[/]  {hardware.count} devices; {reach} the others' memory directly")
     console.print("[bold]Packages[/]  " + ", ".join(f"{name} {_version(name) or 'MISSING'}" for name in _REQUIRED))
-    console.print(f"[bold]Compile[/]  {_compile_line(hardware)}")
+    compiler = "torch.compile can build here" if hardware.compiler else _NO_COMPILER[hardware.device]
+    console.print(f"[bold]Compile[/]  {compiler}")
     console.print(_kernels(hardware))
     console.print(_extras())
 
@@ -72,14 +77,6 @@ def _extras() -> Table:
         found = _version(package)
         table.add_row(package, found or "missing", purpose, "" if found else command)
     return table
-
-
-def _compile_line(hardware: Hardware) -> str:
-    if hardware.compiler:
-        return "torch.compile can build here"
-    if hardware.device == "cpu":
-        return "no C++ compiler: apt-get install g++ (or your system's equivalent)"
-    return "triton is missing: pip install triton"
 
 
 def _version(package: str) -> str | None:

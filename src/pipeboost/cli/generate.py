@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeboost.cli import STOPPED
 from pipeboost.cli.generate_output import Output, Results
-from pipeboost.cli.generate_progress import BatchProgress
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.errors import ConfigurationError, PipeboostError, RankFailedError, UnsupportedError, shortened
 from pipeboost.core.seams import stock_class
@@ -20,11 +23,68 @@ from pipeboost.distributed import world, world_size
 from pipeboost.generate import LoadedModel
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS
-from pipeboost.generate.prompt_file import read_prompts
-from pipeboost.generate.requests import GenerationRequest, make_requests
+from pipeboost.generate.requests import GenerationRequest, make_requests, read_prompts
+
+if TYPE_CHECKING:
+    from pipeboost.generate import Generated
+    from pipeboost.stages import Progress as StageProgress
 
 _FIRST_TO_SPEAK = 1.0
 """Seconds that other ranks leave the first one to report what all of them refuse."""
+
+
+class BatchProgress(Progress):
+    """The progress of one command; outputs go to stdout, the bar to stderr.
+
+    Args:
+        requests: how many outputs it makes.
+        silent: nothing is shown, for another process shows it.
+    """
+
+    def __init__(self, requests: int, *, silent: bool = False) -> None:
+        self._requests = requests
+        self._silent = silent
+        self._done = 0
+        self._noted: set[tuple[str, str]] = set()
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        disable = silent or not console.is_terminal
+        super().__init__("{task.description}", *columns, console=console, transient=True, disable=disable)
+        self._task = self.add_task("loading", total=None)
+
+    def show_status(self, text: str) -> None:
+        """Say what is being done before the first output."""
+        self.update(self._task, description=escape(text))
+
+    def step(self, progress: StageProgress) -> None:
+        """Show where the running call is."""
+        if progress.steps:
+            self.update(self._task, total=progress.steps, completed=progress.step or 0)
+        elif progress.step is None:
+            which = f" {self._done + 1} of {self._requests}" if self._requests > 1 else ""
+            self.show_status(f"{progress.stage}{which}")
+
+    def done(self, line: str, made: Generated) -> None:
+        """Say that an output is done; what is to be noted about it is said once for each prompt."""
+        self._done += 1
+        self.print_line(line)
+        for text in made.notes:
+            if (text, made.prompt) not in self._noted:
+                self._noted.add((text, made.prompt))
+                self.print_line(f"  note: {text}", sys.stderr)
+
+    def print_line(self, line: str, file: TextIO | None = None) -> None:
+        """Print a line above the bar; Rich itself would wrap a long path at the width of a terminal."""
+        if self._silent:
+            return
+        running = self.live.is_started
+        if running:
+            self.stop()
+        try:
+            print(line, flush=True, file=file)
+        finally:
+            if running:
+                self.start()
 
 
 def requests_from(
@@ -48,9 +108,7 @@ def requests_from(
     for word in defaults["call"]:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigurationError(
-                f"--call {shortened(word)} must be NAME=VALUE, such as --call max_sequence_length=256"
-            )
+            raise ConfigurationError(f"--call {shortened(word)} must be NAME=VALUE, as --call max_sequence_length=256")
         call[name] = parse_yaml(value, f"--call {shortened(word)}: the value")
     return make_requests(rows or [{}], {**defaults, "call": call}, of_model=of_model)
 
@@ -85,10 +143,8 @@ def _on_rank(settings: ModelSettings, requests: Sequence[GenerationRequest], arg
         raise
     except PipeboostError as error:
         rank = world().rank
-        if rank == 0:
-            raise RankFailedError(str(error), rank=0) from error
-        time.sleep(_FIRST_TO_SPEAK)
-        raise RankFailedError(f"{error} (rank {rank})", rank=rank) from error
+        time.sleep(_FIRST_TO_SPEAK if rank else 0)
+        raise RankFailedError(f"{error} (rank {rank})" if rank else str(error), rank=rank) from error
 
 
 def run_generate(
@@ -110,7 +166,13 @@ def run_generate(
         BatchProgress(len(requests), silent=not first) as progress,
         LoadedModel(settings, on_status=progress.show_status) as model,
     ):
-        _require_shared(model)
+        # Each of several ranks would do all of the work.
+        if world_size() > 1 and not (parallel := model.pipe.acceleration.plan["parallel"]).on:
+            name = stock_class(model.pipe).__name__
+            raise UnsupportedError(
+                f"--num-gpus {world_size()}: {name} would be computed whole on each of them ({parallel.why}); use "
+                "--num-gpus 1"
+            )
         if fps is not None and model.kind != "video":
             raise UnsupportedError(f"--fps {fps}: the model makes images; leave it out")
         output.check(model.kind, len(requests))
@@ -140,13 +202,3 @@ def run_generate(
                 error.args = (f"{line}{results.kept}{blank}{trace}",)
             raise
         results.write()
-
-
-def _require_shared(model: LoadedModel) -> None:
-    """Refuse that each of several ranks does all of the work."""
-    parallel = model.pipe.acceleration.plan["parallel"]
-    if world_size() > 1 and not parallel.on:
-        raise UnsupportedError(
-            f"--num-gpus {world_size()}: {stock_class(model.pipe).__name__} would be computed whole on each of them "
-            f"({parallel.why}); use --num-gpus 1"
-        )

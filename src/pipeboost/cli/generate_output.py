@@ -10,8 +10,7 @@ from typing import Any
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.generate import Generated, GeneratedImage, GeneratedVideo, LoadedModel
-from pipeboost.generate.outputs import DEFAULT_FOLDER, require_pyav
-from pipeboost.generate.writing import output_path, write_whole
+from pipeboost.generate.outputs import DEFAULT_FOLDER, output_path, require_pyav, write_whole
 
 _FORMATS = {"image": GeneratedImage.formats, "video": GeneratedVideo.formats}
 _ALL_FORMATS = sum(_FORMATS.values(), ())
@@ -46,9 +45,7 @@ class Output:
             raise ConfigurationError("--no-save-output contradicts --save-output and --output-path; leave one out")
         target, is_file = user_path(folder or DEFAULT_FOLDER, "--output-path"), False
         if target.suffix.lower() in _ALL_FORMATS and not target.is_dir():
-            raise ConfigurationError(
-                f"--output-path {target} must be a folder; name a file with --save-output {target.name}"
-            )
+            raise ConfigurationError(f"--output-path {target} is no folder; for a file use --save-output {target.name}")
         if save:
             named, is_file = output_path(save, _ALL_FORMATS, "--save-output")
             target = target / named if folder else named
@@ -74,17 +71,15 @@ class Output:
             ConfigurationError: one file for several outputs, or a suffix of the other kind.
             MissingPackageError: videos cannot be written here.
         """
-        if self.target is None:
-            return
-        if kind == "video":
+        if self.target is not None and kind == "video":
             require_pyav()
-        if self.is_file and count > 1:
+        if self.target is None or not self.is_file:
+            return
+        if count > 1:
             raise ConfigurationError(f"--save-output {self.target} is one file for {count} {kind}s; name a folder")
-        if self.is_file and self.target.suffix.lower() not in _FORMATS[kind]:
-            raise ConfigurationError(
-                f"--save-output {self.target}: the model makes {kind}s; use a name that ends in "
-                f"{', '.join(_FORMATS[kind])}"
-            )
+        if self.target.suffix.lower() not in (formats := _FORMATS[kind]):
+            named = f"--save-output {self.target}: the model makes {kind}s"
+            raise ConfigurationError(f"{named}; use a name that ends in {', '.join(formats)}")
 
 
 class Results:
@@ -113,10 +108,9 @@ class Results:
 
     def add(self, made: Generated) -> str:
         """Save an output; the words that say where it is."""
-        target, path = self._output.target, None
+        target = self._output.target
         replaced = target is not None and self._output.is_file and target.exists()
-        if target is not None:
-            path = str(made.save(target))
+        path = None if target is None else str(made.save(target))
         start = sum(row["report"]["seconds"] for row in self._rows)
         name = {"name": f"seed {made.seed}: {made.prompt}"}
         self._events.append({"name": "process_name", "ph": "M", "pid": len(self._rows), "args": name})
@@ -132,10 +126,10 @@ class Results:
             PipeboostError: one cannot be written; the outputs themselves are kept.
         """
         trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
-        for path, content in ((self._output.report, self._whole), (self._output.profile, trace)):
-            if path is not None:
-                try:
+        try:
+            for path, content in ((self._output.report, self._whole), (self._output.profile, trace)):
+                if path is not None:
                     write_whole(path, json.dumps(content, indent=2).encode())
-                except PipeboostError as error:
-                    error.args = (f"{error}{self.kept}",)
-                    raise
+        except PipeboostError as error:
+            error.args = (f"{error}{self.kept}",)
+            raise

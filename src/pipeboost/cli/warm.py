@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from pipeboost.acceleration import accelerate_pipeline
+from pipeboost.cli.flags import Acceleration, Device
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import ConfigurationError, quoted
@@ -20,22 +21,17 @@ STEPS = 2
 """Denoising steps of a call that compiles: a first one, and one that finds all made."""
 
 
-def run_warm(model: str | None, *, sizes: Sequence[str], prompt: str, device: str, settings: Mapping[str, Any]) -> None:
-    """Make one short call for each size, and print what it took.
-
-    Args:
-        model: folder of a Diffusers pipeline, or a hub id; None for the demo model.
-        sizes: `WIDTHxHEIGHT`, or `WIDTHxHEIGHTxFRAMES`.
-        prompt: of the calls.
-        device: `auto`, `cpu` or `cuda`.
-        settings: arguments of `accelerate_pipeline`.
-
-    Raises:
-        ConfigurationError: a size is none, or the plan compiles nothing.
-    """
-    calls = [parse_size(size) for size in sizes]
+def run_warm(
+    acceleration: Acceleration,
+    model: Annotated[str | None, typer.Argument(help="folder of a Diffusers pipeline, or a hub id; else ours")] = None,
+    sizes: Annotated[str, typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, several by commas")] = "1024x1024",
+    prompt: Annotated[str, typer.Option(help="of the short calls that compile")] = "a red fox in the snow",
+    device: Device = "auto",
+) -> None:
+    """Compile a model's code for some sizes beforehand, so that the next process starts at once."""
+    calls = {size: parse_size(size) for size in sizes.split(",")}
     console = Console()
-    with quiet_libraries(), load_model(model, device=device, **settings) as loaded:
+    with quiet_libraries(), load_model(model, device=device, **acceleration.settings) as loaded:
         pipe = loaded.pipe
         plan = pipe.acceleration.plan
         if not plan["compile"].on:
@@ -46,7 +42,7 @@ def run_warm(model: str | None, *, sizes: Sequence[str], prompt: str, device: st
             accelerate_pipeline(pipe, config=replace(config, compile=compile))
         defaults = {name: value for name, value in loaded.settings.request_defaults.items() if name != "prompt"}
         defaults |= defaults.pop("call", {})
-        for size, call in zip(sizes, calls, strict=True):
+        for size, call in calls.items():
             start = time.perf_counter()
             pipe.acceleration.warm_up(**defaults | {"prompt": prompt, "num_inference_steps": STEPS} | call)
             console.print(f"{size}: {time.perf_counter() - start:.1f} s", highlight=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 NESTING: dict[str, dict[str, str]] = {
     "pipe": {
-        "tune": "a recording begins with each call",
         "call": "opens the call, in which everything below acts",
         "stages": "a stage spans whatever else its method has become",
         "reuse": "a prompt that was kept is a stage that took no time",

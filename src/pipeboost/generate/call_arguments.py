@@ -26,19 +26,11 @@ _NO_NEGATIVE_PROMPT = " "
 LONGEST_SIDE = 16384
 """Pixels: far more than any model was trained for, and few enough that a mistake does not run for hours."""
 _OURS = (
-    "self",
-    "prompt",
-    "prompt_embeds",
-    "negative_prompt",
-    "image",
-    "generator",
-    "output_type",
-    "return_dict",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "callback_on_step_end",
-)
+    "self", "prompt", "prompt_embeds", "negative_prompt", "image", "generator", "output_type", "return_dict",
+    "num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end",
+)  # fmt: skip
 
+_OF_REQUESTS = ("width", "height", "num_frames", "num_inference_steps", "negative_prompt")
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
@@ -56,11 +48,8 @@ class CallSignature:
         self.pipe = pipe
         self.name = cls.__name__
         signature = inspect.signature(cls.__call__)
-        self.parameters = {
-            name: each for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD
-        }
-        scales = ("true_cfg_scale", "guidance_scale")
-        self.cfg_scale = next((name for name in scales if name in self.parameters), None)
+        self.parameters = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        self.cfg_scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
         self._outputs = _output_fields(signature.return_annotation)
 
     def value(self, name: str, call: Mapping[str, Any]) -> Any:
@@ -128,15 +117,12 @@ class CallSignature:
             UnsupportedError: something that the pipeline has no argument for.
         """
         arguments: dict[str, Any] = {"prompt": request.prompt}
-        for name in ("width", "height", "num_frames", "num_inference_steps"):
-            if (value := getattr(request, name)) is not None:
+        own = {name: getattr(request, name) for name in _OF_REQUESTS}
+        own[self.guidance or "guidance_scale"] = request.guidance_scale
+        for name, value in own.items():
+            if value is not None:
                 self._require(name, value)
                 arguments[name] = value
-        if request.guidance_scale is not None:
-            if self.guidance is None:
-                self._require("guidance_scale", request.guidance_scale)
-            else:
-                arguments[self.guidance] = request.guidance_scale
         for name, value in self._own(request.call).items():
             if name in arguments and arguments[name] != value:
                 raise ConfigurationError(
@@ -145,9 +131,6 @@ class CallSignature:
             arguments[name] = value
         self._check_size(arguments)
         given = {name: value for name, value in arguments.items() if name not in ("prompt", self.guidance)}
-        if request.negative_prompt is not None:
-            self._require("negative_prompt", request.negative_prompt)
-            arguments["negative_prompt"] = given["negative_prompt"] = request.negative_prompt
         refuse_ignored(self, arguments, given)
         negative = {"negative_prompt", "negative_prompt_embeds"}
         unguided = "negative_prompt" in self.parameters and not negative & arguments.keys()
@@ -170,12 +153,10 @@ class CallSignature:
             if name in _OURS:
                 raise ConfigurationError(f"call={{{name!r}: ...}} is not allowed, generate sets it; leave it out")
             self._require(name, value)
-        for name, value in call.items():
             wanted = self.parameters[name].annotation
             if value is not None and not _may_be(value, wanted):
-                raise ConfigurationError(
-                    f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {_described(wanted)} there; leave it out"
-                )
+                kind = inspect.formatannotation(wanted).replace("NoneType", "None")
+                raise ConfigurationError(f"call={{{name!r}: {quoted(value)}}}: {self.name} takes {kind}; leave it out")
             is_count = name in ("width", "height") or name.startswith("num_") or name.endswith("_length")
             if is_count and isinstance(value, int) and value < 1:
                 raise ConfigurationError(f"call={{{name!r}: {value}}} must be an integer of at least 1")
@@ -241,11 +222,6 @@ def _may_be(value: Any, annotation: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, (bool, int) if kind is bool else kind)
-
-
-def _described(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("NoneType", "None")
 
 
 def _output_fields(annotation: Any) -> tuple[str, ...]:

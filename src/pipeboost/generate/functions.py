@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
-
-from PIL import Image
 
 from pipeboost.generate.call_arguments import Kind
 from pipeboost.generate.loading import ModelSettings
 from pipeboost.generate.outputs import DEFAULT_FPS, GeneratedImage, GeneratedVideo, check_fps
 from pipeboost.generate.requests import FIELDS
-from pipeboost.generate.session import LoadedModel, requests_of
+from pipeboost.generate.session import LoadedModel, Prompts, requests_of
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-ImageSource: TypeAlias = "PathLike | Image.Image"
 
 _warm: list[LoadedModel] = []
 _lock = threading.RLock()
@@ -61,23 +58,7 @@ def free_models() -> None:
 def generate_image(model_path: PathLike | None = ..., prompt: str | None = ..., **settings: Any) -> GeneratedImage: ...
 @overload
 def generate_image(model_path: PathLike | None, prompt: Sequence[str], **settings: Any) -> list[GeneratedImage]: ...
-def generate_image(
-    model_path: PathLike | None = None,
-    prompt: str | Sequence[str] | None = None,
-    *,
-    negative_prompt: str | None = None,
-    image_path: ImageSource | Sequence[ImageSource] | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int | None = None,
-    call: Mapping[str, Any] | None = None,
-    vae_path: PathLike | None = None,
-    lora_path: Any = (),
-    device: str = "auto",
-    **acceleration: Any,
-) -> Any:
+def generate_image(model_path: PathLike | None = None, prompt: Prompts = None, **settings: Any) -> Any:
     """Make images from prompts. The model stays loaded for the next call with the same model and settings.
 
     Args:
@@ -97,7 +78,7 @@ def generate_image(
     Raises:
         PipeboostError: something cannot be done as asked; nothing has run then.
     """
-    return _generate("image", locals())
+    return _generate("image", model_path, prompt, settings)
 
 
 @overload
@@ -105,23 +86,7 @@ def generate_video(model_path: PathLike | None = ..., prompt: str | None = ..., 
 @overload
 def generate_video(model_path: PathLike | None, prompt: Sequence[str], **settings: Any) -> list[GeneratedVideo]: ...
 def generate_video(
-    model_path: PathLike | None = None,
-    prompt: str | Sequence[str] | None = None,
-    *,
-    negative_prompt: str | None = None,
-    image_path: ImageSource | Sequence[ImageSource] | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    num_frames: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int | None = None,
-    fps: int = DEFAULT_FPS,
-    call: Mapping[str, Any] | None = None,
-    vae_path: PathLike | None = None,
-    lora_path: Any = (),
-    device: str = "auto",
-    **acceleration: Any,
+    model_path: PathLike | None = None, prompt: Prompts = None, *, fps: int = DEFAULT_FPS, **settings: Any
 ) -> Any:
     """Make videos from prompts; all but these arguments are those of `generate_image`.
 
@@ -137,16 +102,17 @@ def generate_video(
         PipeboostError: something cannot be done as asked, or the model makes images; nothing has run then.
     """
     check_fps(fps)
-    return _generate("video", locals(), fps=fps)
+    return _generate("video", model_path, prompt, settings, fps=fps)
 
 
-def _generate(kind: Kind, given: Mapping[str, Any], *, fps: int = DEFAULT_FPS) -> Any:
-    """What `generate_image` or `generate_video` makes of its arguments, by their names."""
-    settings = ModelSettings.of(
-        given["model_path"], **{name: given[name] for name in ("vae_path", "lora_path", "device", "acceleration")}
-    )
-    prompt = given["prompt"]
-    requests = requests_of(settings, prompt, {name: given[name] for name in FIELDS[1:] if name in given})
+def _generate(
+    kind: Kind, model_path: PathLike | None, prompt: Prompts, given: dict[str, Any], *, fps: int = DEFAULT_FPS
+) -> Any:
+    names = [name for name in FIELDS[1:] if name in given and (kind == "video" or name != "num_frames")]
+    request = {name: given.pop(name) for name in names}
+    model = {name: given.pop(name) for name in ("vae_path", "lora_path", "device") if name in given}
+    settings = ModelSettings.of(model_path, **model, acceleration=given)
+    requests = requests_of(settings, prompt, request)
     with _lock:
         if not _warm or _warm[0].settings != settings:
             free_models()  # two may not fit

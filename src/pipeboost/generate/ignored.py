@@ -17,15 +17,9 @@ if TYPE_CHECKING:
     from pipeboost.generate.call_arguments import CallSignature
 
 _OF_GUIDANCE = (
-    "guidance_rescale",
-    "cfg_normalization",
-    "cfg_normalize",
-    "cfg_truncation",
-    "cfg_trunc_ratio",
-    "enable_cfg_renorm",
-    "cfg_renorm_min",
-    "skip_guidance_layers",
-)
+    "guidance_rescale", "cfg_normalization", "cfg_normalize", "cfg_truncation", "cfg_trunc_ratio", "enable_cfg_renorm",
+    "cfg_renorm_min", "skip_guidance_layers",
+)  # fmt: skip
 # What an argument is ignored without, in pipelines that have both.
 _NEEDS = {
     "callback_on_step_end_tensor_inputs": "callback_on_step_end",
@@ -40,17 +34,11 @@ _NEEDS = {
 }
 _INSTEAD_OF = {"min_seconds": "num_frames", "max_seconds": "num_frames"}
 _GIVEN_BY_BLOCKS = {
-    "self",
-    "attn",
-    "args",
-    "kwargs",
-    "hidden_states",
-    "encoder_hidden_states",
-    "encoder_hidden_states_mask",
-    "image_rotary_emb",
-    "temb",
-}
+    "self", "attn", "args", "kwargs", "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask",
+    "image_rotary_emb", "temb",
+}  # fmt: skip
 _MODELS = ("transformer", "transformer_2", "unet")
+_IMAGE_PROJECTIONS = ("encoder_hid_proj", "image_proj")
 
 
 def refuse_ignored(signature: CallSignature, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -175,9 +163,7 @@ def _attention_keys(pipe: Any) -> set[str]:
 
 def _has_ip_adapter(pipe: Any) -> bool:
     models = (getattr(pipe, name, None) for name in _MODELS)
-    return any(
-        getattr(model, name, None) is not None for model in models for name in ("encoder_hid_proj", "image_proj")
-    )
+    return any(getattr(model, name, None) is not None for model in models for name in _IMAGE_PROJECTIONS)
 
 
 def _is_default(value: Any, parameter: inspect.Parameter) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from concurrent.futures import Future, wait
 
 from PIL import Image, ImageOps
 
@@ -62,38 +61,35 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _download(url: str) -> bytes:
     """What a server sends, whatever it does, within the time: a time-out of sockets only bounds each of their reads."""
-    answer: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    answer: Future[bytes] = Future()
     until = time.monotonic() + SECONDS_TO_WAIT
 
     def fetch() -> None:
         try:
-            answer.put(_body(url, until))
+            answer.set_result(_body(url, until))
         except Exception as error:
-            answer.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=fetch, daemon=True, name="pipeboost-download").start()
     name = f"image {shortened(url)}"
-    try:
-        result = answer.get(timeout=SECONDS_TO_WAIT)
-    except queue.Empty:
-        result = TimeoutError()
-    if isinstance(result, bytes):
-        if len(result) > LARGEST_IMAGE:
-            raise ConfigurationError(
-                f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it and give its path"
-            )
-        return result
-    if isinstance(result, TimeoutError):
+    wait([answer], timeout=SECONDS_TO_WAIT)
+    error = answer.exception() if answer.done() else TimeoutError()
+    if error is None:
+        if len(answer.result()) > LARGEST_IMAGE:
+            raise ConfigurationError(f"{name} is larger than {LARGEST_IMAGE // 2**20} MiB; download it, give its path")
+        return answer.result()
+    if isinstance(error, TimeoutError):
         why = f"it did not come within {SECONDS_TO_WAIT:g} s"
-    elif isinstance(result, urllib.error.HTTPError):
-        why = f"the server answered {result.code}" + (f", {one_line(result)}" if result.code < 400 else "")
+    elif isinstance(error, urllib.error.HTTPError):
+        why = f"the server answered {error.code}" + (f", {one_line(error)}" if error.code < 400 else "")
     else:
-        why = shortened(str(getattr(result, "reason", None) or result)) or type(result).__name__
-    raise ConfigurationError(f"{name} cannot be fetched: {why}") from result
+        why = shortened(str(getattr(error, "reason", None) or error)) or type(error).__name__
+    raise ConfigurationError(f"{name} cannot be fetched: {why}") from error
 
 
 def _body(url: str, until: float) -> bytes:
-    web, data = urllib.request.build_opener(_ToTheWebAlone), bytearray()
+    web, data = urllib.request.build_opener(), bytearray()
+    vars(web)["handle_open"].pop("ftp", None)  # to which a redirection may lead
     request = urllib.request.Request(url, headers={"User-Agent": "pipeboost"})
     with web.open(request, timeout=SECONDS_TO_WAIT) as response:
         while len(data) <= LARGEST_IMAGE and time.monotonic() < until and (part := response.read1(2**16)):
@@ -101,12 +97,3 @@ def _body(url: str, until: float) -> bytes:
     if time.monotonic() >= until:
         raise TimeoutError
     return bytes(data)
-
-
-class _ToTheWebAlone(urllib.request.HTTPRedirectHandler):
-    """urllib itself follows a redirection to ftp, too."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if newurl.startswith("ftp:"):
-            raise urllib.error.URLError("unknown url type: ftp")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -2,25 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from pipeboost.core.config import FEATURES, AccelerationConfig, OffloadConfig, ParallelConfig, resolve_config
-from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, shortened
+from pipeboost.core.errors import (
+    ConfigurationError,
+    MissingPackageError,
+    PipeboostError,
+    UnsupportedError,
+    one_line,
+    quoted,
+    shortened,
+)
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
 from pipeboost.features.parallel.own_device import to_be_split
-from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
-from pipeboost.generate.lora import Lora, load_loras
+from pipeboost.generate.requests import is_finite
 from pipeboost.stages.report import component_bytes
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WITH_SCALE = re.compile(r"(?P<path>.+)[=:](?P<scale>[-+]?(\d+\.?\d*|\.\d+))")
 _ACCELERATION = ("quality", *FEATURES, "config")
+
+
+def located(given: str | os.PathLike[str], argument: str, thing: str, *files: str) -> str:
+    """Return the path of a model's part on this machine, or its hub id.
+
+    Args:
+        thing: what it is, with an article.
+        files: of which its folder has one; without any, it may be a file itself.
+
+    Raises:
+        ConfigurationError: it can be neither.
+    """
+    path, why = user_path(given, argument), ""
+    if path.is_dir() and files and not any((path / name).is_file() for name in files):
+        why = f"is not {thing}: it has no {' and no '.join(files)}"
+    elif path.exists() and not path.is_dir() and files:
+        why = f"is a file; it must be the folder of {thing}, as save_pretrained writes one, or a hub id"
+    elif not path.exists() and not _HUB_ID.fullmatch(str(path)):
+        why = "does not exist, and is no hub id such as 'Qwen/Qwen-Image'"
+    if why:
+        raise ConfigurationError(f"{argument}={quoted(str(path))} {why}")
+    return str(path)
+
+
+@contextlib.contextmanager
+def loading_errors(argument: str, path: str) -> Iterator[None]:
+    """Turn what libraries raise over missing, damaged or too large files into one sentence."""
+    what = f"{argument}={quoted(path)}"
+    try:
+        yield
+    except PipeboostError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(f"{what} does not fit into the GPU's memory: {one_line(error)}") from error
+    except ImportError as error:
+        raise MissingPackageError(f"{what} needs a package that is missing: {one_line(error)}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError, SafetensorError) as error:
+        where = "" if Path(path).exists() else " (it is no folder here, and the hub did not give it)"
+        raise ConfigurationError(f"{what} cannot be loaded{where}: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter.
+
+    Attributes:
+        path: a file of weights, a folder with one, or a hub id.
+        scale: how strongly it acts; 1 as it was trained.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, given: Any) -> Lora:
+        """Read `"PATH"`, `"PATH=0.8"`, `"PATH:0.8"` or `("PATH", 0.8)`.
+
+        Raises:
+            ConfigurationError: the file or folder does not exist, or the scale is no number.
+        """
+        path, scale = given if isinstance(given, (tuple, list)) and len(given) == 2 else (str(given), 1.0)
+        if not os.path.exists(os.path.expanduser(str(path))) and (match := _WITH_SCALE.fullmatch(str(path))):
+            path, scale = match["path"], float(match["scale"])
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
+            raise ConfigurationError(
+                f"lora_path={quoted(given)}: the scale must be a number, as in 'style.safetensors=0.8'"
+            )
+        return cls(located(str(path), "lora_path", "a LoRA"), float(scale))
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Load adapters into a pipeline and set their scales.
+
+    Raises:
+        MissingPackageError: peft is not installed.
+        UnsupportedError: the pipeline takes no LoRA.
+        ConfigurationError: a file is no LoRA for this model.
+    """
+    if not loras:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UnsupportedError(f"lora_path: {type(pipe).__name__} takes no LoRA; leave it out")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("a LoRA needs peft: pip install peft") from error
+    for number, lora in enumerate(loras):
+        path = Path(lora.path)
+        where = {"weight_name": path.name} if path.is_file() else {}
+        with loading_errors("lora_path", lora.path):
+            source = str(path.parent) if where else lora.path
+            pipe.load_lora_weights(source, adapter_name=f"lora_{number}", **where)
+        if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
+            raise ConfigurationError(f"lora_path={quoted(lora.path)} holds no weights for {type(pipe).__name__}")
+    pipe.set_adapters([f"lora_{n}" for n in range(len(loras))], adapter_weights=[lora.scale for lora in loras])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +168,10 @@ class ModelSettings:
         Raises:
             PipeboostError: a path is missing, or a setting is not allowed.
         """
-        path = str(demo_weights()) if model_path is None else str(user_path(model_path, "model_path"))
-        require_pipeline(path)
+        path = demo_weights() if model_path is None else model_path
+        path = located(path, "model_path", "a Diffusers pipeline", "model_index.json")
+        vae_files = "config.json", "vae/config.json"
+        vae = None if vae_path is None else located(vae_path, "vae_path", "a VAE", *vae_files)
         device = device_type(device)
         given = dict(acceleration or {})
         for name in given:
@@ -78,7 +187,7 @@ class ModelSettings:
         adapters = lora_path if isinstance(lora_path, (list, tuple)) else (lora_path,)
         return cls(
             model_path=path,
-            vae_path=None if vae_path is None else _checked_vae(user_path(vae_path, "vae_path")),
+            vae_path=vae,
             loras=tuple(Lora.of(each) for each in adapters if each is not None),
             device=device,
             acceleration=settings,
@@ -160,14 +269,6 @@ def demo_weights() -> Path:
             f"`python -m examples.demo_model.train --out {WEIGHTS}`"
         )
     return WEIGHTS
-
-
-def _checked_vae(path: Path) -> str:
-    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "vae/config.json")):
-        raise ConfigurationError(f"vae_path='{path}' holds no VAE: it has neither config.json nor vae/config.json")
-    if not path.is_dir() and (path.exists() or not is_hub_id(str(path))):
-        raise ConfigurationError(f"vae_path='{path}' is neither a folder nor a hub id such as 'owner/name'")
-    return str(path)
 
 
 def _load_vae(settings: ModelSettings, vae_path: str, **dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What one image or video is asked to be: a `GenerationRequest`, and how rows and defaults become a batch of them."""
+"""What one image or video is asked to be: a `GenerationRequest`; rows, defaults and files of prompts become a batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,20 +14,13 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 from pipeboost.generate.inputs import load_image
 
 FIELDS = (
-    "prompt",
-    "negative_prompt",
-    "image_path",
-    "width",
-    "height",
-    "num_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "seed",
-    "call",
-)
+    "prompt", "negative_prompt", "image_path", "width", "height", "num_frames", "num_inference_steps", "guidance_scale",
+    "seed", "call",
+)  # fmt: skip
 LARGEST_SEED = 2**63 - 1
 
 
@@ -128,9 +121,7 @@ def make_requests(
 def _checked(given: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The values that are given, and of them the further arguments of the pipeline's call."""
     values = {name: value for name, value in given.items() if value is not None}
-    for name in values:
-        if name not in FIELDS:
-            raise ConfigurationError(f"a request has no field {quoted(name)}; it may have {', '.join(FIELDS)}")
+    _check_fields(values, "a request")
     call = values.pop("call", {})
     if not isinstance(call, Mapping) or not all(isinstance(name, str) for name in call):
         raise ConfigurationError(f"call={quoted(call)} must map names of the pipeline's arguments to values")
@@ -154,3 +145,42 @@ def is_finite(value: Any) -> bool:
 
 def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The requests in a file, in order.
+
+    A `.jsonl` file has a JSON object a line; `.json`, `.yaml` and `.yml` files hold a list; any other file is plain
+    text with a prompt a line, where blank lines and lines that begin with `#` are skipped. An entry is a prompt, or a
+    mapping with the names in `FIELDS`.
+
+    Raises:
+        ConfigurationError: the file is missing, holds no prompt, or an entry is not one.
+    """
+    what, text = f"prompt file {path}", read_text(path, "prompt file")
+    suffix, lines = path.suffix.lower(), text.split("\n")  # as read; splitlines would also end one at U+2028
+    if suffix == ".jsonl":
+        entries = [parse_json(line, f"{what}, line {n},") for n, line in enumerate(lines, 1) if line.strip()]
+    elif suffix in (".json", ".yaml", ".yml"):
+        entries = parse_json(text, what) if suffix == ".json" else parse_yaml(text, what)
+        if entries is not None and not isinstance(entries, list):
+            raise ConfigurationError(f"{what} must hold a list of prompts, not a {type(entries).__name__}")
+    else:
+        entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not entries:
+        raise ConfigurationError(f"prompt file {path} holds no prompt")
+    return [_row(entry, path, number) for number, entry in enumerate(entries, 1)]
+
+
+def _row(entry: Any, path: Path, number: int) -> dict[str, Any]:
+    row = {"prompt": entry} if isinstance(entry, str) else entry
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ConfigurationError(f"prompt file {path}, entry {number}, must be a prompt or a mapping with a prompt")
+    _check_fields(row, f"prompt file {path}, entry {number},")
+    return row
+
+
+def _check_fields(names: Iterable[Any], whose: str) -> None:
+    for name in names:
+        if name not in FIELDS:
+            raise ConfigurationError(f"{whose} has no field {quoted(name)}; it may have {', '.join(FIELDS)}")

@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from pipeboost.stages.report import component_bytes
 
 if TYPE_CHECKING:
     from pipeboost.stages import Progress
+
+
+Prompts: TypeAlias = "str | Sequence[str] | None"
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,11 @@ class LoadedModel:
             raise PipeboostError("this model was freed; load it again")
         return self._pipe
 
-    def generate_image(self, prompt: str | Sequence[str] | None = None, **request: Any) -> Any:
+    def generate_image(self, prompt: Prompts = None, **request: Any) -> Any:
         """One image for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_image`."""
         return self.generate_all("image", prompt, requests_of(self.settings, prompt, request))
 
-    def generate_video(
-        self, prompt: str | Sequence[str] | None = None, *, fps: int = DEFAULT_FPS, **request: Any
-    ) -> Any:
+    def generate_video(self, prompt: Prompts = None, *, fps: int = DEFAULT_FPS, **request: Any) -> Any:
         """One video for a prompt, a list of them for a list; the arguments are those of `pipeboost.generate_video`."""
         return self.generate_all("video", prompt, requests_of(self.settings, prompt, request), fps=fps)
 
@@ -188,9 +189,7 @@ def _pixels(made: Any, name: str) -> Any:
     return (made * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def requests_of(
-    settings: ModelSettings, prompt: str | Sequence[str] | None, request: Mapping[str, Any]
-) -> list[GenerationRequest]:
+def requests_of(settings: ModelSettings, prompt: Prompts, request: Mapping[str, Any]) -> list[GenerationRequest]:
     """The requests that a caller's prompt or prompts and other values stand for, with the model's own defaults."""
     prompts = prompt if isinstance(prompt, (list, tuple)) else () if prompt is None else (prompt,)
     if not all(isinstance(each, str) for each in prompts):
@@ -222,9 +221,7 @@ def _call_errors(name: str, call: Mapping[str, Any]) -> Iterator[None]:
         ) from error
     except (ValueError, TypeError) as error:
         # Else the pipeline failed over its arguments, rather than found fault with them.
-        checks = {"check_inputs", "retrieve_timesteps"}
-        if isinstance(error, PipeboostError) or checks.isdisjoint(
-            frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)
-        ):
+        ran = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if isinstance(error, PipeboostError) or not ran & {"check_inputs", "retrieve_timesteps"}:
             raise
         raise ConfigurationError(f"{name} refused the request: {one_line(error)}") from error

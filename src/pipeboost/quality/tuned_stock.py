@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.quality.timing import time_runs
@@ -25,7 +26,7 @@ def require_native_default() -> None:
     Raises:
         ConfigurationError: `DIFFUSERS_ATTN_BACKEND` or an earlier `set_attention_backend` chose another backend.
     """
-    active = _registry()._active_backend.value
+    active = _AttentionBackendRegistry._active_backend.value
     if active != NATIVE:
         raise ConfigurationError(
             f"the default attention backend of Diffusers is {active!r} in this process, not {NATIVE!r}; "
@@ -64,14 +65,13 @@ def rank_backends(
 @contextlib.contextmanager
 def stock_attention(model: Any, backend: str) -> Iterator[None]:
     """Diffusers' own `set_attention_backend`, with the process-wide default that it flips put back."""
-    registry = _registry()
-    before = registry._active_backend
+    before = _AttentionBackendRegistry._active_backend
     try:
         model.set_attention_backend(backend)
         yield
     finally:
         model.reset_attention_backend()
-        registry.set_active_backend(before)
+        _AttentionBackendRegistry.set_active_backend(before)
 
 
 @contextlib.contextmanager
@@ -113,9 +113,3 @@ def forget_compiled() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _registry() -> Any:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    return _AttentionBackendRegistry

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,51 +63,37 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify_acceleration(
-    pipe: Any,
-    call: Mapping[str, Any],
-    *,
-    quality: str,
-    denoisers: Mapping[str, Any],
-    paused: Callable[[], AbstractContextManager[Any]],
-    opened: Callable[[], AbstractContextManager[Any]],
-    computed: Callable[[], int | None] = lambda: None,
-) -> Verification:
+def verify_acceleration(acceleration: Any, pipe: Any, call: Mapping[str, Any]) -> Verification:
     """Compare `pipe(**call)` stock and accelerated, and one forward of each denoiser on the inputs stock gave it.
 
     Args:
-        quality: the tier to check.
-        denoisers: transformers by name.
-        paused: context in which the pipeline runs stock.
-        opened: context in which a direct forward of a denoiser runs accelerated.
-        computed: how many steps the latest call has computed; None where it skips none.
+        acceleration: that of `pipe`; its tier is checked.
     """
+    quality, denoisers = acceleration.plan.quality, acceleration.plan.family.models(pipe)
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
-    with _rewound_generators(pipe, call) as rewind, paused(), _first_forwards(denoisers, first):
-        stock = outputs_on_host(pipe(**rewind()))
-    with _rewound_generators(pipe, call) as rewind:
-        ours = outputs_on_host(pipe(**rewind()))
-    rival, forwards = None, computed()
+    with _rewound(call) as arguments, acceleration.paused(), _first_forwards(denoisers, first):
+        stock = outputs_on_host(pipe(**arguments))
+    with _rewound(call) as arguments:
+        ours = outputs_on_host(pipe(**arguments))
+    rival, forwards = None, acceleration.report().computed_steps
     if forwards is not None and not call.keys() & {"sigmas", "timesteps"}:
-        with _rewound_generators(pipe, call) as rewind, paused():
-            fewer = outputs_on_host(pipe(**{**rewind(), "num_inference_steps": forwards}))
+        with _rewound(call) as arguments, acceleration.paused():
+            fewer = outputs_on_host(pipe(**{**arguments, "num_inference_steps": forwards}))
         rival = forwards, min(psnr(fewer[name].numpy(), stock[name].numpy()) for name in stock)
     whole = {}
     for name, expected in stock.items():
         difference = float((ours[name].double() - expected.double()).abs().max())
         whole[name] = psnr(ours[name].numpy(), expected.numpy()), difference
-    ratio = min(ratio for ratio, _ in whole.values())
-    difference = max(difference for _, difference in whole.values())
+    ratio, difference = min(each for each, _ in whole.values()), max(each for _, each in whole.values())
     errors: dict[str, float] = {}
     floors: dict[str, float] = {}
-    if quality != "exact":
-        for path, (args, kwargs, expected_outputs) in first.items():
-            with torch.no_grad(), opened():
-                found = _errors(path, denoisers[path](*args, **kwargs), expected_outputs)
-            errors |= found
-            if quality == "lossless" and any(found.values()):
-                with torch.no_grad(), paused(), stock_compile(denoisers[path], fullgraph=True):
-                    floors |= _errors(path, denoisers[path](*args, **kwargs), expected_outputs)
+    for path, (args, kwargs, outputs) in first.items() if quality != "exact" else ():
+        with torch.no_grad(), acceleration.open():
+            found = _errors(path, denoisers[path](*args, **kwargs), outputs)
+        errors |= found
+        if quality == "lossless" and any(found.values()):
+            with torch.no_grad(), acceleration.paused(), stock_compile(denoisers[path], fullgraph=True):
+                floors |= _errors(path, denoisers[path](*args, **kwargs), outputs)
     promise, passed = _judge(quality, difference, ratio, errors, floors)
     return Verification(quality, passed, promise, ratio, difference, errors, floors, whole, rival)
 
@@ -126,18 +111,12 @@ def _judge(
 
 
 @contextlib.contextmanager
-def _rewound_generators(pipe: Any, call: Mapping[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
-    given = call.get("generator")
-    generators = given if isinstance(given, list) else [given] if given is not None else []
+def _rewound(call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    given = call.get("generator") or torch.Generator("cpu").manual_seed(0)
+    generators = given if isinstance(given, list) else [given]
     states = [generator.get_state() for generator in generators]
-
-    def arguments() -> dict[str, Any]:
-        if generators:
-            return dict(call)
-        return {**call, "generator": torch.Generator("cpu").manual_seed(0)}
-
     try:
-        yield arguments
+        yield {**call, "generator": given}
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
@@ -166,5 +145,5 @@ def _first_forwards(denoisers: Mapping[str, Any], into: dict[str, Any]) -> Itera
 
 def _errors(path: str, result: Any, stock: Mapping[str, torch.Tensor]) -> dict[str, float]:
     ours = outputs_on_host(result)
-    names = {name: path if len(stock) == 1 else f"{path}.{name}" for name in stock}
-    return {names[name]: relative_error(ours[name], expected) for name, expected in stock.items()}
+    whole = len(stock) == 1
+    return {path if whole else f"{path}.{name}": relative_error(ours[name], each) for name, each in stock.items()}

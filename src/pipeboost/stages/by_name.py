@@ -46,9 +46,7 @@ class Arguments:
                 bound.arguments[self._rest][name] = value
             else:
                 known = ", ".join(self.values)
-                raise PipeboostError(
-                    f"a stage returned the value {name!r}, which its method does not take; it has {known}"
-                )
+                raise PipeboostError(f"a stage returned the value {name!r}, unknown to its method; it has {known}")
         return bound.args[1:], bound.kwargs
 
 
@@ -102,9 +100,7 @@ class ResultForm:
             return None
         missing = [name for name in self.order if name not in values]
         if missing:
-            raise PipeboostError(
-                f"a stage left out {', '.join(map(repr, missing))}; run() returns all of {', '.join(self.order)}"
-            )
+            raise PipeboostError(f"a stage left out {str(missing)[1:-1]}; run() returns all of {', '.join(self.order)}")
         if self.kind is tuple:
             return tuple(values[name] for name in self.order)
         if self.kind is object:

@@ -1,26 +1,47 @@
 """Middleware on a pipeline's methods: stages begin and end there, steps are counted, cancellation is obeyed.
 
-It changes no value unless the user put a stage of their own there.
+It changes no value unless the user put a stage of their own there. For `pipe(..., return_trajectory=True)` it keeps the
+latents and timesteps of every denoising step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipeboost.contract.call import Call, current_call
+import torch
+
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
-from pipeboost.stages.admission import ADMISSION
-from pipeboost.stages.built_in import STAGES
 from pipeboost.stages.by_name import ResultForm, named_results
+from pipeboost.stages.call_record import ADMISSION
+from pipeboost.stages.composition import STAGES
 from pipeboost.stages.spans import DENOISING, RECORDER, WAITING, Recorder
 from pipeboost.stages.stage import Values
 from pipeboost.stages.stage_middleware import middleware_of_stage, run_user_stage
-from pipeboost.stages.trajectory import note_step
 
+_ARGUMENT = "return_trajectory"
 COMPANIONS = ("controlnet",)
 """Components that a denoising step calls before the transformer, so that the step begins with them."""
+
+
+@dataclass
+class Trajectory:
+    """What a denoising loop went through.
+
+    Attributes:
+        timesteps: the timestep of each step.
+        latents: the latents after each step, in the layout of the pipeline's loop, on its device.
+    """
+
+    timesteps: list[Any] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
+
+
+TRAJECTORY = Slot[Trajectory]()
 
 
 def instrumented_components(pipe: Any, family: Family) -> dict[str, Any]:
@@ -102,15 +123,15 @@ def _advance(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: An
 
 
 def _after_the_loop(call: Call, result: Any) -> Any:
-    admission, place = call.get(ADMISSION), call[STAGES].users.get(DENOISING)
+    admission, (stages, _) = call.get(ADMISSION), call[STAGES].users.get(DENOISING, ((), 0))
     if admission is not None:
         admission.end()
-    if place is None:
+    if not stages:
         return result
     outputs = named_results(result, ("latents",))
     (name, latents), *_ = outputs.items()
     values: Values = {"latents": latents}
-    for stage in place.after:
+    for stage in stages[1:]:
         values, _ = run_user_stage(call, stage, values)
     return ResultForm.of(result, ("latents",)).filled({**outputs, name: values.get("latents")})
 
@@ -122,3 +143,29 @@ def _was_last(call: Call, scheduler: Any) -> bool:
         return False
     index: int | None = getattr(scheduler, "step_index", None)
     return (call.step if index is None else index) >= len(timesteps)
+
+
+def without_trajectory(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """A call's arguments without the one that is ours, and what that said; a pipeline that has one keeps it."""
+    rest = dict(kwargs)
+    return rest, _ARGUMENT not in signature.parameters and rest.pop(_ARGUMENT, False)
+
+
+def note_step(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note one `scheduler.step(model_output, timestep, sample)` and what it returned, if the call asks for it."""
+    trajectory = call.get(TRAJECTORY)
+    if trajectory is None:
+        return
+    trajectory.timesteps.append(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    latents = next(iter(named_results(result, ("latents",)).values()))
+    trajectory.latents.append(latents.detach().clone())
+
+
+def with_trajectory(result: Any, trajectory: Trajectory | None) -> Any:
+    """Return a pipeline's result with its trajectory: an attribute of an output, one more element of a tuple."""
+    if trajectory is None:
+        return result
+    if isinstance(result, tuple):
+        return (*result, trajectory)
+    result.trajectory = trajectory
+    return result

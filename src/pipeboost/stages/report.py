@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -105,23 +106,23 @@ class Report:
     trace: list[TraceEvent] = field(default_factory=list)
 
     @classmethod
-    def of(cls, finished: FinishedCall, *, pipeline: str, **details: Any) -> Report:
+    def of(cls, spans: Sequence[Span], moves: Sequence[tuple[float, int]], **counts: Any) -> Report:
         """Read what is kept of a call; on CUDA this waits for its end.
 
         Args:
-            details: the fields that are not of the call but of its pipeline.
+            spans: in order of their start, the first being the whole call.
+            moves: when weights were sent to the device, by `time.perf_counter`, and their bytes.
+            counts: the fields that others have counted, and those of the pipeline.
         """
-        spans = finished.spans
         whole = spans[0]
         if whole.events is not None:
             whole.events[1].synchronize()
-        sent, total = [at for at, _ in finished.moves], [0, *accumulate(nbytes for _, nbytes in finished.moves)]
+        sent, total = [at for at, _ in moves], [0, *accumulate(nbytes for _, nbytes in moves)]
         moved = [total[bisect(sent, span.end)] - total[bisect(sent, span.start)] for span in spans]
         memory = whole.memory_peak
         if memory is None and whole.memory_after is not None:
             memory = torch.cuda.max_memory_allocated(whole.events[1].device if whole.events is not None else None)
         return cls(
-            pipeline=pipeline,
             seconds=whole.seconds(),
             stages=_by_stage(spans, [span.seconds() for span in spans]),
             steps=[span.seconds() for span in spans if span.what == "step"],
@@ -135,8 +136,7 @@ class Report:
                 )
                 for span in spans
             ],
-            **finished.counts,
-            **details,
+            **counts,
         )  # fmt: skip
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -152,26 +152,16 @@ class Report:
 
     def trace_events(self, *, process: int = 0, start: float = 0.0) -> list[dict[str, Any]]:
         """The events of a Chrome trace, as those of one `process`, `start` seconds after the trace's own."""
-        events: list[dict[str, Any]] = [
-            {
-                "name": event.stage if event.what == "stage" else f"{event.what} {event.step}",
-                "cat": event.stage,
-                "ph": "X",
-                "ts": (start + event.start) * 1e6,
-                "dur": event.seconds * 1e6,
-                "pid": process,
-                "tid": 0,
-                "args": {"step": event.step, "branch": event.branch},
-            }
-            for event in self.trace
-        ]
+        events: list[dict[str, Any]] = []
         for event in self.trace:
-            for when, memory in (
-                (start + event.start, event.memory_before),
-                (start + event.start + event.seconds, event.memory_after),
-            ):
+            begin, end = ((start + at) * 1e6 for at in (event.start, event.start + event.seconds))
+            name = event.stage if event.what == "stage" else f"{event.what} {event.step}"
+            args = {"step": event.step, "branch": event.branch}
+            row = {"name": name, "cat": event.stage, "ph": "X", "ts": begin, "dur": event.seconds * 1e6}
+            events.append({**row, "pid": process, "tid": 0, "args": args})
+            for at, memory in ((begin, event.memory_before), (end, event.memory_after)):
                 if memory is not None:
-                    counter = {"name": "memory", "ph": "C", "ts": when * 1e6, "pid": process}
+                    counter = {"name": "memory", "ph": "C", "ts": at, "pid": process}
                     events.append({**counter, "args": {"GiB": memory / 2**30}})
         return events
 
@@ -185,12 +175,9 @@ class Report:
         left, right = figure.subplots(1, 2)
         names = sorted(self.stages, key=self.stages.__getitem__)
         left.barh(names, [self.stages[name] for name in names])
-        left.set_xlabel("seconds")
-        left.set_title(f"{self.pipeline}: {self.seconds:.2f} s")
+        left.set(xlabel="seconds", title=f"{self.pipeline}: {self.seconds:.2f} s")
         right.plot(range(1, len(self.steps) + 1), [seconds * 1e3 for seconds in self.steps], marker="o")
-        right.set_xlabel("denoising step")
-        right.set_ylabel("milliseconds")
-        right.set_ylim(bottom=0)
+        right.set(xlabel="denoising step", ylabel="milliseconds", ylim=(0, None))
         figure.savefig(path, dpi=120)
 
     @property
@@ -204,8 +191,10 @@ class Report:
         lines = [f"{self.pipeline}: {self.seconds:.3f} s"]
         for name, seconds in sorted(self.stages.items(), key=lambda item: -item[1]):
             line = f"  {name:<{width}}  {seconds:8.3f} s  {seconds / max(self.seconds, 1e-9):6.1%}"
-            arrived = f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""
-            lines.append(line + _describe_memory(self.stage_memory.get(name)) + arrived)
+            if (memory := self.stage_memory.get(name)) is not None:
+                line += f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB"
+                line += "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
+            lines.append(line + (f", {self.moved[name] / 2**30:.2f} moved" if name in self.moved else ""))
         if self.steps:
             fastest, slowest = min(self.steps), max(self.steps)
             lines.append(
@@ -217,8 +206,8 @@ class Report:
         if self.loads:
             moved = sum(load.bytes for load in self.loads)
             lines.append(f"  {len(self.loads)} loads moved {moved / 2**30:.2f} GiB to the device")
-        for name, counts in self.cache.items():
-            lines.append(f"  cache: {name}: {counts['computed']} steps computed, {counts['skipped']} skipped")
+        for name, count in self.cache.items():
+            lines.append(f"  cache: {name}: {count['computed']} steps computed, {count['skipped']} skipped")
         if self.reuse:
             lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         if self.vae:
@@ -238,37 +227,19 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class FinishedCall:
-    """What a report needs of a call; not the call itself, which would keep its pipeline alive.
-
-    Attributes:
-        spans: in order of their start, the first being the whole call.
-        moves: when weights were sent to the device, by `time.perf_counter`, and their bytes.
-        counts: the fields of its report that features have counted in it.
-    """
-
-    spans: list[Span]
-    moves: list[tuple[float, int]]
-    counts: dict[str, Any]
-
-    @classmethod
-    def of(cls, call: Call) -> FinishedCall:
-        """Read it off a call that has ended."""
-        cache, reuse, vae = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS)
-        counts = {
-            "loads": [Load(*load) for load in call.get(LOADS) or ()],
-            "cache": {
-                f"{count.denoiser}.{count.blocks} branch {count.branch}": {
-                    "computed": count.computed_steps,
-                    "skipped": count.cached_steps,
-                }
-                for count in (() if cache is None else cache.counts())
-            },
-            "reuse": dict(reuse or {}),
-            "vae": dict(vae or {}),
-        }
-        return cls(call.events, call.get(MOVES) or [], counts)
+def report_maker(call: Call) -> Callable[..., Report]:
+    """Return `Report.of` of a call that has ended, which lacks what is of its pipeline and keeps neither alive."""
+    cache, reuse, vae, moves = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS), call.get(MOVES)
+    counts = {
+        "loads": [Load(*load) for load in call.get(LOADS) or ()],
+        "cache": {
+            f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
+            for c in (() if cache is None else cache.counts())
+        },
+        "reuse": dict(reuse or {}),
+        "vae": dict(vae or {}),
+    }
+    return partial(Report.of, call.events, moves or [], **counts)
 
 
 def _start(span: Span, whole: Span) -> float:
@@ -279,25 +250,18 @@ def _start(span: Span, whole: Span) -> float:
 
 
 def _stage_memory(spans: Sequence[Span]) -> dict[str, StageMemory]:
-    found: dict[str, StageMemory] = {}
+    found: dict[str, list[Span]] = {}
     for span in spans:
-        if span.memory_before is None or span.memory_after is None or span.stage == WHOLE_CALL:
-            continue
-        earlier = found.get(span.stage)
-        peaks = [peak for peak in (span.memory_peak, earlier.peak if earlier else None) if peak is not None]
-        found[span.stage] = StageMemory(
-            before=span.memory_before if earlier is None else earlier.before,
-            after=span.memory_after,
-            peak=max(peaks, default=None),
-        )
-    return found
-
-
-def _describe_memory(memory: StageMemory | None) -> str:
-    if memory is None:
-        return ""
-    peak = "" if memory.peak is None else f", at most {memory.peak / 2**30:.2f}"
-    return f"  {memory.before / 2**30:6.2f} to {memory.after / 2**30:.2f} GiB{peak}"
+        if span.memory_after is not None and span.stage != WHOLE_CALL:
+            found.setdefault(span.stage, []).append(span)
+    result = {}
+    for stage, each in found.items():
+        before, after = each[0].memory_before, each[-1].memory_after
+        assert before is not None
+        assert after is not None
+        peaks = [span.memory_peak for span in each if span.memory_peak is not None]
+        result[stage] = StageMemory(before, after, max(peaks, default=None))
+    return result
 
 
 def _by_stage(spans: Sequence[Span], values: Sequence[float]) -> dict[str, float]:

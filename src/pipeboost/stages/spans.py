@@ -17,6 +17,7 @@ import torch
 
 from pipeboost.contract.call import Call, Slot
 
+_COARSE = ("stage", "step")
 DENOISING = "denoising"
 WHOLE_CALL = "other"
 """The stage of a call's outermost span: what no stage inside it accounts for."""
@@ -88,11 +89,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        call: Call,
-        *,
-        exact_peaks: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        self, call: Call, *, exact_peaks: bool = False, progress: Callable[[Progress], None] | None = None
     ) -> None:
         self._call = call
         self._device = call.device
@@ -105,15 +102,15 @@ class Recorder:
 
     def open(self, stage: str, what: str = "stage", *, step: int | None = None, branch: int | None = None) -> Span:
         """Begin a span inside those that are open."""
-        if what in ("stage", "step") and self._call.watched is not None:
+        if what in _COARSE and self._call.watched is not None:
             self._call.watched.watchdog.enter_stage(stage)
         if what == "stage" and stage != WHOLE_CALL:
             self.notify(stage)
         span = Span(stage, what, step, branch, time.perf_counter(), len(self._open))
         if self._on_cuda:
             torch.cuda.nvtx.range_push(stage if what == "stage" else f"{stage} {what} {step}")
-            if _has_memory(what):
-                self._note_memory_at_start(span)
+            if what in _COARSE:
+                self._note_memory(span, begins=True)
             stream = torch.cuda.current_stream(self._device)
             span.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             span.events[0].record(stream)
@@ -128,8 +125,8 @@ class Recorder:
             if last.events is not None:
                 last.events[1].record(torch.cuda.current_stream(self._device))
                 torch.cuda.nvtx.range_pop()
-                if _has_memory(last.what):
-                    self._note_memory_at_end(last)
+                if last.what in _COARSE:
+                    self._note_memory(last, begins=False)
             last.end = time.perf_counter()
             if last is span:
                 return
@@ -155,27 +152,22 @@ class Recorder:
             steps = None if step is None else _steps_of(self._call.pipe)
             self._progress(Progress(stage, step, steps, time.perf_counter() - self._began))
 
-    def _note_memory_at_start(self, span: Span) -> None:
-        span.memory_before, peak = self._allocated()
+    def _note_memory(self, span: Span, *, begins: bool) -> None:
+        """Note the memory at a span's start or end; those still open have all peaks that were counted inside them."""
+        now, peak = self._allocated()
         if self._exact_peaks:
-            for outer in self._open:
-                if outer.memory_peak is not None:
-                    outer.memory_peak = max(outer.memory_peak, peak)
+            for each in (*self._open, *(() if begins else (span,))):
+                if each.memory_peak is not None:
+                    each.memory_peak = max(each.memory_peak, peak)
             torch.cuda.reset_peak_memory_stats(self._device)
-            span.memory_peak = span.memory_before
-        self._peaks_at_start.append(peak)
-
-    def _note_memory_at_end(self, span: Span) -> None:
-        span.memory_after, peak = self._allocated()
-        before = self._peaks_at_start.pop()
-        if self._exact_peaks:
-            span.memory_peak = max(span.memory_peak or 0, peak)
-            for outer in self._open:
-                if outer.memory_peak is not None:
-                    outer.memory_peak = max(outer.memory_peak, span.memory_peak)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif peak > before:
-            span.memory_peak = peak
+        if begins:
+            span.memory_before = now
+            span.memory_peak = now if self._exact_peaks else None
+            self._peaks_at_start.append(peak)
+        else:
+            span.memory_after = now
+            if self._peaks_at_start.pop() < peak and not self._exact_peaks:
+                span.memory_peak = peak
 
     def _allocated(self) -> tuple[int, int]:
         """Bytes allocated now and at most; the nested form, because the flat one costs ten times as much."""
@@ -184,10 +176,6 @@ class Recorder:
 
 
 RECORDER = Slot[Recorder]()
-
-
-def _has_memory(what: str) -> bool:
-    return what in ("stage", "step")
 
 
 def _steps_of(pipe: Any) -> int | None:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from pipeboost.contract.call import current_call
-from pipeboost.core.errors import PipeboostError
+from pipeboost.core.errors import PipeboostError, quoted
 
 Values = dict[str, Any]
+Shape = Sequence[int | None]
 
 
 class StageParallelism(Enum):
@@ -149,9 +150,7 @@ class Checks:
         value = self._values.get(field)
         self.require(field, isinstance(value, numbers.Integral) and int(value) >= 1, "a positive integer")
 
-    def tensor(
-        self, field: str, *, shape: Sequence[int | None] | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def tensor(self, field: str, *, shape: Shape | None = None, dtype: torch.dtype | None = None) -> None:
         """A tensor, of a shape in which None stands for any size, and of a dtype."""
         value = self._values.get(field)
         rule = "a tensor"
@@ -186,13 +185,8 @@ def verified(stage: Stage, side: str, values: Values) -> Values:
 
 
 def _fits(actual: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(actual) == len(wanted) and all(
-        want is None or size == want for size, want in zip(actual, wanted, strict=True)
-    )
+    return len(actual) == len(wanted) and all(want in (None, size) for size, want in zip(actual, wanted, strict=True))
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} of {value.dtype}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else quoted(value)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeboost.features.cache.extrapolation import lagrange_weights
@@ -26,6 +27,14 @@ class Schedule(NamedTuple):
 
     computed: tuple[int, ...]
     order: int
+
+    def settings(self, steps: int) -> dict[str, Any]:
+        """Return arguments of `CacheConfig`, of plain types, for calls of so many steps."""
+        order = self.order or None
+        return {"extrapolate": "output", "step_mask": [*self.computed], "steps": steps, "taylorseer_order": order}
+
+    def __str__(self) -> str:
+        return f"order {self.order}: {', '.join(map(str, self.computed))}"
 
 
 def best_schedule(
@@ -70,15 +79,8 @@ def injected(predictions: torch.Tensor, weights: torch.Tensor, step: int, order:
 
 def gains_between(probed: Sequence[int], gains: Sequence[float], steps: int) -> torch.Tensor:
     """Return the gain of each step from those of some, by interpolating their logarithms: `(steps,)`."""
-    logs = torch.tensor(gains, dtype=torch.float32).clamp_min(1e-6).log().tolist()
-    result = []
-    for step in range(steps):
-        after = next((place for place, probe in enumerate(probed) if probe >= step), len(probed) - 1)
-        before = max(after - 1, 0)
-        span = probed[after] - probed[before]
-        share = 1.0 if span == 0 else min(max((step - probed[before]) / span, 0.0), 1.0)
-        result.append(logs[before] + share * (logs[after] - logs[before]))
-    return torch.tensor(result).exp()
+    logs = np.interp(range(steps), probed, np.log(np.maximum(gains, 1e-6)))
+    return torch.from_numpy(np.exp(logs)).float()
 
 
 def _extrapolated(predictions: torch.Tensor, known: tuple[int, ...], step: int) -> torch.Tensor:

@@ -1,18 +1,48 @@
-"""`Tuned`: the schedule that was found, what it was judged on, and everything that was tried beside it."""
+"""`Tuned`: the schedule that was found, what it was judged on, and everything else that was tried."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any
 
-from pipeboost.core.errors import MissingPackageError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, quoted
 from pipeboost.core.user_files import user_path
-from pipeboost.tune.budget import Budget, interval
 from pipeboost.tune.search import Schedule
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The least PSNR that each result must have to stock's, in dB."""
+
+    least: float
+
+    @classmethod
+    def of(cls, text: str) -> Budget:
+        """Read such as `psnr>=30`.
+
+        Raises:
+            ConfigurationError: it is not `psnr>=` and a number.
+        """
+        match = re.fullmatch(r"\s*psnr\s*>=\s*(\d+\.?\d*|\.\d+)\s*", text) if isinstance(text, str) else None
+        if match is None:
+            raise ConfigurationError(f"budget={quoted(text)} must be 'psnr>=' and a number of dB, as in 'psnr>=30'")
+        return cls(float(match[1]))
+
+    def __str__(self) -> str:
+        return f"psnr>={self.least:g}"
+
+
+def interval(kept: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval for a share, of which `kept` of `of` were seen."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = kept / of, z * z / of
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / of + spread / (4 * of)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)
@@ -23,7 +53,7 @@ class Judged:
         name: `"schedule"`, or `"stock"` with fewer steps.
         forwards: of the transformer for each guidance branch.
         schedule: which were computed; None for stock.
-        values: of the budget's metric, one for each prompt.
+        values: PSNR to stock's in dB, one for each prompt.
     """
 
     name: str
@@ -42,11 +72,11 @@ class Judged:
     def row(self, budget: Budget) -> str:
         """Return one line of a table."""
         low, high = interval(self.kept(budget), len(self.values))
-        order = "" if self.schedule is None else f" order {self.schedule.order}: {_listed(self.schedule.computed)}"
+        schedule = "" if self.schedule is None else f" {self.schedule}"
         return (
             f"{self.name:<9} {self.forwards:>3} forwards  kept {self.kept(budget)}/{len(self.values)} "
             f"({self.share(budget):.1%}, 95% interval {low:.1%} to {high:.1%})  worst {min(self.values):.1f}  "
-            f"median {median(self.values):.1f}{order}"
+            f"median {median(self.values):.1f}{schedule}"
         )
 
 
@@ -78,15 +108,8 @@ class Tuned:
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of `accelerate_pipeline`, of plain types."""
-        schedule = self.best.schedule
-        assert schedule is not None
-        cache = {
-            "extrapolate": "output",
-            "step_mask": list(schedule.computed),
-            "steps": self.steps,
-            "taylorseer_order": schedule.order or None,
-        }
-        return {"quality": "fast", "cache": cache}
+        assert self.best.schedule is not None
+        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps)}
 
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "NOT kept"
@@ -125,34 +148,14 @@ class Tuned:
             raise MissingPackageError("plots need matplotlib: pip install matplotlib") from error
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for name, marker in (("schedule", "o"), ("stock", "s")):
-            front = _best_of_each(
-                [each for each in (*self.tried, self.best, self.rival) if each.name == name], self.budget
-            )
-            label = "computed steps, extrapolated between" if name == "schedule" else "stock with fewer steps"
-            axes.plot(
-                [each.forwards for each in front],
-                [each.share(self.budget) for each in front],
-                marker,
-                ls="-",
-                label=label,
-            )
+        lines = ("schedule", "o", "computed steps, extrapolated between"), ("stock", "s", "stock with fewer steps")
+        for name, marker, label in lines:
+            best: dict[int, float] = {}
+            for each in (*self.tried, self.best, self.rival):
+                if each.name == name:
+                    best[each.forwards] = max(best.get(each.forwards, 0.0), each.share(self.budget))
+            axes.plot(sorted(best), [best[forwards] for forwards in sorted(best)], marker, ls="-", label=label)
         axes.axhline(self.share, color="0.6", ls=":")
-        axes.set(
-            xlabel=f"forwards (stock: {self.steps})", ylabel=f"share of prompts with {self.budget}", ylim=(0, 1.02)
-        )
+        axes.set(xlabel=f"forwards (stock: {self.steps})", ylabel=f"prompts with {self.budget}", ylim=(0, 1.02))
         axes.legend()
         figure.savefig(Path(path))
-
-
-def _best_of_each(judged: Sequence[Judged], budget: Budget) -> list[Judged]:
-    best: dict[int, Judged] = {}
-    for each in judged:
-        known = best.get(each.forwards)
-        if known is None or each.share(budget) > known.share(budget):
-            best[each.forwards] = each
-    return [best[forwards] for forwards in sorted(best)]
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps))

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +22,9 @@ from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache import attach_cache
-from pipeboost.quality.metrics import outputs_on_host
-from pipeboost.tune.budget import Budget
-from pipeboost.tune.recording import Trajectory, recorded
+from pipeboost.quality.metrics import outputs_on_host, psnr
 from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
-from pipeboost.tune.tuned import Judged, Tuned
+from pipeboost.tune.tuned import Budget, Judged, Tuned
 
 _RECORDED = 24
 """Calls whose trajectories the search sees, of the tuning prompts."""
@@ -33,8 +32,60 @@ _PROBED = 8
 """Calls by which gains are measured, and steps at which they are."""
 _ORDERS = (0, 1, 2)
 _LEAST_CALLS = 4
+_ELEMENTS = 2048
+"""Of the latents that are recorded: the same ones in every call, drawn at random."""
 
-Cached = Callable[[CacheConfig], AbstractContextManager[None]]
+
+@dataclass
+class Trajectory:
+    """One call, in float32 on the host.
+
+    Attributes:
+        predictions: `(steps, elements)`, what the steps were given: the denoiser's output, guidance included.
+        latents: `(steps + 1, elements)`, before each step and after the last.
+    """
+
+    predictions: torch.Tensor
+    latents: torch.Tensor
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """How far each step moves the latents for one unit of its prediction, `(steps,)`.
+
+        Exact for Euler's method; of methods that look back at earlier predictions it is the part along the latest.
+        """
+        moves = self.latents[1:] - self.latents[:-1]
+        return (moves * self.predictions).sum(1) / self.predictions.pow(2).sum(1).clamp_min(1e-30)
+
+
+@contextlib.contextmanager
+def recorded(pipe: Any) -> Iterator[Callable[[], Trajectory]]:
+    """Inside, one call is recorded; what this yields returns it afterwards."""
+    predictions: list[torch.Tensor] = []
+    latents: list[torch.Tensor] = []
+
+    def record(call_next: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
+        result = call_next(*args, **kwargs)
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        if not latents:
+            latents.append(_some(given["sample"]))
+        predictions.append(_some(given["model_output"]))
+        latents.append(_some(after))
+        return result
+
+    with Ledger() as ledger:
+        ledger.add_middleware(pipe.scheduler, "step", record, place="scheduler.tune")
+    try:
+        yield lambda: Trajectory(torch.stack(predictions), torch.stack(latents))
+    finally:
+        ledger.undo()
+
+
+def _some(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    drawn = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(0))[:_ELEMENTS]
+    return flat[drawn.to(flat.device)].float().cpu()
 
 
 def tune(
@@ -60,7 +111,7 @@ def tune(
         ConfigurationError: the budget or share cannot be read, or there are too few calls.
         UnsupportedError: the pipeline cannot be searched, or the calls make different numbers of steps.
     """
-    read = Budget.of(budget)
+    read, plan = Budget.of(budget), applied.plan
     held_out = len(calls) // 3 if held_out is None else held_out
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigurationError(f"share={quoted(share)} must be a share of the prompts, above 0 and at most 1")
@@ -69,62 +120,49 @@ def tune(
             f"tune got {len(calls)} prompts, of which {held_out} are held out; it needs at least {_LEAST_CALLS} to "
             "tune on and one to judge by"
         )
-    cached = _cached_by(pipe, applied)
-    ((_, model),) = applied.plan.family.models(pipe).items()
-    where = None if folder is None else user_path(folder, "folder")
-    if where is not None:
-        make_folder(where, f"folder {where}")
-    return _tune(
-        _Trials(pipe, model, calls, read, stock, cached, where, progress), share, len(calls) - held_out, len(calls)
-    )
-
-
-def _cached_by(pipe: Any, applied: AppliedPlan) -> Cached:
-    """Return the context in which calls run with a cache; raise where there can be none."""
-    plan = applied.plan
-    models = plan.family.models(pipe)
     if plan["cache"].on:
         raise ConfigurationError("tune needs an acceleration without a cache; accelerate with cache=None first")
-    if not plan.family.pipelines or len(models) != 1 or applied.team is not None:
+    if not plan.family.pipelines or len(plan.family.models(pipe)) != 1 or applied.team is not None:
         raise UnsupportedError(
             f"tune cannot search schedules of {plan.model.pipeline}: it knows pipelines of a family with one denoiser, "
             "on one rank; give CacheConfig(step_mask=...) by hand"
         )
-    ((_, model),) = models.items()
-
-    @contextlib.contextmanager
-    def cached(settings: CacheConfig) -> Iterator[None]:
-        ledger = Ledger()
-        with ledger:
-            attach_cache(model, settings, plan.family, ledger, owner=applied)
-        try:
-            yield
-        finally:
-            ledger.undo()
-
-    return cached
+    where = None if folder is None else user_path(folder, "folder")
+    if where is not None:
+        make_folder(where, f"folder {where}")
+    trials = _Trials(pipe, applied, calls, read, stock, where, progress)
+    return _tune(trials, share, range(len(calls) - held_out), range(len(calls) - held_out, len(calls)))
 
 
-def _tune(trials: _Trials, share: float, first_held_out: int, count: int) -> Tuned:
-    budget = trials.budget
-    tuning, judging = range(first_held_out), range(first_held_out, count)
-    trajectories = [trials.stock_trajectory(call) for call in tuning[:_RECORDED]]
-    steps = {len(trajectory.predictions) for trajectory in trajectories}
-    if len(steps) != 1 or steps == {1}:
-        raise UnsupportedError(f"tune needs calls of as many steps each, two or more, and these make {sorted(steps)}")
-    proposals = _Proposals(trajectories, trials)
+def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned:
+    budget, few = trials.budget, tuning[:_RECORDED]
+    trajectories = [trials.run(None, call)[1] for call in few]
+    counts = {len(trajectory.predictions) for trajectory in trajectories}
+    if len(counts) != 1 or counts == {1}:
+        raise UnsupportedError(f"tune needs calls of as many steps each, two or more, and these make {sorted(counts)}")
+    (steps,) = counts
+    predictions = torch.stack([each.predictions for each in trajectories], dim=1)
+    weights = torch.stack([each.weights for each in trajectories]).mean(0)
+    gains = _measured_gains(trials, trajectories[:_PROBED], predictions[:, :_PROBED], weights)
     tried: dict[int, Judged] = {}
 
+    def proposals(forwards: int) -> dict[Schedule, None]:
+        """Return the best schedule of each order."""
+        if forwards >= steps:
+            return {Schedule(tuple(range(steps)), 0): None}
+        return dict.fromkeys(
+            best_schedule(predictions, weights, gains, forwards=forwards, order=order) for order in _ORDERS
+        )
+
     def keeps(forwards: int) -> bool:
-        rivals = [trials.judged(schedule, tuning[:_RECORDED]) for schedule in proposals.of(forwards)]
-        best = max(rivals, key=lambda rival: (rival.share(budget), median(rival.values)))
-        assert best.schedule is not None
-        tried[forwards] = trials.judged(best.schedule, tuning)
+        rivals = {schedule: trials.judged(schedule, few) for schedule in proposals(forwards)}
+        best = max(rivals, key=lambda schedule: (rivals[schedule].share(budget), median(rivals[schedule].values)))
+        tried[forwards] = trials.judged(best, tuning)
         return tried[forwards].share(budget) >= share
 
     low, high = 1, 2
-    while high < proposals.steps and not keeps(high):
-        low, high = high, min(2 * high, proposals.steps)
+    while high < steps and not keeps(high):
+        low, high = high, min(2 * high, steps)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
@@ -132,146 +170,103 @@ def _tune(trials: _Trials, share: float, first_held_out: int, count: int) -> Tun
         keeps(high)
     schedule = tried[high].schedule
     assert schedule is not None
-    fewer = tuple(trials.judged_stock(forwards, tuning[:_RECORDED]) for forwards in sorted(tried))
-    return Tuned(
-        budget=budget,
-        share=share,
-        steps=proposals.steps,
-        best=trials.judged(schedule, judging),
-        rival=trials.judged_stock(high, judging),
-        tried=(*(tried[forwards] for forwards in sorted(tried)), *fewer),
-    )
+    best, rival = trials.judged(schedule, judging), trials.judged(high, judging)
+    schedules = [tried[forwards] for forwards in sorted(tried)]
+    fewer = [trials.judged(forwards, few) for forwards in sorted(tried)]
+    return Tuned(budget=budget, share=share, steps=steps, best=best, rival=rival, tried=(*schedules, *fewer))
 
 
-class _Proposals:
-    """Schedules to try, from recordings of stock and from what a few calls made of single skipped steps."""
-
-    def __init__(self, trajectories: Sequence[Trajectory], trials: _Trials) -> None:
-        self.steps = len(trajectories[0].predictions)
-        self._predictions = torch.stack([each.predictions for each in trajectories], dim=1)
-        self._weights = torch.stack([each.weights for each in trajectories]).mean(0)
-        few = trajectories[:_PROBED]
-        probed = sorted({round(step) for step in np.geomspace(1, self.steps - 1, _PROBED)})
-        gains = []
-        for step in probed:
-            added = injected(self._predictions[:, : len(few)], self._weights, step, order=1)
-            schedule = Schedule(tuple(each for each in range(self.steps) if each != step), 1)
-            ended = torch.stack(
-                [
-                    (trials.trajectory(schedule, call).latents[-1] - stock.latents[-1]).norm()
-                    for call, stock in enumerate(few)
-                ]
-            )
-            gains.append(float((ended / added.clamp_min(1e-12)).quantile(0.9)))
-        self._gains = gains_between(probed, gains, self.steps)
-
-    def of(self, forwards: int) -> list[Schedule]:
-        """Return the best schedule of each order."""
-        if forwards >= self.steps:
-            return [Schedule(tuple(range(self.steps)), 0)]
-        found = [
-            best_schedule(self._predictions, self._weights, self._gains, forwards=forwards, order=order)
-            for order in _ORDERS
-        ]
-        return list(dict.fromkeys(found))
+def _measured_gains(
+    trials: _Trials, stock: Sequence[Trajectory], predictions: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the gain of each step, from what a few calls make of single skipped steps."""
+    steps, gains = len(predictions), []
+    probed = sorted({round(step) for step in np.geomspace(1, steps - 1, _PROBED)})
+    for step in probed:
+        added = injected(predictions, weights, step, order=1)
+        schedule = Schedule(tuple(each for each in range(steps) if each != step), 1)
+        ran = [trials.run(schedule, call)[1] for call in range(len(stock))]
+        ended = [(ours.latents[-1] - theirs.latents[-1]).norm() for ours, theirs in zip(ran, stock, strict=True)]
+        gains.append(float((torch.stack(ended) / added.clamp_min(1e-12)).quantile(0.9)))
+    return gains_between(probed, gains, steps)
 
 
+@dataclass
 class _Trials:
-    """Runs calls, each once: what they gave is kept, in a folder too."""
+    """Runs calls, and judges each way to make one once: what it gave is kept, in a folder too.
 
-    def __init__(
-        self,
-        pipe: Any,
-        model: torch.nn.Module,
-        calls: Sequence[Mapping[str, Any]],
-        budget: Budget,
-        stock: Callable[[], AbstractContextManager[Any]],
-        cached: Cached,
-        folder: Path | None,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._pipe = pipe
-        self._calls = calls
-        self.budget = budget
-        self._stock = stock
-        self._cached = cached
-        self._folder = folder
-        self._progress = progress
-        self._results: dict[int, np.ndarray] = {}
-        self._trajectories: dict[int, Trajectory] = {}
-        self._values: dict[str, float] = {}
-        self._made = 0
-        self._about = [""] * len(calls)
-        if folder is not None:
+    What is tried is a schedule, stock with this many steps, or None for stock as it is.
+    """
+
+    pipe: Any
+    applied: AppliedPlan
+    calls: Sequence[Mapping[str, Any]]
+    budget: Budget
+    stock: Callable[[], AbstractContextManager[Any]]
+    folder: Path | None
+    progress: Callable[[int], None] | None
+    made: int = 0
+    stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ((_, self.model),) = self.applied.plan.family.models(self.pipe).items()
+        self.about = [""] * len(self.calls)
+        self.file = None if self.folder is None else self.folder / "values.jsonl"
+        if self.file is not None:
             # What was measured holds for this model, scheduler and call alone; a line cut off by a kill is dropped.
-            about = type(pipe).__name__, dict(pipe.scheduler.config), dict(model.state_dict())
-            self._about = [digest((about, dict(call))).hex() for call in calls]
-            path = folder / "values.jsonl"
-            text = path.read_text() if path.exists() else ""
+            about = type(self.pipe).__name__, dict(self.pipe.scheduler.config), dict(self.model.state_dict())
+            self.about = [digest((about, dict(call))).hex() for call in self.calls]
+            text = self.file.read_text() if self.file.exists() else ""
             whole = text[: text.rfind("\n") + 1]
-            path.write_text(whole)
-            self._values = {entry["trial"]: entry["value"] for entry in map(json.loads, whole.splitlines())}
+            self.file.write_text(whole)
+            self.values = {entry["trial"]: entry["value"] for entry in map(json.loads, whole.splitlines())}
 
-    def stock_trajectory(self, call: int) -> Trajectory:
-        """Return the trajectory of stock."""
-        self._stock_result(call)
-        return self._trajectories[call]
+    def judged(self, tried: Schedule | int, calls: Sequence[int]) -> Judged:
+        """Judge a schedule, or stock with this many steps, by some calls."""
+        values = tuple(self._value(tried, call) for call in calls)
+        if isinstance(tried, Schedule):
+            return Judged("schedule", len(tried.computed), tried, values)
+        return Judged("stock", tried, None, values)
 
-    def trajectory(self, schedule: Schedule, call: int) -> Trajectory:
-        """Return the trajectory with a schedule."""
-        with self._cached(_settings(schedule, len(self.stock_trajectory(call).predictions))):
-            return self._run(call)[1]
+    def _value(self, tried: Schedule | int, call: int) -> float:
+        way = f"{tried.order} {tried.computed}" if isinstance(tried, Schedule) else f"stock {tried}"
+        trial = f"psnr {self.about[call]} {call} {way}"
+        if trial not in self.values:
+            self.values[trial] = psnr(self.run(tried, call)[0], self.run(None, call)[0])
+            if self.file is not None:
+                with self.file.open("a") as file:
+                    file.write(json.dumps({"trial": trial, "value": self.values[trial]}) + "\n")
+        return self.values[trial]
 
-    def judged(self, schedule: Schedule, calls: Sequence[int]) -> Judged:
-        """Judge a schedule by some calls."""
-        values = []
-        for call in calls:
+    def run(self, tried: Schedule | int | None, call: int) -> tuple[np.ndarray, Trajectory]:
+        """Return a call's result and trajectory."""
+        if tried is None and call in self.stock_runs:
+            return self.stock_runs[call]
+        arguments = {**self.calls[call], "generator": torch.Generator("cpu").manual_seed(call)}
+        running: AbstractContextManager[Any]
+        if isinstance(tried, Schedule):
+            running = self._cached(tried, len(self.run(None, call)[1].predictions))
+        else:
+            running = self.stock()
+            arguments |= {} if tried is None else {"num_inference_steps": tried}
+        with running, recorded(self.pipe) as trajectory:
+            result = self.pipe(**arguments)
+        self.made += 1
+        if self.progress is not None:
+            self.progress(self.made)
+        ran = next(iter(outputs_on_host(result).values())).numpy(), trajectory()
+        if tried is None:
+            self.stock_runs[call] = ran
+        return ran
 
-            def run(call: int = call) -> np.ndarray:
-                with self._cached(_settings(schedule, len(self.stock_trajectory(call).predictions))):
-                    return self._run(call)[0]
-
-            values.append(self._value(f"{call} {schedule.order} {schedule.computed}", call, run))
-        return Judged("schedule", len(schedule.computed), schedule, tuple(values))
-
-    def judged_stock(self, steps: int, calls: Sequence[int]) -> Judged:
-        """Judge stock with this many steps by some calls."""
-        values = []
-        for call in calls:
-
-            def run(call: int = call) -> np.ndarray:
-                with self._stock():
-                    return self._run(call, num_inference_steps=steps)[0]
-
-            values.append(self._value(f"{call} stock {steps}", call, run))
-        return Judged("stock", steps, None, tuple(values))
-
-    def _value(self, trial: str, call: int, run: Callable[[], np.ndarray]) -> float:
-        trial = f"{self.budget.metric} {self._about[call]} {trial}"
-        if trial not in self._values:
-            self._values[trial] = self.budget.measure(run(), self._stock_result(call))
-            if self._folder is not None:
-                with (self._folder / "values.jsonl").open("a") as file:
-                    file.write(json.dumps({"trial": trial, "value": self._values[trial]}) + "\n")
-        return self._values[trial]
-
-    def _stock_result(self, call: int) -> np.ndarray:
-        if call not in self._results:
-            with self._stock():
-                self._results[call], self._trajectories[call] = self._run(call)
-        return self._results[call]
-
-    def _run(self, call: int, **changed: Any) -> tuple[np.ndarray, Trajectory]:
-        arguments = {**self._calls[call], "generator": torch.Generator("cpu").manual_seed(call), **changed}
-        with recorded(self._pipe) as trajectory:
-            result = self._pipe(**arguments)
-        self._made += 1
-        if self._progress is not None:
-            self._progress(self._made)
-        return next(iter(outputs_on_host(result).values())).numpy(), trajectory()
-
-
-def _settings(schedule: Schedule, steps: int) -> CacheConfig:
-    return CacheConfig(
-        extrapolate="output", step_mask=schedule.computed, steps=steps, taylorseer_order=schedule.order or None
-    )
+    @contextlib.contextmanager
+    def _cached(self, schedule: Schedule, steps: int) -> Iterator[None]:
+        settings = CacheConfig(**schedule.settings(steps))
+        ledger = Ledger()
+        with ledger:
+            attach_cache(self.model, settings, self.applied.plan.family, ledger, owner=self.applied)
+        try:
+            yield
+        finally:
+            ledger.undo()
