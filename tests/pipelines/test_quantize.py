@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import threading
 import weakref
 
@@ -75,7 +76,7 @@ def test_a_forward_is_stocks_with_linears_in_8_bits_and_nothing_else_and_stock_c
             right = forward()
     assert dtype == torch.float32
     assert len(names) > 20
-    assert all(name.split(".")[0] in ("layers", "blocks") or "transformer_blocks" in name for name in names)
+    assert all(name.split(".")[1].isdigit() for name in names)  # in a list of blocks
     # A product on the edge between two values of 8 bits falls on either side, by rounding.
     assert relative_error(ours, right) < 0.25 * relative_error(right, stock)
     assert 0 < relative_error(ours, stock) < 0.1
@@ -285,11 +286,12 @@ def test_blocks_in_8_bits_are_compiled_once_a_kind(name):
 def test_weights_that_were_not_kept_are_missed_in_one_sentence():
     stock = ENTRY.build()
     original = weakref.ref(stock.transformer.transformer_blocks[0].attn.to_q)
+    adapter = lora_state_dict(stock.transformer, rank=4)
     pipe = accelerate_pipeline(stock, **{**SETTINGS, "quantize": QuantizeConfig(reversible=False)})
     assert original() is None
     ours = ENTRY.call(pipe)
     assert torch.equal(ours, ENTRY.call(accelerated()))
-    for act in (pipe.transformer.state_dict, lambda: load_tiny_lora(pipe), lambda: pipe.transformer.half()):
+    for act in (pipe.transformer.state_dict, lambda: pipe.load_lora_weights(adapter), lambda: pipe.transformer.half()):
         with pytest.raises(UnsupportedError, match="reversible=False") as caught:
             act()
         assert "\n" not in str(caught.value)
@@ -317,6 +319,7 @@ def test_a_dropped_pipeline_frees_its_weights_in_8_bits():
     ENTRY.call(pipe)
     weight = weakref.ref(pipe.transformer.transformer_blocks[0].attn.to_q.weight)
     del pipe
+    gc.collect()
     assert weight() is None
 
 
