@@ -25,7 +25,8 @@ SHAPES = ((4096, 3072, 9216), (4097, 3072, 3072), (517, 256, 1040))
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()  # which counts the graphs of one method over all of its objects
     with torch.no_grad():
         yield
 
@@ -66,10 +67,10 @@ def test_a_product_is_that_of_rows_in_8_bits(shape, batch, dtype, compiled):
     assert product.dtype == dtype
     assert bool(product.isfinite().all())
     right = reference(ours, features, activations=True)
-    # What bfloat16 leaves of a product, and rows of 8 bits on the edge between two values.
-    assert relative_error(product, right) < 8e-3
+    # What fast accumulation and bfloat16 leave of a product; 8 bits themselves are three times as far from stock.
+    assert relative_error(product, right) < 1.2e-2
     plain = [row for row in range(rows) if row not in (1, 2)]
-    assert relative_error(product[:, plain], right[:, plain]) < 8e-3
+    assert relative_error(product[:, plain], right[:, plain]) < 1.2e-2
     assert relative_error(product[:, plain], linear(features)[:, plain]) < 0.05
 
 
@@ -105,13 +106,11 @@ def test_a_compiled_pipeline_in_8_bits_is_near_to_eager_and_stock_comes_back(nam
     for _ in range(2):
         ours = entry.call(pipe, steps=4)
     assert relative_error(ours, of_eager) < 0.1
-    counters = pipe.acceleration.report()
-    assert counters is not None
-    compiled = pipe.acceleration._applied.counters("compile")["transformer"]
+    compiled = pipe.acceleration.report().compiled["transformer"]
     assert compiled["eager"] == {}
     assert compiled["graphs"] == len(pipe.acceleration.plan.family.blocks)
     if graphs:
-        assert pipe.acceleration._applied.counters("graphs")["transformer"]["replayed"] >= 4
+        assert pipe.acceleration.report().graphs["transformer"]["replayed"] >= 4
     with pipe.acceleration.paused():
         assert torch.equal(entry.call(pipe, steps=4), stock)
     again = entry.call(pipe, steps=4)

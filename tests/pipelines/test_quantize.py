@@ -31,7 +31,7 @@ def in_8_bits(model: nn.Module) -> list[str]:
 
 
 def counts(pipe):
-    return pipe.acceleration._applied.counters("quantize")["transformer"]
+    return pipe.acceleration.report().quantised["transformer"]
 
 
 @contextlib.contextmanager
@@ -119,6 +119,7 @@ def test_paused_calls_are_stock_to_the_bit_and_the_next_call_is_in_8_bits_again(
     assert torch.equal(ENTRY.call(pipe), ours)
     assert in_8_bits(pipe.transformer)
     assert (counts(pipe)["quantised"], counts(pipe)["restored"]) == (2, 1)
+    assert "8 bits: transformer: 66 linears" in str(pipe.acceleration.report())
     result = pipe.acceleration.verify(**ENTRY.call_kwargs())
     assert 0 < result.forward_errors["transformer"] < 0.1
 
@@ -275,7 +276,7 @@ def test_blocks_in_8_bits_are_compiled_once_a_kind():
     with pipe.acceleration.paused():
         ENTRY.call(pipe)
     assert torch.equal(ENTRY.call(pipe), compiled)
-    counters = pipe.acceleration._applied.counters("compile")["transformer"]
+    counters = pipe.acceleration.report().compiled["transformer"]
     assert counters["eager"] == {}
     assert counters["graphs"] == len(pipe.acceleration.plan.family.blocks)
     assert relative_error(compiled, ENTRY.call(accelerated())) < 0.05
