@@ -243,6 +243,14 @@ def test_what_the_user_put_in_a_linears_place_runs_in_8_bits_too_and_stays():
     assert torch.equal(ENTRY.call(pipe), ENTRY.call(stock))
 
 
+def test_linears_that_diffusers_offloads_keep_their_precision():
+    pipe = accelerated()
+    ENTRY.call(pipe)
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(ENTRY.call(pipe), ENTRY.stock())
+    assert counts(pipe)["left"] == {"that were changed by a hook": 66}
+
+
 def test_a_conversion_reaches_the_weights_as_they_were():
     pipe = accelerated()
     ENTRY.call(pipe)
