@@ -14,6 +14,7 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention import swappable_processors
 from pipeboost.features.compile import capture_obstacles
+from pipeboost.features.compile.vae import is_rewritable, key_of
 from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
 from pipeboost.features.quantize import of_original, quantizable
@@ -41,6 +42,7 @@ def model_info(
     )
     model = next(iter(denoisers.values()))
     hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
+    vae = getattr(pipe, "vae", None)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelInfo(
         pipeline=type(pipe).__name__,
@@ -63,6 +65,8 @@ def model_info(
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,
         quantizable=quantizable(denoisers, family),
+        vae=None if not isinstance(vae, nn.Module) else "causal" if is_rewritable(vae) else "other",
+        vae_key=key_of(vae) if isinstance(vae, nn.Module) else "",
         stock_denoisers={
             path: stock_class(module).__name__
             for path, module in modules.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -102,6 +103,9 @@ class ModelInfo:
             was not asked.
         quantizable: transformer → what of it can have 8 bits; None where nobody has looked.
         activations: what the stages take besides weights, on one rank; None where no family says.
+        vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"other"` nothing; None where
+            there is none.
+        vae_key: stands for the VAE's class, configuration and dtype, by which compiled code of it is found.
     """
 
     pipeline: str
@@ -126,6 +130,8 @@ class ModelInfo:
     splits: Mapping[str, Split] | None = None
     quantizable: Mapping[str, Quantizable] | None = None
     activations: Activations | None = None
+    vae: Literal["causal", "other"] | None = None
+    vae_key: str = ""
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
         """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""

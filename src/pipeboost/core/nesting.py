@@ -28,6 +28,7 @@ NESTING: dict[str, dict[str, str]] = {
         "padding": "padded text is cut before ranks share its tokens, and before shapes are captured",
         "sequence": "a rank's own tokens are what a graph captures",
         "graphs": "a replay runs no Python: all that decides on the host is outside",
+        "sizes": "knows of which sizes compiled code is at hand",
         "compile": "what a graph captures may be compiled as a whole",
     },
     "block": {
@@ -39,6 +40,7 @@ NESTING: dict[str, dict[str, str]] = {
     },
     "submodule": {
         "sequence": "puts tokens together, or takes a rank's own",
+        "rewrite": "computes what stock would, inside its hooks",
     },
     "scheduler": {
         "tune": "records what the step was given and what it returned",
