@@ -58,7 +58,7 @@ def accelerate_pipeline(
     Args:
         pipe: any Diffusers pipeline with a transformer, on the device it will run on.
         quality: the tier, which bounds how far outputs may move from stock: `"exact"` (bit-identical), `"lossless"`
-            (the default: rounding only), `"balanced"` (8-bit attention), `"fast"` (step caching).
+            (the default: rounding only), `"balanced"` (8-bit linears and attention), `"fast"` (step caching).
         attention, parallel, cache, compile, quantize, offload, reuse: `"auto"` (the default) lets the plan choose; None
             or False turns the feature off; a short name (`"flash3"`, `"regional"`) or the feature's dataclass fixes it.
         config: an `AccelerationConfig` or the path of a YAML/JSON file; the keyword arguments win over it, and it wins

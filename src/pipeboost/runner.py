@@ -138,6 +138,7 @@ class Calls:
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else component_bytes(pipe.components),
             compiled={**applied.counters("compile"), **applied.counters("vae")},
+            quantised=applied.counters("quantize"),
             graphs=applied.counters("graphs"),
             ulysses="" if applied.team is None else applied.team.carrier,
         )

@@ -33,13 +33,15 @@ class Reference(NamedTuple):
 
 
 @once
-def reference(name: str, /, *, quality: str = "lossless", cache: Any = None, **overrides: Any) -> Reference:
+def reference(
+    name: str, /, *, quality: str = "lossless", cache: Any = None, quantize: Any = "auto", **overrides: Any
+) -> Reference:
     """What ranks are compared to, made once in the process of the tests for all layouts."""
     entry, settings = TINY[name], {"output_type": "latent", **overrides}
     pipe = entry.build()
     with torch.no_grad():
         stock = entry.call(pipe, **settings)
-        accelerate_pipeline(pipe, quality=quality, parallel=None, cache=cache, reuse=None)
+        accelerate_pipeline(pipe, quality=quality, parallel=None, cache=cache, quantize=quantize, reuse=None)
         return Reference(stock, entry.call(pipe, **settings), entry.call(pipe, **_other(settings)))
 
 
@@ -58,6 +60,7 @@ def differences(
     *,
     quality: str = "lossless",
     cache: Any = None,
+    quantize: Any = "auto",
     twice: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def differences(
     threads, groups = set(threading.enumerate()), set(groups_module._groups)
     with torch.no_grad():
         parallel = ParallelConfig(**{"vae": False, **layout})
-        accelerate_pipeline(pipe, quality=quality, parallel=parallel, cache=cache, reuse=None)
+        accelerate_pipeline(pipe, quality=quality, parallel=parallel, cache=cache, quantize=quantize, reuse=None)
         counts = _counted(pipe, entry.denoisers)
         shared = entry.call(pipe, **settings)
         forwards, tokens = counts["forwards"], counts["tokens"]

@@ -240,3 +240,15 @@ def test_one_rank_shows_the_progress_and_all_report_who_decoded():
 def test_ranks_that_drift_apart_are_found_out_after_the_first_step():
     for told in on_ranks(2, layout_cases.drifting):
         assert "the latents of rank 1 are not those of rank 0" in told
+
+
+@pytest.mark.parametrize("layout", ["cfg 2", "ulysses 2"])
+def test_linears_in_8_bits_on_ranks_are_those_of_one(layout):
+    settings = {"quality": "balanced", "quantize": "fp8"}
+    expected = layout_cases.reference("flux_true_cfg", **settings)
+    # Rounding sends what lies on the edge between two values of 8 bits to either, and so what follows.
+    bound = 0.0 if layout == "cfg 2" else 1.5 * float((expected.alone - expected.stock).abs().max())
+    for found in on_ranks(2, layout_cases.differences, "flux_true_cfg", LAYOUTS[layout], expected, **settings):
+        assert found["shared"] <= bound
+        assert found["removed"] == 0.0
+        assert found["left"] == []

@@ -12,6 +12,7 @@ NESTING: dict[str, dict[str, str]] = {
         "reuse": "a prompt that was kept is a stage that took no time",
         "parallel": "stops what ranks cannot do while they share weights; shares the `interrupt` flag; shows one bar",
         "offload": "answers where the script is to run",
+        "quantize": "weights are as they were before Diffusers puts hooks on them",
     },
     "component": {
         "writes": "notes that weights are about to change, and has them as they were before anything reads them",

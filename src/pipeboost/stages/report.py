@@ -83,6 +83,7 @@ class Report:
         ulysses: how ranks that share tokens exchange heads for them; empty where none do.
         compiled: transformer → graphs compiled, seconds spent on it, and forwards of its blocks that ran eager with the
             reason, in this process so far.
+        quantised: transformer → linears in 8 bits, and how often they changed places with the weights as they were.
         graphs: transformer → CUDA graphs captured and dropped, their bytes, forwards replayed, and why the others were
             not, so far.
         trace: every span.
@@ -102,6 +103,7 @@ class Report:
     vae: dict[str, int] = field(default_factory=dict)
     ulysses: str = ""
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
     graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     trace: list[TraceEvent] = field(default_factory=list)
 
@@ -217,6 +219,12 @@ class Report:
         for name, cost in self.compiled.items():
             lines.append(f"  compile: {name}: {cost['graphs']:.0f} graphs in {cost['seconds']:.1f} s so far")
             lines.extend(f"    {count} times eager: {reason}" for reason, count in cost["eager"].items())
+        for name, found in self.quantised.items():
+            lines.append(
+                f"  8 bits: {name}: {found['linears']} linears, {found['nbytes'] / 2**30:.2f} GiB, "
+                f"{found['host_bytes'] / 2**30:.2f} GiB kept on the host; quantised {found['quantised']} times, "
+                f"put back {found['restored']} times, in {found['seconds']:.1f} s so far"
+            )
         for name, found in self.graphs.items():
             changed = f", dropped {found['dropped']} times ({found['change']})" if found["dropped"] else ""
             lines.append(

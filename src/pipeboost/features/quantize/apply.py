@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeboost.contract.context import ApplyContext, Component
 from pipeboost.contract.decision import Decision
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.quantize.model import Counts, quantise_model, quantised_model
+from pipeboost.features.quantize.model import Counts, quantise_model, quantised_model, restore_before_offload
 
 
 def apply(component: Component, decision: Decision, context: ApplyContext, ledger: Ledger) -> Counts | None:
@@ -14,6 +14,8 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
     Raises:
         UnsupportedError: as `quantise_model`.
     """
+    if not component.path:
+        restore_before_offload(component.object, context.family, ledger)
     if not component.denoises:
         return None
     device = context.model.device

@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,8 +37,11 @@ READING = (
     *("load_lora_adapter", "save_lora_adapter", "add_adapter", "delete_adapters", "unload_lora"),
     *("fuse_lora", "unfuse_lora", "fuse_qkv_projections", "unfuse_qkv_projections"),
     *("state_dict", "load_state_dict", "save_pretrained", "half", "float", "double", "bfloat16"),
+    *("enable_group_offload", "enable_layerwise_casting"),
 )
-"""Methods of a transformer that read, write or convert weights, or wrap linears."""
+"""Methods of a transformer that read, write or convert weights, or wrap linears or put hooks on them."""
+OFFLOADING = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+"""Methods of a pipeline that put hooks on linears, which then keep their precision."""
 _TURNING_OFF = ("disable_lora", "disable_adapters")
 """Methods after which an adapter that is merged takes itself out of the weights."""
 
@@ -71,7 +74,7 @@ class Counts:
 
 
 class QuantizedModel:
-    """The linears of one transformer. Holds its parts, not the model.
+    """The linears of one transformer. Holds none of them: a dropped model frees its memory at once.
 
     Args:
         model: the transformer.
@@ -89,13 +92,13 @@ class QuantizedModel:
         self._settings = settings
         self._family = family
         self._device = device
-        self._changed: list[tuple[Place, Float8Linear]] = []
+        self._changed: list[_Changed] = []
         self._quantised = False
         self._forwards = _Forwards()
 
     def requantise(self) -> None:
         """Do as `quantise`, and also where the user has put another linear in the place of one."""
-        self._quantised = self._quantised and all(map(_in_place, self._changed))
+        self._quantised = self._quantised and all(each.in_place() is not None for each in self._changed)
         self.quantise()
 
     def quantise(self) -> None:
@@ -115,7 +118,7 @@ class QuantizedModel:
             linears.reverse()
             while linears:  # which must not keep alive what is not to be kept
                 self._replace(*linears.pop(), memory)
-            self._changed = list(filter(_in_place, self._changed))
+            self._changed = [each for each in self._changed if each.in_place() is not None]
             self._quantised = True
             self.counts.quantised += 1
             self._count(start)
@@ -141,9 +144,7 @@ class QuantizedModel:
             start = time.perf_counter()
             self._quantised = False
             while self._changed:
-                place, ours = self._changed[-1]
-                if _in_place(self._changed[-1]):
-                    place.parent._modules[place.name] = _restored(ours)
+                self._changed[-1].restore()
                 self._changed.pop()
             self.counts.restored += bool(doing)
             self._count(start)
@@ -186,15 +187,16 @@ class QuantizedModel:
         weight = linear.weight
         device = self._device if weight.device.type == "cpu" else None
         ours = Float8Linear(linear, device=device, reversible=self._settings.reversible)
-        self._changed.append((place, ours))
+        self._changed.append(_Changed(weakref.ref(place.parent), place.name, weakref.ref(ours)))
         place.parent._modules[place.name] = ours
         if self._settings.reversible and weight.device.type == "cuda":
             weight.data = memory.copy_of(weight.data)
 
     def _count(self, start: float) -> None:
-        self.counts.linears = len(self._changed)
-        self.counts.nbytes = sum(each.weight.nbytes + each.weight_scale.nbytes for _, each in self._changed)
-        originals = [each.original for _, each in self._changed]
+        linears = [ours for each in self._changed if (ours := each.in_place()) is not None]
+        self.counts.linears = len(linears)
+        self.counts.nbytes = sum(each.weight.nbytes + each.weight_scale.nbytes for each in linears)
+        originals = [each.original for each in linears]
         self.counts.host_bytes = sum(each.weight.nbytes for each in originals if each is not None)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # where weights of another size were, no large buffer fits
@@ -230,6 +232,20 @@ def quantise_model(
     return _quantised[model]
 
 
+def restore_before_offload(pipe: Any, family: Family, ledger: Ledger) -> None:
+    """Have the weights as they were before Diffusers' own offload puts its hooks on them."""
+
+    def restore(method: str, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in family.models(owner).values():
+            if (quantised := quantised_model(model)) is not None:
+                quantised.restore(doing=f"{method}()")
+        return call_next(*args, **kwargs)
+
+    for method in OFFLOADING:
+        if callable(getattr(stock_class(pipe), method, None)):
+            ledger.add_middleware(pipe, method, functools.partial(restore, method), place="pipe.quantize")
+
+
 _quantised: weakref.WeakKeyDictionary[nn.Module, QuantizedModel] = weakref.WeakKeyDictionary()
 
 
@@ -244,9 +260,23 @@ def _forget(reference: weakref.ref[nn.Module]) -> None:
         _quantised.pop(model, None)
 
 
-def _in_place(changed: tuple[Place, Float8Linear]) -> bool:
-    place, ours = changed
-    return place.parent._modules.get(place.name) is ours
+class _Changed(NamedTuple):
+    """A linear in 8 bits, and the module that has it under a name."""
+
+    parent: weakref.ref[nn.Module]
+    name: str
+    ours: weakref.ref[Float8Linear]
+
+    def in_place(self) -> Float8Linear | None:
+        """Return the linear, if it is still where it was put."""
+        parent, ours = self.parent(), self.ours()
+        return ours if parent is not None and parent._modules.get(self.name) is ours else None
+
+    def restore(self) -> None:
+        """Put the original in its place, unless the user has put something there."""
+        parent, ours = self.parent(), self.in_place()
+        if parent is not None and ours is not None:
+            parent._modules[self.name] = _restored(ours)
 
 
 def _restored(ours: Float8Linear) -> nn.Linear:
