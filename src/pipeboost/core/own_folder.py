@@ -23,7 +23,8 @@ def compiled_folder() -> Path:
     """
     folder = kept_in(os.environ)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = why_not_own(folder)
     except OSError as error:
         reason = f"it cannot be made: {error.strerror}"
