@@ -128,7 +128,7 @@ def expected(name: str, what: Map) -> tuple[torch.Tensor, float]:
     return run(), floor_of(run, vae, orders=1)
 
 
-def share(name: str, maps: list[Map], rewritten: bool) -> Results:
+def share(name: str, maps: list[Map], rewritten: bool = False) -> Results:
     """Every map by the ranks together; then the first one outside a call, and after the change was taken back."""
     vae = build(name)
     family = next(family for family in families() if family.name == VAES[name][0])
