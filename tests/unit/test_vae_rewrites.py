@@ -170,7 +170,7 @@ def compare_kernel() -> None:
     """Kernel against reference: odd sizes, both layouts, a pixel of zeros, large values, 16 and 32 bits."""
     from pipeboost.kernels.channel_norm_triton import normalise
 
-    for shape in ((1, 96, 1, 3, 5), (2, 12, 2, 7, 9), (1, 384, 2, 1, 33), (2, 8, 6, 1), (1, 3, 1, 1, 1)):
+    for shape in ((1, 96, 1, 3, 5), (2, 12, 2, 7, 9), (2, 8, 6, 1), (1, 3, 1, 1, 1)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             torch.manual_seed(shape[1])
             states, gamma = torch.randn(shape) * 30, torch.randn(shape[1])

@@ -18,7 +18,8 @@ def inductor_channels_last(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -
     """Compile a graph with inductor, the weights of its convolutions over frames in channels-last layout."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(lay_out(graph), inputs)  # type: ignore[no-any-return, arg-type]
+    compiled: Any = compile_fx(lay_out(graph), list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def lay_out(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -26,7 +27,7 @@ def lay_out(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _CONVOLUTIONS:
             with graph.graph.inserting_before(node):
-                layout = {"memory_format": torch.channels_last_3d}
+                layout: dict[str, Any] = {"memory_format": torch.channels_last_3d}
                 node.update_arg(1, graph.graph.call_method("contiguous", (node.args[1],), layout))
     graph.recompile()
     return graph
