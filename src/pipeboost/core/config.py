@@ -18,6 +18,7 @@ from pipeboost.core.config_checks import (
     from_mapping,
     is_number,
     is_process_group,
+    names_among,
     require_integer,
     require_one_of,
 )
@@ -28,6 +29,7 @@ TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
+REWRITES = ("cat_of_slices", "norm_rotary", "modulated_norm", "real_rotary", "gelu_gemm", "cat_gemm")
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
@@ -125,8 +127,11 @@ class CompileConfig:
         backend: a torch.compile backend: its name, or a function as torch.compile takes it.
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
+        rewrites: what is done to captured graphs, in the same precision (docs/compile.md): `"gelu_gemm"` computes a
+            GELU in the product before it, `"cat_gemm"` multiplies what is concatenated part by part, `"real_rotary"`
+            writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices. Default: all.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
-            come twice, `"auto"` those that the host launches too slowly for the device, False none.
+            come twice, `"auto"` those that are faster so when both are timed, False none.
         vae: whether the VAE's encoder and decoder run faster in the same precision: `"auto"` with convolutions and
             norms rewritten where they are a video VAE's, and compiled where that takes no time; True compiles others
             when they are first used, one graph a size; False leaves the VAE stock.
@@ -136,6 +141,7 @@ class CompileConfig:
     backend: str | Callable[..., Any] = "inductor"
     dynamic: bool = False
     recompile_limit: int = 64
+    rewrites: tuple[str, ...] = REWRITES
     graphs: bool | Literal["auto"] = "auto"
     vae: bool | Literal["auto"] = "auto"
 
@@ -153,17 +159,27 @@ class CompileConfig:
                 "function"
             )
         require_one_of("compile.dynamic", self.dynamic, (True, False))
+        object.__setattr__(self, "rewrites", names_among("compile.rewrites", self.rewrites, REWRITES))
         require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Weights and activations in fewer bits."""
+    """Linears of the transformer in fewer bits.
+
+    Attributes:
+        scheme: `"fp8"`: weights and activations in float8_e4m3fn with a scale for each row.
+        reversible: whether the weights are kept in the host's memory as they were, for `remove()`, for stock calls, and
+            for what loads, fuses or saves weights. False keeps none: `remove()` then leaves the weights as 8 bits have
+            them and says so, and the others raise.
+    """
 
     scheme: str = "fp8"
+    reversible: bool = True
 
     def __post_init__(self) -> None:
         require_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
+        require_one_of("quantize.reversible", self.reversible, (True, False))
 
 
 @dataclass(frozen=True)

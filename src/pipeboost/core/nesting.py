@@ -15,8 +15,9 @@ NESTING: dict[str, dict[str, str]] = {
         "offload": "answers where the script is to run",
     },
     "component": {
-        "writes": "notes that weights are about to change",
+        "writes": "notes that weights are about to change, and has them as they were before anything reads them",
         "guard": "refuses a call that only some ranks make, before anything of it is timed or loaded",
+        "quantize": "a forward has the weights of its call before they are loaded or captured",
         "stages": "a stage's time includes loading its weights",
         "offload": "weights are there before anything computes",
         "cfg": "the branch that another rank computes is neither trimmed nor captured here",
