@@ -25,7 +25,7 @@ from pipeboost.core.sharding import (
 )
 
 __all__ = [
-    "Activations", "Autoencoder", "BatchedBranches", "BlockReturn", "Blocks", "Compiling", "Family", "FullSize", "Linear",
-    "Measured", "PaddedText", "SplitLayers", "StageDoor", "TensorSharding", "TokenArgument", "TokenSharding",
+    "Activations", "Autoencoder", "BatchedBranches", "BlockReturn", "Blocks", "Compiling", "Family", "FullSize",
+    "Linear", "Measured", "PaddedText", "SplitLayers", "StageDoor", "TensorSharding", "TokenArgument", "TokenSharding",
     "prediction_of_latents", "prediction_of_tokens", "stage_doors",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.families import Family

@@ -50,9 +50,9 @@ def _facts(name: str) -> Autoencoder:
     return found
 
 
-def _shared(name: str, ranks: int, maps: list[Map]) -> list[Results]:
+def _shared(name: str, ranks: int, maps: list[Map], *, rewritten: bool = False) -> list[Results]:
     """What ranks found; their results are those of one rank but for rounding, and the same to the bit on all ranks."""
-    found = on_ranks(ranks, vae_cases.share, name, maps)
+    found = on_ranks(ranks, vae_cases.share, name, maps, rewritten)
     for index, what in enumerate(maps):
         expected, floor = vae_cases.expected(name, what)
         outputs = [result.outputs[index] for result in found]
@@ -77,6 +77,13 @@ def test_a_shared_vae_gives_the_undivided_result_and_leaves_no_trace(name, ranks
         assert not result.traces
         assert torch.equal(result.outside, stock)
         assert torch.equal(result.again, stock)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "wan21"])
+def test_ranks_share_a_rewritten_vae(name):
+    for result in _shared(name, 2, MAPS, rewritten=True):
+        assert [set(counts) for counts in result.counts] == [{f"{what.method}r shared"} for what in MAPS]
+        assert not result.traces
 
 
 @pytest.mark.parametrize("name", ALL_TILES)

@@ -17,6 +17,7 @@ from pipeboost.contract.registry import families
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import Mesh
+from pipeboost.features.compile.vae import rewrite_vae
 from pipeboost.features.parallel.vae import VAE_FORWARDS, parallelize_vae
 from tests.floors import floor_of, once
 from tests.pipelines import tiny_parts as parts
@@ -127,7 +128,7 @@ def expected(name: str, what: Map) -> tuple[torch.Tensor, float]:
     return run(), floor_of(run, vae, orders=1)
 
 
-def share(name: str, maps: list[Map]) -> Results:
+def share(name: str, maps: list[Map], rewritten: bool = False) -> Results:
     """Every map by the ranks together; then the first one outside a call, and after the change was taken back."""
     vae = build(name)
     family = next(family for family in families() if family.name == VAES[name][0])
@@ -135,6 +136,8 @@ def share(name: str, maps: list[Map]) -> Results:
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, device=torch.device("cpu"))
     try:
         parallelize_vae(vae, family.autoencoder, ledger)
+        if rewritten:
+            rewrite_vae(vae, family.autoencoder, ledger)
         outputs, counts = [], []
         for what in maps:
             with open_call(None, owner=None, mesh=mesh) as call, poisoned():

@@ -101,6 +101,7 @@ def test_a_pipeline_with_a_rewritten_vae_differs_by_rounding_and_remove_gives_st
     assert torch.equal(entry.call(pipe), stock)
 
 
+@pytest.mark.exhaustive
 def test_tiles_of_a_video_of_all_sizes_share_a_graph() -> None:
     entry = TINY["hunyuan_video"]
     pipe = entry.build()

@@ -1,26 +1,39 @@
 """Compiled code is kept for the next process, in a folder that is the user's own."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from pipeboost.cli.warm import parse_size
+from pipeboost.contract.call import open_call
+from pipeboost.contract.model_info import ModelInfo
+from pipeboost.contract.registry import family_named, generic_family
+from pipeboost.core.config import AccelerationConfig, CompileConfig
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.core.hardware import detect_hardware
+from pipeboost.core.hardware import Hardware, detect_hardware
+from pipeboost.core.ledger import Ledger
 from pipeboost.core.own_folder import kept_in, prune, why_not_own
+from pipeboost.features.compile import CompiledModel, compile_model
 from pipeboost.features.compile.artifacts import artifacts
+from pipeboost.features.compile.vae.known_sizes import key_of, known_sizes, noting_sizes, only_sizes
+from pipeboost.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not detect_hardware("cpu").compiler, reason="inductor needs a C++ compiler")
 
 
 def call_in_process(home: Path, **environment: str) -> dict[str, Any]:
-    """Call a compiled pipeline in a process of its own; what inductor counted there, and the sum of the picture."""
+    """Call a compiled model in a process of its own; what inductor counted there, and the sum of the output."""
     script = "from tests.unit.test_artifacts import call_compiled; call_compiled()"
     settings = {**os.environ, "PIPEBOOST_HOME": str(home), **environment}
     done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=280)
@@ -29,26 +42,22 @@ def call_in_process(home: Path, **environment: str) -> dict[str, Any]:
     return {**found, "stderr": done.stderr}
 
 
+@torch.no_grad()
 def call_compiled() -> None:
     """What `call_in_process` runs."""
-    import time
-
-    from torch._dynamo.utils import counters
-
-    from pipeboost import CompileConfig, accelerate_pipeline
-    from tests.pipelines.tiny import TINY
-
-    entry = TINY["flux_dev"]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)) for _ in range(2)]
+    model, states = nn.Sequential(nn.ModuleList(blocks)), torch.randn(3, 8)
+    model.forward = functools.partial(functools.reduce, lambda states, block: block(states), model[0])
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    # The first process is asked to compile the VAE, the next one finds that it was.
-    vae: Any = True if not (Path(os.environ["PIPEBOOST_HOME"]) / "compiled" / "vae").exists() else "auto"
-    pipe = accelerate_pipeline(entry.build(), compile=CompileConfig(vae=vae))
+    compile_model(model, CompileConfig(), generic_family("SomePipeline", {"transformer": True}), Ledger())
     start = time.perf_counter()
-    picture = entry.call(pipe)
-    seconds = time.perf_counter() - start
-    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit", "bypass")}
+    with open_call(None, owner=None):
+        output = model(states)
+    found: dict[str, Any] = {"seconds": time.perf_counter() - start, "sum": float(output.double().sum())}
+    found |= {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit", "bypass")}
     found |= {f"aot_{name}": counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("miss", "hit", "bypass")}
-    found |= {"sum": float(picture.double().sum()), "seconds": seconds, "vae": pipe.acceleration.plan["vae"].choice}
     found["environment"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     print(json.dumps(found))
 
@@ -59,16 +68,42 @@ def test_no_compiler_runs_in_the_second_process_and_what_is_corrupt_counts_as_mi
     second = call_in_process(tmp_path)
     assert second["miss"] == second["aot_miss"] == second["bypass"] == second["aot_bypass"] == 0, second
     assert second["hit"] + second["aot_hit"] > 0
-    assert (first["vae"], second["vae"]) == ("compiled", "compiled")
     assert first["sum"] == second["sum"]
     assert first["environment"]
     assert second["environment"]
     assert second["seconds"] < first["seconds"]
-    print(f"first process {first['seconds']:.1f} s, second {second['seconds']:.1f} s")
     for path in (kept_in({"PIPEBOOST_HOME": str(tmp_path)})).rglob("*"):
         if path.is_file() and path.suffix not in (".so", ".lock"):
             path.write_bytes(b"corrupt")
     assert call_in_process(tmp_path)["sum"] == first["sum"]
+
+
+def test_a_vae_is_compiled_by_itself_for_sizes_that_were_compiled_before_and_stock_for_others() -> None:
+    part, compiled = nn.Conv2d(3, 3, 1), CompiledModel(nn.Identity(), 1, ("Decoder",))
+    states, others = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 5)
+    key = key_of(part)
+
+    def compile_and_run(states: torch.Tensor) -> torch.Tensor:
+        compiled.counters.graphs += 1
+        return part(states) + 1
+
+    note = noting_sizes("decoder", key, "a GPU", compiled, dynamic=False)
+    assert not known_sizes(key, "a GPU")
+    note(compile_and_run, part, states)
+    note(part, part, others)  # compiles nothing
+    known = known_sizes(key, "a GPU")
+    assert known == {"decoder-1x3x4x4-float32"}
+    assert not known_sizes(key, "another GPU")
+    assert not known_sizes(key_of(part.half()), "a GPU")
+    part.float()
+    choose = only_sizes("decoder", known, dynamic=False)
+    torch.testing.assert_close(choose(compile_and_run, part, states), part(states) + 1)
+    assert torch.equal(choose(compile_and_run, part, others), part(others))
+    hopper = Hardware("cuda", "a GPU", (9, 0), 140 * 2**30, 1, False, True)
+    model = ModelInfo("FluxPipeline", torch.bfloat16, 33 * 2**30, vae="other", vae_key=key)
+    decision = make_plan(AccelerationConfig(), hopper, family_named("FluxPipeline"), model)["vae"]
+    assert decision.settings.sizes == known
+    assert "at hand" in decision.why
 
 
 def test_a_folder_that_others_may_write_to_is_not_used_and_one_warning_says_so(tmp_path: Path) -> None:

@@ -29,7 +29,16 @@ TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
-REWRITES = ("cat_of_slices", "norm_rotary", "modulated_norm", "float8_rows", "real_rotary", "gelu_gemm", "cat_gemm")
+REWRITES = (
+    "cat_of_slices",
+    "norm_rotary",
+    "modulated_norm",
+    "float8_rows",
+    "real_rotary",
+    "gelu_gemm",
+    "conv_layout",
+    "cat_gemm",
+)
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
@@ -129,7 +138,8 @@ class CompileConfig:
         recompile_limit: graphs one block may have, within our calls only.
         rewrites: what is done to captured graphs, in the same precision (docs/compile.md): `"gelu_gemm"` computes a
             GELU in the product before it, `"cat_gemm"` multiplies what is concatenated part by part, `"real_rotary"`
-            writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices. Default: all.
+            writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices,
+            `"conv_layout"` has convolutions over frames with the channels of a pixel side by side. Default: all.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
             come twice, `"auto"` those that are faster so when both are timed, False none.
         vae: whether the VAE's encoder and decoder run faster in the same precision: `"auto"` with convolutions and

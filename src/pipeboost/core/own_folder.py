@@ -23,7 +23,8 @@ def compiled_folder() -> Path:
     """
     folder = kept_in(os.environ)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = why_not_own(folder)
     except OSError as error:
         reason = f"it cannot be made: {error.strerror}"
@@ -38,8 +39,8 @@ def compiled_folder() -> Path:
 
 def kept_in(environment: Mapping[str, str]) -> Path:
     """Return where compiled code is kept by the environment, whether or not that is a folder."""
-    home = environment.get(HOME_VARIABLE)
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "pipeboost") / "compiled"
+    home = environment.get(HOME_VARIABLE) or "~/.cache/pipeboost"
+    return Path(os.path.expanduser(home)) / "compiled"  # as it is where the user has no home
 
 
 def why_not_own(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from pipeboost.features.compile.rewrites.cat_gemm import multiply_parts
 from pipeboost.features.compile.rewrites.cat_of_slices import drop_cats_of_slices
+from pipeboost.features.compile.rewrites.conv_layout import lay_out_convolutions
 from pipeboost.features.compile.rewrites.float8_rows import quantise_in_producers
 from pipeboost.features.compile.rewrites.gelu_gemm import gelu_in_gemm
 from pipeboost.features.compile.rewrites.modulated_norm import fuse_norms
@@ -27,6 +28,7 @@ REWRITES: dict[str, Callable[[fx.Graph], int]] = {
     "float8_rows": quantise_in_producers,  # among them the norms above
     "real_rotary": rotate_in_real_numbers,
     "gelu_gemm": gelu_in_gemm,
+    "conv_layout": lay_out_convolutions,
     "cat_gemm": multiply_parts,  # what is concatenated may be a product that a pass above has changed
 }
 

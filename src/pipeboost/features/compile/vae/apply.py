@@ -14,7 +14,6 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.compile.model import CompiledModel, compile_model
 from pipeboost.features.compile.vae.decide import VaeSettings
 from pipeboost.features.compile.vae.known_sizes import key_of, noting_sizes, only_sizes
-from pipeboost.features.compile.vae.layout import inductor_channels_last
 from pipeboost.features.compile.vae.rewrites import (
     is_compiled,
     is_rewritable,
@@ -76,18 +75,17 @@ def compile_vae(
         UnsupportedError: as `compile_model`.
     """
     assert settings.compiled is not None
-    compiled, models = settings.compiled, []
-    kept = compiled.backend == "inductor"
-    if any(isinstance(module, nn.Conv3d) for module in vae.modules()):
-        # Tiles of a video have up to eight sizes.
-        compiled = replace(compiled, dynamic=True, backend=inductor_channels_last if kept else compiled.backend)
+    # Tiles of a video have up to eight sizes.
+    video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    compiled = replace(settings.compiled, dynamic=settings.compiled.dynamic or video)
+    models: list[CompiledModel] = []
     for name in PARTS:
         part = getattr(vae, name, None)
         if part is None:
             continue
         models.append(compile_model(part, compiled, family, ledger, owner=owner))
         middleware = None if settings.sizes is None else only_sizes(name, settings.sizes, dynamic=compiled.dynamic)
-        if middleware is None and kept:
+        if middleware is None and compiled.backend == "inductor":
             middleware = noting_sizes(name, key_of(vae), hardware, models[-1], dynamic=compiled.dynamic)
         if middleware is not None:
             ledger.share_middleware(

@@ -59,7 +59,9 @@ def decide(
         return _refusal(wanted, obstacle)
     compiled = replace(settings, scope="full", graphs=False, vae=True)
     if wanted == "auto":
-        sizes = known_sizes(model.vae_key, hardware.name) if settings.backend == "inductor" else frozenset()
+        # Ranks decide alike, whatever each finds on its disk.
+        alone = settings.backend == "inductor" and not earlier["parallel"].on
+        sizes = known_sizes(model.vae_key, hardware.name) if alone else frozenset()
         if not sizes:
             return Decision("vae", "off", _price(family))
         why = f"for sizes whose code is at hand from before, {len(sizes)} so far"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeboost.core.own_folder import kept_in, why_not_own
+from pipeboost.core.own_folder import compiled_folder, kept_in, why_not_own
 from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.compile.region import CompiledModel
 
@@ -28,10 +28,10 @@ def key_of(vae: nn.Module) -> str:
 
 def known_sizes(key: str, hardware: str) -> frozenset[str]:
     """Return the names of the sizes that were compiled for a device, as `name_of` gives them."""
-    folder = _folder(key, hardware)
+    folder = kept_in(os.environ)
     with contextlib.suppress(OSError):
-        if why_not_own(kept_in(os.environ)) is None:
-            return frozenset(path.name for path in folder.iterdir())
+        if why_not_own(folder) is None:
+            return frozenset(path.name for path in (folder / _path(key, hardware)).iterdir())
     return frozenset()
 
 
@@ -48,7 +48,7 @@ def noting_sizes(part: str, key: str, hardware: str, compiled: CompiledModel, *,
         before = compiled.counters.graphs
         result = call_next(states, *args, **kwargs)
         if compiled.counters.graphs > before:
-            folder = _folder(key, hardware)
+            folder = compiled_folder() / _path(key, hardware)
             with contextlib.suppress(OSError):  # then it is compiled when asked for only
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 (folder / name_of(part, states, dynamic=dynamic)).touch()
@@ -68,5 +68,5 @@ def only_sizes(part: str, known: frozenset[str], *, dynamic: bool) -> Middleware
     return choose
 
 
-def _folder(key: str, hardware: str) -> Path:
-    return kept_in(os.environ) / "vae" / f"{key}-{hashlib.sha256(hardware.encode()).hexdigest()[:8]}"
+def _path(key: str, hardware: str) -> Path:
+    return Path("vae") / f"{key}-{hashlib.sha256(hardware.encode()).hexdigest()[:8]}"
