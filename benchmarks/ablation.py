@@ -4,8 +4,8 @@
 
 Weights are random at the published sizes; speed does not depend on them. Every variant is timed twice, the second time
 in reverse order, since the GPU's clock falls as it warms up; times are medians of rows of forwards, in milliseconds.
-`change` is the relative change of the output against stock. `--profile` adds the kernels that take longest, of
-everything switched on without CUDA graphs.
+`change` is the relative change of the output against stock. `--profile balanced` adds the kernels that take
+longest in that tier, without CUDA graphs.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["flux.1-dev"])
     parser.add_argument("--variants", nargs="*", default=[])
     parser.add_argument("--once", action="store_true", help="time each variant once")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", metavar="QUALITY", help="the tier whose kernels are listed")
     settings = parser.parse_args()
     settings.output.mkdir(parents=True, exist_ok=True)
     hardware = detect_hardware(DEVICE)
@@ -70,7 +70,7 @@ def main() -> None:
     for model in settings.models:
         found["models"][model] = _measure(model, variants(settings.variants), settings.once)
         if settings.profile:
-            (settings.output / f"profile_{model}.txt").write_text(_profile(model))
+            (settings.output / f"profile_{model}.txt").write_text(_profile(model, settings.profile))
         path.write_text(json.dumps(found, indent=2, default=str))
         torch.cuda.empty_cache()
 
@@ -141,11 +141,11 @@ def _milliseconds(model: Any, inputs: dict[str, Any], rows: int = 3) -> float:
     return round(statistics.median(times), 2)
 
 
-def _profile(model: str) -> str:
+def _profile(model: str, quality: str) -> str:
     size = full_size_named(model)
     pipe = build_pipeline(size, device=DEVICE, dtype=torch.bfloat16)
     inputs = forward_inputs(size, device=DEVICE, dtype=torch.bfloat16)
-    accelerate_pipeline(pipe, compile=CompileConfig(graphs=False))
+    accelerate_pipeline(pipe, quality=quality, cache=None, compile=CompileConfig(graphs=False))
     with pipe.acceleration.open():
         for _ in range(3):
             pipe.transformer(**inputs)
@@ -154,7 +154,7 @@ def _profile(model: str) -> str:
             torch.cuda.synchronize()
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
     total = sum(row.self_device_time_total for row in rows)
-    lines = [f"{model}: {total / 1e3:.2f} ms of kernels"]
+    lines = [f"{model} {quality}: {total / 1e3:.2f} ms of kernels"]
     lines += [
         f"{row.self_device_time_total / 1e3:8.2f} ms {row.count:5d} x {row.self_device_time_total / row.count:8.1f} us"
         f"  {row.key[:150]}"
