@@ -36,8 +36,8 @@ from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.features.cache import CacheCount, attach_cache
-from pipeboost.features.cache.state import CACHE
+from pipeboost.features.cache.attach import attach_cache
+from pipeboost.features.cache.state import CACHE, CacheCount
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY
 
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video")

@@ -7,9 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from pipeboost.core.config import AttentionConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.features.attention import choose_kernel, explain_choice
-from pipeboost.features.attention.choice import check_choice
-from pipeboost.kernels import KERNELS, table
+from pipeboost.features.attention.choice import check_choice, choose_kernel, explain_choice
+from pipeboost.kernels import table
+from pipeboost.kernels.table import KERNELS
 
 CPU = detect_hardware("cpu")
 AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)

@@ -15,7 +15,7 @@ import logging, sys, warnings
 import diffusers, pipeboost, transformers
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry as registry
-import pipeboost.features.cache
+import pipeboost.features.cache.attach
 assert "cache_dit" not in sys.modules
 
 def state():

@@ -13,20 +13,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.kernels import (
+from pipeboost.kernels import flash, table
+from pipeboost.kernels.flash import quantize_heads
+from pipeboost.kernels.flex import key_padding_blocks
+from pipeboost.kernels.key_padding import compact_keys, mask_kind
+from pipeboost.kernels.table import (
     KERNELS,
     accepted_dtypes,
     available_kernels,
-    compact_keys,
-    flash,
     installed_package,
-    mask_kind,
     refuses,
-    table,
     unavailable_reason,
 )
-from pipeboost.kernels.flash import quantize_heads
-from pipeboost.kernels.flex import key_padding_blocks
 from tests.floors import EPS
 
 CPU = detect_hardware("cpu")

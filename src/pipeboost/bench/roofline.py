@@ -9,7 +9,7 @@ import torch
 
 from pipeboost.bench.flops import AttentionShape, Work
 from pipeboost.core.hardware import detect_hardware
-from pipeboost.kernels import KERNELS, refuses, unavailable_reason
+from pipeboost.kernels.table import KERNELS, refuses, unavailable_reason
 from pipeboost.quality.timing import time_runs
 
 _KERNELS = ("sdpa", "cudnn", "flash2", "flash3", "flash4")

@@ -42,8 +42,8 @@ class AttentionConfig:
     """Which attention kernel runs.
 
     Attributes:
-        backend: the name of a kernel in `pipeboost.kernels.KERNELS`, where the plan looks it up, or `"auto"` to choose
-            by hardware, token count and mask.
+        backend: the name of a kernel in `pipeboost.kernels.table.KERNELS`, where the plan looks it up, or `"auto"` to
+            choose by hardware, token count and mask.
     """
 
     backend: str = "auto"

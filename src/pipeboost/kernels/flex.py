@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from pipeboost.kernels.key_padding import valid_keys
+from pipeboost.kernels.key_padding import output_shapes, valid_keys
 from pipeboost.kernels.torch_native import Attended
 
 _BLOCK = 128
@@ -52,15 +52,7 @@ def _attend(
     return out.transpose(1, 2).contiguous(), extra.lse.to(torch.float32)
 
 
-_flex_operator = torch.library.custom_op("pipeboost::flex", _attend, mutates_args=())
-
-
-@_flex_operator.register_fake
-def _flex_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return torch.empty_like(q).contiguous(), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+torch.library.custom_op("pipeboost::flex", _attend, mutates_args=()).register_fake(output_shapes)
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:

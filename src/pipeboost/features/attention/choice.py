@@ -10,10 +10,10 @@ import torch
 from pipeboost.core.config import AttentionConfig, tier_allows
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.core.hardware import Hardware
-from pipeboost.kernels import (
+from pipeboost.kernels.key_padding import MaskKind
+from pipeboost.kernels.table import (
     KERNELS,
     Kernel,
-    MaskKind,
     available_kernels,
     missing_package,
     refuses,

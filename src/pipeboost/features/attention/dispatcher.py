@@ -15,7 +15,9 @@ from pipeboost.contract.call import current_call, is_tracing_our_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.features.attention.choice import choose_kernel, refusal
-from pipeboost.kernels import KERNELS, Attended, accepted_dtypes, available_kernels, mask_kind, refuses
+from pipeboost.kernels.key_padding import mask_kind
+from pipeboost.kernels.table import KERNELS, accepted_dtypes, available_kernels, refuses
+from pipeboost.kernels.torch_native import Attended
 
 
 class AttendAcross(Protocol):
