@@ -65,7 +65,6 @@ FAMILY = Family(
             text_dims={"encoder_hidden_states": 1, "encoder_hidden_states_mask": 1, "image_rotary_emb.1": 0},
         ),
     ),
-    padded_text=None,
     full_sizes=(
         FullSize(
             name="qwen-image",

@@ -64,7 +64,6 @@ FAMILY = Family(
     transformers=("WanTransformer3DModel",),
     denoisers=("transformer", "transformer_2"),
     blocks=(Blocks(path="blocks", returns="image", text_dims={}),),
-    padded_text=None,
     full_sizes=(
         FullSize(
             name="wan2.1-1.3b",

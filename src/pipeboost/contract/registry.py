@@ -70,10 +70,7 @@ def _in_any_pipeline(family: Family, pipeline: str) -> Family:
         pipelines=(),
         transformers=family.transformers,
         denoisers=family.denoisers,
-        blocks=family.blocks,
-        # That it is padded on the right is the script's doing.
-        padded_text=None,
-        full_sizes=(),
+        blocks=family.blocks,  # not `padded_text`: that it is padded on the right is the script's doing
         token_sharding=family.token_sharding,
         tensor=family.tensor,
         autoencoder=family.autoencoder,
@@ -100,9 +97,6 @@ def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
         pipelines=(),
         transformers=(),
         denoisers=denoisers,
-        blocks=(),
-        padded_text=None,
-        full_sizes=(),
         missing=(
             "which block arguments carry the text length: a new prompt length may recompile",
             "which blocks may be skipped together: caching is refused",
