@@ -20,7 +20,7 @@ from pipeboost.families import (
     prediction_of_latents,
     stage_doors,
 )
-from pipeboost.patches.flux import BLOCK_LAYERS
+from pipeboost.patches.flux import BLOCK_LAYERS  # type: ignore[import-not-found]
 
 
 def forward_arguments(

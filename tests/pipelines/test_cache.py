@@ -399,7 +399,7 @@ def test_residuals_are_dropped_with_the_call_but_the_counts_stay() -> None:
     with cached(pipe, ONE_IN_TWO) as acceleration:
         TINY["flux_dev"].call(pipe, steps=4)
         state = acceleration.calls[-1][CACHE]
-        assert not any(branch.prepared for branch in state._branches.values())
+        assert not any(branch._ladders for branch in state._branches.values())
         (count,) = state.counts()
         assert (count.computed_steps, count.cached_steps) == (2, 2)
 

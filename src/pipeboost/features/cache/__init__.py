@@ -1,4 +1,1 @@
-"""Step caching: cache-dit decides, step by step, whether the middle blocks of a transformer run or are extrapolated.
-
-cache-dit is imported when a cache is attached, not before.
-"""
+"""Step caching: in some steps the transformer, or its middle blocks, do not run but are extrapolated."""

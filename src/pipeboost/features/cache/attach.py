@@ -1,10 +1,4 @@
-"""`attach_cache`: checks everything, then adds one middleware to each repeated block of one transformer.
-
-cache-dit's own `enable_cache` is not used: it replaces the transformer's `forward` and block lists, marks a class of
-its own, and may choose another attention backend. Its parts are: the blocks wrapper (`CachedBlocks`, which decides and
-extrapolates), its forward patterns, contexts, calibrators and step masks. They are put together per call, so the model
-itself is never changed and calls in several threads have nothing in common.
-"""
+"""`attach_cache`: checks everything, then adds one middleware to a transformer, or to each of its repeated blocks."""
 
 from __future__ import annotations
 
@@ -18,8 +12,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.features.cache.output import CachedOutput
-from pipeboost.features.cache.span import CachedSpan
+from pipeboost.features.cache.span import CachedOutput, CachedSpan
 from pipeboost.features.cache.steps import settings_of
 
 _OTHERS = ("_cache", "_attention_broadcast")
@@ -50,24 +43,20 @@ def attach_cache(
             declares, or another cache is on the model. Nothing was changed.
         ConfigurationError: `fn + bn` is more than the blocks there are. Nothing was changed.
     """
+    known: dict[str, Any] = {"settings": settings, "family": family, "position": position, "owner": owner}
     if settings.extrapolate == "output":
         refuse_other_caches(model, family)
-        middleware = CachedOutput(settings=settings, family=family, position=position, owner=owner)
-        ledger.add_middleware(model, "__call__", middleware, place="component.cache")
+        ledger.add_middleware(model, "__call__", CachedOutput(**known), place="component.cache")
         return
     if not family.blocks:
         raise UnsupportedError(
             f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "
             "use cache=None or add a family (entry-point group 'pipeboost.patches')"
         )
-    own = settings_of(settings, position)
-    spans = [
-        CachedSpan(model, row, settings=settings, family=family, position=position, owner=owner)
-        for row in _rows(model, family)
-    ]
+    spans = [CachedSpan(model, row, **known) for row in _rows(model, family)]
     refuse_other_caches(model, family)
     for span in spans:
-        _check(model, span, own)
+        _check(model, span, settings_of(settings, position))
     for span in spans:
         for block in span.blocks:
             ledger.add_middleware(block, "__call__", span, place="block.cache")

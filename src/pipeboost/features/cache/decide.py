@@ -46,7 +46,7 @@ def decide(
         if settings.step_mask is None
         else f"in fixed steps ({settings.step_mask if isinstance(settings.step_mask, str) else 'as listed'})"
     )
-    choice = "outputs" if settings.extrapolate == "output" else "cache-dit"
+    choice = "outputs" if settings.extrapolate == "output" else "blocks"
     return Decision("cache", choice, f"{skips} is skipped {when}; {how}", settings=settings)
 
 
