@@ -108,7 +108,7 @@ FAMILY = Family(
             SplitLayers(
                 path="context_embedder.token_refiner.refiner_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)
             ),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

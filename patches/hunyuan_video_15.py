@@ -29,9 +29,7 @@ FAMILY = Family(
     denoisers=("transformer",),
     # Every prompt is padded to one length, and the blocks get it whole.
     blocks=(Blocks(path="transformer_blocks", returns="image_text", text_dims={}),),
-    doors=stage_doors(
-        text_outputs=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
-    ),
+    doors=stage_doors(text_outputs=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")),
     guided=True,
     prediction=prediction,
     guider="guider",

@@ -109,7 +109,7 @@ FAMILY = Family(
             SplitLayers(path="transformer_blocks.*.txt_mlp", columns=("net.0.proj",), rows=("net.2",)),
             # A third of the weights of a block, for one row of activations.
             SplitLayers(path="transformer_blocks.*", gathered=("img_mod.1", "txt_mod.1")),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

@@ -130,7 +130,7 @@ FAMILY = Family(
                 counts=("heads", "inner_dim", "kv_inner_dim"),
             ),
             SplitLayers(path="blocks.*.ffn", columns=("net.0.proj",), rows=("net.2",)),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

@@ -14,13 +14,7 @@ from typing import Any, Literal
 
 from pipeboost.core.cache_config import STEP_MASKS
 from pipeboost.core.cache_config import CacheConfig as CacheConfig
-from pipeboost.core.config_checks import (
-    from_mapping,
-    is_number,
-    is_process_group,
-    require_integer,
-    require_one_of,
-)
+from pipeboost.core.config_checks import from_mapping, is_number, is_process_group, require_integer, require_one_of
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
 from pipeboost.core.errors import ConfigurationError, quoted
 

@@ -6,6 +6,7 @@ of an object that is neither plain nor a container.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
@@ -262,9 +263,6 @@ def _hash(content: Any) -> str:
 
 
 def _pickled(value: Any) -> bytes:
-    refusals: tuple[type[Exception], ...] = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)
-    reduce: Callable[[Any], bytes] = pickle.dumps
-    try:
-        return reduce(value)
-    except refusals:
-        return b""
+    with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError, NotImplementedError):
+        return pickle.dumps(value)
+    return b""

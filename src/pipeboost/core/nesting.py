@@ -35,9 +35,7 @@ NESTING: dict[str, dict[str, str]] = {
         "offload": "weights of a block come while the one before it computes",
         "compile": "what is compiled is the block as stock has it",
     },
-    "submodule": {
-        "sequence": "puts tokens together, or takes a rank's own",
-    },
+    "submodule": {"sequence": "puts tokens together, or takes a rank's own"},
     "scheduler": {
         "tune": "records what the step was given and what it returned",
         "agreement": "whether the other ranks still run is asked before their branches are",

@@ -57,7 +57,9 @@ class _Chains(dict[str, tuple[tuple[int, Middleware], ...]]):
         return _Chains()
 
 
-@functools.cache
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
+
+
 def signature_of(cls: type, method: str) -> inspect.Signature:
     """Return what a method of a class takes, `self` first; of the present one, where it has been replaced."""
     return _signature(getattr(cls, method))
@@ -150,11 +152,6 @@ def has_middleware(obj: Any, method: str, middleware: Middleware) -> bool:
     return any(present is middleware for present in middleware_of(obj, method)) and method in _members(type(obj)).get(
         _WRAPPED, ()
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
 
 
 def _stock_of(cls: Any) -> Any:

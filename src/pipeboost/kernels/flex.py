@@ -44,10 +44,7 @@ def _attend(
     function: Any = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else _compiled()
     block_mask = None if valid is None else key_padding_blocks(valid, q.shape[1])
     out, extra = function(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        block_mask=block_mask,
-        scale=scale,
-        return_aux=AuxRequest(lse=True),
+        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True)
     )
     return out.transpose(1, 2).contiguous(), extra.lse.to(torch.float32)
 

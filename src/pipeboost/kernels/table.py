@@ -66,10 +66,7 @@ class Kernel:
     packages: tuple[Package, ...] = ()
 
 
-_ANYWHERE: dict[str, Any] = {
-    "devices": ("cpu", "cuda"),
-    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
-}
+_ANYWHERE: dict[str, Any] = {"devices": ("cpu", "cuda"), "dtypes": (torch.float32, torch.bfloat16, torch.float16)}
 _FLASH_2 = (Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),)
 _FLASH_3: dict[str, Any] = {
     "from_capability": (9, 0),

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from pipeboost.contract.decision import needs_tier
 from pipeboost.core.config import AttentionConfig, tier_allows
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.core.errors import MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.core.hardware import Hardware
 from pipeboost.kernels.key_padding import MaskKind
 from pipeboost.kernels.table import (
@@ -109,16 +110,10 @@ def check_choice(
     check_name(backend)
     kernel = KERNELS[backend]
     if not tier_allows(tier, kernel.tier):
-        raise ConfigurationError(
-            f"attention={backend!r} is not allowed in quality={tier!r}; it needs quality={kernel.tier!r}"
-        )
+        raise needs_tier("attention", backend, kernel.tier, tier)
     unavailable = unavailable_reason(kernel, hardware)
     if unavailable is not None:
-        raise (
-            MissingPackageError(unavailable)
-            if wrong_hardware(kernel, hardware) is None
-            else UnsupportedError(unavailable)
-        )
+        raise (UnsupportedError if wrong_hardware(kernel, hardware) else MissingPackageError)(unavailable)
     against = refuses(
         kernel,
         device=hardware.device,

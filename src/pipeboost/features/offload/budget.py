@@ -6,16 +6,17 @@ the stage's activations. The cost is the bytes that a call sends to the device.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import operator
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeboost.contract.model_info import ComponentSize
-from pipeboost.core.config import OFFLOAD_KINDS
-from pipeboost.core.families import Activations, Family
+from pipeboost.core.config import OFFLOAD_KINDS, OFFLOAD_POLICIES
+from pipeboost.core.families import Activations, Family, Linear
 from pipeboost.features.offload.stream import BLOCKS_ON_DEVICE, tensors_of
 
 STAGES = {"text_encoders": "text encoding", "transformers": "denoising", "vae": "decoding"}
@@ -60,7 +61,7 @@ def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSi
 def repeated_blocks(path: str, module: nn.Module, family: Family) -> list[nn.Module]:
     """Return the blocks that can be streamed: those the family names, else the members of longer lists of modules."""
     if path in family.denoisers and family.blocks:
-        found = [operator.attrgetter(blocks.path)(module) for blocks in family.blocks if _has(module, blocks.path)]
+        found = [blocks for each in family.blocks if (blocks := _at(module, each.path)) is not None]
     else:
         found = list(_lists(module))
     return list({id(block): block for blocks in found for block in blocks}.values())
@@ -83,28 +84,33 @@ def _moved(component: ComponentSize, policy: str) -> int:
 
 
 def predict(
-    components: Iterable[ComponentSize],
-    policies: Mapping[str, str],
-    activations: Activations | None,
-    *,
-    unmeasured: int = UNMEASURED,
+    components: Iterable[ComponentSize], policies: Mapping[str, str], activations: Activations | None
 ) -> dict[str, int]:
     """Return the peak bytes on the device in each stage, at the size that the activations are given for.
 
     Args:
         policies: kind → policy.
-        activations: of the family.
-        unmeasured: bytes to set aside, where images are made, for a family whose activations were not measured.
+        activations: of the family; None sets aside `UNMEASURED` where images are made.
     """
-    components = tuple(components)
+    components, needs = tuple(components), activations or _assumed(UNMEASURED)
+    size = needs.width, needs.height, needs.frames
+    needed = needs.text_encoding, needs.denoising.at(*size), needs.decoding.at(*size)
     resident = sum(component.nbytes for component in components if policies[component.kind] == "resident")
     peaks = {}
-    for kind, stage in STAGES.items():
+    for (kind, stage), working in zip(STAGES.items(), needed, strict=True):
         staged = [each for each in components if each.kind == kind and policies[kind] != "resident"]
-        beside = sum(on_device(each, policies[kind]) for each in staged if each.part is None)
+        together = sum(on_device(each, policies[kind]) for each in staged if each.part is None)
         parts = [on_device(each, policies[kind]) for each in staged if each.part is not None]
-        peaks[stage] = resident + beside + max(parts, default=0) + _needed(stage, activations, unmeasured)
+        peaks[stage] = resident + together + max(parts, default=0) + working
     return peaks
+
+
+def _assumed(nbytes: int) -> Activations:
+    return Activations(Linear(nbytes, 0), Linear(nbytes, 0), 0, width=0, height=0, frames=0, source="assumed")
+
+
+NOTHING = _assumed(0)
+"""No activations at all."""
 
 
 def cheapest(
@@ -114,7 +120,6 @@ def cheapest(
     budget: int,
     *,
     streams: bool = True,
-    unmeasured: int = UNMEASURED,
 ) -> dict[str, str] | None:
     """Return the policies that send the fewest bytes among those whose predicted peak fits; None where none fits.
 
@@ -122,23 +127,21 @@ def cheapest(
         fixed: kind → its policy, None where it is free.
         budget: bytes on the device for the pipeline, weights and all.
         streams: whether transformers may be streamed without being asked for.
-        unmeasured: see `predict`.
     """
-    components = tuple(components)
-    free = ("resident", "stage", "layerwise")
-    best: tuple[tuple[int, ...], dict[str, str]] | None = None
-    for chosen in itertools.product(*((fixed[kind] or "",) if fixed[kind] else free for kind in OFFLOAD_KINDS)):
-        policies = dict(zip(OFFLOAD_KINDS, chosen, strict=True))
-        if not streams and policies["transformers"] == "layerwise" and not fixed["transformers"]:
-            continue
-        peak = max(predict(components, policies, activations, unmeasured=unmeasured).values())
-        if peak > budget * (1 - _MARGIN):
-            continue
+    components, options = tuple(components), []
+    for kind in OFFLOAD_KINDS:
+        free = OFFLOAD_POLICIES if streams or kind != "transformers" else ("resident", "stage")
+        options.append(free if (policy := fixed[kind]) is None else (policy,))
+
+    def cost(policies: dict[str, str]) -> tuple[int, int, int]:
+        chosen = list(policies.values())
         moved = sum(_moved(component, policies[component.kind]) for component in components)
-        cost = (moved, chosen.count("layerwise"), chosen.count("stage"))
-        if best is None or cost < best[0]:
-            best = cost, policies
-    return None if best is None else best[1]
+        return moved, chosen.count("layerwise"), chosen.count("stage")
+
+    possible = (dict(zip(OFFLOAD_KINDS, chosen, strict=True)) for chosen in itertools.product(*options))
+    limit = budget * (1 - _MARGIN)
+    fitting = [each for each in possible if max(predict(components, each, activations).values()) <= limit]
+    return min(fitting, key=cost, default=None)
 
 
 def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
@@ -147,23 +150,8 @@ def bytes_on(device: torch.device, modules: Iterable[nn.Module]) -> int:
     return sum(tensor.nbytes for tensor in unique.values())
 
 
-def _needed(stage: str, activations: Activations | None, unmeasured: int) -> int:
-    if activations is None:
-        return 0 if stage == STAGES["text_encoders"] else unmeasured
-    size = activations.width, activations.height, activations.frames
-    if stage == STAGES["transformers"]:
-        return activations.denoising.at(*size)
-    if stage == STAGES["vae"]:
-        return activations.decoding.at(*size)
-    return activations.text_encoding
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        operator.attrgetter(path)(module)
-    except AttributeError:
-        return False
-    return True
+def _at(module: Any, path: str) -> Any:
+    return functools.reduce(lambda part, name: getattr(part, name, None), path.split("."), module)
 
 
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:

@@ -8,7 +8,7 @@ from pipeboost.contract.model_info import ComponentSize
 from pipeboost.core.config import OFFLOAD_KINDS, OffloadConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations
-from pipeboost.features.offload.budget import cheapest, predict
+from pipeboost.features.offload.budget import NOTHING, cheapest, predict
 
 
 def choose_policies(
@@ -38,10 +38,10 @@ def choose_policies(
     found = cheapest(components, fixed, activations, budget, streams=streams)
     if found is None and activations is None:
         # What is set aside for activations nobody measured must not refuse a pipeline that may well run.
-        found = cheapest(components, fixed, activations, budget, streams=streams, unmeasured=0)
+        found = cheapest(components, fixed, NOTHING, budget, streams=streams)
     if found is None:
         least = {kind: policy or "layerwise" for kind, policy in fixed.items()}
-        need = max(predict(components, least, activations, unmeasured=0).values())
+        need = max(predict(components, least, activations or NOTHING).values())
         raise UnsupportedError(
             f"offload finds {in_gib(budget)} on the device, and the least that it can do with, "
             f"{', '.join(f'{kind}={policy!r}' for kind, policy in least.items())}, is {in_gib(need)} and a margin; use "
@@ -56,7 +56,7 @@ def describe_memory(
 ) -> str:
     """Describe the predicted peak, its stage and size, and where each component lives."""
     components = tuple(components)
-    peaks = predict(components, policies, activations, unmeasured=0)
+    peaks = predict(components, policies, activations or NOTHING)
     stage = max(peaks, key=lambda name: peaks[name])
     if activations is None:
         size = "plus activations, which were not measured for this device"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from pipeboost.contract.call import Slot, current_call
 from pipeboost.features.offload.copy_stream import Arrival, CopyStream
@@ -192,10 +193,8 @@ class Session:
 
 def _on(device: torch.device, value: Any) -> Any:
     """Move inputs to the device: a script that asks a waiting component for its device gets the host's."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device) if value.device != device and value.ndim else value
-    if type(value) in (tuple, list):
-        return type(value)(_on(device, item) for item in value)
-    if type(value) is dict:
-        return {key: _on(device, item) for key, item in value.items()}
-    return value
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device) if tensor.device != device and tensor.ndim else tensor
+
+    return pytree.tree_map_only(torch.Tensor, moved, value)
