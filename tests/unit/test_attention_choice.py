@@ -19,7 +19,7 @@ SMALL_TOKENS, FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 1536, 4608, 32760, 512
 
 
 def everything(hardware):
-    return {name: kernel.dtypes for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None}
+    return {name: kernel for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None}
 
 
 def choose(queries, keys, hardware, *, mask="none", tier="lossless", dtype=torch.bfloat16, head_dim=128):
@@ -60,7 +60,7 @@ def test_auto_never_takes_a_kernel_that_would_refuse_the_call():
 
 
 def test_auto_takes_nothing_that_is_not_installed():
-    installed = {"sdpa": KERNELS["sdpa"].dtypes}
+    installed = {"sdpa": KERNELS["sdpa"]}
     choice = choose_kernel(WAN_TOKENS, WAN_TOKENS, 128, torch.bfloat16, "none", HOPPER, "lossless", installed)
     assert choice.kernel.name == "sdpa"
     assert dict(choice.considered)["flash3"] == "it is not installed, or not for this device"

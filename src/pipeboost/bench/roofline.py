@@ -9,7 +9,7 @@ import torch
 
 from pipeboost.bench.flops import AttentionShape, Work
 from pipeboost.core.hardware import detect_hardware
-from pipeboost.kernels.table import KERNELS, refuses, unavailable_reason
+from pipeboost.kernels.table import KERNELS, as_installed, refuses, unavailable_reason
 from pipeboost.quality.timing import time_runs
 
 _KERNELS = ("sdpa", "cudnn", "flash2", "flash3", "flash4")
@@ -59,7 +59,7 @@ def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: to
         for tokens in (shape.queries, shape.keys, shape.keys)
     )
     for name in _KERNELS:
-        kernel = KERNELS[name]
+        kernel = as_installed(KERNELS[name])
         if unavailable_reason(kernel, hardware) or refuses(
             kernel, device=device.type, dtype=dtype, head_dim=shape.head_dim, mask="none"
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,12 +118,10 @@ def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
     return None if reason is None else f"attention={kernel.name!r} cannot run here: {reason}; or use 'auto' or 'sdpa'"
 
 
-def available_kernels(hardware: Hardware) -> Mapping[str, tuple[torch.dtype, ...]]:
-    """Return the kernels that can run on this machine, each with the dtypes it computes in here."""
+def available_kernels(hardware: Hardware) -> Mapping[str, Kernel]:
+    """Return the kernels that can run on this machine, as they are installed here."""
     return {
-        name: accepted_dtypes(kernel)
-        for name, kernel in KERNELS.items()
-        if unavailable_reason(kernel, hardware) is None
+        name: as_installed(kernel) for name, kernel in KERNELS.items() if unavailable_reason(kernel, hardware) is None
     }
 
 
@@ -132,37 +130,26 @@ def installed_package(kernel: Kernel) -> Package | None:
     return next((package for package in kernel.packages if _is_installed(package.module)), None)
 
 
-def accepted_dtypes(kernel: Kernel) -> tuple[torch.dtype, ...]:
-    """Return the dtypes a kernel computes in here, with the package that is installed."""
+def as_installed(kernel: Kernel) -> Kernel:
+    """Return a kernel with the dtypes that it computes in here, with the package that is installed."""
     package = installed_package(kernel)
-    return kernel.dtypes if package is None or package.dtypes is None else package.dtypes
+    return kernel if package is None or package.dtypes is None else replace(kernel, dtypes=package.dtypes)
 
 
-def refuses(
-    kernel: Kernel,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    mask: MaskKind,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-) -> str | None:
-    """Return why a kernel will not take a call; None if it takes it.
-
-    With `dtypes` it looks nothing up, and torch.compile can trace it.
+def refuses(kernel: Kernel, *, device: str, dtype: torch.dtype, head_dim: int, mask: MaskKind) -> str | None:
+    """Return why a kernel will not take a call; None if it takes it. torch.compile can trace it.
 
     Args:
-        kernel: the kernel.
+        kernel: the kernel, as it is installed.
         device: device type of the tensors.
         dtype: their dtype.
         head_dim: width of one head.
         mask: the kind of mask.
-        dtypes: what `accepted_dtypes` says (looked up where not given).
     """
     smallest, largest, multiple = kernel.head_dims
     if device not in kernel.devices:
         return "it does not run on this device"
-    if dtype not in (accepted_dtypes(kernel) if dtypes is None else dtypes):
+    if dtype not in kernel.dtypes:
         return "it does not compute in this dtype"
     if not smallest <= head_dim <= largest or head_dim % multiple != 0:
         return "it does not have this head dimension"

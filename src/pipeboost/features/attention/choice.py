@@ -15,6 +15,7 @@ from pipeboost.kernels.key_padding import MaskKind
 from pipeboost.kernels.table import (
     KERNELS,
     Kernel,
+    as_installed,
     available_kernels,
     missing_package,
     refuses,
@@ -44,7 +45,7 @@ def choose_kernel(
     mask: MaskKind,
     hardware: Hardware,
     tier: str,
-    installed: Mapping[str, tuple[torch.dtype, ...]],
+    installed: Mapping[str, Kernel],
 ) -> KernelChoice:
     """Choose what `"auto"` runs; a pure function of its arguments, so that a plan can explain it.
 
@@ -76,9 +77,8 @@ def choose_kernel(
         elif q_tokens < fewest or kv_tokens < fewest:
             against = f"it gains nothing below {fewest} queries and keys"
         else:
-            against = refuses(
-                kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask, dtypes=installed[name]
-            )
+            kernel = installed[name]
+            against = refuses(kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask)
         if against is None:
             return KernelChoice(kernel, "the fastest for this many tokens", tuple(considered))
         considered.append((name, against))
@@ -114,6 +114,7 @@ def check_choice(
     unavailable = unavailable_reason(kernel, hardware)
     if unavailable is not None:
         raise (UnsupportedError if wrong_hardware(kernel, hardware) else MissingPackageError)(unavailable)
+    kernel = as_installed(kernel)
     against = refuses(
         kernel,
         device=hardware.device,

@@ -16,7 +16,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.features.attention.choice import choose_kernel, refusal
 from pipeboost.kernels.key_padding import mask_kind
-from pipeboost.kernels.table import KERNELS, accepted_dtypes, available_kernels, refuses
+from pipeboost.kernels.table import KERNELS, as_installed, available_kernels, refuses
 from pipeboost.kernels.torch_native import Attended
 
 
@@ -75,7 +75,7 @@ class Dispatcher:
         # Tensors may be on a CPU although the plan is for a GPU: Diffusers' offload, or a test.
         devices = {"cpu": detect_hardware("cpu"), settings.hardware.device: settings.hardware}
         self._devices = {name: (hardware, available_kernels(hardware)) for name, hardware in devices.items()}
-        self._dtypes = {name: accepted_dtypes(kernel) for name, kernel in KERNELS.items()}
+        self._named = None if settings.backend == "auto" else as_installed(KERNELS[settings.backend])
         if settings.across is not None:
             settings.across.serve(self.attend)
 
@@ -162,13 +162,13 @@ class Dispatcher:
         """
         kind, device, head_dim = mask_kind(mask, q, k), q.device.type, q.shape[-1]
         backend, tier = self.settings.backend, self.settings.tier
-        if backend == "auto":
+        if self._named is None:
             hardware, installed = self._devices[device]
             choice = choose_kernel(q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, tier, installed)
             kernel = choice.kernel
         else:
-            kernel, dtypes = KERNELS[backend], self._dtypes[backend]
-            against = refuses(kernel, device=device, dtype=q.dtype, head_dim=head_dim, mask=kind, dtypes=dtypes)
+            kernel = self._named
+            against = refuses(kernel, device=device, dtype=q.dtype, head_dim=head_dim, mask=kind)
             if against is not None:
                 call = f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}"
                 out, lse = _refuse(q, refusal(backend, against, call))

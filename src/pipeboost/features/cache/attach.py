@@ -12,8 +12,8 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.features.cache.masks import settings_of
 from pipeboost.features.cache.span import CachedOutput, CachedSpan
-from pipeboost.features.cache.steps import settings_of
 
 _OTHERS = ("_cache", "_attention_broadcast")
 """How the modules of Diffusers are called whose hooks skip what a block or its attention computes."""

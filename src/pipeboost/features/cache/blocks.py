@@ -20,7 +20,7 @@ from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import BlockReturn
 from pipeboost.distributed import Group
-from pipeboost.features.cache.steps import LONGEST
+from pipeboost.features.cache.masks import LONGEST
 
 _STATES = ("hidden_states", "encoder_hidden_states")
 _FIRST_DERIVATIVE = 3

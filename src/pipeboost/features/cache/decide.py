@@ -8,7 +8,7 @@ from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.cache.steps import LONGEST
+from pipeboost.features.cache.masks import LONGEST
 
 AUTO = CacheConfig(extrapolate="output", step_mask="fast", taylorseer_order=1)
 """What tier `fast` does by itself."""

@@ -11,8 +11,7 @@ from pipeboost.core.config import CacheConfig
 from pipeboost.core.families import Family
 from pipeboost.features.cache.blocks import BlocksBranch
 from pipeboost.features.cache.extrapolation import OutputBranch
-from pipeboost.features.cache.masks import computed_steps
-from pipeboost.features.cache.steps import settings_of, steps_of_experts
+from pipeboost.features.cache.masks import computed_steps, settings_of, steps_of_experts
 
 B = TypeVar("B", BlocksBranch, OutputBranch)
 
