@@ -34,7 +34,7 @@ def forward_arguments(
     text_width: int = 4096,
     pooled_width: int = 768,
 ) -> dict[str, Any]:
-    """What `FluxPipeline` hands its transformer at mid-schedule: one token for each 16×16 pixels, random values."""
+    """Return what `FluxPipeline` hands its transformer at mid-schedule: one token for each 16×16 pixels, at random."""
     rows, columns = height // 16, width // 16
     image_ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
     image_ids[..., 1] += torch.arange(rows, device=device)[:, None]

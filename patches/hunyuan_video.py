@@ -36,7 +36,7 @@ def forward_arguments(
     text_width: int = 4096,
     pooled_width: int = 768,
 ) -> dict[str, Any]:
-    """What `HunyuanVideoPipeline` hands its transformer at mid-schedule: padded text with a 0/1 mask in `dtype`."""
+    """Return what `HunyuanVideoPipeline` hands its transformer at mid-schedule: padded text with a mask in `dtype`."""
     latents = (1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     mask = torch.zeros(1, text_tokens, device=device, dtype=dtype)
     mask[:, :real_text_tokens] = 1

@@ -31,7 +31,7 @@ def forward_arguments(
     channels: int = 64,
     text_width: int = 3584,
 ) -> dict[str, Any]:
-    """What `QwenImagePipeline` hands its transformer for one prompt (so without a mask) at mid-schedule."""
+    """Return what `QwenImagePipeline` hands its transformer for one prompt (so without a mask) at mid-schedule."""
     rows, columns = height // 16, width // 16
     return {
         "hidden_states": torch.randn(1, rows * columns, channels, device=device, dtype=dtype),

@@ -194,7 +194,7 @@ class _Session:
             return self._measured(f"pipeboost {tier}", applied)
 
     def _tuned(self) -> tuple[Variant, Variant, dict[str, float | str]]:
-        """Tuned stock, the noise floor's variant, and the backends that were tried."""
+        """Return tuned stock, the noise floor's variant, and the backends that were tried."""
         self.report("trying the attention backends of Diffusers")
         names, seen = tuned_stock.rank_backends(self.pipe.transformer, self._forward, self.device)
         failures = []
@@ -228,7 +228,7 @@ class _Session:
             return self._measured(TUNED, applied)
 
     def _tried(self, name: str, measure: Callable[[], Variant]) -> Variant:
-        """A variant, or what kept it from being measured; afterwards the pipeline is stock, if need be a new one."""
+        """Return a variant, or what kept it from being measured, and leave a stock pipeline, if need be a new one."""
         try:
             variant = measure()
         except Exception as error:

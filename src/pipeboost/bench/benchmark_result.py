@@ -144,7 +144,7 @@ class BenchmarkResult:
         return data, report
 
     def table(self) -> str:
-        """The Markdown table of the variants, with the noise floor under it."""
+        """Return the Markdown table of the variants, with the noise floor under it."""
         loop = [f"s per call of {self.steps} steps"] if self.steps else []
         head = ["variant", "ms median (min–max)", *(title for title, *_ in _COLUMNS), *loop]
         rows = [head, ["---"] * len(head)]
@@ -163,7 +163,7 @@ class BenchmarkResult:
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
-        """The whole report."""
+        """Return the whole report."""
         tried = [
             f"- `{name}`: {f'{value:.1f} ms' if isinstance(value, float) else f'does not run: {value}'}"
             for name, value in self.stock_backends.items()

@@ -33,7 +33,7 @@ class Ceilings:
     attention_ceiling_kernel: str
 
     def bound_ms(self, work: Work) -> float:
-        """The time in which `work` would be done with every operation at its ceiling, and nothing else to do."""
+        """Return the time in which `work` would be done with every operation at its ceiling, and nothing else to do."""
         return (work.gemm_flops / self.gemm_ceiling + work.attention_flops / self.attention_ceiling) * 1e3
 
 
@@ -51,7 +51,7 @@ def measure_ceilings(work: Work, *, device: torch.device, dtype: torch.dtype) ->
 
 
 def _fastest_attention(shape: AttentionShape, *, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
-    """Name and median milliseconds of the fastest kernel that runs."""
+    """Return name and median milliseconds of the fastest kernel that runs."""
     times: dict[str, float] = {}
     failures, hardware = [], detect_hardware(device)
     query, key, value = (

@@ -163,7 +163,7 @@ class OffloadConfig:
         policy: of all components: `"resident"` on the device, `"stage"` on the host except for the component's stage,
             `"layerwise"` block by block while it computes, or `"auto"`: the cheapest that fits.
         text_encoders: policy of text and image encoders; None for the general one.
-        transformers: policy of denoisers, and of ControlNets and the like, which are called beside them.
+        transformers: policy of denoisers, and of ControlNets and the like, which are called with them.
         vae: policy of the autoencoders.
         memory: GiB that the pipeline may take on the device; None for what is free there.
     """

@@ -48,8 +48,8 @@ def digest(value: Any) -> bytes:
     generators by state, containers by what is in them, callables and classes by being there. Any other object counts by
     its attributes; one that keeps none counts by its pickle, or by its class where it has no pickle.
     """
-    told = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
-    return hashed(repr(told))
+    found = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
+    return hashed(repr(found))
 
 
 def hashed(content: str) -> bytes:
@@ -204,7 +204,7 @@ def place_weights(places: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The sum of one contiguous tensor, whose last word is filled up with zeros; `columns` are the weights of a row."""
+    """Return the sum of one contiguous tensor, its last word filled up with zeros; `columns` are the weights of a row."""
     content = plain.reshape(-1).view(torch.uint8)
     if content.numel() % 8:
         content = torch.nn.functional.pad(content, (0, -content.numel() % 8))
@@ -224,12 +224,12 @@ def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _folded(words: torch.Tensor) -> torch.Tensor:
-    """The words with their high half in the low one too: of a sign bit alone, a product would keep no place."""
+    """Return the words with their high half in the low one too: of a sign bit alone, a product would keep no place."""
     return words ^ (words >> 32)
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The memory of a tensor as contiguous tensors; nothing where there is none that can be looked at."""
+    """Return the memory of a tensor as contiguous tensors; nothing where there is none that can be looked at."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [each for name in names for each in _plain(getattr(tensor, name))]

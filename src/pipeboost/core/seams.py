@@ -207,7 +207,7 @@ def _set_wrapped(obj: Any, methods: frozenset[str]) -> None:
 
 
 def _seamed_class(stock: type, methods: frozenset[str]) -> type:
-    """One subclass for each stock class and set of methods: objects of one class stay of one class (dynamo guards)."""
+    """Return the one subclass for a stock class and set of methods: objects of one class stay so, as Dynamo guards."""
     key = (stock, methods)
     if key not in _seamed_classes:
         members = {_WRAPPED: methods, **{method: _wrapped_method(stock, method) for method in methods}}

@@ -20,7 +20,7 @@ def int8_attention(
     lengths: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of quantised queries to the first `lengths` quantised keys.
+    """Compute attention of quantised queries to the first `lengths` quantised keys.
 
     Args:
         q: int8 `(batch, tokens, heads, head_dim)`, contiguous.

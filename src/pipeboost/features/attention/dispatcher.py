@@ -29,7 +29,7 @@ class AttendAcross(Protocol):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float | None
     ) -> torch.Tensor:
-        """Attention of this rank's queries to the keys of all ranks."""
+        """Compute attention of this rank's queries to the keys of all ranks."""
 
 
 class _AcrossRanks:
@@ -147,7 +147,7 @@ class Dispatcher:
         scale: float | None = None,
         return_lse: bool = False,
     ) -> Attended:
-        """Attention of `q` to `k` and `v`, all `(batch, tokens, heads, head_dim)`.
+        """Compute attention of `q` to `k` and `v`, all `(batch, tokens, heads, head_dim)`.
 
         Args:
             q: queries.

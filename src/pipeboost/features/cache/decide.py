@@ -57,7 +57,7 @@ def _obstacle(
     if not (family.pipelines and (family.blocks or not blocks)):
         unknown = "which forwards a step makes" if not family.pipelines else "which blocks may be skipped"
         return UnsupportedError(
-            f"cache needs to know {unknown}, which no family tells for {model.pipeline}; use cache=None or add a "
+            f"cache needs to know {unknown}, which no family says of {model.pipeline}; use cache=None or add a "
             "family (entry-point group 'pipeboost.patches')"
         )
     if blocks and model.controlnet:

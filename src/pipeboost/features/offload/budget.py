@@ -1,4 +1,4 @@
-"""What a placement will need, told before anything runs, and the cheapest one that fits.
+"""What a placement will need, predicted before anything runs, and the cheapest one that fits.
 
 The peak is the resident weights plus, for the hungriest stage, the weights that wait on the host outside that stage and
 the stage's activations. The cost is the bytes that a call sends to the device.
@@ -40,7 +40,7 @@ def kind_of(path: str, family: Family) -> tuple[str, str | None]:
         return "text_encoders", None
     if "vae" in path:
         return "vae", None
-    return "transformers", None  # a ControlNet and its like, called beside the denoiser in every step
+    return "transformers", None  # a ControlNet and its like, called with the denoiser in every step
 
 
 def weigh(modules: Mapping[str, nn.Module], family: Family) -> tuple[ComponentSize, ...]:
