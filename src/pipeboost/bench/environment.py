@@ -15,7 +15,7 @@ _GPU_FIELDS = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.s
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, CUDA, cuDNN, ourselves and what we may use that is installed, and our git commit."""
+    """Return the versions of Python, CUDA, cuDNN, ourselves and what we may use where installed, and our git commit."""
     found = {"python": platform.python_version()}
     required = importlib.metadata.requires("pipeboost") or []
     used = {re.split(r"[^\w-]", each)[0] for each in required if 'extra == "dev"' not in each}

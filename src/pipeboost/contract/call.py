@@ -35,7 +35,7 @@ class Slot(Generic[T]):
         self.initial = initial
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One run of a pipeline's `__call__`.
 

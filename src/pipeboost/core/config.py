@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed
+
 from pipeboost.core.cache_config import STEP_MASKS
 from pipeboost.core.cache_config import CacheConfig as CacheConfig
-from pipeboost.core.config_checks import from_mapping, is_number, is_process_group, require_integer, require_one_of
+from pipeboost.core.config_checks import from_mapping, is_number, require_integer, require_one_of
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
 from pipeboost.core.errors import ConfigurationError, quoted
 
@@ -78,11 +80,10 @@ class ParallelConfig:
             require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
         for name in ("vae", "text_encoder"):
             require_one_of(f"parallel.{name}", getattr(self, name), ("auto", True, False))
-        if (
-            not is_number(self.timeout) or self.timeout < 1
-        ):  # ranks send each other signs of life every twentieth of a second
+        # Ranks send each other signs of life every twentieth of a second.
+        if not is_number(self.timeout) or self.timeout < 1:
             raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
-        if self.group is not None and not is_process_group(self.group):
+        if self.group is not None and not isinstance(self.group, getattr(torch.distributed, "ProcessGroup", ())):
             raise ConfigurationError(
                 f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"
             )

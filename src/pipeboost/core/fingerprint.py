@@ -204,7 +204,7 @@ def place_weights(places: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the sum of one contiguous tensor, its last word filled up with zeros; `columns` are the weights of a row."""
+    """Return the sum of one contiguous tensor, its last word filled up with zeros; `columns` are a row's weights."""
     content = plain.reshape(-1).view(torch.uint8)
     if content.numel() % 8:
         content = torch.nn.functional.pad(content, (0, -content.numel() % 8))

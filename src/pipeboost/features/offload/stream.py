@@ -77,7 +77,7 @@ class BlockStream:
 
     def open(self) -> None:
         """Allocate the buffers."""
-        size = max(store.nbytes for store in self._stores)
+        size = max((store.nbytes for store in self._stores), default=0)
         memory = [self._copies.empty(size) for _ in range(min(BLOCKS_ON_DEVICE, len(self._stores)))]
         self._buffers = [_BlockBuffer(each) for each in memory]
         self.moved, self._last = 0, None
