@@ -4,9 +4,9 @@
 
 Weights are random at the published sizes; speed does not depend on them. Milliseconds are of a forward among many in a
 row, as in a denoising loop, where the host may run ahead of the device. `launch` is the host's time to launch a forward
-over the device's to run it: above 0.9 graphs="auto" captures. `quarter` has a quarter of FLUX's tokens at 1024x1024, as
-each of four ranks has, but none of the transfers. `tuned stock` is `compile_repeated_blocks` of Diffusers. On an H100
-all cases take about two minutes.
+over the device's to run it: from 0.9 on graphs="auto" captures without a trial. `quarter` has a quarter of FLUX's
+tokens at 1024x1024, as each of four ranks has, but none of the transfers. `tuned stock` is `compile_repeated_blocks` of
+Diffusers. On an H100 all cases take about two minutes.
 """
 
 import argparse

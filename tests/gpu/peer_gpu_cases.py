@@ -11,6 +11,7 @@ import torch
 
 from pipeboost.distributed import Peers
 from pipeboost.distributed.collectives import symmetric_buffers
+from pipeboost.distributed.failure.collective_wait import Operations
 from pipeboost.kernels.table import KERNELS, available_kernels
 from tests.gpu.test_attention_gpu import detect_hardware, reference
 
@@ -172,6 +173,14 @@ def _team(nbytes: int) -> list[Peers]:
     ]
     addresses = [memory.data_ptr() for memory in memories]
     groups: list[Any] = [
-        SimpleNamespace(name=f"rank {rank} alone", rank=rank, size=RANKS, ranks=range(RANKS)) for rank in range(RANKS)
+        SimpleNamespace(
+            name=f"rank {rank} alone",
+            rank=rank,
+            size=RANKS,
+            ranks=range(RANKS),
+            device="cuda",
+            operations=Operations(),
+        )
+        for rank in range(RANKS)
     ]
     return [Peers(group, (size, size), memory, addresses) for group, memory in zip(groups, memories, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeboost import CompileConfig, accelerate_pipeline
+from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import families
 from pipeboost.core.ledger import Ledger
@@ -387,7 +387,11 @@ def test_the_default_captures_tiny_pipelines_and_stays_within_rounding() -> None
 def test_layers_that_need_the_host_leave_graphs_off_in_the_plan() -> None:
     entry = TINY["flux_dev"]
     pipe = entry.build().to("cuda")
-    for settings in ({"quality": "fast"}, {"offload": "layerwise"}, {"compile": None}):
+    for settings in (
+        {"quality": "fast", "cache": CacheConfig(extrapolate="blocks")},
+        {"offload": "layerwise"},
+        {"compile": None},
+    ):
         accelerate_pipeline(pipe, **settings)
         assert pipe.acceleration.plan["graphs"].choice == "off"
         assert pipe.acceleration.plan["graphs"].why

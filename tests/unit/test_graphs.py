@@ -479,3 +479,70 @@ def test_one_number_may_lie_anywhere_and_several_only_where_a_memory_word_begins
     assert aligned([schedule[2:4]])
     assert not aligned([schedule, schedule[3:5]])
     assert not aligned([schedule[3::2]])
+
+
+class Clock:
+    """Events that read a device's clock, which the forwards of the test set forward."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = Clock.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: "Clock") -> float:
+        return other.time - self.time
+
+
+class Forward(nn.Module):
+    """Takes the device as long as it is given, a replay of it `saved` less."""
+
+    def __init__(self, milliseconds: list[float], saved: float) -> None:
+        super().__init__()
+        self.milliseconds = milliseconds
+        self.saved = saved
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            Clock.now += self.milliseconds[0]
+        return (x + 1,)
+
+
+@pytest.mark.parametrize(
+    ("saved", "captured", "reason"), [(2.0, 1, None), (0.1, 0, "no faster: 129.9 ms replayed, 130.0 ms without")]
+)
+def test_auto_keeps_a_graph_whose_replays_are_faster_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, saved: float, captured: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    replay = StandIn.replay
+
+    def faster(self: StandIn, tensors: Any) -> Any:
+        Clock.now -= saved
+        return replay(self, tensors)
+
+    monkeypatch.setattr(StandIn, "replay", faster)
+    monkeypatch.setattr(graphs, "WORTH_TRYING", 0.0)
+    model = Forward([130.0], saved).eval()
+    with Ledger() as ledger:
+        found = graphed(model, ledger, "auto")
+        for _ in range(20):
+            assert torch.equal(run(model, x)[0], x + 1)
+        assert len(StandIn.alive) == captured, found.counts
+        assert found.counts.eager["timed against its graph"] == 2
+        assert any(reason in why for why in found.counts.eager) if reason else found.counts.replayed > 12
+        # Another signature, which has to wait until what the first one saved is worth a capture.
+        found._cost = 5 * saved
+        for _ in range(4):
+            run(model, x[:1])
+        assert len(StandIn.alive) == captured
+        for _ in range(3):
+            run(model, x[:1])
+        assert len(StandIn.alive) == 2 * captured
+        ledger.undo()

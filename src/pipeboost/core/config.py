@@ -16,7 +16,7 @@ import torch.distributed
 
 from pipeboost.core.cache_config import STEP_MASKS
 from pipeboost.core.cache_config import CacheConfig as CacheConfig
-from pipeboost.core.config_checks import from_mapping, is_number, require_integer, require_one_of
+from pipeboost.core.config_checks import from_mapping, is_number, names_among, require_integer, require_one_of
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
 from pipeboost.core.errors import ConfigurationError, quoted
 
@@ -24,6 +24,7 @@ TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
+REWRITES = ("cat_of_slices", "real_rotary", "gelu_gemm", "cat_gemm")
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
@@ -120,14 +121,18 @@ class CompileConfig:
         backend: a torch.compile backend: its name, or a function as torch.compile takes it.
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
+        rewrites: what is done to captured graphs, in the same precision (docs/compile.md): `"gelu_gemm"` computes a
+            GELU in the product before it, `"cat_gemm"` multiplies what is concatenated part by part, `"real_rotary"`
+            writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices. Default: all.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
-            come twice, `"auto"` those that the host launches too slowly for the device, False none.
+            come twice, `"auto"` those that are faster so when both are timed, False none.
     """
 
     scope: str | None = "regional"
     backend: str | Callable[..., Any] = "inductor"
     dynamic: bool = False
     recompile_limit: int = 64
+    rewrites: tuple[str, ...] = REWRITES
     graphs: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -143,6 +148,7 @@ class CompileConfig:
                 "function"
             )
         require_one_of("compile.dynamic", self.dynamic, (True, False))
+        object.__setattr__(self, "rewrites", names_among("compile.rewrites", self.rewrites, REWRITES))
         require_integer("compile.recompile_limit", self.recompile_limit, minimum=1, maximum=10_000)
 
 

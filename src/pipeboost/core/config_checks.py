@@ -15,6 +15,15 @@ def require_one_of(argument: str, value: Any, allowed: Sequence[Any]) -> None:
         raise not_one_of(argument, value, allowed)
 
 
+def names_among(argument: str, value: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Return a list of names as a tuple; raise where one is not among these."""
+    if not isinstance(value, (list, tuple)):
+        raise ConfigurationError(f"{argument}={quoted(value)} must be a list of names among {', '.join(allowed)}")
+    for name in value:
+        require_one_of(argument, name, allowed)
+    return tuple(value)
+
+
 def require_integer(argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
     """Raise unless a value is an integer within these bounds."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum or value > (maximum or value):

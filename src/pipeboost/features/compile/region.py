@@ -33,6 +33,7 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import suspend_timeout
+from pipeboost.features.compile.rewrites import RewritingBackend
 
 # Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
 _UNLIMITED = 2**31 - 1
@@ -63,11 +64,13 @@ class Counters:
     Attributes:
         graphs: how many graphs were compiled.
         seconds: how long that took.
+        rewrites: rewrite → how often it was made in these graphs.
         eager: reason → forwards of its modules that ran eager for it.
     """
 
     graphs: int = 0
     seconds: float = 0.0
+    rewrites: dict[str, int] = field(default_factory=dict)
     eager: dict[str, int] = field(default_factory=dict)
 
 
@@ -155,6 +158,7 @@ class Region:
     Attributes:
         module_class: the stock class.
         settings: what the user asked for.
+        backend: what compiles its graphs.
         learn_sizes: whether Dynamo may make a size dynamic when it sees it change, as it does by default: right where
             nobody declared which sizes follow the prompt, slower for an image size that changes once.
     """
@@ -171,7 +175,8 @@ class Region:
         known_by: Any = (entry.__code__, entry.__closure__)[: len(inspect.signature(pgo.CodeId.make).parameters)]
         self._state_key = pgo.CodeId.make(*known_by)
         self._made: weakref.WeakKeyDictionary[Any, Found] = weakref.WeakKeyDictionary()
-        context: Any = torch._dynamo.optimize(settings.backend, nopython=True)
+        self.backend = RewritingBackend(settings.backend, settings.rewrites)
+        context: Any = torch._dynamo.optimize(self.backend, nopython=True)
         context.callback = _Compiler(self, context.callback)
         self._compiled = context(entry)
         # The graphs hold on to the code object that holds them, out of the garbage collector's sight.
@@ -276,6 +281,7 @@ class _Compiler:
             region.make_room(model)
             start = time.perf_counter()
             sizes.scales, sizes.met_scale = model.scales_vary, False
+            region.backend.found.clear()
             with suspend_timeout("compiling"):
                 try:
                     try:
@@ -294,6 +300,8 @@ class _Compiler:
             region._made[result.guarded_code.guard_manager] = Found(model)
             region._generation += 1
             model.counters.graphs += 1
+            for name, count in region.backend.found.items():
+                model.counters.rewrites[name] = model.counters.rewrites.get(name, 0) + count
             model.counters.seconds += time.perf_counter() - start
             return result
 

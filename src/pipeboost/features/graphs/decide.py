@@ -38,7 +38,7 @@ def decide(
         if wanted is True:
             raise UnsupportedError(f"compile.graphs=True is not possible here: {reason}; use graphs='auto' or False")
         return Decision("graphs", "off", f"a CUDA graph is not possible: {reason}")
-    why = "a forward whose launches take the host about as long as the device runs is captured at its third run"
+    why = "a forward is captured at its third run, and replayed where that is faster when both are timed in turn"
     if wanted is True:
         why = "a forward is captured at its second run with the same shapes and settings"
     return Decision("graphs", "auto" if wanted == "auto" else "on", f"{why}; the report counts them", settings=wanted)

@@ -1,11 +1,13 @@
 """CUDA graphs of a transformer's forward: one per signature, replayed while nothing but numbers in tensors changes.
 
-A replay launches all kernels of a forward at once, which pays where the host launches them more slowly than the device
-runs them: small images, few frames, shards of several GPUs. It computes what eager computes, to the bit.
+A replay launches all kernels of a forward at once. That pays where the host launches them more slowly than the device
+runs them (small images, few frames, shards of several GPUs), and a little where it does not, since kernels follow each
+other without gaps; `"auto"` measures the second. It computes what eager computes, to the bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -25,12 +27,10 @@ from pipeboost.distributed import SEQUENCE, Group, follow
 from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import Arguments, NotCapturable, read
+from pipeboost.features.graphs.trial import LAUNCH_BOUND, WORTH_TRYING, Trial, with_launch_share
 
 MOST_GRAPHS = 8
 """Graphs of one model; the least recently used goes first."""
-
-LAUNCH_BOUND = 0.9
-"""Share of a forward's time on the device that the host takes to launch it, above which `"auto"` captures it."""
 
 _MOST_SIGNATURES = 64
 
@@ -43,13 +43,13 @@ class _Seen:
         forwards: how many ran so far.
         off: why it will not be captured; None where it may.
         launch_share: host's time to launch it over the device's to run it, once it was measured.
-        launch_bound: whether that is enough for a graph to pay.
+        trial: times its graph while it is open whether that pays.
     """
 
     forwards: int = 0
     off: str | None = None
-    launch_share: float = 0.0
-    launch_bound: bool = False
+    launch_share: float | None = None
+    trial: Trial | None = None
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Graphs:
 
     Args:
         owner: whose calls it acts in; None for every call.
-        wanted: True captures every signature, `"auto"` those whose forward is bound by its launches.
+        wanted: True captures every signature, `"auto"` those that are measured to be faster so.
 
     Attributes:
         counts: what became of the forwards.
@@ -93,6 +93,8 @@ class Graphs:
         self._seen: OrderedDict[Hashable, _Seen] = OrderedDict()
         self._fingerprint: ModelFingerprint | None = None
         self._pool: Any = None
+        self._saving: float | None = None  # milliseconds a forward, as the latest trial found
+        self._cost = 0.0  # milliseconds of the latest capture
         # Calls in several threads share this; an eager run holds up nobody.
         self._lock = threading.RLock()
 
@@ -109,32 +111,49 @@ class Graphs:
             self.counts.eager[str(reason)] += 1
             return call_next(*args, **kwargs)
         signature = (arguments.key, _decided(call), numerics(device.type))
+        ranks = None if call.mesh is None else call.mesh.forward
         with self._lock:
             graph = self._graph_of(model, signature, device)
-            if graph is not None:
+            seen, unfit = self._noted(signature), self._fingerprint.unfit if self._fingerprint is not None else None
+            if seen.trial is not None and graph is not None:
+                graph = self._judged(signature, seen, graph, ranks)
+            timing = contextlib.nullcontext() if seen.trial is None else seen.trial.timed()
+            if graph is not None and (seen.trial is None or seen.trial.replays):
                 self._graphs.move_to_end(signature)
                 self.counts.replayed += 1
-                output = graph.replay(arguments.tensors)
+                with timing:
+                    output = graph.replay(arguments.tensors)
                 _follow_ranks(call)
                 return output
-            seen, unfit = self._noted(signature), self._fingerprint.unfit if self._fingerprint is not None else None
             off = unfit or seen.off
             seen.forwards += off is None
         if off is not None:
             self.counts.eager[off] += 1
             return call_next(*args, **kwargs)
+        if graph is not None:
+            self.counts.eager["timed against its graph"] += 1
+            with timing:
+                return call_next(*args, **kwargs)
         if seen.forwards == 1:
             self.counts.eager["first run with these shapes and settings"] += 1
             return _first(call_next, seen, arguments, args, kwargs)
-        ranks = None if call.mesh is None else call.mesh.forward
+        if self._wanted == "auto" and seen.launch_share is not None and not self._pays(seen):
+            self.counts.eager["a graph would cost more than it has had time to save"] += 1
+            return call_next(*args, **kwargs)
         with alone() as undisturbed:
             # A capture runs the forward once more, and with it the ranks' collectives: all of them do so, or none.
             undisturbed = all(_of_ranks(ranks, undisturbed))
-            if undisturbed and (self._wanted is True or seen.launch_bound):
+            if undisturbed and (self._wanted is True or seen.launch_share is not None):
                 return self._capture(call, call_next, signature, seen, arguments, device, args, kwargs)
             if undisturbed:
                 self.counts.eager["second run, timed"] += 1
-                return _timed(call_next, seen, device, args, kwargs, ranks)
+                output, share = with_launch_share(call_next, device, args, kwargs)
+                seen.launch_share = max(_of_ranks(ranks, share))
+                if seen.launch_share < WORTH_TRYING:
+                    seen.off = (
+                        f"launching it takes the host {seen.launch_share:.0%} of the time that the device runs it"
+                    )
+                return output
         self.counts.eager["another call was running, which a capture could disturb"] += 1
         return call_next(*args, **kwargs)
 
@@ -162,6 +181,26 @@ class Graphs:
             self._fingerprint = ModelFingerprint(model, device)
         return self._graphs.get(signature)
 
+    def _pays(self, seen: _Seen) -> bool:
+        """Whether graphs of earlier signatures would have saved by now, of this one, what a capture costs."""
+        bound = seen.launch_share is not None and seen.launch_share >= LAUNCH_BOUND
+        return bound or self._saving is None or seen.forwards * self._saving >= self._cost
+
+    def _judged(
+        self, signature: Hashable, seen: _Seen, graph: CapturedForward, ranks: Group | None
+    ) -> CapturedForward | None:
+        """Return the graph, or None once the trial has found that it does not pay."""
+        assert seen.trial is not None
+        saving = seen.trial.saving(lambda times: list(map(max, *_of_ranks(ranks, times), times)))
+        if saving is None:
+            return graph
+        found, seen.trial, self._saving = seen.trial.description(), None, saving
+        if saving > 0:
+            return graph
+        self._close(self._graphs.pop(signature))
+        seen.off = f"a graph is no faster: {found}"
+        return None
+
     def _noted(self, signature: Hashable) -> _Seen:
         seen = self._seen.setdefault(signature, _Seen())
         self._seen.move_to_end(signature)
@@ -187,11 +226,12 @@ class Graphs:
             if not self._graphs:
                 # A pool is gone with its last graph.
                 self._pool = new_pool()
-            call.captures = True
+            call.captures, start = True, time.perf_counter()
             try:
                 output, graph = capture(call_next, args, kwargs, arguments.tensors, device, self._pool)
             finally:
                 call.captures = False
+            self._cost = max(_of_ranks(ranks, (time.perf_counter() - start) * 1e3))
             against = _of_ranks(ranks, str(graph) if isinstance(graph, NotCapturable) else None)
             if isinstance(graph, NotCapturable) or any(against):
                 seen.off = next(filter(None, against))
@@ -200,6 +240,8 @@ class Graphs:
                     graph.close()
                 return call_next(*args, **kwargs) if output is None else output
             self._graphs[signature] = graph
+            if seen.launch_share is not None and seen.launch_share < LAUNCH_BOUND:
+                seen.trial = Trial()
             self.counts.captured += 1
             self.counts.nbytes += graph.nbytes
             self.counts.eager["run captured for the next time"] += 1
@@ -230,7 +272,8 @@ def capture_graphs(model: nn.Module, wanted: Literal[True, "auto"], ledger: Ledg
     no tensor of one forward for the next, and obeys nothing but the call's features, mesh and `decided`.
 
     Args:
-        wanted: True captures every signature that comes twice, `"auto"` those bound by their launches.
+        wanted: True captures every signature that comes twice; `"auto"` those bound by their launches, and those
+            of the others whose replays are faster when both are timed in turn.
         owner: the acceleration in whose calls it acts; several may do so on one model, each with graphs of its own.
             None for every call.
     """
@@ -298,28 +341,3 @@ def _versions(arguments: Arguments) -> list[int]:
 def _of_ranks(ranks: Group | None, value: Any) -> list[Any]:
     """What each rank that computes this forward has; they all ask at the same forward of a signature."""
     return [value] if ranks is None else ranks.all_gather_objects(value)
-
-
-def _timed(
-    run: Callable[..., Any],
-    seen: _Seen,
-    device: torch.device,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    ranks: Group | None,
-) -> Any:
-    """Run it while the device waits for nothing else, and see which of the two takes the time."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    begin = time.perf_counter()
-    output = run(*args, **kwargs)
-    host = time.perf_counter() - begin
-    end.record()
-    end.synchronize()
-    seen.launch_share = max(_of_ranks(ranks, host * 1e3 / start.elapsed_time(end)))
-    if seen.launch_share < LAUNCH_BOUND:
-        seen.off = "the host launches it faster than the device runs it"
-    else:
-        seen.launch_bound = True
-    return output
