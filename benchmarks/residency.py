@@ -31,8 +31,7 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.families import Activations, Linear
 from pipeboost.core.hardware import detect_hardware
 from pipeboost.core.seams import add_middleware, remove_middleware
-from pipeboost.features.offload.budget import bytes_on, predict, weigh
-from pipeboost.features.offload.choice import choose_policies
+from pipeboost.features.offload.budget import bytes_on, choose_policies, predict, weigh
 from pipeboost.features.offload.place import placed_components
 
 PARTS = ("activations", "peaks", "resident", "capped", "wan")

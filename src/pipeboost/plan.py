@@ -23,8 +23,7 @@ from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
 from pipeboost.features.graphs.decide import decide as decide_graphs
-from pipeboost.features.offload.budget import predict
-from pipeboost.features.offload.choice import describe_memory, in_gib
+from pipeboost.features.offload.budget import describe_memory, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
 from pipeboost.features.offload.place import execution_device
 from pipeboost.features.parallel.decide import decide as decide_parallel

@@ -20,9 +20,8 @@ import torch
 
 from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
 from pipeboost.bench.environment import gpu_state, versions
-from pipeboost.bench.flops import count_work
 from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs, seeded
-from pipeboost.bench.roofline import measure_ceilings
+from pipeboost.bench.roofline import count_work, measure_ceilings
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.families import FullSize
 from pipeboost.core.hardware import detect_hardware
