@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +23,8 @@ from pipeboost.distributed import Group
 from pipeboost.features.cache.masks import LONGEST
 
 _STATES = ("hidden_states", "encoder_hidden_states")
+Block = tuple[int, int, BlockReturn]
+"""A block's place in its row, how many there are, and what they return."""
 _FIRST_DERIVATIVE = 3
 """The step from which on TaylorSeer, as cache-dit has it, takes differences."""
 
@@ -32,14 +34,13 @@ class BlocksBranch:
 
     Attributes:
         skipped: of each step so far, whether the middle blocks were.
-        computing: whether the row runs now.
     """
 
     def __init__(self, settings: CacheConfig, mask: list[int] | None) -> None:
         self.skipped: list[bool] = []
-        self.computing = False
         self._settings = settings
         self._mask = mask
+        self._skip = False
         self.release()
 
     def release(self) -> None:
@@ -47,74 +48,48 @@ class BlocksBranch:
         self._residual: Tensor | None = None
         self._ladders: list[list[Tensor]] = []
         self._computed = 0
-        self._output: Any = None
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._states: tuple[Tensor, Tensor] | None = None
 
-    def run(
-        self,
-        blocks: Sequence[nn.Module],
-        returns: BlockReturn,
-        tokens: Group | None,
-        /,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the whole row for this step and return what its last block would have returned.
+    def run(self, block: Block, forward: Callable[[], Any], image: Tensor, text: Tensor, tokens: Group | None) -> Any:
+        """Return what a block returns in this step; a middle block is not computed where those are skipped.
 
         Args:
-            blocks: the row.
-            returns: what each of them returns.
+            block: which one it is.
+            forward: computes it.
+            image: its `hidden_states`.
+            text: its `encoder_hidden_states`.
             tokens: the ranks that share the tokens, and so the decision.
-            hidden_states: of the image.
-            encoder_hidden_states: of the text.
-        """
-
-        def through(some: Sequence[nn.Module], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            for block in some:
-                result = block(image, text, *args, **kwargs)
-                if returns == "image":
-                    image = result
-                else:
-                    image, text = result if returns == "image_text" else reversed(result)
-            return image, text
-
-        first, last = self._settings.fn, len(blocks) - self._settings.bn
-        self.computing = True
-        try:
-            image, text = through(blocks[:first], hidden_states, encoder_hidden_states)
-            skip = self._skips(image - hidden_states, tokens)
-            if skip:
-                image, text = self._continued(image, text)
-            else:
-                before = image, text
-                image, text = through(blocks[first:last], image, text)
-                image, text = image.contiguous(), text if returns == "image" else text.contiguous()
-                self._keep([image - before[0], *([] if returns == "image" else [text - before[1]])])
-            image, text = through(blocks[last:], image, text)
-        finally:
-            self.computing = False
-        self.skipped.append(skip)
-        self._output = image if returns == "image" else (image, text) if returns == "image_text" else (text, image)
-        return self._output
-
-    def hand_on(self, *args: Any, last: bool, **kwargs: Any) -> Any:
-        """Return the row's result to a later block's call, which must have been given just that.
 
         Raises:
             UnsupportedError: something changed the states between two blocks, as a ControlNet does.
         """
-        output = self._output
-        given = (*args, *kwargs.values())
-        states = (output,) if isinstance(output, Tensor) else output
-        if output is None or not all(any(state is argument for argument in given) for state in states):
+        place, count, returns = block
+        first, last = self._settings.fn, count - self._settings.bn
+        if place == 0:
+            self._before, self._skip = (image, text), False
+        elif self._states is None or self._states[0] is not image or self._states[1] is not text:
             raise UnsupportedError(
                 "cache is not possible here: the model changes its states between two blocks, as a ControlNet makes it "
                 "do; use cache=None"
             )
-        if last:
-            self._output = None
-        return output
+        if place == first:
+            assert self._before is not None
+            self._skip = self._skips(image - self._before[0], tokens)
+            self._before = image, text
+        if self._skip and first <= place < last:
+            image, text = self._continued(image, text) if place == last - 1 else (image, text)
+        else:
+            result = forward()
+            image, text = (result, text) if returns == "image" else result if returns == "image_text" else result[::-1]
+            if first <= place == last - 1:
+                image, text = image.contiguous(), text if returns == "image" else text.contiguous()
+                self._keep(image, text, changed=1 if returns == "image" else 2)
+        self._states = image, text
+        if place == count - 1:
+            self.skipped.append(self._skip)
+            self._states = self._before = None
+        return image if returns == "image" else (image, text) if returns == "image_text" else (text, image)
 
     def _skips(self, residual: Tensor, tokens: Group | None) -> bool:
         """Whether the middle blocks are skipped in this step; if not, remember the residual of the first blocks."""
@@ -140,11 +115,12 @@ class BlocksBranch:
         difference, size = tokens.all_reduce(sums).tolist()
         return bool(difference / size < threshold)
 
-    def _keep(self, residuals: list[Tensor]) -> None:
-        """Take in the residuals of the middle blocks in this step, each with its derivatives so far."""
+    def _keep(self, image: Tensor, text: Tensor, *, changed: int) -> None:
+        """Take in the residuals that the middle blocks gave their states, each with its derivatives so far."""
+        assert self._before is not None
         step, order = len(self.skipped), self._settings.taylorseer_order or 0
         known = self._ladders if step >= _FIRST_DERIVATIVE else []
-        self._ladders = [[residual] for residual in residuals]
+        self._ladders = [[now - before] for now, before in zip((image, text)[:changed], self._before, strict=False)]
         for ladder, before in zip(self._ladders, known, strict=False):
             for previous in before[:order]:
                 ladder.append((ladder[-1] - previous) / (step - self._computed))

@@ -56,9 +56,8 @@ class CachedOutput(_Cached):
 class CachedSpan(_Cached):
     """One row of blocks of one transformer, with one decision a step, in the calls of one acceleration.
 
-    It is the middleware on the `__call__` of each of its blocks. Stock's loop goes over the blocks as ever: its first
-    call runs the row, and calls those blocks that are computed (now the middleware lets them through, to compile and to
-    the block itself); the loop's other calls return what the row returned.
+    It is the middleware on the `__call__` of each of its blocks. Stock's loop goes over the blocks as ever; after the
+    first blocks it is decided whether the middle ones are computed.
 
     Attributes:
         name: the paths of the block lists, joined by `+`.
@@ -89,19 +88,20 @@ class CachedSpan(_Cached):
         if opened is None or place is None:
             return call_next(*args, **kwargs)
         call, cache = opened
-        branch = cache.branch(BlocksBranch, self._position, self.name, call.branch)
-        if branch.computing:
-            return call_next(*args, **kwargs)
         if place == 0:
-            tokens = None if call.mesh is None else call.mesh.group(*SEQUENCE)
-            return branch.run(self._unchanged_blocks(), self._returns, tokens, *args, **kwargs)
-        return branch.hand_on(*args, last=place == len(self._places) - 1, **kwargs)
+            self._refuse_other_blocks()
+        branch = cache.branch(BlocksBranch, self._position, self.name, call.branch)
+        tokens = None if call.mesh is None else call.mesh.group(*SEQUENCE)
+        which = place, len(self._places), self._returns
+        return branch.run(which, lambda: call_next(*args, **kwargs), *_states(*args, **kwargs), tokens)
 
-    def _unchanged_blocks(self) -> list[nn.Module]:
-        blocks = self.blocks
-        if list(map(id, blocks)) != list(self._places):
+    def _refuse_other_blocks(self) -> None:
+        if list(map(id, self.blocks)) != list(self._places):
             raise UnsupportedError(
                 f"the blocks in {self.name} of this {stock_class(self._model()).__name__} were replaced after "
                 "acceleration; call accelerate_pipeline again"
             )
-        return blocks
+
+
+def _states(hidden_states: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    return hidden_states, encoder_hidden_states
