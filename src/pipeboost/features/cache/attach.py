@@ -12,6 +12,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
+from pipeboost.features.cache.blocks import fits
 from pipeboost.features.cache.masks import settings_of
 from pipeboost.features.cache.span import CachedOutput, CachedSpan
 
@@ -88,7 +89,7 @@ def _check(model: nn.Module, span: CachedSpan, own: CacheConfig) -> None:
             f"cache.fn={own.fn} and cache.bn={own.bn} are more than the {count} blocks in {name}.{span.name}; "
             f"use fn + bn of at most {count}"
         )
-    if not span.fits:
+    if not fits(span.blocks, span.returns):
         raise UnsupportedError(
             f"cache is not possible for {name}: the blocks in {span.name} do not take and return their states as the "
             "family declares; use cache=None"

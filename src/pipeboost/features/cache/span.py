@@ -15,7 +15,6 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import SEQUENCE
-from pipeboost.features.cache import blocks as cached_blocks
 from pipeboost.features.cache.blocks import BlocksBranch
 from pipeboost.features.cache.extrapolation import OutputBranch
 from pipeboost.features.cache.state import CallCache, call_cache
@@ -61,6 +60,7 @@ class CachedSpan(_Cached):
 
     Attributes:
         name: the paths of the block lists, joined by `+`.
+        returns: what each block returns.
     """
 
     def __init__(self, model: nn.Module, row: tuple[Blocks, ...], **known: Any) -> None:
@@ -70,18 +70,13 @@ class CachedSpan(_Cached):
         # Only weak references: the blocks hold this middleware, and a dropped pipeline must free its memory at once.
         self._model = weakref.ref(model)
         self._places = {id(block): place for place, block in enumerate(self.blocks)}
-        self._returns = row[0].returns
+        self.returns = row[0].returns
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that the model has in this row now."""
         model = self._model()
         return [block for path in self._paths for block in operator.attrgetter(path)(model)]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the blocks take and return their states as the family declares."""
-        return cached_blocks.fits(self.blocks, self._returns)
 
     def __call__(self, call_next: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opened, place = self._opened(), self._places.get(id(block))
@@ -92,7 +87,7 @@ class CachedSpan(_Cached):
             self._refuse_other_blocks()
         branch = cache.branch(BlocksBranch, self._position, self.name, call.branch)
         tokens = None if call.mesh is None else call.mesh.group(*SEQUENCE)
-        which = place, len(self._places), self._returns
+        which = place, len(self._places), self.returns
         return branch.run(which, lambda: call_next(*args, **kwargs), *_states(*args, **kwargs), tokens)
 
     def _refuse_other_blocks(self) -> None:
