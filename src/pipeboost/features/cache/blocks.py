@@ -73,9 +73,9 @@ class BlocksBranch:
                 "cache is not possible here: the model changes its states between two blocks, as a ControlNet makes it "
                 "do; use cache=None"
             )
-        if place == first:
+        if place == first < last:
             assert self._before is not None
-            self._skip = self._skips(image - self._before[0], tokens)
+            self._skip = self._skips(self._before[0], image, tokens)
             self._before = image, text
         if self._skip and first <= place < last:
             image, text = self._continued(image, text) if place == last - 1 else (image, text)
@@ -91,12 +91,13 @@ class BlocksBranch:
             self._states = self._before = None
         return image if returns == "image" else (image, text) if returns == "image_text" else (text, image)
 
-    def _skips(self, residual: Tensor, tokens: Group | None) -> bool:
+    def _skips(self, start: Tensor, image: Tensor, tokens: Group | None) -> bool:
         """Whether the middle blocks are skipped in this step; if not, remember the residual of the first blocks."""
         step, before = len(self.skipped), self._residual
         if self._mask is not None:
             # A scheduler of higher order may ask for more forwards than the mask has steps: these are computed.
             return bool(self._ladders) and step < len(self._mask) and not self._mask[step]
+        residual = image - start
         in_a_row = len(list(takewhile(bool, reversed(self.skipped))))
         may = step >= self._settings.warmup and in_a_row < (self._settings.max_continuous or LONGEST)
         if may and before is not None and before.shape == residual.shape and self._is_quiet(before, residual, tokens):
