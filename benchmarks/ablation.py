@@ -47,6 +47,7 @@ def variants(chosen: list[str]) -> dict[str, dict[str, Any] | str]:
         **{f"all but {name}": compiled(*(each for each in REWRITES if each != name)) for name in REWRITES},
         "lossless": {},
         "balanced": {"quality": "balanced"},
+        "balanced linears": {"quality": "balanced", "attention": "flash3"},
     }
     return {name: settings for name, settings in found.items() if not chosen or name in chosen}
 
@@ -85,11 +86,14 @@ def _measure(model: str, chosen: dict[str, dict[str, Any] | str], once: bool) ->
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         try:
-            with _applied(pipe, chosen[name]):
+            with _applied(pipe, chosen[name]) as handle:
                 output = pipe.transformer(**inputs)[0].float()
                 row.setdefault("first seconds", round(time.perf_counter() - start, 1))
                 row["change"] = float((output - reference).norm() / reference.norm())
                 row["ms"].append(_milliseconds(pipe.transformer, inputs))
+                if handle is not None:
+                    report = handle.report()
+                    row["compile"], row["graphs"] = report.compiled, report.graphs
                 row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:400]
@@ -100,17 +104,17 @@ def _measure(model: str, chosen: dict[str, dict[str, Any] | str], once: bool) ->
 
 
 @contextlib.contextmanager
-def _applied(pipe: Any, settings: dict[str, Any] | str) -> Iterator[None]:
+def _applied(pipe: Any, settings: dict[str, Any] | str) -> Iterator[Any]:
     if settings == "tuned":
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     try:
         if isinstance(settings, str):
-            yield
+            yield None
             return
         accelerate_pipeline(pipe, **settings)
         try:
             with pipe.acceleration.open():
-                yield
+                yield pipe.acceleration
         finally:
             pipe.acceleration.remove()
     finally:

@@ -62,7 +62,7 @@ _SMALL_WAN = {
     "text_dim": 32,
     "freq_dim": 32,
 }
-_FLUX_VAE = {
+FLUX_VAE = {
     "latent_channels": 16,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -85,8 +85,8 @@ def flux_pipeline(device: Any, dtype: torch.dtype = torch.bfloat16, *, small: bo
     clip.eos_token_id, clip.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     t5 = T5Config(**(_SMALL_T5 if small else _T5_XXL), vocab_size=32128)
     widths, layers = ((8, 8, 8, 8), 1) if small else ((128, 256, 512, 512), 2)
-    vae = {**_FLUX_VAE, "block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": min(32, widths[0])}
-    with _random_weights(device, dtype) as built:
+    vae = {**FLUX_VAE, "block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": min(32, widths[0])}
+    with random_weights(device, dtype) as built:
         pipe = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
             vae=built(lambda: AutoencoderKL(**vae)),
@@ -114,10 +114,10 @@ def wan_pipeline(
     """
     umt5 = UMT5Config(**(_SMALL_T5 if small else _T5_XXL), vocab_size=1024 if small else 256384)
     vae = {"base_dim": 8, "num_res_blocks": 1} if small else {}
-    with _random_weights(device, dtype) as built:
+    with random_weights(device, dtype) as built:
         transformer = built(lambda: WanTransformer3DModel(**(_SMALL_WAN if small else _WAN_1_3B)))
         text_encoder = built(lambda: UMT5EncoderModel(umt5))
-    with _random_weights(device, vae_dtype) as built:
+    with random_weights(device, vae_dtype) as built:
         autoencoder = built(lambda: AutoencoderKLWan(**vae))
     for name, parameter in transformer.named_parameters():
         if any(part in (transformer._keep_in_fp32_modules or ()) for part in name.split(".")):
@@ -141,7 +141,7 @@ def _tokenizer(name: str, length: int) -> Any:
 
 
 @contextlib.contextmanager
-def _random_weights(device: Any, dtype: torch.dtype) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+def random_weights(device: Any, dtype: torch.dtype) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Inside, models are built on the device in this dtype, where the libraries' own random init is fast."""
     before = torch.get_default_dtype()
 

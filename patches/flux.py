@@ -10,6 +10,7 @@ from pipeboost.families import (
     Activations,
     Autoencoder,
     Blocks,
+    Compiling,
     Family,
     FullSize,
     Linear,
@@ -144,5 +145,6 @@ FAMILY = Family(
             "Upsample2D",
         ),
         attention=(("Attention", "AttnProcessor2_0"), ("Attention", "FusedAttnProcessor2_0")),
+        compiling=Compiling(seconds=9.7, saved=0.049, workload="1024×1024", hardware="H200"),
     ),
 )

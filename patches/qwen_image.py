@@ -124,5 +124,10 @@ FAMILY = Family(
             "QwenImageRMS_norm",
         ),
         attention=(("QwenImageAttentionBlock", ""),),
+        activated={
+            "QwenImageResidualBlock": ("norm1", "norm2"),
+            "QwenImageEncoder3d": ("norm_out",),
+            "QwenImageDecoder3d": ("norm_out",),
+        },
     ),
 )

@@ -149,5 +149,10 @@ FAMILY = Family(
             "DupUp3D",
         ),
         attention=(("WanAttentionBlock", ""),),
+        activated={
+            "WanResidualBlock": ("norm1", "norm2"),
+            "WanEncoder3d": ("norm_out",),
+            "WanDecoder3d": ("norm_out",),
+        },
     ),
 )

@@ -8,13 +8,19 @@ import atexit
 import gc
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Generator
 
 # Read by MKL when it first computes, in processes of tests too. Its other code paths know no such order.
 os.environ["MKL_CBWR"] = re.sub(r"^(AUTO|AVX2|AVX512|AVX512_E1)$", r"\1,STRICT", os.environ.get("MKL_CBWR", "AUTO"))
+# What tests compile is kept for none but them.
+os.environ["PIPEBOOST_HOME"] = tempfile.mkdtemp(prefix="pipeboost-tests-")
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["PIPEBOOST_HOME"], ignore_errors=True)
 
 # The longest files, which come first, so that no worker is left with one at the end; of two neighbours one has ranks.
 FIRST = (

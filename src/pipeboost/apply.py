@@ -14,6 +14,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.attention import apply as attention
 from pipeboost.features.cache import apply as cache
 from pipeboost.features.compile import apply as compile
+from pipeboost.features.compile.vae import apply as vae
 from pipeboost.features.graphs import apply as graphs
 from pipeboost.features.offload import apply as offload
 from pipeboost.features.parallel import apply as parallel
@@ -31,6 +32,7 @@ APPLY: dict[str, Any] = {
     "quantize": quantize,  # replaces linears, which must happen before a graph of them exists
     "cache": cache,  # decides which blocks run, and calls blocks that compile can still stand in front of
     "compile": compile,  # captures what the blocks have become
+    "vae": vae,  # computes otherwise what ranks may share
     "graphs": graphs,  # captures what the forward has become
     "offload": offload,  # moves finished modules
     "reuse": reuse,  # stands before the encoders, whatever they have become

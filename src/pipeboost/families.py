@@ -17,6 +17,7 @@ from pipeboost.core.families import (
 from pipeboost.core.sharding import (
     Autoencoder,
     BatchedBranches,
+    Compiling,
     SplitLayers,
     TensorSharding,
     TokenArgument,
@@ -29,6 +30,7 @@ __all__ = [
     "BatchedBranches",
     "BlockReturn",
     "Blocks",
+    "Compiling",
     "Family",
     "FullSize",
     "Linear",

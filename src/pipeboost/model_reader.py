@@ -14,9 +14,11 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention.swap import swappable_processors
 from pipeboost.features.compile import capture_obstacles
+from pipeboost.features.compile.vae import is_rewritable, key_of
 from pipeboost.features.offload.budget import bytes_on, kind_of, weigh
 from pipeboost.features.offload.place import placed_components, stock_offload, unmovable_weights
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
+from pipeboost.features.quantize import of_original, quantizable
 
 
 def model_info(
@@ -35,9 +37,13 @@ def model_info(
     loaded = {path: module for path, module in modules.items() if not any(each.is_meta for each in module.parameters())}
     reasons = {path: unmovable_weights(module) for path, module in loaded.items()}
     swappable = [swappable_processors(model) for model in denoisers.values()]
-    components = tuple(of_all_ranks(component, modules[component.path]) for component in weigh(modules, family))
+    components = tuple(
+        of_original(of_all_ranks(component, modules[component.path]), modules[component.path])
+        for component in weigh(modules, family)
+    )
     model = next(iter(denoisers.values()))
     hooks, odd_blocks = capture_obstacles(denoisers.values(), family)
+    vae = getattr(pipe, "vae", None)
     heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     return ModelInfo(
         pipeline=type(pipe).__name__,
@@ -59,6 +65,9 @@ def model_info(
         heads=heads if isinstance(heads, int) else None,
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,
+        quantizable=quantizable(denoisers, family),
+        vae=None if not isinstance(vae, nn.Module) else "causal" if is_rewritable(vae) else "other",
+        vae_key=key_of(vae) if isinstance(vae, nn.Module) else "",
         stock_denoisers={
             path: stock_class(module).__name__
             for path, module in modules.items()

@@ -22,6 +22,7 @@ from pipeboost.distributed import announce, decline, rendezvous, world_size
 from pipeboost.features.attention.decide import decide as decide_attention
 from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
+from pipeboost.features.compile.vae.decide import decide as decide_vae
 from pipeboost.features.graphs.decide import decide as decide_graphs
 from pipeboost.features.offload.budget import describe_memory, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
@@ -43,6 +44,7 @@ DECIDE = (
     decide_compile,
     decide_offload,  # places what one rank has, and asks whether its blocks are compiled one by one
     decide_graphs,  # not where a cache decides on the host, or weights come and go
+    decide_vae,  # compiled neither where ranks share it nor where its weights come block by block
     decide_reuse,  # not where ranks encode together
 )
 
@@ -102,7 +104,7 @@ class Plan:
     @property
     def expected(self) -> str:
         """Expected speed, from our own measurements where this hardware and family were measured."""
-        if not self.features - {"reuse"}:
+        if not self.features - {"reuse", "vae"}:
             return "stock speed per step: nothing in this plan changes it"
         for measured in self.family.measured if self._is_as_measured else ():
             if measured.hardware in self.hardware.name and measured.tier == self.quality:

@@ -151,7 +151,7 @@ class Calls:
             finished,
             pipeline=applied.plan.model.pipeline,
             components={} if pipe is None else component_bytes(pipe.components),
-            compiled=applied.counters("compile"),
+            compiled={**applied.counters("compile"), **applied.counters("vae")},
             graphs=applied.counters("graphs"),
             ulysses="" if applied.team is None else applied.team.carrier,
         )

@@ -496,7 +496,7 @@ def test_views_in_two_threads_with_a_cache_match_running_alone():
         ({"quality": "fast", "cache": CacheConfig(fn=99)}, "fn"),
         ({"quality": "fast", "cache": "fast", "compile": "full"}, "use 'regional'"),
         ({"offload": "everywhere"}, "offload='everywhere' is not allowed; use one of 'auto', 'resident'"),
-        ({"quantize": "fp8"}, "not in this version"),
+        ({"quantize": "fp8"}, "needs quality='balanced'"),
         ({"config": 3}, "config must be an AccelerationConfig"),
         ({"config": "missing.yaml"}, "missing.yaml cannot be read"),
     ],

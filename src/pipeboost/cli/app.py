@@ -86,6 +86,21 @@ def tune(
 
 
 @app.command()
+@with_acceleration
+def warm(
+    acceleration: Acceleration,
+    model: Annotated[str | None, typer.Argument(help="folder of a Diffusers pipeline, or a hub id; else ours")] = None,
+    sizes: Annotated[str, typer.Option(help="WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, several by commas")] = "1024x1024",
+    prompt: Annotated[str, typer.Option(help="of the short calls that compile")] = "a red fox in the snow",
+    device: Device = "auto",
+) -> None:
+    """Compile a model's code for some sizes beforehand, so that the next process starts at once."""
+    from pipeboost.cli.warm import run_warm
+
+    run_warm(model, sizes=sizes.split(","), prompt=prompt, device=device, settings=acceleration.settings)
+
+
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="published sizes, such as flux.1-dev; `pipeboost bench list`")],
     tier: Annotated[list[str] | None, typer.Option(help="quality tier to measure; may be given several times")] = None,

@@ -15,7 +15,7 @@ class Decision:
     """What the plan says of one feature.
 
     Attributes:
-        feature: its name: an argument of `accelerate_pipeline`, or `"graphs"`, a setting of its `compile`.
+        feature: its name: an argument of `accelerate_pipeline`, or `"graphs"` or `"vae"`, settings of its `compile`.
         choice: what is used, `"off"` where nothing is.
         why: the reason in a sentence.
         considered: the alternatives and what spoke against each.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,36 @@ class ComponentSize:
     nbytes: int
     block_bytes: int
     largest_block: int
+
+    def resized(self, nbytes: int) -> ComponentSize:
+        """Return it with another size, its blocks in proportion."""
+        if nbytes == self.nbytes:
+            return self
+        return replace(
+            self,
+            nbytes=nbytes,
+            block_bytes=self.block_bytes * nbytes // self.nbytes,
+            largest_block=self.largest_block * nbytes // self.nbytes,
+        )
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    """What of one transformer can have 8 bits.
+
+    Attributes:
+        count: linears.
+        nbytes: of their weights as they are.
+        quantised: of their weights in 8 bits.
+        left: reason → how many linears of its blocks stay, in words that follow "linears".
+        already: whether Diffusers has quantised it as it was loaded.
+    """
+
+    count: int
+    nbytes: int
+    quantised: int
+    left: Mapping[str, int] = field(default_factory=dict)
+    already: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,11 @@ class ModelInfo:
         ranks: how many processes there are to run the pipeline.
         splits: component → what tensor parallelism can split of it, without those that it cannot split; None where that
             was not asked.
+        quantizable: transformer → what of it can have 8 bits; None where nobody has looked.
         activations: what the stages take besides weights, on one rank; None where no family says.
+        vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"other"` nothing; None where
+            there is none.
+        vae_key: stands for the VAE's class, configuration and dtype, by which compiled code of it is found.
     """
 
     pipeline: str
@@ -93,7 +128,10 @@ class ModelInfo:
     heads: int | None = None
     ranks: int = 1
     splits: Mapping[str, Split] | None = None
+    quantizable: Mapping[str, Quantizable] | None = None
     activations: Activations | None = None
+    vae: Literal["causal", "other"] | None = None
+    vae_key: str = ""
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
         """Return the degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""

@@ -24,7 +24,7 @@ TIERS = ("exact", "lossless", "balanced", "fast")
 FEATURES = ("attention", "parallel", "cache", "compile", "quantize", "offload", "reuse")
 COMPILE_SCOPES = ("regional", "full")
 QUANTIZE_SCHEMES = ("fp8",)
-REWRITES = ("cat_of_slices", "real_rotary", "gelu_gemm", "cat_gemm")
+REWRITES = ("cat_of_slices", "norm_rotary", "modulated_norm", "real_rotary", "gelu_gemm", "cat_gemm")
 OFFLOAD_POLICIES = ("resident", "stage", "layerwise")
 OFFLOAD_KINDS = ("text_encoders", "transformers", "vae")
 
@@ -126,6 +126,9 @@ class CompileConfig:
             writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices. Default: all.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
             come twice, `"auto"` those that are faster so when both are timed, False none.
+        vae: whether the VAE's encoder and decoder run faster in the same precision: `"auto"` with convolutions and
+            norms rewritten where they are a video VAE's, and compiled where that takes no time; True compiles others
+            when they are first used, one graph a size; False leaves the VAE stock.
     """
 
     scope: str | None = "regional"
@@ -134,10 +137,12 @@ class CompileConfig:
     recompile_limit: int = 64
     rewrites: tuple[str, ...] = REWRITES
     graphs: bool | Literal["auto"] = "auto"
+    vae: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         require_one_of("compile", self.scope, (*COMPILE_SCOPES, None))
         require_one_of("compile.graphs", self.graphs, ("auto", True, False))
+        require_one_of("compile.vae", self.vae, ("auto", True, False))
         if self.scope is None and self.graphs is not True:
             raise ConfigurationError(
                 "compile.scope=None compiles nothing and is for CUDA graphs alone; add graphs=True, or use compile=None"
@@ -154,12 +159,21 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Weights and activations in fewer bits."""
+    """Linears of the transformer in fewer bits.
+
+    Attributes:
+        scheme: `"fp8"`: weights and activations in float8_e4m3fn with a scale for each row.
+        reversible: whether the weights are kept in the host's memory as they were, for `remove()`, for stock calls, and
+            for what loads, fuses or saves weights. False keeps none: `remove()` then leaves the weights as 8 bits have
+            them and says so, and the others raise.
+    """
 
     scheme: str = "fp8"
+    reversible: bool = True
 
     def __post_init__(self) -> None:
         require_one_of("quantize", self.scheme, QUANTIZE_SCHEMES)
+        require_one_of("quantize.reversible", self.reversible, (True, False))
 
 
 @dataclass(frozen=True)

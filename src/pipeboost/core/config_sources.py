@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.own_folder import HOME_VARIABLE
 from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 
 _PREFIX = "PIPEBOOST_"
@@ -20,7 +21,7 @@ def environment_settings(environment: Mapping[str, str], known: Sequence[str]) -
     """
     variables = {variable_of(name): name for name in known}
     for variable in environment:
-        if variable.startswith(_PREFIX) and variable not in variables:
+        if variable.startswith(_PREFIX) and variable not in (*variables, HOME_VARIABLE):
             raise ConfigurationError(
                 f"the environment variable {variable} is not one of pipeboost's; it knows {', '.join(variables)}"
             )

@@ -193,6 +193,8 @@ class Family:
         token_sharding: how ranks can share the tokens; None where that is not known.
         tensor: how its transformers' weights are split in tensor parallelism; None where that is not known.
         autoencoder: what its VAE is made of; None where that is not known.
+        keep_precision: paths of linears in its blocks that keep their precision where the others get 8 bits, with `*`
+            for any part of a path; what is outside of the blocks always does.
         missing: where the script is not known, what else is not and is therefore left out, in words.
     """
 
@@ -214,6 +216,7 @@ class Family:
     token_sharding: TokenSharding | None = None
     tensor: TensorSharding | None = None
     autoencoder: Autoencoder | None = None
+    keep_precision: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
     @property

@@ -15,8 +15,9 @@ NESTING: dict[str, dict[str, str]] = {
         "offload": "answers where the script is to run",
     },
     "component": {
-        "writes": "notes that weights are about to change",
+        "writes": "notes that weights are about to change, and has them as they were before anything reads them",
         "guard": "refuses a call that only some ranks make, before anything of it is timed or loaded",
+        "quantize": "a forward has the weights of its call before they are loaded or captured",
         "stages": "a stage's time includes loading its weights",
         "offload": "weights are there before anything computes",
         "cfg": "the branch that another rank computes is neither trimmed nor captured here",
@@ -26,6 +27,7 @@ NESTING: dict[str, dict[str, str]] = {
         "padding": "padded text is cut before ranks share its tokens, and before shapes are captured",
         "sequence": "a rank's own tokens are what a graph captures",
         "graphs": "a replay runs no Python: all that decides on the host is outside",
+        "sizes": "knows of which sizes compiled code is at hand",
         "compile": "what a graph captures may be compiled as a whole",
     },
     "block": {
@@ -35,7 +37,10 @@ NESTING: dict[str, dict[str, str]] = {
         "offload": "weights of a block come while the one before it computes",
         "compile": "what is compiled is the block as stock has it",
     },
-    "submodule": {"sequence": "puts tokens together, or takes a rank's own"},
+    "submodule": {
+        "sequence": "puts tokens together, or takes a rank's own",
+        "rewrite": "computes what stock would, inside its hooks",
+    },
     "scheduler": {
         "tune": "records what the step was given and what it returned",
         "agreement": "whether the other ranks still run is asked before their branches are",

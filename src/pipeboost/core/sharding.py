@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -102,6 +103,28 @@ class TensorSharding:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """What torch.compile of a VAE's decoder costs and saves, as measured.
+
+    Attributes:
+        seconds: to compile it, with nothing at hand from before.
+        saved: seconds, for each picture of `workload`.
+        workload: the size.
+        hardware: the device's name.
+    """
+
+    seconds: float
+    saved: float
+    workload: str
+    hardware: str
+
+    @property
+    def pays_after(self) -> int:
+        """Pictures after which it has saved what it cost."""
+        return math.ceil(self.seconds / self.saved)
+
+
+@dataclass(frozen=True)
 class Autoencoder:
     """What the encoder and the decoder of a VAE are made of besides torch's own modules, so that ranks can share it.
 
@@ -112,7 +135,11 @@ class Autoencoder:
         attention: class names of modules that attend to the whole map by torch's scaled dot product attention, with
             that of the processor that does so, or `""`. Their tokens are in the order (frames, rows, columns), and
             their mask depends on the two frames alone.
+        activated: class name of a module → its norms whose output goes to its `nonlinearity` and nowhere else.
+        compiling: what compiling its decoder costs and saves; None where that was not measured.
     """
 
     local: tuple[str, ...]
     attention: tuple[tuple[str, str], ...] = ()
+    activated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    compiling: Compiling | None = None

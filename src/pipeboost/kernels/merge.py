@@ -21,7 +21,7 @@ def merge_partial(
         part: of the other one, in any dtype.
         part_lse: like `lse`.
     """
-    if out.device.type == "cuda" and out.is_contiguous() and lse.is_contiguous() and _has_triton():
+    if out.device.type == "cuda" and out.is_contiguous() and lse.is_contiguous() and has_triton():
         from pipeboost.kernels.merge_triton import merge_in_place
 
         merge_in_place(out, lse, part.contiguous(), part_lse.contiguous())
@@ -34,5 +34,6 @@ def merge_partial(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None

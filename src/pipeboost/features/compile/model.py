@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeboost.contract.call import current_call
+from pipeboost.core.blocks import repeated_blocks
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import UnsupportedError, not_one_of
 from pipeboost.core.families import Family
@@ -25,8 +26,6 @@ from pipeboost.core.seams import Middleware, stock_class
 from pipeboost.features.compile.inputs import aliased, forward_parameters, text_arguments
 from pipeboost.features.compile.region import CompiledModel, Found, NotCaptured, Region, region_of
 
-# A list of modules with less of the model's weights than this is not where its time goes.
-_WORTHWHILE_SHARE = 0.1
 # Modules of one class that could not be compiled, after which the others are not tried: each costs a trace.
 _MOST_FAILURES = 3
 
@@ -155,8 +154,7 @@ def _block_lists(model: nn.Module, family: Family) -> tuple[tuple[Mapping[str, i
                 "use compile=None"
             ) from error
         return tuple((text_dims, modules) for text_dims, modules in found if modules)
-    declared = list(_outermost(model, getattr(model, "_repeated_blocks", None) or ()))
-    modules = declared or [module for group in _longest_lists(model) for module in group]
+    modules = list(repeated_blocks(model).values())
     if not modules:
         raise UnsupportedError(
             f"{stock_class(model).__name__} has no repeated blocks to compile; use compile='full' or compile=None"
@@ -171,29 +169,3 @@ def _text_dims_of_model(model: nn.Module, family: Family) -> dict[str, int]:
         text_dims |= {family.padded_text.embeds: 1, family.padded_text.mask: 1}
     parameters = forward_parameters(model)
     return {name: dim for name, dim in text_dims.items() if name in parameters}
-
-
-def _outermost(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
-    """Modules of the classes that Diffusers names, but none inside another."""
-    for child in model.children():
-        if stock_class(child).__name__ in names:
-            yield child
-        else:
-            yield from _outermost(child, names)
-
-
-def _longest_lists(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """Outermost lists of modules of one class that hold a good part of the model's weights."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-
-    def search(module: nn.Module) -> Iterator[list[nn.Module]]:
-        for child in module.children():
-            members = list(child) if isinstance(child, nn.ModuleList) else []
-            size = sum(parameter.numel() for parameter in child.parameters())
-            alike = len(members) > 1 and len({stock_class(member) for member in members}) == 1
-            if alike and size >= _WORTHWHILE_SHARE * total:
-                yield members
-            else:
-                yield from search(child)
-
-    return search(model)

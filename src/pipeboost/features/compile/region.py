@@ -33,6 +33,7 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.core.obstacles import hooks_in
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import suspend_timeout
+from pipeboost.features.compile.artifacts import artifacts
 from pipeboost.features.compile.rewrites import RewritingBackend
 
 # Dynamo's own limits count the graphs of all models of a class, dropped ones included; ours counts one model's.
@@ -275,6 +276,7 @@ class _Compiler:
             _SHAPE_CONFIG.patch(use_duck_shape=False),
             region.knowing_sizes() as sizes,
             tracing_our_call(),
+            artifacts(settings.backend),
         ):
             if region._generation != generation:
                 raise _CompiledMeanwhile
@@ -295,7 +297,8 @@ class _Compiler:
                 except PipeboostError:
                     raise
                 except Exception as error:
-                    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+                    cause = getattr(error, "inner_exception", error)
+                    reason = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
                     raise NotCaptured(f"cannot be compiled ({reason})", for_good=True) from error
             region._made[result.guarded_code.guard_manager] = Found(model)
             region._generation += 1

@@ -62,9 +62,7 @@ def activations_of_one_rank(whole: Activations | None, layout: ParallelConfig, t
 def of_all_ranks(component: ComponentSize, module: nn.Module) -> ComponentSize:
     """Return a component as it is once an acceleration that has split its weights among ranks is undone."""
     shares = shares_of(module)
-    return (
-        component if shares is None else _of_size(component, component.nbytes + shares.whole_bytes - shares.own_bytes)
-    )
+    return component if shares is None else component.resized(component.nbytes + shares.whole_bytes - shares.own_bytes)
 
 
 def _share(component: ComponentSize, degree: int, splits: Mapping[str, Split] | None) -> ComponentSize:
@@ -72,18 +70,7 @@ def _share(component: ComponentSize, degree: int, splits: Mapping[str, Split] | 
     split = Split(component.nbytes, (degree,)) if splits is None else splits.get(component.path)
     if split is None or degree not in split.degrees:
         return component
-    return _of_size(component, component.nbytes - split.nbytes + split.nbytes // degree)
-
-
-def _of_size(component: ComponentSize, nbytes: int) -> ComponentSize:
-    if nbytes == component.nbytes:
-        return component
-    return replace(
-        component,
-        nbytes=nbytes,
-        block_bytes=component.block_bytes * nbytes // component.nbytes,
-        largest_block=component.largest_block * nbytes // component.nbytes,
-    )
+    return component.resized(component.nbytes - split.nbytes + split.nbytes // degree)
 
 
 def _part(whole: Linear, ranks: int) -> Linear:

@@ -15,10 +15,14 @@ from torch import fx
 from pipeboost.features.compile.rewrites.cat_gemm import multiply_parts
 from pipeboost.features.compile.rewrites.cat_of_slices import drop_cats_of_slices
 from pipeboost.features.compile.rewrites.gelu_gemm import gelu_in_gemm
+from pipeboost.features.compile.rewrites.modulated_norm import fuse_norms
+from pipeboost.features.compile.rewrites.norm_rotary import fuse_norms_and_rotations
 from pipeboost.features.compile.rewrites.real_rotary import rotate_in_real_numbers
 
 REWRITES: dict[str, Callable[[fx.Graph], int]] = {
     "cat_of_slices": drop_cats_of_slices,
+    "norm_rotary": fuse_norms_and_rotations,
+    "modulated_norm": fuse_norms,
     "real_rotary": rotate_in_real_numbers,
     "gelu_gemm": gelu_in_gemm,
     "cat_gemm": multiply_parts,  # what is concatenated may be a product that a pass above has changed
@@ -39,6 +43,7 @@ class RewritingBackend:
     def __init__(self, backend: str | Callable[..., Any], names: Sequence[str]) -> None:
         self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         self._names = names
+        self.__name__ = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
         self.found: dict[str, int] = {}
 
     def __call__(self, module: fx.GraphModule, inputs: Any, **options: Any) -> Any:

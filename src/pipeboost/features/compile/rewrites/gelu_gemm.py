@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from pipeboost.features.compile.rewrites.nodes import batch_of, linear_arguments, replace, tensor_of
+from pipeboost.features.compile.rewrites.nodes import batch_of, linear_arguments, replace, suits_our_kernels, tensor_of
 
 
 def gelu_in_gemm(graph: fx.Graph) -> int:
@@ -21,8 +21,7 @@ def gelu_in_gemm(graph: fx.Graph) -> int:
         if gelu.kwargs.get("approximate") != "tanh" or arguments is None or len(linear.users) > 1:
             continue
         x, weight, bias = arguments
-        value = tensor_of(x)
-        if value is None or value.device.type != "cuda" or value.dtype not in (torch.bfloat16, torch.float16):
+        if not suits_our_kernels(tensor_of(x)):
             continue
         with graph.inserting_before(gelu):
             rows = graph.call_method("flatten", (x, 0, 1))
