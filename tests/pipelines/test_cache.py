@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import inspect
 import itertools
+import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +27,7 @@ from diffusers.hooks import (
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from pipeboost import accelerate_pipeline
 from pipeboost.contract.call import Call, current_call, open_call
@@ -33,8 +36,8 @@ from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.features.cache.attach import attach_cache
-from pipeboost.features.cache.state import CACHE, CacheCount
+from pipeboost.features.cache import CacheCount, attach_cache
+from pipeboost.features.cache.state import CACHE
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY
 
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video")
@@ -348,37 +351,47 @@ def test_blocks_replaced_since_are_refused() -> None:
             TINY["flux_dev"].call(pipe)
 
 
-def everything_of(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What must be the same before and after, of the pipeline's objects and their classes."""
+def everything_global(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What must be the same before and after, of the libraries, their classes and the pipeline itself."""
     family = family_of(pipe)
     modules = [module for model in family.models(pipe).values() for module in model.modules()]
     objects = [pipe, pipe.scheduler, *modules]
-    classes = {type(obj) for obj in objects} | {torch.nn.Module, torch.nn.ModuleList}
+    classes = {type(obj) for obj in objects} | {torch.nn.Module, torch.nn.ModuleList, logging.Logger}
+    classes |= {cache_dit.BlockAdapterRegister, cache_dit.caching.FakeDiffusionPipeline, _AttentionBackendRegistry}
+    classes |= {cache_dit.caching.CachedContextManager, cache_dit.caching.CachedContext}
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     return {
         "classes": {(cls, name): id(value) for cls in classes for name, value in list(vars(cls).items())},
         "objects": [sorted(vars(obj)) for obj in objects],
         "modules": {(i, name): id(value) for i, obj in enumerate(modules) for name, value in vars(obj).items()},
         "submodules": {(i, name): id(value) for i, obj in enumerate(modules) for name, value in obj._modules.items()},
         "types": [type(obj) for obj in objects],
+        "adapters": dict(cache_dit.BlockAdapterRegister._adapters),
+        "backends": dict(_AttentionBackendRegistry._backends),
+        "cache_dit": {name: id(value) for name, value in vars(cache_dit).items()},
+        "loggers": [(log.level, *log.handlers, *log.filters) for log in loggers if isinstance(log, logging.Logger)],
+        "warnings": list(warnings.filters),
     }
 
 
 @pytest.mark.parametrize("name", ["flux_dev", "wan22_t2v"])
-def test_nothing_of_the_model_differs_after_undo(name: str) -> None:
+def test_nothing_of_the_model_or_the_libraries_differs_after_undo(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     entry = TINY[name]
     pipe = entry.build()
     entry.call(pipe)
-    before = everything_of(pipe)
+    before = everything_global(pipe)
     with cached(pipe, CacheConfig(threshold=1.0, warmup=1, taylorseer_order=2)):
         entry.call(pipe)
         for _, path, blocks in rows(pipe):
             assert getattr(pipe.transformer, path) is not None
+            assert isinstance(blocks, torch.nn.ModuleList)
             assert type(blocks) is torch.nn.ModuleList
-        during = everything_of(pipe)
-    after = everything_of(pipe)
+        during = everything_global(pipe)
+    after = everything_global(pipe)
     for what in before:
         assert after[what] == before[what], what
-    assert during["submodules"] == before["submodules"]
+    assert {what for what in before if during[what] != before[what]} <= {"objects", "modules", "types", "classes"}
+    assert "Cache-DiT" not in "".join(capfd.readouterr())
 
 
 def test_residuals_are_dropped_with_the_call_but_the_counts_stay() -> None:
@@ -386,7 +399,7 @@ def test_residuals_are_dropped_with_the_call_but_the_counts_stay() -> None:
     with cached(pipe, ONE_IN_TWO) as acceleration:
         TINY["flux_dev"].call(pipe, steps=4)
         state = acceleration.calls[-1][CACHE]
-        assert not any(branch._ladders for branch in state._branches.values())
+        assert not any(branch.prepared for branch in state._branches.values())
         (count,) = state.counts()
         assert (count.computed_steps, count.cached_steps) == (2, 2)
 
@@ -408,7 +421,7 @@ def test_a_dropped_pipeline_frees_its_cached_transformer_at_once() -> None:
 def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:
     pipe = TINY["flux_dev"].build()
     family = family_of(pipe)
-    before = everything_of(pipe)
+    before = everything_global(pipe)
 
     def refused(error: type[Exception], words: str, settings: CacheConfig, **changes: Any) -> None:
         arguments: dict[str, Any] = {"family": family, "owner": family, **changes}
@@ -422,7 +435,7 @@ def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:
     secondary = CacheConfig(secondary=CacheConfig(fn=8))
     refused(ConfigurationError, "fn=8 and cache.bn=0 are more than the 7 blocks", secondary, position=1)
     refused(UnsupportedError, "no family says", CacheConfig(), family=dataclasses.replace(family, blocks=()))
-    assert everything_of(pipe) == before
+    assert everything_global(pipe) == before
     pipe.transformer._is_cached = True
     refused(UnsupportedError, "cache-dit is on this FluxTransformer2DModel; take it off", CacheConfig())
 

@@ -127,7 +127,7 @@ def test_a_schedule_for_other_steps_is_one_sentence_before_the_first_forward() -
 )
 def test_a_polynomial_of_the_order_is_continued(order: int, dtype: torch.dtype, bound: float) -> None:
     start = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    branch = OutputBranch(CacheConfig(taylorseer_order=order or None), [1, 1, 0, 1, 0, 0, 1, 0])
+    branch = OutputBranch([1, 1, 0, 1, 0, 0, 1, 0], order)
     for step in range(8):
         wanted = (start * (1 + 0.1 * step) ** order).to(dtype)
         result = branch.run(lambda wanted=wanted: {"sample": wanted, "of": ("a name", 3)})

@@ -8,7 +8,8 @@ import torch
 
 from pipeboost.core.config import STEP_MASKS, CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.features.cache.masks import COMPUTED_SHARE, computed_steps, settings_of, steps_of_experts
+from pipeboost.features.cache.masks import COMPUTED_SHARE, computed_steps
+from pipeboost.features.cache.steps import settings_of, steps_of_experts
 from pipeboost.patches import flux, wan
 
 

@@ -21,7 +21,7 @@ _EXTRAS = (
     ("scipy", "reading the demo's pictures back", "pip install scipy"),
 )
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+_REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "cache-dit")
 
 
 def print_diagnosis() -> None:

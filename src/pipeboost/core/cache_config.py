@@ -18,7 +18,7 @@ class CacheConfig:
 
     Attributes:
         extrapolate: `"output"` skips the whole transformer in fixed steps and extrapolates what it returns; `"blocks"`
-            runs the first and last blocks and extrapolates the residual of the others, as cache-dit does.
+            runs the first and last blocks and lets cache-dit extrapolate the residual of the others.
         step_mask: fixed steps instead of the residual's decision: a preset for any number of steps,
             `([compute bins], [cache bins])`, run alternately, or with `steps` the computed steps, from 0.
         steps: the number of denoising steps that such a list of computed steps is for.

@@ -21,7 +21,7 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
 
 
 def rebind(component: Component, decision: Decision, context: ApplyContext) -> None:
-    """Refuse a call with another cache besides ours.
+    """Refuse a call with another cache beside ours.
 
     Raises:
         UnsupportedError: Diffusers' or cache-dit's own was turned on since.

@@ -1,4 +1,10 @@
-"""`attach_cache`: checks everything, then adds one middleware to a transformer, or to each of its repeated blocks."""
+"""`attach_cache`: checks everything, then adds one middleware to each repeated block of one transformer.
+
+cache-dit's own `enable_cache` is not used: it replaces the transformer's `forward` and block lists, marks a class of
+its own, and may choose another attention backend. Its parts are: the blocks wrapper (`CachedBlocks`, which decides and
+extrapolates), its forward patterns, contexts, calibrators and step masks. They are put together per call, so the model
+itself is never changed and calls in several threads have nothing in common.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,9 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Blocks, Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
-from pipeboost.features.cache.blocks import fits
-from pipeboost.features.cache.masks import settings_of
-from pipeboost.features.cache.span import CachedOutput, CachedSpan
+from pipeboost.features.cache.output import CachedOutput
+from pipeboost.features.cache.span import CachedSpan
+from pipeboost.features.cache.steps import settings_of
 
 _OTHERS = ("_cache", "_attention_broadcast")
 """How the modules of Diffusers are called whose hooks skip what a block or its attention computes."""
@@ -44,20 +50,24 @@ def attach_cache(
             declares, or another cache is on the model. Nothing was changed.
         ConfigurationError: `fn + bn` is more than the blocks there are. Nothing was changed.
     """
-    known: dict[str, Any] = {"settings": settings, "family": family, "position": position, "owner": owner}
     if settings.extrapolate == "output":
         refuse_other_caches(model, family)
-        ledger.add_middleware(model, "__call__", CachedOutput(**known), place="component.cache")
+        middleware = CachedOutput(settings=settings, family=family, position=position, owner=owner)
+        ledger.add_middleware(model, "__call__", middleware, place="component.cache")
         return
     if not family.blocks:
         raise UnsupportedError(
             f"cache is not possible for {stock_class(model).__name__}: no family says which blocks may be skipped; "
             "use cache=None or add a family (entry-point group 'pipeboost.patches')"
         )
-    spans = [CachedSpan(model, row, **known) for row in _rows(model, family)]
+    own = settings_of(settings, position)
+    spans = [
+        CachedSpan(model, row, settings=settings, family=family, position=position, owner=owner)
+        for row in _rows(model, family)
+    ]
     refuse_other_caches(model, family)
     for span in spans:
-        _check(model, span, settings_of(settings, position))
+        _check(model, span, own)
     for span in spans:
         for block in span.blocks:
             ledger.add_middleware(block, "__call__", span, place="block.cache")
@@ -89,7 +99,7 @@ def _check(model: nn.Module, span: CachedSpan, own: CacheConfig) -> None:
             f"cache.fn={own.fn} and cache.bn={own.bn} are more than the {count} blocks in {name}.{span.name}; "
             f"use fn + bn of at most {count}"
         )
-    if not fits(span.blocks, span.returns):
+    if not span.fits:
         raise UnsupportedError(
             f"cache is not possible for {name}: the blocks in {span.name} do not take and return their states as the "
             "family declares; use cache=None"

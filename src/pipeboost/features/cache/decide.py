@@ -8,7 +8,7 @@ from pipeboost.core.config import AccelerationConfig, CacheConfig, CompileConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.cache.masks import LONGEST
+from pipeboost.features.cache.steps import LONGEST
 
 AUTO = CacheConfig(extrapolate="output", step_mask="fast", taylorseer_order=1)
 """What tier `fast` does by itself."""
@@ -46,7 +46,7 @@ def decide(
         if settings.step_mask is None
         else f"in fixed steps ({settings.step_mask if isinstance(settings.step_mask, str) else 'as listed'})"
     )
-    choice = "outputs" if settings.extrapolate == "output" else "blocks"
+    choice = "outputs" if settings.extrapolate == "output" else "cache-dit"
     return Decision("cache", choice, f"{skips} is skipped {when}; {how}", settings=settings)
 
 
@@ -57,7 +57,7 @@ def _obstacle(
     if not (family.pipelines and (family.blocks or not blocks)):
         unknown = "which forwards a step makes" if not family.pipelines else "which blocks may be skipped"
         return UnsupportedError(
-            f"cache needs to know {unknown}, which no family says of {model.pipeline}; use cache=None or add a "
+            f"cache needs to know {unknown}, which no family tells for {model.pipeline}; use cache=None or add a "
             "family (entry-point group 'pipeboost.patches')"
         )
     if blocks and model.controlnet:

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from pipeboost.core.config import CacheConfig
 
-
+@dataclass
 class OutputBranch:
     """What one guidance branch of one expert returned in its latest computed steps.
 
-    Args:
-        settings: of the expert; of order 0, the polynomial through the latest outputs repeats the last one.
-        mask: 1 for each step of the expert that is computed.
-
     Attributes:
+        mask: 1 for each step of the expert that is computed.
+        order: of the polynomial through the latest outputs; 0 repeats the last one.
         skipped: of each step so far, whether it was.
     """
 
-    def __init__(self, settings: CacheConfig, mask: list[int] | None) -> None:
-        self.skipped: list[bool] = []
-        self._mask = mask or []
-        self._order = settings.taylorseer_order or 0
-        self._latest: list[tuple[int, list[Any], Any]] = []
+    mask: list[int]
+    order: int
+    skipped: list[bool] = field(default_factory=list)
+    _latest: list[tuple[int, list[Any], Any]] = field(default_factory=list)
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Return what the transformer returns in the next step, computed or extrapolated."""
         step = len(self.skipped)
         # A scheduler of higher order may ask for more forwards than the mask has steps: these are computed.
-        skip = step < len(self._mask) and not self._mask[step] and bool(self._latest)
+        skip = step < len(self.mask) and not self.mask[step] and bool(self._latest)
         result = self._extrapolated(step) if skip else forward()
         if not skip:
-            self._latest = [*self._latest, (step, *pytree.tree_flatten(result))][-self._order - 1 :]
+            self._latest = [*self._latest, (step, *pytree.tree_flatten(result))][-self.order - 1 :]
         self.skipped.append(skip)
         return result
 

@@ -1,4 +1,4 @@
-"""The steps of each expert: how many it makes, and by a mask which of them are computed and which extrapolated."""
+"""Step masks: which steps of an expert are computed, and which are extrapolated, before the call has begun."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
-from pipeboost.core.families import Family
 
-LONGEST = 3
-"""Steps in a row that the residual may skip, where `max_continuous` does not say."""
 COMPUTED_SHARE: Mapping[str, float] = {"slow": 0.6, "medium": 0.45, "fast": 0.36, "ultra": 0.25}
 """The share of an expert's steps that a preset computes."""
 _DENSER_AT_THE_START = 1.35
@@ -84,22 +81,3 @@ def _binned(bins: Any, steps: int) -> list[int]:
     runs = chain.from_iterable(zip_longest(compute, skip, fillvalue=0))
     mask = chain.from_iterable(repeat(1 - place % 2, run) for place, run in enumerate(runs))
     return list(mask)[:steps]
-
-
-def settings_of(settings: CacheConfig, position: int) -> CacheConfig:
-    """Return the settings of one expert: `secondary`, where given, is for all but the first."""
-    return settings.secondary if position > 0 and settings.secondary is not None else settings
-
-
-def steps_of_experts(pipe: Any, family: Family) -> tuple[int | None, ...]:
-    """Return the steps that each of `family.denoisers` makes in the running call, which is in its loop.
-
-    It is what the loop runs over, not `num_inference_steps`: image-to-image leaves out the first steps. None where the
-    pipeline does not say.
-    """
-    total = getattr(pipe, "num_timesteps", None)
-    if total is None:
-        return tuple(None for _ in family.denoisers)
-    if family.expert_steps is not None:
-        return family.expert_steps(pipe)
-    return (total, *(0 for _ in family.denoisers[1:]))
