@@ -28,7 +28,7 @@ from pipeboost.core.config import CompileConfig
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import detect_hardware
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.attention import swap_attention
+from pipeboost.features.attention.swap import swap_attention
 from pipeboost.features.compile import compile_model
 from pipeboost.features.graphs import capture_graphs
 from pipeboost.patches import flux, wan

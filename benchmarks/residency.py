@@ -31,7 +31,8 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.families import Activations, Linear
 from pipeboost.core.hardware import detect_hardware
 from pipeboost.core.seams import add_middleware, remove_middleware
-from pipeboost.features.offload import bytes_on, choose_policies, placed_components, predict, weigh
+from pipeboost.features.offload.budget import bytes_on, choose_policies, predict, weigh
+from pipeboost.features.offload.place import placed_components
 
 PARTS = ("activations", "peaks", "resident", "capped", "wan")
 GIB = 2**30

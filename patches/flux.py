@@ -35,7 +35,7 @@ def forward_arguments(
     text_width: int = 4096,
     pooled_width: int = 768,
 ) -> dict[str, Any]:
-    """What `FluxPipeline` hands its transformer at mid-schedule: one token for each 16×16 pixels, random values."""
+    """Return what `FluxPipeline` hands its transformer at mid-schedule: one token for each 16×16 pixels, at random."""
     rows, columns = height // 16, width // 16
     image_ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
     image_ids[..., 1] += torch.arange(rows, device=device)[:, None]
@@ -52,6 +52,27 @@ def forward_arguments(
         "return_dict": False,
     }
 
+
+BLOCK_LAYERS = (
+    SplitLayers(
+        path="transformer_blocks.*.attn",
+        columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+        rows=("to_out.0", "to_add_out"),
+        counts=("heads", "inner_dim"),
+    ),
+    SplitLayers(path="transformer_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)),
+    SplitLayers(path="transformer_blocks.*.ff_context", columns=("net.0.proj",), rows=("net.2",)),
+    SplitLayers(
+        path="single_transformer_blocks.*",
+        columns=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        packed_rows={"proj_out": ("attn.to_v", "proj_mlp")},
+        counts=("attn.heads", "attn.inner_dim"),
+    ),
+    # A third of the weights of a block, for one row of activations.
+    SplitLayers(path="transformer_blocks.*", gathered=("norm1.linear", "norm1_context.linear")),
+    SplitLayers(path="single_transformer_blocks.*", gathered=("norm.linear",)),
+)
+"""How blocks with two streams and blocks with one are split, also those of HunyuanVideo."""
 
 FAMILY = Family(
     name="flux",
@@ -73,7 +94,6 @@ FAMILY = Family(
         Blocks(path="transformer_blocks", returns="text_image", text_dims={}),
         Blocks(path="single_transformer_blocks", returns="text_image", text_dims={}, cached_with_previous=True),
     ),
-    padded_text=None,
     full_sizes=(
         FullSize(
             name="flux.1-dev",
@@ -112,27 +132,7 @@ FAMILY = Family(
             TokenArgument("controlnet_single_block_samples", 1, "image"),
         ),
     ),
-    tensor=TensorSharding(
-        layers=(
-            SplitLayers(
-                path="transformer_blocks.*.attn",
-                columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
-                rows=("to_out.0", "to_add_out"),
-                counts=("heads", "inner_dim"),
-            ),
-            SplitLayers(path="transformer_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)),
-            SplitLayers(path="transformer_blocks.*.ff_context", columns=("net.0.proj",), rows=("net.2",)),
-            SplitLayers(
-                path="single_transformer_blocks.*",
-                columns=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-                packed_rows={"proj_out": ("attn.to_v", "proj_mlp")},
-                counts=("attn.heads", "attn.inner_dim"),
-            ),
-            # A third of the weights of a block, for one row of activations.
-            SplitLayers(path="transformer_blocks.*", gathered=("norm1.linear", "norm1_context.linear")),
-            SplitLayers(path="single_transformer_blocks.*", gathered=("norm.linear",)),
-        ),
-    ),
+    tensor=TensorSharding(layers=BLOCK_LAYERS),
     autoencoder=Autoencoder(
         local=(
             "Encoder",

@@ -20,6 +20,7 @@ from pipeboost.families import (
     prediction_of_latents,
     stage_doors,
 )
+from pipeboost.patches.flux import BLOCK_LAYERS  # type: ignore[import-not-found]
 
 
 def forward_arguments(
@@ -35,7 +36,7 @@ def forward_arguments(
     text_width: int = 4096,
     pooled_width: int = 768,
 ) -> dict[str, Any]:
-    """What `HunyuanVideoPipeline` hands its transformer at mid-schedule: padded text with a 0/1 mask in `dtype`."""
+    """Return what `HunyuanVideoPipeline` hands its transformer at mid-schedule: padded text with a mask in `dtype`."""
     latents = (1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     mask = torch.zeros(1, text_tokens, device=device, dtype=dtype)
     mask[:, :real_text_tokens] = 1
@@ -51,20 +52,16 @@ def forward_arguments(
     }
 
 
+TEXT_DIMS = {"encoder_hidden_states": 1, "attention_mask": 3}
+
 FAMILY = Family(
     name="hunyuan_video",
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
     transformers=("HunyuanVideoTransformer3DModel",),
     denoisers=("transformer",),
     blocks=(
-        Blocks(
-            path="transformer_blocks", returns="image_text", text_dims={"encoder_hidden_states": 1, "attention_mask": 3}
-        ),
-        Blocks(
-            path="single_transformer_blocks",
-            returns="image_text",
-            text_dims={"encoder_hidden_states": 1, "attention_mask": 3},
-        ),
+        Blocks(path="transformer_blocks", returns="image_text", text_dims=TEXT_DIMS),
+        Blocks(path="single_transformer_blocks", returns="image_text", text_dims=TEXT_DIMS),
     ),
     padded_text=PaddedText(embeds="encoder_hidden_states", mask="encoder_attention_mask", block_mask="attention_mask"),
     full_sizes=(
@@ -101,20 +98,7 @@ FAMILY = Family(
     ),
     tensor=TensorSharding(
         layers=(
-            SplitLayers(
-                path="transformer_blocks.*.attn",
-                columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
-                rows=("to_out.0", "to_add_out"),
-                counts=("heads", "inner_dim"),
-            ),
-            SplitLayers(path="transformer_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)),
-            SplitLayers(path="transformer_blocks.*.ff_context", columns=("net.0.proj",), rows=("net.2",)),
-            SplitLayers(
-                path="single_transformer_blocks.*",
-                columns=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-                packed_rows={"proj_out": ("attn.to_v", "proj_mlp")},
-                counts=("attn.heads", "attn.inner_dim"),
-            ),
+            *BLOCK_LAYERS,
             SplitLayers(
                 path="context_embedder.token_refiner.refiner_blocks.*.attn",
                 columns=("to_q", "to_k", "to_v"),
@@ -124,10 +108,7 @@ FAMILY = Family(
             SplitLayers(
                 path="context_embedder.token_refiner.refiner_blocks.*.ff", columns=("net.0.proj",), rows=("net.2",)
             ),
-            # A third of the weights of a block, for one row of activations.
-            SplitLayers(path="transformer_blocks.*", gathered=("norm1.linear", "norm1_context.linear")),
-            SplitLayers(path="single_transformer_blocks.*", gathered=("norm.linear",)),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

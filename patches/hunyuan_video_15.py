@@ -10,7 +10,7 @@ from pipeboost.families import Blocks, Family, prediction_of_latents, stage_door
 
 
 def prediction(model: Any, hidden_states: Any) -> Any:
-    """Memory for what a forward returns: with patches of one latent each, its channels are the innermost dimension."""
+    """Allocate memory for a prediction: with patches of one latent each, its channels are the innermost dimension."""
     if (model.config.patch_size_t, model.config.patch_size) != (1, 1):
         return prediction_of_latents(model, hidden_states)
     batch, _, *sizes = hidden_states.shape
@@ -29,11 +29,7 @@ FAMILY = Family(
     denoisers=("transformer",),
     # Every prompt is padded to one length, and the blocks get it whole.
     blocks=(Blocks(path="transformer_blocks", returns="image_text", text_dims={}),),
-    padded_text=None,
-    full_sizes=(),
-    doors=stage_doors(
-        text_outputs=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2"),
-    ),
+    doors=stage_doors(text_outputs=("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")),
     guided=True,
     prediction=prediction,
     guider="guider",

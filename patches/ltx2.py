@@ -9,9 +9,6 @@ FAMILY = Family(
     pipelines=("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
     transformers=("LTX2VideoTransformer3DModel",),
     denoisers=("transformer",),
-    blocks=(),
-    padded_text=None,
-    full_sizes=(),
     doors=(
         *stage_doors(
             text_outputs=(

@@ -31,7 +31,7 @@ def forward_arguments(
     channels: int = 64,
     text_width: int = 3584,
 ) -> dict[str, Any]:
-    """What `QwenImagePipeline` hands its transformer for one prompt (so without a mask) at mid-schedule."""
+    """Return what `QwenImagePipeline` hands its transformer for one prompt (so without a mask) at mid-schedule."""
     rows, columns = height // 16, width // 16
     return {
         "hidden_states": torch.randn(1, rows * columns, channels, device=device, dtype=dtype),
@@ -65,7 +65,6 @@ FAMILY = Family(
             text_dims={"encoder_hidden_states": 1, "encoder_hidden_states_mask": 1, "image_rotary_emb.1": 0},
         ),
     ),
-    padded_text=None,
     full_sizes=(
         FullSize(
             name="qwen-image",
@@ -110,7 +109,7 @@ FAMILY = Family(
             SplitLayers(path="transformer_blocks.*.txt_mlp", columns=("net.0.proj",), rows=("net.2",)),
             # A third of the weights of a block, for one row of activations.
             SplitLayers(path="transformer_blocks.*", gathered=("img_mod.1", "txt_mod.1")),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

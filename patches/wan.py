@@ -35,7 +35,7 @@ def forward_arguments(
     channels: int = 16,
     text_width: int = 4096,
 ) -> dict[str, Any]:
-    """What `WanPipeline` hands its transformer at mid-schedule; the text is padded with zeros and not masked."""
+    """Return what `WanPipeline` hands its transformer at mid-schedule; the text is padded with zeros and not masked."""
     latents = (1, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     text = torch.randn(1, text_tokens, text_width, device=device, dtype=dtype)
     text[:, real_text_tokens:] = 0
@@ -64,7 +64,6 @@ FAMILY = Family(
     transformers=("WanTransformer3DModel",),
     denoisers=("transformer", "transformer_2"),
     blocks=(Blocks(path="blocks", returns="image", text_dims={}),),
-    padded_text=None,
     full_sizes=(
         FullSize(
             name="wan2.1-1.3b",
@@ -131,7 +130,7 @@ FAMILY = Family(
                 counts=("heads", "inner_dim", "kv_inner_dim"),
             ),
             SplitLayers(path="blocks.*.ffn", columns=("net.0.proj",), rows=("net.2",)),
-        ),
+        )
     ),
     autoencoder=Autoencoder(
         local=(

@@ -19,7 +19,7 @@ from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.hardware import device_of
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.offload import placed_components, stock_offload
+from pipeboost.features.offload.place import placed_components, stock_offload
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.plan import Plan, agreed_plan
 from pipeboost.stages import StageParallelism

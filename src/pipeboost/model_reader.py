@@ -12,10 +12,11 @@ from pipeboost.core.families import Family
 from pipeboost.core.hardware import free_memory, has_cuda
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
-from pipeboost.features.attention import swappable_processors
+from pipeboost.features.attention.swap import swappable_processors
 from pipeboost.features.compile import capture_obstacles
 from pipeboost.features.compile.vae import is_rewritable, key_of
-from pipeboost.features.offload import bytes_on, kind_of, placed_components, stock_offload, unmovable_weights, weigh
+from pipeboost.features.offload.budget import bytes_on, kind_of, weigh
+from pipeboost.features.offload.place import placed_components, stock_offload, unmovable_weights
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
 from pipeboost.features.quantize import of_original, quantizable
 

@@ -24,13 +24,14 @@ from pipeboost.features.cache.decide import decide as decide_cache
 from pipeboost.features.compile.decide import decide as decide_compile
 from pipeboost.features.compile.vae.decide import decide as decide_vae
 from pipeboost.features.graphs.decide import decide as decide_graphs
-from pipeboost.features.offload import describe_memory, execution_device, in_gib, predict
+from pipeboost.features.offload.budget import describe_memory, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
+from pipeboost.features.offload.place import execution_device
 from pipeboost.features.parallel.decide import decide as decide_parallel
 from pipeboost.features.parallel.own_device import to_own_device
 from pipeboost.features.quantize.decide import decide as decide_quantize
 from pipeboost.features.reuse.decide import decide as decide_reuse
-from pipeboost.kernels import available_kernels
+from pipeboost.kernels.table import available_kernels
 from pipeboost.model_reader import model_info
 
 _PLANS = "plans"

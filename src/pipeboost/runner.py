@@ -19,7 +19,7 @@ from pipeboost.contract.call import Call, assigned, current_call, no_call, open_
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import signature_of, stock_class
-from pipeboost.features.offload import residing
+from pipeboost.features.offload.place import residing
 from pipeboost.stages.call_record import ADMISSION, AdmissionQueue, CallRecord, take_record
 from pipeboost.stages.composition import STAGES
 from pipeboost.stages.instrument import TRAJECTORY, Trajectory, with_trajectory, without_trajectory

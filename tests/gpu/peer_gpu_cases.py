@@ -12,7 +12,7 @@ import torch
 from pipeboost.distributed import Peers
 from pipeboost.distributed.collectives import symmetric_buffers
 from pipeboost.distributed.failure.collective_wait import Operations
-from pipeboost.kernels import KERNELS, available_kernels
+from pipeboost.kernels.table import KERNELS, available_kernels
 from tests.gpu.test_attention_gpu import detect_hardware, reference
 
 RANKS = 4

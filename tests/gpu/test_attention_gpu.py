@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from pipeboost.core.hardware import detect_hardware, has_cuda
-from pipeboost.kernels import KERNELS, accepted_dtypes, available_kernels, compact_keys, unavailable_reason
+from pipeboost.kernels.key_padding import compact_keys
+from pipeboost.kernels.table import KERNELS, as_installed, available_kernels, unavailable_reason
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {"flash3_fp8": 0.08, "sage": 0.04}
@@ -97,7 +98,7 @@ def test_kernel_is_attention(name, queries, keys, head_dim, masked):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_kernel_computes_in_the_dtypes_it_names(name, dtype):
     needs(name)
-    if dtype not in accepted_dtypes(KERNELS[name]):
+    if dtype not in as_installed(KERNELS[name]).dtypes:
         pytest.skip(f"{name} does not compute in {dtype} here, and says so")
     q, k, v = tensors(333, 500, dtype=dtype)
     valid = random_mask(500)
@@ -202,7 +203,7 @@ def test_auto_and_stock_agree_on_a_transformer_in_bfloat16():
 
     from pipeboost.contract.call import open_call
     from pipeboost.core.ledger import Ledger
-    from pipeboost.features.attention import swap_attention
+    from pipeboost.features.attention.swap import swap_attention
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(

@@ -14,7 +14,7 @@ from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import families
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.attention import trim_padded_text
+from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.compile import compile_model
 from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from tests.pipelines.tiny import TINY, load_tiny_lora, lora_state_dict, tiny_names

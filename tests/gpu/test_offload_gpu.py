@@ -10,8 +10,7 @@ from pipeboost import OffloadConfig, accelerate_pipeline
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import generic_family
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.offload import Placement, place
-from pipeboost.features.offload.place import _placed
+from pipeboost.features.offload.place import Placement, _placed, place
 from tests.pipelines.tiny import TINY, load_tiny_lora
 
 pytestmark = pytest.mark.gpu

@@ -20,8 +20,13 @@ from pipeboost.contract.call import open_call, tracing_our_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import add_middleware, remove_middleware, stock_class
-from pipeboost.features.attention import dispatcher_of, rebind_attention, swap_attention, swappable_processors
-from pipeboost.features.attention.swap import refuse_stock_processors
+from pipeboost.features.attention.swap import (
+    dispatcher_of,
+    rebind_attention,
+    refuse_stock_processors,
+    swap_attention,
+    swappable_processors,
+)
 from tests.floors import floor_of, is_rounding, python_calls
 from tests.pipelines.tiny import TINY, ip_adapter_inputs, load_tiny_ip_adapter
 

@@ -10,7 +10,8 @@ import torch
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import family_named
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.attention import swap_attention, trim_padded_text
+from pipeboost.features.attention.padding import trim_padded_text
+from pipeboost.features.attention.swap import swap_attention
 from tests.floors import floor_of, is_rounding
 from tests.pipelines.tiny import TINY
 

@@ -7,9 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from pipeboost.core.config import AttentionConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.features.attention import choose_kernel, explain_choice
-from pipeboost.features.attention.choice import check_choice
-from pipeboost.kernels import KERNELS, table
+from pipeboost.features.attention.choice import check_choice, choose_kernel, explain_choice
+from pipeboost.kernels import table
+from pipeboost.kernels.table import KERNELS
 
 CPU = detect_hardware("cpu")
 AMPERE = Hardware("cuda", "NVIDIA A100", (8, 0), 80 << 30, 1, False, True)
@@ -19,7 +19,7 @@ SMALL_TOKENS, FLUX_TOKENS, WAN_TOKENS, TEXT_TOKENS = 1536, 4608, 32760, 512
 
 
 def everything(hardware):
-    return {name: kernel.dtypes for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None}
+    return {name: kernel for name, kernel in KERNELS.items() if table.wrong_hardware(kernel, hardware) is None}
 
 
 def choose(queries, keys, hardware, *, mask="none", tier="lossless", dtype=torch.bfloat16, head_dim=128):
@@ -60,7 +60,7 @@ def test_auto_never_takes_a_kernel_that_would_refuse_the_call():
 
 
 def test_auto_takes_nothing_that_is_not_installed():
-    installed = {"sdpa": KERNELS["sdpa"].dtypes}
+    installed = {"sdpa": KERNELS["sdpa"]}
     choice = choose_kernel(WAN_TOKENS, WAN_TOKENS, 128, torch.bfloat16, "none", HOPPER, "lossless", installed)
     assert choice.kernel.name == "sdpa"
     assert dict(choice.considered)["flash3"] == "it is not installed, or not for this device"

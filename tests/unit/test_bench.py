@@ -18,8 +18,8 @@ import torch
 
 from pipeboost.bench.benchmark import benchmark
 from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult
-from pipeboost.bench.flops import AttentionShape, count_work
 from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs
+from pipeboost.bench.roofline import AttentionShape, count_work
 from pipeboost.cli.bench import measure_sizes, run_bench
 from pipeboost.contract.call import open_call
 from pipeboost.contract.registry import families

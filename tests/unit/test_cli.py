@@ -19,7 +19,7 @@ from pipeboost.cli.plan import plan_of, wrapped
 from pipeboost.core.errors import RankFailedError, UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.demo_model import prompts
-from pipeboost.kernels import KERNELS
+from pipeboost.kernels.table import KERNELS
 from tests.pipelines.tiny import TINY
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "demo_model" / "weights"

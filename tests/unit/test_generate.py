@@ -25,7 +25,7 @@ from pipeboost import ParallelConfig
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, UnsupportedError, quoted
 from pipeboost.core.hardware import device_of
 from pipeboost.core.seams import stock_class
-from pipeboost.features.offload import execution_device
+from pipeboost.features.offload.place import execution_device
 from pipeboost.features.parallel.own_device import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature

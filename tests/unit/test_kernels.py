@@ -13,20 +13,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.kernels import (
-    KERNELS,
-    accepted_dtypes,
-    available_kernels,
-    compact_keys,
-    flash,
-    installed_package,
-    mask_kind,
-    refuses,
-    table,
-    unavailable_reason,
-)
+from pipeboost.kernels import flash, table
 from pipeboost.kernels.flash import quantize_heads
 from pipeboost.kernels.flex import key_padding_blocks
+from pipeboost.kernels.key_padding import compact_keys, mask_kind
+from pipeboost.kernels.table import (
+    KERNELS,
+    as_installed,
+    available_kernels,
+    installed_package,
+    refuses,
+    unavailable_reason,
+)
 from tests.floors import EPS
 
 CPU = detect_hardware("cpu")
@@ -316,17 +314,17 @@ def test_fa3_fwd_computes_in_bfloat16_only_and_the_full_build_in_half_too(monkey
     kernel = KERNELS["flash3"]
     call = {"device": "cuda", "head_dim": 128, "mask": "none"}
     monkeypatch.setattr(table, "_is_installed", lambda module: module == "fa3_fwd_interface")
-    assert accepted_dtypes(kernel) == (torch.bfloat16,)
-    assert refuses(kernel, dtype=torch.bfloat16, **call) is None
-    assert refuses(kernel, dtype=torch.float16, **call) == "it does not compute in this dtype"
+    assert as_installed(kernel).dtypes == (torch.bfloat16,)
+    assert refuses(as_installed(kernel), dtype=torch.bfloat16, **call) is None
+    assert refuses(as_installed(kernel), dtype=torch.float16, **call) == "it does not compute in this dtype"
     monkeypatch.setattr(table, "_is_installed", lambda module: True)
-    assert refuses(kernel, dtype=torch.float16, **call) is None
+    assert refuses(as_installed(kernel), dtype=torch.float16, **call) is None
 
 
 @pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.masks != "any"])
 def test_only_torch_kernels_take_masks_that_differ_between_queries(name):
     kernel = KERNELS[name]
-    call = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "dtypes": kernel.dtypes}
+    call = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 128}
     assert refuses(kernel, mask="key padding", **call) is None
     assert refuses(kernel, mask="any", **call) == "it does not honour this mask"
     assert refuses(kernel, mask="none", **{**call, "head_dim": 100_000}) == "it does not have this head dimension"

@@ -15,10 +15,9 @@ from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.families import Activations, Linear
 from pipeboost.core.hardware import Hardware
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.offload import Placement, choose_policies, place, predict, unmovable_weights
-from pipeboost.features.offload.budget import UNMEASURED
+from pipeboost.features.offload.budget import UNMEASURED, choose_policies, predict
 from pipeboost.features.offload.host import HostStore
-from pipeboost.features.offload.place import METHODS
+from pipeboost.features.offload.place import METHODS, Placement, place, unmovable_weights
 from pipeboost.plan import make_plan
 
 GIB = 2**30

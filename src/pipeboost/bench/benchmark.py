@@ -20,9 +20,8 @@ import torch
 
 from pipeboost.bench.benchmark_result import STOCK, TUNED, BenchmarkResult, Variant
 from pipeboost.bench.environment import gpu_state, versions
-from pipeboost.bench.flops import count_work
 from pipeboost.bench.full_size import build_pipeline, call_arguments, forward_inputs, seeded
-from pipeboost.bench.roofline import measure_ceilings
+from pipeboost.bench.roofline import count_work, measure_ceilings
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.core.families import FullSize
 from pipeboost.core.hardware import detect_hardware
@@ -85,12 +84,8 @@ def check_counts(*, repeats: int, steps: int) -> None:
         raise ConfigurationError(f"steps={steps} must be 0 (no pipeline call) or more")
 
 
-@dataclass
-class _Applied:
-    """A variant in place: how it runs, and the context that its forwards need."""
-
-    what: str
-    opened: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+_Applied = tuple[str, Callable[[], AbstractContextManager[Any]]]
+"""A variant in place: how it runs, in words, and the context that its forwards need."""
 
 
 @dataclass
@@ -120,7 +115,6 @@ class _Session:
         ceilings = measure_ceilings(work, device=device, dtype=self.dtype)
         ours = [self._tried(f"pipeboost {tier}", functools.partial(self._ours, tier)) for tier in tiers]
         tuned, floor, backends = self._tuned()
-
         bound_ms = ceilings.bound_ms(work)
 
         def rated(variant: Variant) -> Variant:
@@ -164,11 +158,17 @@ class _Session:
         self.pipe = build_pipeline(self.size, device=self.device, dtype=self.dtype)
         self.inputs = forward_inputs(self.size, device=self.device, dtype=self.dtype)
 
-    def _forward(self) -> torch.Tensor:
+    def _forward(self, call: Any = None) -> torch.Tensor:
+        """One forward; inside an open call it is the first of a new denoising step."""
+        if call is not None:
+            call.step += 1
+            call.branch = -1
         return self.pipe.transformer(**self.inputs)[0]
 
     def _stock(self) -> Variant:
-        stock = self._measured(STOCK, lambda: contextlib.nullcontext(_Applied(f"attention: {tuned_stock.NATIVE}")))
+        stock = self._measured(
+            STOCK, lambda: contextlib.nullcontext((f"attention: {tuned_stock.NATIVE}", contextlib.nullcontext))
+        )
         sample = self.reference
         assert sample is not None
         if not bool(torch.isfinite(sample).all()) or float(sample.std()) == 0:
@@ -185,7 +185,7 @@ class _Session:
             self.accelerate(self.pipe, quality=tier)
             handle = self.pipe.acceleration
             try:
-                yield _Applied(str(handle.plan), handle.open)
+                yield str(handle.plan), handle.open
             finally:
                 handle.remove()
 
@@ -193,7 +193,7 @@ class _Session:
             return self._measured(f"pipeboost {tier}", applied)
 
     def _tuned(self) -> tuple[Variant, Variant, dict[str, float | str]]:
-        """Tuned stock, the noise floor's variant, and the backends that were tried."""
+        """Return tuned stock, the noise floor's variant, and the backends that were tried."""
         self.report("trying the attention backends of Diffusers")
         names, seen = tuned_stock.rank_backends(self.pipe.transformer, self._forward, self.device)
         failures = []
@@ -221,45 +221,42 @@ class _Session:
         @contextlib.contextmanager
         def applied() -> Iterator[_Applied]:
             with tuned_stock.stock_attention(model, backend), tuned_stock.stock_compile(model, fullgraph=fullgraph):
-                yield _Applied(f"attention: {backend}; compile_repeated_blocks(fullgraph={fullgraph})")
+                yield f"attention: {backend}; compile_repeated_blocks(fullgraph={fullgraph})", contextlib.nullcontext
 
         with tuned_stock.cold_compile_caches():
             return self._measured(TUNED, applied)
 
     def _tried(self, name: str, measure: Callable[[], Variant]) -> Variant:
-        """A variant, or what kept it from being measured; afterwards the pipeline is stock, if need be a new one."""
+        """Return a variant, or what kept it from being measured, and leave a stock pipeline, if need be a new one."""
         try:
             variant = measure()
         except Exception as error:
             self.report(f"{name} failed\n{traceback.format_exc()}")
             text = f"{type(error).__name__}: {error}".strip()
             variant = Variant(name, error=text.splitlines()[0][:300])
-        restored = self._is_stock()
+        # Whether a forward gives stock's output to the bit; None where stock itself does not repeat it.
+        restored: bool | None = None
+        if self.repeatable and self.reference is not None:
+            try:
+                restored = torch.equal(self.reference, self._sample())
+            except Exception:
+                self.report(f"stock does not run any more\n{traceback.format_exc()}")
+                restored = False
         if variant.error is not None or restored is False:
             del self.pipe
             tuned_stock.forget_compiled()
             self._build()
         return replace(variant, restored=restored)
 
-    def _is_stock(self) -> bool | None:
-        """Whether a forward gives stock's output to the bit; None where stock itself does not repeat it."""
-        if not self.repeatable or self.reference is None:
-            return None
-        try:
-            return torch.equal(self.reference, self._sample())
-        except Exception:
-            self.report(f"stock does not run any more\n{traceback.format_exc()}")
-            return False
-
     def _measured(self, name: str, applied: Callable[[], AbstractContextManager[_Applied]]) -> Variant:
         """Put a variant on, time its first forward, warm it up, time it, and take it off again."""
         self.report(f"{name}: first forward")
         synchronize(self.device)
         start = time.perf_counter()
-        with applied() as how:
+        with applied() as (what, opened):
             apply_seconds = time.perf_counter() - start
-            with how.opened() as call:
-                forward = functools.partial(self._step, call)
+            with opened() as call:
+                forward = functools.partial(self._forward, call)
                 forward()
                 synchronize(self.device)
                 cold_start = time.perf_counter() - start
@@ -277,7 +274,7 @@ class _Session:
             raise PipeboostError(f"{name} gives an output that is not finite")
         return Variant(
             name=name,
-            what=how.what,
+            what=what,
             milliseconds=timing.milliseconds,
             median_ms=timing.median,
             peak_bytes=peak,
@@ -287,13 +284,6 @@ class _Session:
             max_error=float((sample - self.reference).abs().max()),
             call_seconds=call_seconds,
         )
-
-    def _step(self, call: Any) -> torch.Tensor:
-        """One forward; inside an open call it is the first of a new denoising step."""
-        if call is not None:
-            call.step += 1
-            call.branch = -1
-        return self._forward()
 
     def _call_seconds(self, name: str) -> tuple[float, ...]:
         if not self.steps:

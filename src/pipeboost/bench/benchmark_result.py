@@ -53,6 +53,23 @@ class Variant:
     restored: bool | None = None
     error: str | None = None
 
+    @property
+    def peak_gib(self) -> float | None:
+        """The peak in GiB."""
+        return None if self.peak_bytes is None else self.peak_bytes / 2**30
+
+
+_COLUMNS = (
+    ("over stock", "speedup", ".2f", "x"),
+    ("over tuned", "speedup_over_tuned", ".2f", "x"),
+    ("TFLOP/s", "tflops", ".3g", ""),
+    ("share of bound", "share_of_bound", ".0%", ""),
+    ("peak GiB", "peak_gib", ".2f", ""),
+    ("cold start s", "cold_start_seconds", ".1f", ""),
+    ("rel. error", "relative_error", ".2e", ""),
+)
+"""Of the table: title, attribute of a variant, how it is written."""
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
@@ -127,39 +144,26 @@ class BenchmarkResult:
         return data, report
 
     def table(self) -> str:
-        """The Markdown table of the variants, with the noise floor under it."""
+        """Return the Markdown table of the variants, with the noise floor under it."""
         loop = [f"s per call of {self.steps} steps"] if self.steps else []
-        head = [
-            "variant", "ms median (min–max)", "over stock", "over tuned", "TFLOP/s", "share of bound", "peak GiB",
-            "cold start s", "rel. error", *loop,
-        ]  # fmt: skip
+        head = ["variant", "ms median (min–max)", *(title for title, *_ in _COLUMNS), *loop]
         rows = [head, ["---"] * len(head)]
         for variant in self.variants:
             if variant.error is not None:
                 rows.append([variant.name, f"failed: {variant.error}".replace("|", "/"), *[""] * (len(head) - 2)])
                 continue
             times, call = variant.milliseconds, sorted(variant.call_seconds)
-            rows.append(
-                [
-                    variant.name,
-                    f"{variant.median_ms:.1f} ({min(times):.1f}–{max(times):.1f})",
-                    _shown(variant.speedup, ".2f", "x"),
-                    _shown(variant.speedup_over_tuned, ".2f", "x"),
-                    _shown(variant.tflops, ".3g"),
-                    _shown(variant.share_of_bound, ".0%"),
-                    _shown(None if variant.peak_bytes is None else variant.peak_bytes / 2**30, ".2f"),
-                    _shown(variant.cold_start_seconds, ".1f"),
-                    _shown(variant.relative_error, ".2e"),
-                    *([_shown(call[len(call) // 2] if call else None, ".2f")] if self.steps else []),
-                ]
-            )
+            median = f"{variant.median_ms:.1f} ({min(times):.1f}–{max(times):.1f})"
+            others = [_shown(getattr(variant, name), form, unit) for _, name, form, unit in _COLUMNS]
+            seconds = [_shown(call[len(call) // 2] if call else None, ".2f")] if self.steps else []
+            rows.append([variant.name, median, *others, *seconds])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines += ["", f"Noise floor (stock compiled against stock eager): {_shown(self.noise_floor, '.2e')} relative, "
                   f"{_shown(self.noise_floor_max, '.2e')} at most."]  # fmt: skip
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
-        """The whole report."""
+        """Return the whole report."""
         tried = [
             f"- `{name}`: {f'{value:.1f} ms' if isinstance(value, float) else f'does not run: {value}'}"
             for name, value in self.stock_backends.items()

@@ -15,7 +15,7 @@ _GPU_FIELDS = "name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.s
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA, cuDNN, ourselves and what we may use, as far as installed; and our git commit."""
+    """Return the versions of Python, CUDA, cuDNN, ourselves and what we may use where installed, and our git commit."""
     found = {"python": platform.python_version()}
     required = importlib.metadata.requires("pipeboost") or []
     used = {re.split(r"[^\w-]", each)[0] for each in required if 'extra == "dev"' not in each}
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Power cap, clocks and temperature from `nvidia-smi`, read only; empty without a GPU or the tool."""
+    """Return power cap, clocks and temperature from `nvidia-smi`, read only; empty without a GPU or the tool."""
     if device.type != "cuda":
         return {}
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -47,7 +47,7 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing, fails or hangs."""
+    """Return what a command prints; nothing where it is missing, fails or hangs."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

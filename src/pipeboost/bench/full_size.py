@@ -27,7 +27,7 @@ _CALL_ARGUMENTS = {
 
 
 def full_size_named(name: str) -> FullSize:
-    """The published size that a family declares under this name.
+    """Return the published size that a family declares under this name.
 
     Raises:
         ConfigurationError: no family declares it; the message lists what they declare.
@@ -38,12 +38,12 @@ def full_size_named(name: str) -> FullSize:
 
 
 def full_sizes() -> dict[str, FullSize]:
-    """All published sizes that the families declare, by name."""
+    """Return all published sizes that the families declare, by name."""
     return {size.name: size for family in families() for size in family.full_sizes}
 
 
 def parameter_count(size: FullSize) -> int:
-    """The parameters of its transformer, counted without building any."""
+    """Return the parameters of its transformer, counted without building any."""
     import diffusers
 
     with torch.device("meta"):
@@ -52,7 +52,7 @@ def parameter_count(size: FullSize) -> int:
 
 
 def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A stock pipeline of this size: the same random weights every time, the default scheduler, nothing else.
+    """Return a stock pipeline of this size: the same random weights every time, the default scheduler, nothing else.
 
     What Diffusers keeps in fp32 when it loads a checkpoint is in fp32 here too.
     """
@@ -82,13 +82,13 @@ def build_pipeline(size: FullSize, *, device: torch.device, dtype: torch.dtype) 
 
 
 def forward_inputs(size: FullSize, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of one transformer forward, the same random values every time."""
+    """Return the arguments of one transformer forward, the same random values every time."""
     with seeded(device):
         return size.inputs(device, dtype)
 
 
 def call_arguments(pipe: Any, inputs: dict[str, Any], *, steps: int) -> dict[str, Any]:
-    """Arguments for `pipe(...)` that make its denoising loop run on these inputs, without encoders and VAE.
+    """Return arguments for `pipe(...)` that make its denoising loop run on these inputs, without encoders and VAE.
 
     Guidance is the pipeline's default, with a negative prompt where it takes one.
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeboost.core.hardware import Hardware, detect_hardware
-from pipeboost.kernels import KERNELS, Kernel, unavailable_reason, wrong_hardware
+from pipeboost.kernels.table import KERNELS, Kernel, unavailable_reason, wrong_hardware
 
 _EXTRAS = (
     ("peft", "LoRA", "pip install peft"),
@@ -67,7 +67,7 @@ def _here(kernel: Kernel, hardware: Hardware) -> str:
         return "yes"
     if wrong_hardware(kernel, hardware) is None:
         return "no: " + " or ".join(package.install for package in kernel.packages)
-    lowest, end = kernel.capabilities
+    lowest, end = kernel.from_capability, kernel.below_capability
     return f"needs capability {lowest[0]}.{lowest[1]}" + (f" to {end[0] - 1}.x" if end else " or later")
 
 

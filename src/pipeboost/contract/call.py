@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ class Slot(Generic[T]):
         self.initial = initial
 
 
+@dataclass(eq=False, repr=False)
 class Call:
     """One run of a pipeline's `__call__`.
 
@@ -57,32 +59,26 @@ class Call:
         rebind: applies the plan to what the pipeline consists of now; set by the acceleration.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        owner: Any,
-        arguments: dict[str, Any],
-        features: frozenset[str] | None = None,
-        device: torch.device | None = None,
-        mesh: Mesh | None = None,
-    ) -> None:
-        self.pipe = pipe
-        self.mesh = self.watched = mesh
-        self.device = torch.device("cpu") if device is None else device
-        self.owner = owner
-        self.arguments = arguments
-        self.features = features
-        self.step = 0
-        self.branch = -1
-        self.events: list[Any] = []
-        self._slots: dict[Slot[Any], Any] = {}
-        self.decided: set[Hashable] = set()
-        self.captures = False
-        self.resources = contextlib.ExitStack()
-        self.rebind: Callable[[], None] | None = None
-        self._scheduler = getattr(pipe, "scheduler", None)
-        self.of_several_ranks = mesh is not None and mesh.control.size > 1
-        self._cancelled = threading.Event()
+    pipe: Any
+    owner: Any
+    arguments: dict[str, Any]
+    features: frozenset[str] | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    mesh: Mesh | None = None
+    step: int = 0
+    branch: int = -1
+    events: list[Any] = field(default_factory=list)
+    decided: set[Hashable] = field(default_factory=set)
+    captures: bool = False
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    rebind: Callable[[], None] | None = None
+    _slots: dict[Slot[Any], Any] = field(default_factory=dict)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.watched = self.mesh
+        self.of_several_ranks = self.mesh is not None and self.mesh.control.size > 1
+        self._scheduler = getattr(self.pipe, "scheduler", None)
 
     def __getitem__(self, slot: Slot[T]) -> T:
         if slot.initial is not None and slot not in self._slots:
@@ -151,7 +147,7 @@ def open_call(
     mesh: Mesh | None = None,
 ) -> Iterator[Call]:
     """Open a call for the length of a `with` block; calls nest, and the inner one is current."""
-    call = Call(pipe, owner, arguments or {}, features, device, mesh)
+    call = Call(pipe, owner, arguments or {}, features, device or torch.device("cpu"), mesh)
     token = _current.set(call)
     with _opening:
         _open[call] = threading.get_ident()

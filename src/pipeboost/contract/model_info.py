@@ -93,7 +93,7 @@ class ModelInfo:
         encodes: whether it has an `encode_prompt`.
         processors: how many attention processors can be swapped; None where nobody has looked.
         stock_processors: class name and reason, for each kind of processor that cannot.
-        stock_denoisers: component → class name, for each model that a step calls beside the transformers.
+        stock_denoisers: component → class name, for each model that a step calls besides the transformers.
         model: class name of the transformer.
         hooks: those of Diffusers or accelerate in the transformers' blocks, in words; they cannot be compiled.
         odd_blocks: what else may keep the blocks from being compiled, in words.
@@ -134,7 +134,7 @@ class ModelInfo:
     vae_key: str = ""
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:
-        """The degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""
+        """Return the degrees of tensor parallelism that all of its denoisers allow; None where that was not asked."""
         if self.splits is None:
             return None
         present = [component.path for component in self.components if component.path in denoisers]

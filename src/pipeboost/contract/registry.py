@@ -19,7 +19,7 @@ from pipeboost.core.sharding import TensorSharding
 
 
 def text_encoder_sharding(encoder: Any) -> TensorSharding | None:
-    """How the weights of a text encoder are split in tensor parallelism; None where that is not known."""
+    """Return how the weights of a text encoder are split in tensor parallelism; None where that is not known."""
     from pipeboost.patches.text_encoders import TEXT_ENCODERS  # type: ignore[import-not-found]
 
     names = [cls.__name__ for cls in stock_class(encoder).__mro__]
@@ -28,12 +28,12 @@ def text_encoder_sharding(encoder: Any) -> TensorSharding | None:
 
 @functools.cache
 def families() -> tuple[Family, ...]:
-    """All families: ours and those that installed packages declare in the entry-point group `pipeboost.patches`."""
+    """Return all families: ours, and what installed packages declare in the entry-point group `pipeboost.patches`."""
     return tuple(entry.load() for entry in entry_points(group="pipeboost.patches"))
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a Diffusers pipeline: by its class, else by that of its transformers, else `generic_family`.
+    """Return the family of a Diffusers pipeline: by its class, else by that of its transformers, else `generic_family`.
 
     Raises:
         UnsupportedError: not a Diffusers pipeline, or one without a transformer.
@@ -54,7 +54,7 @@ def family_of(pipe: Any) -> Family:
 
 
 def family_named(pipeline_class: str) -> Family | None:
-    """The family that claims a pipeline class name, or None."""
+    """Return the family that claims a pipeline class name, or None."""
     return next((family for family in families() if pipeline_class in family.pipelines), None)
 
 
@@ -63,17 +63,14 @@ def _is_one_of(obj: Any, names: tuple[str, ...]) -> bool:
 
 
 def _in_any_pipeline(family: Family, pipeline: str) -> Family:
-    """What of a family holds for its models whatever script calls them, and how often."""
+    """Return what of a family holds for its models whatever script calls them, and how often."""
     padding = ("how it pads its text: masks reach the attention kernels as they are",) if family.padded_text else ()
     return Family(
         name=family.name,
         pipelines=(),
         transformers=family.transformers,
         denoisers=family.denoisers,
-        blocks=family.blocks,
-        # That it is padded on the right is the script's doing.
-        padded_text=None,
-        full_sizes=(),
+        blocks=family.blocks,  # not `padded_text`: that it is padded on the right is the script's doing
         token_sharding=family.token_sharding,
         tensor=family.tensor,
         autoencoder=family.autoencoder,
@@ -82,7 +79,7 @@ def _in_any_pipeline(family: Family, pipeline: str) -> Family:
 
 
 def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
-    """What can be said of a pipeline that no family claims.
+    """Return what can be said of a pipeline that no family claims.
 
     Args:
         pipeline: its class name.
@@ -100,9 +97,6 @@ def generic_family(pipeline: str, components: Mapping[str, bool]) -> Family:
         pipelines=(),
         transformers=(),
         denoisers=denoisers,
-        blocks=(),
-        padded_text=None,
-        full_sizes=(),
         missing=(
             "which block arguments carry the text length: a new prompt length may recompile",
             "which blocks may be skipped together: caching is refused",

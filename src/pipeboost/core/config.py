@@ -12,16 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed
+
 from pipeboost.core.cache_config import STEP_MASKS
 from pipeboost.core.cache_config import CacheConfig as CacheConfig
-from pipeboost.core.config_checks import (
-    from_mapping,
-    is_number,
-    is_process_group,
-    names_among,
-    require_integer,
-    require_one_of,
-)
+from pipeboost.core.config_checks import from_mapping, is_number, names_among, require_integer, require_one_of
 from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
 from pipeboost.core.errors import ConfigurationError, quoted
 
@@ -53,8 +48,8 @@ class AttentionConfig:
     """Which attention kernel runs.
 
     Attributes:
-        backend: the name of a kernel in `pipeboost.kernels.KERNELS`, where the plan looks it up, or `"auto"` to choose
-            by hardware, token count and mask.
+        backend: the name of a kernel in `pipeboost.kernels.table.KERNELS`, where the plan looks it up, or `"auto"` to
+            choose by hardware, token count and mask.
     """
 
     backend: str = "auto"
@@ -95,11 +90,10 @@ class ParallelConfig:
             require_integer(f"parallel.{name}", getattr(self, name), minimum=1)
         for name in ("vae", "text_encoder"):
             require_one_of(f"parallel.{name}", getattr(self, name), ("auto", True, False))
-        if (
-            not is_number(self.timeout) or self.timeout < 1
-        ):  # ranks send each other signs of life every twentieth of a second
+        # Ranks send each other signs of life every twentieth of a second.
+        if not is_number(self.timeout) or self.timeout < 1:
             raise ConfigurationError(f"parallel.timeout={self.timeout!r} must be a number of seconds, at least 1")
-        if self.group is not None and not is_process_group(self.group):
+        if self.group is not None and not isinstance(self.group, getattr(torch.distributed, "ProcessGroup", ())):
             raise ConfigurationError(
                 f"parallel.group={self.group!r} must be a torch.distributed process group, or None for the world"
             )
@@ -200,7 +194,7 @@ class OffloadConfig:
         policy: of all components: `"resident"` on the device, `"stage"` on the host except for the component's stage,
             `"layerwise"` block by block while it computes, or `"auto"`: the cheapest that fits.
         text_encoders: policy of text and image encoders; None for the general one.
-        transformers: policy of denoisers, and of ControlNets and the like, which are called beside them.
+        transformers: policy of denoisers, and of ControlNets and the like, which are called with them.
         vae: policy of the autoencoders.
         memory: GiB that the pipeline may take on the device; None for what is free there.
     """

@@ -70,13 +70,6 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def is_process_group(group: Any) -> bool:
-    """Whether a value is a process group of torch.distributed, which is loaded for this alone."""
-    import torch.distributed
-
-    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
-
-
 def from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
     """Make a settings class of a mapping of its fields, or raise where there is another key."""
     known = [field.name for field in dataclasses.fields(cls)]

@@ -202,9 +202,9 @@ class Family:
     pipelines: tuple[str, ...]
     transformers: tuple[str, ...]
     denoisers: tuple[str, ...]
-    blocks: tuple[Blocks, ...]
-    padded_text: PaddedText | None
-    full_sizes: tuple[FullSize, ...]
+    blocks: tuple[Blocks, ...] = ()
+    padded_text: PaddedText | None = None
+    full_sizes: tuple[FullSize, ...] = ()
     measured: tuple[Measured, ...] = ()
     activations: Activations | None = None
     expert_steps: Callable[[Any], tuple[int, ...]] | None = None

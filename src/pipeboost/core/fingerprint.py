@@ -6,6 +6,7 @@ of an object that is neither plain nor a container.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
@@ -47,8 +48,8 @@ def digest(value: Any) -> bytes:
     generators by state, containers by what is in them, callables and classes by being there. Any other object counts by
     its attributes; one that keeps none counts by its pickle, or by its class where it has no pickle.
     """
-    told = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
-    return hashed(repr(told))
+    found = structure(value, tensor=lambda tensor: (*kind_of(tensor), *sums([tensor])), other=_content)
+    return hashed(repr(found))
 
 
 def hashed(content: str) -> bytes:
@@ -203,7 +204,7 @@ def place_weights(places: torch.Tensor) -> torch.Tensor:
 
 
 def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The sum of one contiguous tensor, whose last word is filled up with zeros; `columns` are the weights of a row."""
+    """Return the sum of one contiguous tensor, its last word filled up with zeros; `columns` are a row's weights."""
     content = plain.reshape(-1).view(torch.uint8)
     if content.numel() % 8:
         content = torch.nn.functional.pad(content, (0, -content.numel() % 8))
@@ -223,12 +224,12 @@ def _sum(plain: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _folded(words: torch.Tensor) -> torch.Tensor:
-    """The words with their high half in the low one too: of a sign bit alone, a product would keep no place."""
+    """Return the words with their high half in the low one too: of a sign bit alone, a product would keep no place."""
     return words ^ (words >> 32)
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The memory of a tensor as contiguous tensors; nothing where there is none that can be looked at."""
+    """Return the memory of a tensor as contiguous tensors; nothing where there is none that can be looked at."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [each for name in names for each in _plain(getattr(tensor, name))]
@@ -262,9 +263,6 @@ def _hash(content: Any) -> str:
 
 
 def _pickled(value: Any) -> bytes:
-    refusals: tuple[type[Exception], ...] = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError)
-    reduce: Callable[[Any], bytes] = pickle.dumps
-    try:
-        return reduce(value)
-    except refusals:
-        return b""
+    with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError, NotImplementedError):
+        return pickle.dumps(value)
+    return b""

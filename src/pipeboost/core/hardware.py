@@ -108,12 +108,9 @@ def device_of(pipe: Any) -> torch.device:
     Where no hook moves weights about, that is where they are; asking the property walks all modules several times over.
     Where some are on a GPU, the others wait on the host for their turn.
     """
-    if middleware_of(pipe, "_execution_device"):
-        return pipe._execution_device
     components = _modules_of(pipe)
-    if any(hooks_in(component) is not None for component in components):
-        return pipe._execution_device
-    return _where_they_run(components) or pipe._execution_device
+    moved = middleware_of(pipe, "_execution_device") or any(map(hooks_in, components))
+    return (None if moved else _where_they_run(components)) or pipe._execution_device
 
 
 def device_of_weights(pipe: Any) -> torch.device | None:

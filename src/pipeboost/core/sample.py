@@ -76,7 +76,7 @@ class Sample:
         return result
 
     def _grouped(self, lie: list[Any]) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """What one copy takes: which tensors, and for each of their values whose it is and its weight."""
+        """Return what one copy takes: which tensors, and for each of their values whose it is and its weight."""
         groups: dict[Any, list[int]] = {}
         for place, kind in enumerate(lie):
             if kind is not None:

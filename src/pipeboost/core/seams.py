@@ -57,7 +57,9 @@ class _Chains(dict[str, tuple[tuple[int, Middleware], ...]]):
         return _Chains()
 
 
-@functools.cache
+_signature = functools.lru_cache(maxsize=256)(inspect.signature)
+
+
 def signature_of(cls: type, method: str) -> inspect.Signature:
     """Return what a method of a class takes, `self` first; of the present one, where it has been replaced."""
     return _signature(getattr(cls, method))
@@ -152,11 +154,6 @@ def has_middleware(obj: Any, method: str, middleware: Middleware) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
-
-
 def _stock_of(cls: Any) -> Any:
     return _members(cls).get(_STOCK, cls) if isinstance(cls, type) else cls
 
@@ -210,7 +207,7 @@ def _set_wrapped(obj: Any, methods: frozenset[str]) -> None:
 
 
 def _seamed_class(stock: type, methods: frozenset[str]) -> type:
-    """One subclass for each stock class and set of methods: objects of one class stay of one class (dynamo guards)."""
+    """Return the one subclass for a stock class and set of methods: objects of one class stay so, as Dynamo guards."""
     key = (stock, methods)
     if key not in _seamed_classes:
         members = {_WRAPPED: methods, **{method: _wrapped_method(stock, method) for method in methods}}

@@ -105,8 +105,8 @@ class Snapshot:
     def state(self) -> Hashable:
         """Return what all was, but for tensors: equal where another snapshot found the same."""
         classes = tuple([stock_class(each()) for each in self._parts])
-        told = (self._paths, self._names, self._links, self._objects, self._state["settings"])
-        return classes, repr(told), tuple(self._state["objects"]), tuple(self._state.get("hooks", ()))
+        plain = (self._paths, self._names, self._links, self._objects, self._state["settings"])
+        return classes, repr(plain), tuple(self._state["objects"]), tuple(self._state.get("hooks", ()))
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the parameters and buffers of the modules."""
@@ -183,7 +183,7 @@ def _reached(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _copied(value: Any) -> Any:
-    """A plain value that stays what it is where the original changes in place."""
+    """Return a plain value that stays what it is where the original changes in place."""
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple, set) else value

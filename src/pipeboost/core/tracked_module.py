@@ -180,7 +180,7 @@ def _is_processor(name: str, value: Any) -> bool:
 
 
 def _spread(shape: torch.Size) -> tuple[int, int]:
-    """A few of the elements, the first among them; the stride is odd, to meet many columns of a matrix."""
+    """Return a few of the elements, the first among them; the stride is odd, to meet many columns of a matrix."""
     elements = shape.numel()
     stride = (elements - 1) // (_VALUES - 1)
     return min(elements, _VALUES), max(stride - (stride % 2 == 0), 1)

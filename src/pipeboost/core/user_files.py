@@ -16,7 +16,7 @@ _FREE_NODES = 10_000
 
 
 def user_path(given: str | os.PathLike[str], label: str) -> Path:
-    """The path that a user gave, with `~` expanded; there need be nothing at it yet.
+    """Return the path that a user gave, with `~` expanded; there need be nothing at it yet.
 
     Args:
         label: names the path in the error.
@@ -55,7 +55,7 @@ def make_folder(path: Path, label: str) -> None:
 
 
 def read_file(given: str | os.PathLike[str], label: str, *, most: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
-    """The bytes of a regular file, or of a pipe where those are taken.
+    """Return the bytes of a regular file, or of a pipe where those are taken.
 
     Raises:
         ConfigurationError: it is missing, no file, larger than `most` bytes, or cannot be read.
@@ -77,7 +77,7 @@ def read_file(given: str | os.PathLike[str], label: str, *, most: int = LARGEST_
 
 
 def read_text(path: Path, label: str) -> str:
-    """A file's text.
+    """Return a file's text.
 
     Raises:
         ConfigurationError: it cannot be read, or is not UTF-8.
@@ -89,7 +89,7 @@ def read_text(path: Path, label: str) -> str:
 
 
 def parse_json(text: str, label: str, **hooks: Any) -> Any:
-    """What JSON says.
+    """Return what JSON says.
 
     Raises:
         ConfigurationError: it is not JSON.
@@ -103,7 +103,7 @@ def parse_json(text: str, label: str, **hooks: Any) -> Any:
 
 
 def parse_yaml(text: str, label: str, *, loader: Any = None) -> Any:
-    """What YAML says, read by PyYAML's safe loader or a subclass of it.
+    """Return what YAML says, read by PyYAML's safe loader or a subclass of it.
 
     Raises:
         ConfigurationError: it is not YAML, or its aliases stand for far more than it holds.
@@ -127,7 +127,7 @@ def parse_yaml(text: str, label: str, *, loader: Any = None) -> Any:
 
 
 def _size(node: Any, known: dict[int, float]) -> float:
-    """How many values a node stands for once its aliases are written out; infinite where it holds itself."""
+    """Return how many values a node stands for once its aliases are written out; infinite where it holds itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")
         values = node.value if isinstance(node.value, list) else []

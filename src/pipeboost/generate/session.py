@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError, one_line, quoted
 from pipeboost.core.seams import stock_class
-from pipeboost.features.offload import in_gib
+from pipeboost.features.offload.budget import in_gib
 from pipeboost.generate.call_arguments import CallSignature, Kind
 from pipeboost.generate.loading import ModelSettings, load_pipeline
 from pipeboost.generate.outputs import DEFAULT_FPS, Generated, GeneratedImage, GeneratedVideo, check_fps

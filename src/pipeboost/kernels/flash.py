@@ -1,8 +1,7 @@
 """FlashAttention 2, 3, 3 in fp8, and 4, from their own packages.
 
 Each package is called inside one operator of ours, so that torch.compile sees a single opaque node whatever the
-package registers itself. Key padding becomes a tensor of lengths (`compact_keys`), which all of them take. A sample
-without any real key gives zeros and a log-sum-exp of minus infinity.
+package registers itself. Key padding becomes a tensor of lengths, which all of them take.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pipeboost.kernels.key_padding import compact_keys, keys_in_front
-from pipeboost.kernels.torch_native import Attended
+from pipeboost.kernels.key_padding import attend_by_lengths, keys_in_front, output_shapes
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
@@ -97,39 +94,14 @@ def _flash4(
     return out.contiguous(), lse.contiguous()
 
 
-@_flash2.register_fake
-@_flash3.register_fake
-@_flash4.register_fake
-def _output_shapes(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    dtype = torch.bfloat16 if q.dtype == _FP8 else q.dtype
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+for _operator in (_flash2, _flash3, _flash4):
+    _operator.register_fake(output_shapes)
 
 
 @functools.cache
 def _flash3_interface() -> Any:
     found = next(name for name in FLASH3_MODULES if importlib.util.find_spec(name) is not None)
     return importlib.import_module(found)
-
-
-def _attend(
-    operator: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    lengths = None
-    if mask is not None:
-        k, v, lengths = compact_keys(k, v, mask, right_padded=right_padded)
-    out, lse = operator(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
-    if not return_lse:
-        return out
-    return out, lse if lengths is None else torch.where((lengths > 0)[:, None, None], lse, -torch.inf)
 
 
 def _in_eight_bits(
@@ -143,11 +115,11 @@ def _in_eight_bits(
 
 
 # `Kernel.function` says what they take; all honour key-padding masks.
-flash2 = functools.partial(_attend, torch.ops.pipeboost.flash2)
+flash2 = functools.partial(attend_by_lengths, torch.ops.pipeboost.flash2)
 """FlashAttention 2 (`flash-attn`)."""
-flash3 = functools.partial(_attend, torch.ops.pipeboost.flash3)
+flash3 = functools.partial(attend_by_lengths, torch.ops.pipeboost.flash3)
 """FlashAttention 3 (`flash_attn_interface` or `fa3-fwd`)."""
-flash3_fp8 = functools.partial(_attend, _in_eight_bits)
+flash3_fp8 = functools.partial(attend_by_lengths, _in_eight_bits)
 """FlashAttention 3 on float8_e4m3fn, quantised here with one scale per sample and head."""
-flash4 = functools.partial(_attend, torch.ops.pipeboost.flash4)
+flash4 = functools.partial(attend_by_lengths, torch.ops.pipeboost.flash4)
 """FlashAttention 4 (`flash_attn.cute`), for Blackwell."""

@@ -9,58 +9,40 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from pipeboost.kernels.key_padding import valid_keys
-from pipeboost.kernels.torch_native import Attended
+from pipeboost.kernels.key_padding import attend_by_lengths, keys_in_front, output_shapes
 
 _BLOCK = 128
 
 
-def flex(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """FlexAttention; key-padding masks. A sample without any real key gives zeros.
-
-    On CUDA outside torch.compile it runs through a private compiled copy, because uncompiled it would materialise all
-    scores; on a CPU it does materialise them. Under a mask that copy runs inside torch.compile too, within an operator
-    of ours: built in the same graph, with a key count that varies, torch 2.11's block masks make the kernel read wrong
-    addresses on an H100. The copy then has graphs of its own, one for the first key count and one for all others.
-    """
-    valid = None if mask is None else valid_keys(mask, q.shape[0])
-    attend = _attend if valid is None or q.device.type == "cpu" else torch.ops.pipeboost.flex
-    out, lse = attend(q, k, v, valid, q.shape[-1] ** -0.5 if scale is None else scale)
-    return (out, lse) if return_lse else out
-
-
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     function: Any = flex_attention if q.device.type == "cpu" or torch.compiler.is_compiling() else _compiled()
-    block_mask = None if valid is None else key_padding_blocks(valid, q.shape[1])
+    block_mask = None if lengths is None else key_padding_blocks(keys_in_front(lengths, k.shape[1]), q.shape[1])
     out, extra = function(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        block_mask=block_mask,
-        scale=scale,
-        return_aux=AuxRequest(lse=True),
+        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True)
     )
     return out.transpose(1, 2).contiguous(), extra.lse.to(torch.float32)
 
 
-_flex_operator = torch.library.custom_op("pipeboost::flex", _attend, mutates_args=())
+torch.library.custom_op("pipeboost::flex", _attend, mutates_args=()).register_fake(output_shapes)
 
 
-@_flex_operator.register_fake
-def _flex_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float
+def _flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return torch.empty_like(q).contiguous(), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    attend = _attend if lengths is None or q.device.type == "cpu" else torch.ops.pipeboost.flex
+    return attend(q, k, v, lengths, scale)
+
+
+flex = functools.partial(attend_by_lengths, _flex)
+"""FlexAttention; key-padding masks.
+
+On CUDA outside torch.compile it runs through a private compiled copy, because uncompiled it would materialise all
+scores; on a CPU it does materialise them. Under a mask that copy runs inside torch.compile too, within an operator of
+ours: built in the same graph, with a key count that varies, torch 2.11's block masks make the kernel read wrong
+addresses on an H100. The copy then has graphs of its own, one for the first key count and one for all others.
+"""
 
 
 def key_padding_blocks(valid: torch.Tensor, queries: int) -> BlockMask:

@@ -1,4 +1,4 @@
-"""Key padding: masks that say which keys are real, and how kernels without masks honour them.
+"""Key padding: masks that say which keys are real, and how kernels that take lengths instead honour them.
 
 No function here copies anything to the host: the number of real keys stays on the device, and the kernels take it as a
 tensor of lengths.
@@ -6,9 +6,12 @@ tensor of lengths.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+
+from pipeboost.kernels.torch_native import Attended
 
 MaskKind = Literal["none", "key padding", "any"]
 
@@ -69,3 +72,34 @@ def compact_keys(
 def keys_in_front(lengths: torch.Tensor, keys: int) -> torch.Tensor:
     """Return a mask `(batch, keys)`: True for the first `lengths` keys of a sample."""
     return torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def attend_by_lengths(
+    operator: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    scale: float | None = None,
+    right_padded: bool = False,
+) -> Attended:
+    """Run a kernel that takes key lengths: `(q, k, v, lengths or None, scale) -> output and log-sum-exp`.
+
+    A sample without any real key gives zeros and a log-sum-exp of minus infinity.
+    """
+    lengths = None
+    if mask is not None:
+        k, v, lengths = compact_keys(k, v, mask, right_padded=right_padded)
+    out, lse = operator(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
+    if not return_lse:
+        return out
+    return out, lse if lengths is None else torch.where((lengths > 0)[:, None, None], lse, -torch.inf)
+
+
+def output_shapes(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an empty output and log-sum-exp, as an operator's fake implementation does."""
+    batch, tokens, heads, _ = q.shape
+    dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    return q.new_empty(q.shape, dtype=dtype), q.new_empty((batch, heads, tokens), dtype=torch.float32)

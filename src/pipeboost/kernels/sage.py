@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 
 import torch
 
-from pipeboost.kernels.key_padding import compact_keys, keys_in_front
-from pipeboost.kernels.torch_native import Attended
+from pipeboost.kernels.key_padding import attend_by_lengths, keys_in_front, output_shapes
 
 _LAYOUT = "NHD"
-
-
-def sage(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    *,
-    scale: float | None = None,
-    right_padded: bool = False,
-) -> Attended:
-    """SageAttention with smoothed keys; key-padding masks. A sample without any real key gives zeros.
-
-    The key sequence may have any length. 1.x's own loop counts the keys that are missing from the last block of 64 as
-    keys of score zero, so with 1.x only its quantiser is used, and the loop is `sage_loop`. 2.x takes no lengths:
-    each sample is cut to its own, which waits for the device.
-    """
-    lengths = None
-    if mask is not None:
-        k, v, lengths = compact_keys(k, v, mask, right_padded=right_padded)
-    out, lse = torch.ops.pipeboost.sage(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
-    return (out, lse) if return_lse else out
 
 
 @torch.library.custom_op("pipeboost::sage", mutates_args=())
 def _sage(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if int(importlib.metadata.version("sageattention").split(".")[0]) < 2:
-        return _version_1(q, k, v, lengths, scale)
-    return _version_2(q, k, v, lengths, scale)
+    version = _version_1 if int(importlib.metadata.version("sageattention").split(".")[0]) < 2 else _version_2
+    return version(q, k, v, lengths, scale)
 
 
-@_sage.register_fake
-def _sage_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+_sage.register_fake(output_shapes)
+sage = functools.partial(attend_by_lengths, torch.ops.pipeboost.sage)
+"""SageAttention with smoothed keys; key-padding masks.
+
+The key sequence may have any length. 1.x's own loop counts the keys that are missing from the last block of 64 as keys
+of score zero, so with 1.x only its quantiser is used, and the loop is `sage_loop`. 2.x takes no lengths: each sample is
+cut to its own, which waits for the device.
+"""
 
 
 def _version_1(

@@ -20,7 +20,7 @@ def int8_attention(
     lengths: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of quantised queries to the first `lengths` quantised keys.
+    """Compute attention of quantised queries to the first `lengths` quantised keys.
 
     Args:
         q: int8 `(batch, tokens, heads, head_dim)`, contiguous.
@@ -39,56 +39,20 @@ def int8_attention(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     grid = (triton.cdiv(tokens, QUERY_BLOCK), heads, batch)
     _attend[grid](
-        q,
-        k,
-        v,
-        q_scale,
-        k_scale,
-        lengths,
-        out,
-        lse,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        tokens,
-        k.shape[1],
-        heads,
-        HEAD_DIM=head_dim,
-        BLOCK_M=QUERY_BLOCK,
-        BLOCK_N=KEY_BLOCK,
-        num_warps=4 if head_dim == 64 else 8,
-        num_stages=3,
-    )
+        q, k, v, q_scale, k_scale, lengths, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tokens, k.shape[1], heads,
+        HEAD_DIM=head_dim, BLOCK_M=QUERY_BLOCK, BLOCK_N=KEY_BLOCK, num_warps=4 if head_dim == 64 else 8, num_stages=3,
+    )  # fmt: skip
     return out, lse * _LN_2
 
 
 # Triton evaluates annotations in the kernel's scope, so its pointers and strides have none.
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    q_scale_pointer,
-    k_scale_pointer,
-    lengths_pointer,
-    out_pointer,
-    lse_pointer,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    tokens,
-    keys,
-    heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_pointer, k_pointer, v_pointer, q_scale_pointer, k_scale_pointer, lengths_pointer, out_pointer, lse_pointer,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, tokens, keys, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -40,12 +41,13 @@ class Kernel:
 
     Attributes:
         name: by which the user asks for it.
-        tier: the quality tier from which it may run.
         function: `(q, k, v, mask, return_lse, *, scale, right_padded)` with q, k and v of shape
             `(batch, tokens, heads, head_dim)`; returns the output of the queries' shape and dtype, with `return_lse`
             also the natural log-sum-exp, float32 `(batch, heads, tokens)`, which ring attention needs.
         head_dims: smallest and largest head dimension, and what it must be a multiple of.
-        capabilities: smallest CUDA compute capability, and the first one too large (None: no end).
+        tier: the quality tier from which it may run.
+        from_capability: the smallest CUDA compute capability.
+        below_capability: the first one too large; None: no end.
         devices: device types.
         dtypes: dtypes of queries, keys and values.
         masks: the most that it honours.
@@ -53,93 +55,41 @@ class Kernel:
     """
 
     name: str
-    tier: str
     function: Callable[..., Attended]
     head_dims: tuple[int, int, int]
-    capabilities: tuple[tuple[int, int], tuple[int, int] | None]
+    tier: str = "lossless"
+    from_capability: tuple[int, int] = (8, 0)
+    below_capability: tuple[int, int] | None = None
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     masks: MaskKind = "key padding"
     packages: tuple[Package, ...] = ()
 
 
-_ANYWHERE = ("cpu", "cuda")
-_ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLASH_3 = (
-    Package("flash_attn_interface", "pip install . (in flash-attention/hopper)"),
-    Package("fa3_fwd_interface", "pip install fa3-fwd", dtypes=(torch.bfloat16,)),
-)
+_ANYWHERE: dict[str, Any] = {"devices": ("cpu", "cuda"), "dtypes": (torch.float32, torch.bfloat16, torch.float16)}
+_FLASH_2 = (Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),)
+_FLASH_3: dict[str, Any] = {
+    "from_capability": (9, 0),
+    "below_capability": (10, 0),
+    "packages": (
+        Package("flash_attn_interface", "pip install . (in flash-attention/hopper)"),
+        Package("fa3_fwd_interface", "pip install fa3-fwd", dtypes=(torch.bfloat16,)),
+    ),
+}
+_FLASH_4 = (Package("flash_attn.cute", "pip install --pre flash-attn-4"),)
+_SAGE = (Package("sageattention", "pip install sageattention"),)
 
 KERNELS: Mapping[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Kernel(
-            name="sdpa",
-            tier="lossless",
-            function=sdpa,
-            head_dims=(1, 1024, 1),
-            capabilities=((0, 0), None),
-            devices=_ANYWHERE,
-            dtypes=_ALL_DTYPES,
-            masks="any",
-        ),
-        Kernel(
-            name="cudnn",
-            tier="lossless",
-            function=cudnn,
-            head_dims=(8, 128, 8),
-            capabilities=((8, 0), None),
-            masks="any",
-        ),
-        Kernel(
-            name="flash2",
-            tier="lossless",
-            function=flash2,
-            head_dims=(8, 256, 8),
-            capabilities=((8, 0), None),
-            packages=(Package("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),),
-        ),
-        Kernel(
-            name="flash3",
-            tier="lossless",
-            function=flash3,
-            head_dims=(8, 256, 8),
-            capabilities=((9, 0), (10, 0)),
-            packages=_FLASH_3,
-        ),
-        Kernel(
-            name="flash3_fp8",
-            tier="balanced",
-            function=flash3_fp8,
-            head_dims=(16, 256, 16),
-            capabilities=((9, 0), (10, 0)),
-            packages=_FLASH_3,
-        ),
-        Kernel(
-            name="flash4",
-            tier="lossless",
-            function=flash4,
-            head_dims=(64, 128, 32),
-            capabilities=((10, 0), None),
-            packages=(Package("flash_attn.cute", "pip install --pre flash-attn-4"),),
-        ),
-        Kernel(
-            name="sage",
-            tier="balanced",
-            function=sage,
-            head_dims=(64, 128, 64),
-            capabilities=((8, 0), None),
-            packages=(Package("sageattention", "pip install sageattention"),),
-        ),
-        Kernel(
-            name="flex",
-            tier="lossless",
-            function=flex,
-            head_dims=(16, 256, 1),
-            capabilities=((7, 5), None),
-            devices=_ANYWHERE,
-            dtypes=_ALL_DTYPES,
-        ),
+        Kernel(name="sdpa", function=sdpa, head_dims=(1, 1024, 1), from_capability=(0, 0), masks="any", **_ANYWHERE),
+        Kernel(name="cudnn", function=cudnn, head_dims=(8, 128, 8), masks="any"),
+        Kernel(name="flash2", function=flash2, head_dims=(8, 256, 8), packages=_FLASH_2),
+        Kernel(name="flash3", function=flash3, head_dims=(8, 256, 8), **_FLASH_3),
+        Kernel(name="flash3_fp8", function=flash3_fp8, head_dims=(16, 256, 16), tier="balanced", **_FLASH_3),
+        Kernel(name="flash4", function=flash4, head_dims=(64, 128, 32), from_capability=(10, 0), packages=_FLASH_4),
+        Kernel(name="sage", function=sage, head_dims=(64, 128, 64), tier="balanced", packages=_SAGE),
+        Kernel(name="flex", function=flex, head_dims=(16, 256, 1), from_capability=(7, 5), **_ANYWHERE),
     )
 }
 
@@ -148,7 +98,7 @@ def wrong_hardware(kernel: Kernel, hardware: Hardware) -> str | None:
     """Return why a kernel is not for this hardware; None if it is."""
     if hardware.device not in kernel.devices:
         return f"it runs on {' or '.join(kernel.devices)} only, and this is {hardware}"
-    lowest, end = kernel.capabilities
+    lowest, end = kernel.from_capability, kernel.below_capability
     if hardware.capability is None or (lowest <= hardware.capability and (end is None or hardware.capability < end)):
         return None
     below = "" if end is None else f" and below {end[0]}.{end[1]}"
@@ -168,12 +118,10 @@ def unavailable_reason(kernel: Kernel, hardware: Hardware) -> str | None:
     return None if reason is None else f"attention={kernel.name!r} cannot run here: {reason}; or use 'auto' or 'sdpa'"
 
 
-def available_kernels(hardware: Hardware) -> Mapping[str, tuple[torch.dtype, ...]]:
-    """Return the kernels that can run on this machine, each with the dtypes it computes in here."""
+def available_kernels(hardware: Hardware) -> Mapping[str, Kernel]:
+    """Return the kernels that can run on this machine, as they are installed here."""
     return {
-        name: accepted_dtypes(kernel)
-        for name, kernel in KERNELS.items()
-        if unavailable_reason(kernel, hardware) is None
+        name: as_installed(kernel) for name, kernel in KERNELS.items() if unavailable_reason(kernel, hardware) is None
     }
 
 
@@ -182,37 +130,26 @@ def installed_package(kernel: Kernel) -> Package | None:
     return next((package for package in kernel.packages if _is_installed(package.module)), None)
 
 
-def accepted_dtypes(kernel: Kernel) -> tuple[torch.dtype, ...]:
-    """Return the dtypes a kernel computes in here, with the package that is installed."""
+def as_installed(kernel: Kernel) -> Kernel:
+    """Return a kernel with the dtypes that it computes in here, with the package that is installed."""
     package = installed_package(kernel)
-    return kernel.dtypes if package is None or package.dtypes is None else package.dtypes
+    return kernel if package is None or package.dtypes is None else replace(kernel, dtypes=package.dtypes)
 
 
-def refuses(
-    kernel: Kernel,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    mask: MaskKind,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-) -> str | None:
-    """Return why a kernel will not take a call; None if it takes it.
-
-    With `dtypes` it looks nothing up, and torch.compile can trace it.
+def refuses(kernel: Kernel, *, device: str, dtype: torch.dtype, head_dim: int, mask: MaskKind) -> str | None:
+    """Return why a kernel will not take a call; None if it takes it. torch.compile can trace it.
 
     Args:
-        kernel: the kernel.
+        kernel: the kernel, as it is installed.
         device: device type of the tensors.
         dtype: their dtype.
         head_dim: width of one head.
         mask: the kind of mask.
-        dtypes: what `accepted_dtypes` says (looked up where not given).
     """
     smallest, largest, multiple = kernel.head_dims
     if device not in kernel.devices:
         return "it does not run on this device"
-    if dtype not in (accepted_dtypes(kernel) if dtypes is None else dtypes):
+    if dtype not in kernel.dtypes:
         return "it does not compute in this dtype"
     if not smallest <= head_dim <= largest or head_dim % multiple != 0:
         return "it does not have this head dimension"

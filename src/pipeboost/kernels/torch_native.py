@@ -36,12 +36,18 @@ def sdpa(
         return F.scaled_dot_product_attention(
             query=q, key=k, value=v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=scale
         ).permute(0, 2, 1, 3)
+    bias = None if mask is None else _additive(mask, q, k)
     if q.device.type == "cpu":
-        out, lse = _cpu_with_lse(q, k, v, mask, scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
     elif mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     else:
-        out, lse = _efficient_with_lse(q, k, v, mask, scale)
+        bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse, *_ = efficient(q, k, v, bias, True, 0.0, False, scale=scale)
+        lse = lse[..., : q.shape[2]]
     lse = lse.to(torch.float32)
     if mask is not None:
         has_key = _has_key(mask)
@@ -97,21 +103,3 @@ def _additive(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Ten
     keys = k.shape[-2]
     mask = F.pad(mask.expand(*mask.shape[:3], keys), (0, -keys % _BIAS_ALIGNMENT))[..., :keys]
     return mask.expand(q.shape[0], mask.shape[1], q.shape[2], keys)
-
-
-def _cpu_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bias = None if mask is None else _additive(mask, q, k)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=scale
-    )
-    return out, lse
-
-
-def _efficient_with_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bias = None if mask is None else _additive(mask, q, k).expand(-1, q.shape[1], -1, -1)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False, scale=scale)
-    return out, lse[..., : q.shape[2]]

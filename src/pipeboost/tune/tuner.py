@@ -21,7 +21,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted
 from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
-from pipeboost.features.cache import attach_cache
+from pipeboost.features.cache.attach import attach_cache
 from pipeboost.quality.metrics import outputs_on_host, psnr
 from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
 from pipeboost.tune.tuned import Budget, Judged, Tuned

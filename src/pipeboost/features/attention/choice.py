@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import torch
 
+from pipeboost.contract.decision import needs_tier
 from pipeboost.core.config import AttentionConfig, tier_allows
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, not_one_of
+from pipeboost.core.errors import MissingPackageError, UnsupportedError, not_one_of
 from pipeboost.core.hardware import Hardware
-from pipeboost.kernels import (
+from pipeboost.kernels.key_padding import MaskKind
+from pipeboost.kernels.table import (
     KERNELS,
     Kernel,
-    MaskKind,
+    as_installed,
     available_kernels,
     missing_package,
     refuses,
@@ -43,7 +45,7 @@ def choose_kernel(
     mask: MaskKind,
     hardware: Hardware,
     tier: str,
-    installed: Mapping[str, tuple[torch.dtype, ...]],
+    installed: Mapping[str, Kernel],
 ) -> KernelChoice:
     """Choose what `"auto"` runs; a pure function of its arguments, so that a plan can explain it.
 
@@ -75,9 +77,8 @@ def choose_kernel(
         elif q_tokens < fewest or kv_tokens < fewest:
             against = f"it gains nothing below {fewest} queries and keys"
         else:
-            against = refuses(
-                kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask, dtypes=installed[name]
-            )
+            kernel = installed[name]
+            against = refuses(kernel, device=hardware.device, dtype=dtype, head_dim=head_dim, mask=mask)
         if against is None:
             return KernelChoice(kernel, "the fastest for this many tokens", tuple(considered))
         considered.append((name, against))
@@ -109,16 +110,11 @@ def check_choice(
     check_name(backend)
     kernel = KERNELS[backend]
     if not tier_allows(tier, kernel.tier):
-        raise ConfigurationError(
-            f"attention={backend!r} is not allowed in quality={tier!r}; it needs quality={kernel.tier!r}"
-        )
+        raise needs_tier("attention", backend, kernel.tier, tier)
     unavailable = unavailable_reason(kernel, hardware)
     if unavailable is not None:
-        raise (
-            MissingPackageError(unavailable)
-            if wrong_hardware(kernel, hardware) is None
-            else UnsupportedError(unavailable)
-        )
+        raise (UnsupportedError if wrong_hardware(kernel, hardware) else MissingPackageError)(unavailable)
+    kernel = as_installed(kernel)
     against = refuses(
         kernel,
         device=hardware.device,

@@ -15,7 +15,9 @@ from pipeboost.contract.call import current_call, is_tracing_our_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.features.attention.choice import choose_kernel, refusal
-from pipeboost.kernels import KERNELS, Attended, accepted_dtypes, available_kernels, mask_kind, refuses
+from pipeboost.kernels.key_padding import mask_kind
+from pipeboost.kernels.table import KERNELS, as_installed, available_kernels, refuses
+from pipeboost.kernels.torch_native import Attended
 
 
 class AttendAcross(Protocol):
@@ -27,7 +29,7 @@ class AttendAcross(Protocol):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float | None
     ) -> torch.Tensor:
-        """Attention of this rank's queries to the keys of all ranks."""
+        """Compute attention of this rank's queries to the keys of all ranks."""
 
 
 class _AcrossRanks:
@@ -73,7 +75,7 @@ class Dispatcher:
         # Tensors may be on a CPU although the plan is for a GPU: Diffusers' offload, or a test.
         devices = {"cpu": detect_hardware("cpu"), settings.hardware.device: settings.hardware}
         self._devices = {name: (hardware, available_kernels(hardware)) for name, hardware in devices.items()}
-        self._dtypes = {name: accepted_dtypes(kernel) for name, kernel in KERNELS.items()}
+        self._named = None if settings.backend == "auto" else as_installed(KERNELS[settings.backend])
         if settings.across is not None:
             settings.across.serve(self.attend)
 
@@ -145,7 +147,7 @@ class Dispatcher:
         scale: float | None = None,
         return_lse: bool = False,
     ) -> Attended:
-        """Attention of `q` to `k` and `v`, all `(batch, tokens, heads, head_dim)`.
+        """Compute attention of `q` to `k` and `v`, all `(batch, tokens, heads, head_dim)`.
 
         Args:
             q: queries.
@@ -160,13 +162,13 @@ class Dispatcher:
         """
         kind, device, head_dim = mask_kind(mask, q, k), q.device.type, q.shape[-1]
         backend, tier = self.settings.backend, self.settings.tier
-        if backend == "auto":
+        if self._named is None:
             hardware, installed = self._devices[device]
             choice = choose_kernel(q.shape[1], k.shape[1], head_dim, q.dtype, kind, hardware, tier, installed)
             kernel = choice.kernel
         else:
-            kernel, dtypes = KERNELS[backend], self._dtypes[backend]
-            against = refuses(kernel, device=device, dtype=q.dtype, head_dim=head_dim, mask=kind, dtypes=dtypes)
+            kernel = self._named
+            against = refuses(kernel, device=device, dtype=q.dtype, head_dim=head_dim, mask=kind)
             if against is not None:
                 call = f"{q.dtype} on {device}, head dimension {head_dim}, mask: {kind}"
                 out, lse = _refuse(q, refusal(backend, against, call))

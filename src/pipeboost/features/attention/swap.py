@@ -12,8 +12,7 @@ import threading
 import types
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -38,8 +37,7 @@ _OURS = "__pipeboost_attention__"
 _lock = threading.RLock()
 
 
-@dataclass(frozen=True)
-class SwapReport:
+class SwapReport(NamedTuple):
     """What became of a model's attention processors.
 
     Attributes:
@@ -49,6 +47,12 @@ class SwapReport:
 
     swapped: int
     left: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, reasons: Sequence[tuple[type, str | None]]) -> SwapReport:
+        """Report on processors, of each its class and why it was left alone, None where it was not."""
+        left = {stock.__name__: reason for stock, reason in reasons if reason is not None}
+        return cls(sum(reason is None for _, reason in reasons), tuple(sorted(left.items())))
 
 
 class _Swap:
@@ -63,12 +67,10 @@ class _Swap:
 
     def bind(self) -> None:
         """Accelerate every processor that is not yet ours."""
-        accelerated, left = self.accelerated, self.left
         for module in self.modules:
-            processor = module.processor
-            cls = type(processor)
-            if id(cls) not in accelerated and cls not in left:
-                self._bind(processor)
+            cls = type(module.processor)
+            if id(cls) not in self.accelerated and cls not in self.left:
+                self._bind(module.processor)
 
     def _bind(self, processor: Any) -> None:
         stock = stock_class(processor)
@@ -93,8 +95,8 @@ class _Swap:
 
     def report(self) -> SwapReport:
         present = [type(module.processor) for module in self.modules]
-        left = {cls.__name__: reason for cls, reason in self.left.items() if cls in present}
-        return SwapReport(sum(id(cls) in self.accelerated for cls in present), tuple(sorted(left.items())))
+        known = [cls for cls in present if id(cls) in self.accelerated or cls in self.left]
+        return SwapReport.of([(cls, self.left.get(cls)) for cls in known])
 
 
 def _ids(dispatcher: Dispatcher) -> frozenset[int]:
@@ -199,9 +201,8 @@ def dispatcher_of(model: torch.nn.Module) -> Dispatcher:
 def swappable_processors(model: torch.nn.Module) -> SwapReport:
     """Return what `swap_attention` would do to a model, without doing it."""
     stock = [stock_class(module.processor) for module in model.modules() if hasattr(module, "processor")]
-    reasons = {cls: _why_not(cls) for cls in stock}
-    left = {cls.__name__: reason for cls, reason in reasons.items() if reason is not None}
-    return SwapReport(sum(reasons[cls] is None for cls in stock), tuple(sorted(left.items())))
+    reasons = {cls: _why_not(cls) for cls in set(stock)}
+    return SwapReport.of([(cls, reasons[cls]) for cls in stock])
 
 
 def _restore(model: torch.nn.Module | None, swap: _Swap) -> None:
@@ -272,16 +273,8 @@ def _rebuilt(function: types.FunctionType, dispatcher: Dispatcher, reaching: set
     # With a module's name in it dynamo would take the scope for that module's and guard on the stock global. Relative
     # imports inside the function go by `__package__`.
     del scope["__name__"]
-    twin = types.FunctionType(
-        function.__code__,
-        scope,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    twin.__annotations__ = function.__annotations__
-    twin.__qualname__ = function.__qualname__
-    twin.__module__ = function.__module__
-    twin.__doc__ = function.__doc__
+    defaults, closure = function.__defaults__, function.__closure__
+    twin = types.FunctionType(function.__code__, scope, function.__name__, defaults, closure)
+    for name in ("__kwdefaults__", "__annotations__", "__qualname__", "__module__", "__doc__"):
+        setattr(twin, name, getattr(function, name))
     return twin

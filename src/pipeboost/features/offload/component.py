@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from pipeboost.contract.call import Slot, current_call
 from pipeboost.features.offload.copy_stream import Arrival, CopyStream
@@ -48,7 +49,7 @@ class StagedComponent:
         self._module = weakref.ref(module)
         self._copies = copies
         self._store = HostStore(copies.device)
-        self._stream = BlockStream(blocks, copies) if blocks else None
+        self._stream = BlockStream(blocks, copies)
         self.home: torch.device | None = None
         self._depth = 0
         self._buffers: list[torch.Tensor] | None = None
@@ -69,20 +70,17 @@ class StagedComponent:
         module = self._module()
         if module is None:
             return
-        blocks = self._stream.blocks() if self._stream is not None else []
-        inside = {id(part) for block in blocks for part in block.modules()}
+        inside = {id(part) for block in self._stream.blocks() for part in block.modules()}
         outer = [part for part in module.modules() if id(part) not in inside]
         rest = {id(tensor): tensor for part in outer for tensor in tensors_of(part, recurse=False)}
-        if self._stream is not None:
-            # What two blocks share cannot come and go with each, so it stays with the rest.
-            rest |= self._stream.shared()
+        # What two blocks share cannot come and go with each, so it stays with the rest.
+        rest |= self._stream.shared()
         home = self.home
         if home is None:
             self.home = next((tensor.device for tensor in tensors_of(module)), torch.device("cpu"))
         with torch.inference_mode(False):
             self._store.adopt(rest.values(), home)
-            if self._stream is not None:
-                self._stream.adopt(rest.keys(), home)
+            self._stream.adopt(rest.keys(), home)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -106,13 +104,11 @@ class StagedComponent:
             return
         call, arrival = current_call(), self._arrival
         seconds = arrival.finish() if arrival is not None else 0.0
-        moved = sum(buffer.numel() for buffer in self._buffers)
+        moved = sum(buffer.numel() for buffer in self._buffers) + self._stream.moved
         with torch.inference_mode(False):
             all_back = self._store.unload(self._buffers)
             self._buffers = self._arrival = None
-            if self._stream is not None:
-                moved += self._stream.moved
-                self._stream.close()
+            self._stream.close()
         if call is not None:
             call[LOADS].append((self.path, moved, seconds))
         if not all_back:
@@ -123,16 +119,14 @@ class StagedComponent:
         with self.lock, torch.inference_mode(False):
             self.unload()
             self._store.release(home)
-            if self._stream is not None:
-                self._stream.release(home)
+            self._stream.release(home)
 
     def _load(self) -> None:
         self.bring_to_host()
         hosts = [chunk.host for chunk in self._store.chunks]
         # Nothing is pointed at the device before all of it is allocated: running out of memory changes nothing.
         buffers = [self._copies.empty(host.numel()) for host in hosts]
-        if self._stream is not None:
-            self._stream.open()
+        self._stream.open()
         self._arrival = self._copies.send(zip(buffers, hosts, strict=True))
         self._arrival.wait()
         self._buffers = buffers
@@ -147,7 +141,6 @@ class StagedComponent:
 
     def run_block(self, index: int, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a streamed block with its weights on the device: the middleware on its call."""
-        assert self._stream is not None
         with self.entered(), self._stream.holding(index):
             return call_next(*args, **kwargs)
 
@@ -192,10 +185,8 @@ class Session:
 
 def _on(device: torch.device, value: Any) -> Any:
     """Move inputs to the device: a script that asks a waiting component for its device gets the host's."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device) if value.device != device and value.ndim else value
-    if type(value) in (tuple, list):
-        return type(value)(_on(device, item) for item in value)
-    if type(value) is dict:
-        return {key: _on(device, item) for key, item in value.items()}
-    return value
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device) if tensor.device != device and tensor.ndim else tensor
+
+    return pytree.tree_map_only(torch.Tensor, moved, value)

@@ -12,7 +12,7 @@ from pipeboost.core.config import AccelerationConfig, CompileConfig, OffloadConf
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.offload.choice import choose_policies
+from pipeboost.features.offload.budget import choose_policies
 from pipeboost.features.offload.place import Placement
 
 

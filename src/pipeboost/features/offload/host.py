@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeboost.core.errors import UnsupportedError
+from pipeboost.core.fingerprint import version_of
 
 CHUNK = 512 * 2**20
 """Bytes of one buffer: of one size, so that the device's allocator gives the next component the memory of the last."""
@@ -81,20 +82,19 @@ class HostStore:
         """Bytes of all chunks."""
         return sum(chunk.nbytes for chunk in self.chunks)
 
+    @property
+    def _held(self) -> list[tuple[torch.Tensor, Piece]]:
+        return [(tensor, piece) for chunk in self.chunks for piece in chunk.pieces for tensor in piece.tensors]
+
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether the store consists of these tensors, none of them moved since. None may be loaded."""
-        known = {
-            id(tensor): _is_at(tensor, piece.on_host)
-            for chunk in self.chunks
-            for piece in chunk.pieces
-            for tensor in piece.tensors
-        }
-        wanted = {id(tensor) for tensor in tensors}
-        return wanted == known.keys() and all(known.values())
+        held = self._held
+        same = set(map(id, tensors)) == {id(tensor) for tensor, _ in held}
+        return same and all(_is_at(tensor, piece.on_host) for tensor, piece in held)
 
     def versions(self) -> list[int]:
         """Return how often each tensor was changed in place so far."""
-        return [_version(tensor) for chunk in self.chunks for piece in chunk.pieces for tensor in piece.tensors]
+        return [version_of(tensor) for tensor, _ in self._held]
 
     def adopt(self, tensors: Iterable[torch.Tensor], home: torch.device | None = None) -> None:
         """Make the store hold these tensors and no others: take in what is new or was moved, let go of what has left.
@@ -111,7 +111,7 @@ class HostStore:
             chunk.pieces = [piece for piece in chunk.pieces if piece.tensors]
         # A chunk that is mostly holes costs more to send than to pack anew.
         kept = [each for each in self.chunks if 2 * sum(_aligned(piece.nbytes) for piece in each.pieces) > each.nbytes]
-        scattered = {id(each): piece.home for chunk in self.chunks for piece in chunk.pieces for each in piece.tensors}
+        scattered = {id(tensor): piece.home for tensor, piece in self._held}
         places = {_location(piece.tensors[0]): piece for chunk in kept for piece in chunk.pieces}
         known = {id(tensor) for piece in places.values() for tensor in piece.tensors}
         fresh: list[Piece] = []
@@ -136,7 +136,7 @@ class HostStore:
                 piece.on_device = piece.view(buffer)
                 for tensor in piece.tensors:
                     tensor.data = piece.on_device
-                piece.versions = [_version(tensor) for tensor in piece.tensors]
+                piece.versions = [version_of(tensor) for tensor in piece.tensors]
 
     def unload(self, buffers: Iterable[torch.Tensor]) -> bool:
         """Point the tensors back at the host, and write back those that were changed in place on the device.
@@ -150,7 +150,7 @@ class HostStore:
                 assert piece.on_host is not None
                 ours = [_is_at(tensor, piece.on_device) for tensor in piece.tensors]
                 changed = [
-                    mine and (version < 0 or _version(tensor) != version)
+                    mine and (version < 0 or version_of(tensor) != version)
                     for mine, tensor, version in zip(ours, piece.tensors, piece.versions, strict=True)
                 ]
                 if any(changed):
@@ -245,11 +245,6 @@ def _location(tensor: torch.Tensor) -> tuple[object, ...]:
 
 def _is_at(tensor: torch.Tensor, view: torch.Tensor | None) -> bool:
     return view is not None and _location(tensor) == _location(view)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Return how often it was changed in place; -1 where torch does not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _extent(tensor: torch.Tensor) -> int:

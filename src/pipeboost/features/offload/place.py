@@ -39,7 +39,7 @@ class Placement:
     Attributes:
         device: where they work; with an index, where the device has one.
         text_encoders: policy of text and image encoders.
-        transformers: of the denoisers and what is called beside them.
+        transformers: of the denoisers and what is called with them.
         vae: of the autoencoders.
     """
 

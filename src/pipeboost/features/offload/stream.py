@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -60,14 +61,9 @@ class BlockStream:
 
     def shared(self) -> dict[int, torch.Tensor]:
         """Return the weights that more than one block has, by identity."""
-        seen: set[int] = set()
-        found: dict[int, torch.Tensor] = {}
-        for block in self.blocks():
-            for tensor in tensors_of(block):
-                if id(tensor) in seen:
-                    found[id(tensor)] = tensor
-                seen.add(id(tensor))
-        return found
+        tensors = [tensor for block in self.blocks() for tensor in tensors_of(block)]
+        counts = Counter(map(id, tensors))
+        return {id(tensor): tensor for tensor in tensors if counts[id(tensor)] > 1}
 
     def adopt(self, others: Collection[int], home: torch.device | None) -> None:
         """Make each block's store hold the block's weights, without those whose identities are in `others`."""
@@ -81,7 +77,7 @@ class BlockStream:
 
     def open(self) -> None:
         """Allocate the buffers."""
-        size = max(store.nbytes for store in self._stores)
+        size = max((store.nbytes for store in self._stores), default=0)
         memory = [self._copies.empty(size) for _ in range(min(BLOCKS_ON_DEVICE, len(self._stores)))]
         self._buffers = [_BlockBuffer(each) for each in memory]
         self.moved, self._last = 0, None
@@ -151,13 +147,10 @@ class BlockStream:
         if buffer.arrival is not None and buffer.memory.numel() < store.nbytes:
             buffer.arrival.wait()  # before the allocator may hand the old memory on
             buffer.memory = self._copies.empty(store.nbytes)
-        buffer.parts, offset = [], 0
-        for chunk in store.chunks:
-            buffer.parts.append(buffer.memory[offset : offset + chunk.nbytes])
-            offset += chunk.nbytes
+        buffer.parts = list(buffer.memory[: store.nbytes].split([chunk.nbytes for chunk in store.chunks]))
         buffer.holds, buffer.versions = index, store.versions()
         buffer.arrival = self._copies.send(zip(buffer.parts, (chunk.host for chunk in store.chunks), strict=True))
-        self.moved += offset
+        self.moved += store.nbytes
         return buffer
 
 

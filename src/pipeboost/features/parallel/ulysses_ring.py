@@ -20,7 +20,7 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Group
 from pipeboost.features.parallel.shards import SHARDS
-from pipeboost.kernels import merge_partial
+from pipeboost.kernels.merge import merge_partial
 
 Attend = Callable[..., Any]
 _QUERIES = 128

@@ -77,5 +77,5 @@ class PromptReuse:
 
 
 def _random_state() -> Hashable:
-    """The states of the generators that an encoder could draw from."""
+    """Return the states of the generators that an encoder could draw from."""
     return identity((torch.default_generator, *torch.cuda.default_generators))

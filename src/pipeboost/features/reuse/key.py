@@ -116,7 +116,7 @@ class Keys:
         return snapshot, Sample(tensors, every_row_and_column) if tensors else None, number, tokenizers
 
     def _read_by(self, pipe: Any) -> dict[str, Any]:
-        """What `encode_prompt` may read on a pipeline, by name.
+        """Return what `encode_prompt` may read on a pipeline, by name.
 
         A script leaves on the pipeline what it was given for one call, under a private name that a property shows. No
         pipeline of Diffusers encodes by any of that, but for whether it guides; one of somebody else may.
@@ -145,11 +145,11 @@ def content_of(tensor: torch.Tensor) -> Hashable:
 
 def refuse(value: Any, _: Callable[[Any], Hashable]) -> NoReturn:
     """Raise `Uncacheable`, for an argument whose content is unknown."""
-    raise Uncacheable(f"a {type(value).__name__} cannot be told from another")
+    raise Uncacheable(f"a {type(value).__name__} cannot be distinguished from another")
 
 
 def _dtype_of(denoiser: Any) -> torch.dtype:
-    """Its `dtype`, for which Diffusers takes milliseconds: it asks each of a thousand modules for a hook in vain."""
+    """Return its `dtype`, for which Diffusers takes milliseconds: it asks a thousand modules for a hook in vain."""
     weights = [weight for each in modules_of(denoiser) for weight in each._parameters.values() if weight is not None]
     dtypes = {weight.dtype for weight in weights}
     # Of several, Diffusers has rules which one it is.

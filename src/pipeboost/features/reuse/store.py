@@ -118,7 +118,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, because a kernel may round otherwise for others."""
+    """Return a copy with the same strides, because a kernel may round otherwise for others."""
     if not tensor.numel():
         return tensor.clone()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
