@@ -39,6 +39,7 @@ FLOORS = (
 """From the ground up; on the floor of the recipes each imports only what stands left of it."""
 FAST = {"quality": "fast", "cache": CacheConfig(warmup=1, threshold=0.9), "compile": CompileConfig(backend="eager")}
 ENTRY = TINY["flux_dev"]
+pytestmark = pytest.mark.usefixtures("graphs_stay")
 
 
 @pytest.fixture(scope="module")

@@ -388,6 +388,7 @@ def test_a_policy_beside_diffusers_own_offload_is_refused_before_any_change():
     assert "left as Diffusers' own" in accelerate_pipeline(pipe).acceleration.plan["offload"].why
 
 
+@pytest.mark.usefixtures("graphs_stay")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["flux_dev", "wan22_t2v"])
 def test_compiled_and_cached_blocks_are_streamed_without_new_graphs(name, policy):

@@ -167,22 +167,25 @@ def test_stages_are_listed_in_order_and_stand_where_they_were_put():
 
 
 @pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan21_i2v", "hunyuan_video"])
-@pytest.mark.parametrize("stage", sorted(EVERY_CALL_HAS - {"denoising", "other"}))
-def test_a_replacement_that_does_the_stock_work_changes_nothing(name, stage):
-    pipe = exact(name)
-    built_in = pipe.acceleration.stages[stage]
-    runs = []
+def test_replacements_that_do_the_stock_work_change_nothing(name):
+    pipe, runs = exact(name), set()
+    built_in = {stage: pipe.acceleration.stages[stage] for stage in sorted(EVERY_CALL_HAS - {"denoising", "other"})}
 
     class Wrapped(Stage):
-        def run(self, values):
-            runs.append(sorted(values))
-            return built_in.run(values)
+        def __init__(self, stage):
+            self.stage = stage
 
-    pipe.acceleration.replace_stage(stage, Wrapped())
+        def run(self, values):
+            runs.add(self.stage)
+            return built_in[self.stage].run(values)
+
+    for stage in built_in:
+        pipe.acceleration.replace_stage(stage, Wrapped(stage))
     assert torch.equal(TINY[name].call(pipe), stock(name))
-    assert runs
-    pipe.acceleration.remove_stage(stage)
-    assert pipe.acceleration.stages[stage] is built_in
+    assert runs == set(built_in)
+    for stage in built_in:
+        pipe.acceleration.remove_stage(stage)
+        assert pipe.acceleration.stages[stage] is built_in[stage]
 
 
 def test_a_replacement_may_do_the_work_itself():
@@ -400,7 +403,7 @@ def test_a_report_knows_the_weights_and_writes_a_trace_that_a_browser_reads(tmp_
     assert json.loads(report.to_json())["stages"].keys() == report.stages.keys()
 
 
-def test_two_hundred_cancellations_at_random_points_leak_nothing():
+def test_fifty_cancellations_at_random_points_leak_nothing():
     entry, pipe = TINY["flux_dev"], exact("flux_dev")
     expected = stock("flux_dev")
     entry.call(pipe)
@@ -421,14 +424,14 @@ def test_two_hundred_cancellations_at_random_points_leak_nothing():
     gc.collect()
     tensors, threads = _tensors(), threading.active_count()
     cancelled = 0
-    for _ in range(200):
+    for _ in range(50):
         pipe.acceleration.progress = cancel_after(rng.randint(1, 12))
         try:
             entry.call(pipe, steps=4, output_type="latent")
         except Cancelled:
             cancelled += 1
     pipe.acceleration.progress = None
-    assert cancelled > 100
+    assert cancelled > 25
     gc.collect()
     assert _tensors() == tensors
     assert threading.active_count() == threads
