@@ -267,7 +267,8 @@ def test_verification_refuses_nothing_that_stock_accepts():
     for arguments in (
         {"num_inference_steps": torch.tensor(2)},
         {"num_inference_steps": True},
-        {"height": 0, "width": None},
+        {"height": 0, "width": 16},
+        {"height": 16, "width": None},
         {"height": float(HEIGHT)},
         {"num_inference_steps": 0, "sigmas": [1.0, 0.5]},
     ):
