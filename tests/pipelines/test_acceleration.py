@@ -19,6 +19,7 @@ from pipeboost.contract.call import current_call
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.core.seams import add_middleware
 from tests.floors import is_rounding
+from tests.moments import at_once, freed_at_once
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
@@ -419,13 +420,9 @@ def test_a_dropped_pipeline_frees_its_transformer_at_once():
     # Diffusers' own cache contexts make a cycle of a transformer and its hooks; of ours there must be none.
     vars(pipe.transformer).pop("_diffusers_hook", None)
     transformer = weakref.ref(pipe.transformer)
-    gc.collect()
-    gc.disable()
-    try:
+    with freed_at_once():
         del pipe
         assert transformer() is None
-    finally:
-        gc.enable()
 
 
 def test_a_transformer_that_outlives_its_pipeline_can_be_accelerated_with_other_settings():
@@ -447,51 +444,14 @@ def test_views_in_two_threads_never_see_each_others_state():
     jobs = [{"seed": 1, "steps": 5}, {"seed": 2, "steps": 3, "prompt": OTHER_PROMPT}]
     expected = [entry.stock(**job) for job in jobs]
     pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
-    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    failures = []
-
-    def work(index: int) -> None:
-        view = copy.copy(pipe)
-        view.scheduler = copy.deepcopy(pipe.scheduler)
-        try:
-            for _ in range(4):
-                results[index].append(entry.call(view, **jobs[index]))
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    for index in range(2):
-        assert len(results[index]) == 4
-        for result in results[index]:
-            assert is_rounding(difference(result, expected[index]), entry.floor)
-
-
-def test_views_in_two_threads_with_a_cache_match_running_alone():
-    entry = TINY["flux_dev"]
-    jobs = [{"seed": 1, "steps": 6}, {"seed": 2, "steps": 4, "prompt": OTHER_PROMPT}]
-    pipe = accelerate_pipeline(entry.build(), quality="fast", cache=ALL_ON["cache"])
-    alone = [entry.call(pipe, **job) for job in jobs]
-    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
     def work(index: int) -> None:
         view = copy.copy(pipe)
         view.scheduler = copy.deepcopy(pipe.scheduler)
         for _ in range(3):
-            results[index].append(entry.call(view, **jobs[index]))
+            assert is_rounding(difference(entry.call(view, **jobs[index]), expected[index]), entry.floor)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        assert len(results[index]) == 3
-        assert all(difference(result, alone[index]) == 0 for result in results[index])
+    at_once(work, range(2))
 
 
 @pytest.mark.parametrize(

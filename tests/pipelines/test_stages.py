@@ -27,6 +27,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.runner import _scheduler_locks
 from pipeboost.stages import StageVerificationError
 from pipeboost.stages.admission import AdmissionQueue
+from tests.moments import at_once, freed_at_once
 from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
@@ -454,11 +455,7 @@ def test_two_threads_that_call_one_pipe_never_mix(name):
     def work(seed):
         results[seed] = entry.call(pipe, seed=seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, expected)
     for seed, output in expected.items():
         assert torch.equal(results[seed], output)
 
@@ -602,9 +599,7 @@ def test_a_pipeline_that_is_dropped_after_calls_with_stages_frees_its_memory_at_
             return built_in.run(values)
 
     pipe.acceleration.replace_stage("decoding", Wrapped())
-    gc.collect()
-    gc.disable()
-    try:
+    with freed_at_once():
         pipe(**entry.call_kwargs(), return_trajectory=True)
         list(pipe.acceleration.run_many([entry.call_kwargs(seed=seed) for seed in range(3)]))
         pipe.acceleration.add_stage("failing", Failing(), after="denoising")
@@ -615,8 +610,6 @@ def test_a_pipeline_that_is_dropped_after_calls_with_stages_frees_its_memory_at_
         transformer = weakref.ref(pipe.transformer)
         del pipe
         assert transformer() is None
-    finally:
-        gc.enable()
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.compile import CompiledModel, compile_model
 from tests.floors import floor_of, is_rounding
+from tests.moments import at_once
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LENGTHS = (7, 9, 3, 64)
@@ -418,11 +419,7 @@ def test_threads_that_call_at_once_share_the_graphs() -> None:
                 start.wait()
                 outputs[seed] = [compiled.difference(flux_inputs(seed=seed)) for _ in range(5)]
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(work, range(3))
         assert outputs == {seed: [0.0] * 5 for seed in range(3)}
         # A thread may look for a graph in the moment before another has stored it, and then makes it too.
         assert compiled.graphs <= 4
