@@ -18,16 +18,16 @@ import torch
 
 # The longest files, which come first, so that no worker is left with one at the end; of two neighbours one has ranks.
 FIRST = (
-    "pipelines/test_acceleration.py",
     "distributed/test_layouts.py",
+    "pipelines/test_acceleration.py",
     "unit/test_compile.py",
-    "distributed/test_tensor_parallel.py",
-    "distributed/test_launch.py",
-    "unit/test_generate_command.py",
+    "distributed/test_failing_pipelines.py",
     "distributed/test_state.py",
-    "unit/test_generate.py",
-    "distributed/test_failures.py",
     "pipelines/test_stages.py",
+    "distributed/test_tensor_parallel.py",
+    "unit/test_generate_command.py",
+    "distributed/test_failures.py",
+    "distributed/test_launch.py",
 )
 
 
