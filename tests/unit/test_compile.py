@@ -491,7 +491,7 @@ def traced_once(name: str) -> Compiled:
 def test_a_block_with_hooks_of_others_that_came_later_runs_eager_and_the_report_says_why(name: str, kind: str) -> None:
     case = CASES[name]
     model, inputs = case.build(blocks=2), case.inputs()
-    compiled = Compiled(model, case.family, {"backend": traced_once(name).backend})
+    compiled = Compiled(model, case.family, backend=traced_once(name).backend)
     compiled.run(inputs)
     HOOKS[kind](model)
     with model.cache_context("test"):
