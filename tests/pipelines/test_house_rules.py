@@ -1,4 +1,4 @@
-"""One test for each sentence of the design's "Rules of the house" that can be tested; more detail stands elsewhere."""
+"""What the design's "Rules of the house" say, as far as no test of a feature says it."""
 
 import ast
 import copy
@@ -112,25 +112,6 @@ def _is_for_types(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def test_1_no_change_to_a_class_that_outlives_the_call(stock):
-    # torch itself patches nn.Module at the first use of torch.compile in a process, whoever uses it.
-    torch.compile(torch.nn.Module.to, backend="eager")(torch.nn.Identity(), torch.float32)
-    untouched = ENTRY.build()
-    objects = [untouched, *untouched.components.values(), *untouched.transformer.modules()]
-    objects += [module.processor for module in untouched.transformer.modules() if hasattr(module, "processor")]
-    classes = {cls for obj in objects for cls in type(obj).__mro__ if cls is not object}
-    before = {cls: dict(vars(cls)) for cls in classes}
-    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
-    ENTRY.call(pipe, steps=4)
-    changed = {
-        f"{cls.__name__}.{name}"
-        for cls in classes
-        for name in vars(cls).keys() | before[cls].keys()
-        if vars(cls).get(name) is not before[cls].get(name)
-    }
-    assert not changed
-
-
 def test_1_two_pipelines_of_one_class_one_accelerated_and_one_not_run_side_by_side(stock):
     plain, pipe = ENTRY.build(), accelerate_pipeline(ENTRY.build(), **FAST)
     results: dict[str, list[torch.Tensor]] = {"plain": [], "ours": []}
@@ -210,12 +191,6 @@ def test_4_never_a_silent_fallback():
     assert len(ran) == len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
 
 
-def test_4_when_the_plan_leaves_something_out_the_plan_says_so_and_why():
-    text = str(accelerate_pipeline(ENTRY.build()).acceleration.plan)
-    for feature in ("parallel", "quantize", "cache", "compile", "offload"):
-        assert re.search(rf"{feature}\s+off: \w+", text), text
-
-
 def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_ours():
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
     others = ("residency_", "executor_", "graphs_", "parallel_")
@@ -270,8 +245,3 @@ def test_7_outside_a_call_our_layers_and_processors_act_as_stock():
             inside = pipe.transformer(**copy.deepcopy(inputs))[0]
     assert torch.equal(outside, expected)
     assert not torch.equal(inside, expected)
-
-
-def test_8_lossy_is_asked_for_and_quality_names_the_tier():
-    assert not accelerate_pipeline(ENTRY.build()).acceleration.plan["cache"].on
-    assert accelerate_pipeline(ENTRY.build(), quality="fast").acceleration.plan["cache"].on
