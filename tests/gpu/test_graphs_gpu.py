@@ -16,7 +16,7 @@ from pipeboost.contract.registry import families
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.attention import trim_padded_text
 from pipeboost.features.compile import compile_model
-from pipeboost.features.graphs import capture_graphs, graphs
+from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from tests.pipelines.tiny import TINY, load_tiny_lora, lora_state_dict, tiny_names
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +92,20 @@ def test_exact_with_graphs_is_bit_identical_and_comes_off(name: str) -> None:
     assert "CUDA graphs: transformer" in str(pipe.acceleration.report())
     pipe.acceleration.remove()
     assert torch.equal(entry.call(pipe, steps=6), stock[0])
+
+
+def test_shapes_of_equal_tensors_have_graphs_of_their_own() -> None:
+    _, model, inputs = tiny_model("qwen_image")
+    (first, *rest), *_ = inputs["img_shapes"]
+    turned = [[(first[0], first[1] * 2, first[2] // 2), *rest]]
+    with Ledger() as ledger:
+        counts = capture_graphs(model, True, ledger).counts
+        for shapes in (inputs["img_shapes"], turned, inputs["img_shapes"]):
+            assert_replays_are_eager(model, {**inputs, "img_shapes": shapes}, counts, times=4)
+        assert counts.captured == 2
+        one, other = (in_call(model, {**inputs, "img_shapes": shapes}) for shapes in (inputs["img_shapes"], turned))
+        assert not torch.equal(one, other)
+        ledger.undo()
 
 
 def test_prompts_of_one_length_and_of_two_have_graphs_of_their_own_though_their_shapes_are_equal() -> None:
@@ -368,3 +382,20 @@ def test_the_default_captures_tiny_pipelines_and_stays_within_rounding() -> None
     assert found["replayed"] > 8, found
     pipe.acceleration.remove()
     assert torch.equal(entry.call(pipe, steps=8), stock)
+
+
+def test_layers_that_need_the_host_leave_graphs_off_in_the_plan() -> None:
+    entry = TINY["flux_dev"]
+    pipe = entry.build().to("cuda")
+    for settings in ({"quality": "fast"}, {"offload": "layerwise"}, {"compile": None}):
+        accelerate_pipeline(pipe, **settings)
+        assert pipe.acceleration.plan["graphs"].choice == "off"
+        assert pipe.acceleration.plan["graphs"].why
+
+
+def test_handles_are_what_the_verb_returns() -> None:
+    model = nn.Linear(4, 4, device="cuda").eval()
+    with Ledger() as ledger:
+        assert isinstance(capture_graphs(model, True, ledger), Graphs)
+        ledger.undo()
+    assert type(model) is nn.Linear
