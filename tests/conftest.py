@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Generator
 
-# Read by MKL when it first computes, in processes of tests too. Its other code paths know no such order.
-os.environ["MKL_CBWR"] = re.sub(r"^(AUTO|AVX2|AVX512|AVX512_E1)$", r"\1,STRICT", os.environ.get("MKL_CBWR", "AUTO"))
 # Matrices this small gain nothing from threads, which wait for each other by spinning where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read by MKL when it first computes, in processes of tests too. Its other code paths know no such order.
+os.environ["MKL_CBWR"] = re.sub(r"^(AUTO|AVX2|AVX512|AVX512_E1)$", r"\1,STRICT", os.environ.get("MKL_CBWR", "AUTO"))
 
 import pytest
 import torch
