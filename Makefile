@@ -13,9 +13,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n logical
 
-# Every pipeline in every layout of ranks.
+# Every pipeline in every layout of ranks, and every other combination that `make test` leaves out.
 test-distributed: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/distributed -m ""
+	$(VENV)/bin/python -m pytest tests/pipelines tests/unit -m exhaustive
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

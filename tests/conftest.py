@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from collections.abc import Generator
 
+# Matrices this small gain nothing from threads, which wait for each other by spinning where the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read by MKL when it first computes, in processes of tests too. Its other code paths know no such order.
 os.environ["MKL_CBWR"] = re.sub(r"^(AUTO|AVX2|AVX512|AVX512_E1)$", r"\1,STRICT", os.environ.get("MKL_CBWR", "AUTO"))
 # What tests compile is kept for none but them.
@@ -24,16 +26,16 @@ atexit.register(shutil.rmtree, os.environ["PIPEBOOST_HOME"], ignore_errors=True)
 
 # The longest files, which come first, so that no worker is left with one at the end; of two neighbours one has ranks.
 FIRST = (
-    "pipelines/test_acceleration.py",
     "distributed/test_layouts.py",
+    "pipelines/test_acceleration.py",
     "unit/test_compile.py",
-    "distributed/test_tensor_parallel.py",
-    "distributed/test_launch.py",
-    "unit/test_generate_command.py",
+    "distributed/test_failing_pipelines.py",
     "distributed/test_state.py",
-    "unit/test_generate.py",
-    "distributed/test_failures.py",
     "pipelines/test_stages.py",
+    "distributed/test_tensor_parallel.py",
+    "unit/test_generate_command.py",
+    "distributed/test_failures.py",
+    "distributed/test_launch.py",
 )
 
 
@@ -47,6 +49,15 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """Leave what a file of tests has left behind out of the next ones' collections, of which some ask for many."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

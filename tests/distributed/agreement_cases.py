@@ -3,9 +3,7 @@
 import contextlib
 import inspect
 import random
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -182,34 +180,6 @@ def latents(kind: str, degrees: dict[str, int]) -> str | None:
         except Exception as error:
             return str(error)
         return None
-
-
-def cost(degrees: dict[str, int], repeats: int = 100) -> dict[str, float]:
-    """Median milliseconds of an agreement, of one where the first rank alone has arguments, of a check of latents."""
-    with meshed(degrees) as mesh:
-        usual = {
-            "image": None,
-            "prompt": "a cat " * 20,
-            "generator": torch.Generator().manual_seed(0),
-            "attention_kwargs": {"scale": 0.8},
-        }
-        signature, took = inspect.signature(script), {}
-        same = signature.bind_partial("the pipeline", **usual)
-        alone = signature.bind_partial("the pipeline", **(usual if mesh.main else {}))
-        sample = torch.randn(1, 16, 21, 60, 104)
-        for name, work in (
-            ("same", lambda: agreed_arguments(mesh, same, CPU)),
-            ("first alone", lambda: agreed_arguments(mesh, alone, CPU)),
-            ("latents", lambda: checked_latents(mesh, sample)),
-        ):
-            work()
-            each = []
-            for _ in range(repeats):
-                begun = time.perf_counter()
-                work()
-                each.append(1e3 * (time.perf_counter() - begun))
-            took[name] = statistics.median(each)
-        return took
 
 
 def accelerated(name: str, layout: dict[str, int], kind: str) -> dict[str, Any]:

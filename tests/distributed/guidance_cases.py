@@ -20,11 +20,13 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
         change: made to the pipeline once it was accelerated, as a user may.
 
     Returns:
-        `"shared"`: largest difference of any output of ranks to one rank; `"removed"`: of stock after to stock before;
+        `"shared"`: largest difference of any output of ranks to one rank; `"removed"`: of stock after to stock before,
+        for the pipeline's own call only;
         `"batches"`: the batch of each forward that this rank's transformer computed; `"size"`: of the largest value.
     """
     entry = TINY[name]
     pipe = entry.build()
+    own = not call and change is None
     call["output_type"] = "latent"
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -42,7 +44,7 @@ def differences(name: str, change: Callable[[DiffusionPipeline], None] | None = 
         with pipe.acceleration.paused():
             stock = run()
         pipe.acceleration.remove()
-        after = run()
+        after = run() if own else stock
     size = max(float(value.abs().max()) for value in stock)
     return {"shared": _largest(shared, stock), "removed": _largest(after, stock), "batches": computed, "size": size}
 

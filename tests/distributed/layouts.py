@@ -51,9 +51,9 @@ def main(path: Path) -> None:
     found: dict[tuple[str, str], float] = {}
     for layout in track(LAYOUTS, description="layouts"):
         for name in names:
-            reference = layout_cases.reference(name)
+            reference = layout_cases.reference(name, several=True)
             settings = (name, LAYOUTS[layout], reference)
-            results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, *settings)
+            results: list[Any] = on_ranks(ranks_of(LAYOUTS[layout]), layout_cases.differences, *settings, several=True)
             found[name, layout] = max(result["shared"] for result in results)
             assert all(result["removed"] == 0.0 for result in results), (name, layout)
             assert layout_cases.is_as_near(found[name, layout], LAYOUTS[layout], name), (name, layout)

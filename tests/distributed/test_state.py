@@ -40,7 +40,7 @@ SCHEDULER = {
 @pytest.mark.parametrize(
     ("name", "layout", "expected"),
     [
-        ("flux_dev", {"ulysses": 2}, LORA | WEIGHTS),
+        ("flux_dev", {"ulysses": 2}, LORA),
         ("flux_true_cfg", {"cfg": 2}, WEIGHTS | SCHEDULER | {"load": LORA["load"]}),
         ("flux_dev", {"ulysses": 2}, VAE),
         ("flux_dev", {"tensor": 2}, SCHEDULER | WEIGHTS),

@@ -18,7 +18,13 @@ from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
-ON_FOUR = ("flux_dev", "flux_ip_adapter", "qwen_image", "wan21_i2v", "wan22_t2v", "hunyuan_video_i2v_token_replace")
+# One variant for each set of layers; the others are split by `make test-distributed`.
+OFTEN = (
+    *("flux_dev", "flux_schnell", "flux_ip_adapter", "flux_controlnet", "qwen_image", "wan21_i2v", "wan22_t2v"),
+    *("hunyuan_video", "hunyuan_video_i2v_token_replace"),
+)
+OFTEN_ON_FOUR = ("flux_ip_adapter", "qwen_image", "wan21_i2v")
+ON_FOUR = (*OFTEN_ON_FOUR, "flux_dev", "wan22_t2v", "hunyuan_video_i2v_token_replace")
 # What Wan's attention takes for text is the last 512 tokens; what comes before is the picture.
 ARGUMENTS = {"wan21_i2v": {"max_sequence_length": 512}}
 BATCHES = ("flux_dev", "qwen_image", "wan21_t2v", "hunyuan_video")
@@ -37,7 +43,11 @@ def _check(result):
     assert not result["changes"]
 
 
-@pytest.mark.parametrize("name", tiny_names(*FAMILIES))
+def _variants(names, often):
+    return [pytest.param(name, marks=[] if name in often else [pytest.mark.exhaustive]) for name in names]
+
+
+@pytest.mark.parametrize("name", _variants(tiny_names(*FAMILIES), OFTEN))
 def test_a_split_transformer_computes_what_the_whole_one_does_but_for_rounding_and_is_restored_to_the_bit(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, **ARGUMENTS.get(name, {})):
         for result in ranks:
@@ -46,7 +56,7 @@ def test_a_split_transformer_computes_what_the_whole_one_does_but_for_rounding_a
             assert result["own"] < 0.63 * result["whole"]
 
 
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize("name", _variants(ON_FOUR, OFTEN_ON_FOUR))
 def test_four_ranks_split_a_transformer_too(name):
     for ranks in on_ranks(4, tensor_cases.transformers, name, 4, **ARGUMENTS.get(name, {})):
         for result in ranks:
@@ -60,13 +70,13 @@ def test_two_groups_of_two_among_four_ranks_split_independently():
         _check(ranks[0])
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", _variants(BATCHES, ("qwen_image", "hunyuan_video")))
 def test_a_batch_of_two_prompts_of_different_length_with_masks(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, batch=2):
         _check(ranks[0])
 
 
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name", _variants(BATCHES, ("flux_dev", "wan21_t2v")))
 def test_in_bfloat16_the_difference_is_of_the_size_of_its_rounding(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, dtype="bfloat16"):
         _check(ranks[0])

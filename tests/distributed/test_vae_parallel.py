@@ -16,10 +16,10 @@ from tests.floors import is_rounding
 
 # Higher and wider than the other, odd, and smaller than the ranks times two.
 MAPS = [
-    Map("decode", 9, 6),
+    Map("decode", 7, 4),
     Map("decode", 5, 7, batch=2),
     Map("encode", 4, 7),
-    Map("encode", 9, 6, batch=2, settings={"use_slicing": True}),
+    Map("encode", 7, 3, batch=2, settings={"use_slicing": True}),
 ]
 DOUBLE = Map("decode", 5, 3, batch=2, dtype=torch.float64)
 TOO_SMALL = Map("decode", 1, 1)

@@ -26,8 +26,8 @@ from tests.pipelines import tiny_parts as parts
 def wan22_vae() -> AutoencoderKLWan:
     """Wan 2.2's VAE: residual shortcuts around its down- and upsampling, and patches of two pixels."""
     return AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
+        base_dim=4,
+        decoder_base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 2, 2],
         num_res_blocks=1,

@@ -186,24 +186,6 @@ def test_a_pipeline_on_the_cpu_runs_on_the_gpu_only_under_a_policy():
     assert pipe.vae.device.type == pipe._execution_device.type == "cpu"
 
 
-def test_enable_model_cpu_offload_afterwards_takes_over():
-    entry = TINY["flux_dev"]
-    stock = entry.build()
-    stock.enable_model_cpu_offload()
-    expected = entry.call(stock)
-    pipe = accelerate_pipeline(entry.build().to("cuda"), offload="stage", **EXACT)
-    entry.call(pipe)
-    pipe.enable_model_cpu_offload()
-    for _ in range(2):
-        assert torch.equal(entry.call(pipe).cpu(), expected.cpu())
-    assert "Diffusers' own" in pipe.acceleration.plan["offload"].why
-    assert pipe.transformer.device.type == "cpu"
-    sequential = accelerate_pipeline(entry.build().to("cuda"), offload="stage", **EXACT)
-    sequential.to("cpu")
-    sequential.enable_sequential_cpu_offload()
-    assert torch.equal(entry.call(sequential).cpu(), expected.cpu())
-
-
 def test_components_called_outside_of_a_call_take_inputs_from_wherever_the_user_has_them():
     entry = TINY["flux_dev"]
     stock = copy.deepcopy(entry.build()).to("cuda")

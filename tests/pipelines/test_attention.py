@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import threading
 import weakref
 
@@ -137,17 +136,6 @@ def test_a_swapped_model_passes_for_stock(flux_model):
         stock.__module__,
     )
     assert isinstance(processors(flux_model)[0], FluxAttnProcessor)
-
-
-def test_a_swapped_model_deep_copies_and_pickles_as_stock(flux_model, flux):
-    expected = forward(flux_model, flux[1])
-    swap_attention(flux_model, "auto", Ledger())
-    twin = copy.deepcopy(flux_model)
-    assert {id(cls) for cls in classes(twin)} == {id(FluxAttnProcessor)}
-    assert torch.equal(forward(twin, flux[1]), expected)
-    loaded = pickle.loads(pickle.dumps(flux_model))
-    assert {id(cls) for cls in classes(loaded)} == {id(FluxAttnProcessor)}
-    assert torch.equal(forward(loaded, flux[1]), expected)
 
 
 def test_one_subclass_serves_all_blocks_and_models_with_equal_choices(flux_model, flux):

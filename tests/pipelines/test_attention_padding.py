@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import threading
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.attention.swap import swap_attention
 from tests.floors import floor_of, is_rounding
+from tests.moments import at_once
 from tests.pipelines.tiny import TINY
 
 # FlexAttention says so on a CPU outside torch.compile; it is meant here.
@@ -187,11 +187,7 @@ def test_two_threads_with_different_prompts_do_not_see_each_others_masks(text_to
                 difference = (forward(text_to_video, cases[index]) - expected[index]).abs().max().item()
                 worst[index] = max(worst[index], difference)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(run, range(2))
     for case, stock, difference in zip(cases, expected, worst, strict=True):
         assert differs_by_rounding(stock + difference, stock, text_to_video, case)
 

@@ -3,13 +3,10 @@
 import contextlib
 import copy
 import dataclasses
-import gc
 import inspect
 import itertools
 import logging
-import threading
 import warnings
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +35,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import stock_class
 from pipeboost.features.cache import CacheCount, attach_cache
 from pipeboost.features.cache.state import CACHE
+from tests.moments import at_once
 from tests.pipelines.tiny import NEGATIVE_PROMPT, OTHER_PROMPT, TINY
 
 FAMILIES = ("flux_true_cfg", "qwen_image", "wan22_t2v", "hunyuan_video")
@@ -271,28 +269,8 @@ def test_calls_in_threads_give_what_each_gives_alone() -> None:
         view.scheduler = copy.deepcopy(pipe.scheduler)
         outputs[index] = entry.call(view, **requests[index])
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(run, range(len(requests)))
     assert all(torch.equal(outputs[index], alone[index]) for index in range(len(requests)))
-
-
-def test_another_pipeline_of_the_class_is_stock_before_during_and_after() -> None:
-    entry = TINY["flux_dev"]
-    pipe, other = entry.build(), entry.build()
-    stock = entry.call(other, steps=4)
-    during: list[torch.Tensor] = []
-
-    def run_other(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        during.append(entry.call(other, steps=4))
-        return values
-
-    with cached(pipe, EVERY_OTHER):
-        entry.call(pipe, steps=4, callback_on_step_end=run_other)
-    assert len(during) == 4
-    assert all(torch.equal(output, stock) for output in [*during, entry.call(other, steps=4)])
 
 
 def test_two_accelerations_of_one_transformer_cache_each_its_own_way() -> None:
@@ -402,20 +380,6 @@ def test_residuals_are_dropped_with_the_call_but_the_counts_stay() -> None:
         assert not any(branch.prepared for branch in state._branches.values())
         (count,) = state.counts()
         assert (count.computed_steps, count.cached_steps) == (2, 2)
-
-
-def test_a_dropped_pipeline_frees_its_cached_transformer_at_once() -> None:
-    pipe = TINY["flux_dev"].build()
-    owner = threading.Event()
-    attach_cache(pipe.transformer, NEVER, family_of(pipe), Ledger(), owner=owner)
-    transformer = weakref.ref(pipe.transformer)
-    gc.collect()
-    gc.disable()
-    try:
-        del pipe
-        assert transformer() is None
-    finally:
-        gc.enable()
 
 
 def test_bad_settings_raise_one_sentence_and_change_nothing() -> None:

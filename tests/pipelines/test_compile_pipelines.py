@@ -15,7 +15,6 @@ from tests.pipelines.tiny import OTHER_PROMPT, TINY
 # more than sizes (Wan2.2's TI2V hands its blocks one timestep a token with an image, its experts share their graphs).
 GRAPHS = {
     "flux_true_cfg": 2,
-    "flux_kontext": 2,
     "flux_controlnet": 2,
     "flux_ip_adapter": 2,
     "qwen_image": 1,

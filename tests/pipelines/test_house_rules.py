@@ -1,4 +1,4 @@
-"""One test for each sentence of the design's "Rules of the house" that can be tested; more detail stands elsewhere."""
+"""What the design's "Rules of the house" say, as far as no test of a feature says it."""
 
 import ast
 import copy
@@ -16,9 +16,7 @@ import pipeboost
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import current_call
 from pipeboost.contract.registry import families
-from pipeboost.core.errors import PipeboostError
 from pipeboost.core.families import Family
-from pipeboost.core.seams import stock_class
 from pipeboost.kernels.table import KERNELS
 from tests.pipelines.tiny import TINY
 
@@ -40,6 +38,7 @@ FLOORS = (
 """From the ground up; on the floor of the recipes each imports only what stands left of it."""
 FAST = {"quality": "fast", "cache": CacheConfig(warmup=1, threshold=0.9), "compile": CompileConfig(backend="eager")}
 ENTRY = TINY["flux_dev"]
+pytestmark = pytest.mark.usefixtures("graphs_stay")
 
 
 @pytest.fixture(scope="module")
@@ -114,25 +113,6 @@ def _is_for_types(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def test_1_no_change_to_a_class_that_outlives_the_call(stock):
-    # torch itself patches nn.Module at the first use of torch.compile in a process, whoever uses it.
-    torch.compile(torch.nn.Module.to, backend="eager")(torch.nn.Identity(), torch.float32)
-    untouched = ENTRY.build()
-    objects = [untouched, *untouched.components.values(), *untouched.transformer.modules()]
-    objects += [module.processor for module in untouched.transformer.modules() if hasattr(module, "processor")]
-    classes = {cls for obj in objects for cls in type(obj).__mro__ if cls is not object}
-    before = {cls: dict(vars(cls)) for cls in classes}
-    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
-    ENTRY.call(pipe, steps=4)
-    changed = {
-        f"{cls.__name__}.{name}"
-        for cls in classes
-        for name in vars(cls).keys() | before[cls].keys()
-        if vars(cls).get(name) is not before[cls].get(name)
-    }
-    assert not changed
-
-
 def test_1_two_pipelines_of_one_class_one_accelerated_and_one_not_run_side_by_side(stock):
     plain, pipe = ENTRY.build(), accelerate_pipeline(ENTRY.build(), **FAST)
     results: dict[str, list[torch.Tensor]] = {"plain": [], "ours": []}
@@ -151,32 +131,12 @@ def test_1_two_pipelines_of_one_class_one_accelerated_and_one_not_run_side_by_si
     assert not torch.equal(results["ours"][0], stock)
 
 
-def test_2_every_change_goes_in_with_its_inverse():
-    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
-    ENTRY.call(pipe, steps=4)
-    everything = [pipe, pipe.scheduler, pipe.vae, *pipe.transformer.modules()]
-    everything += [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
-    disguised = {id(obj) for obj in everything if stock_class(obj) is not type(obj)}
-    assert len(disguised) > len(pipe.transformer.transformer_blocks)
-    pipe.acceleration.remove()
-    assert not [obj for obj in everything if stock_class(obj) is not type(obj) or "_pipeboost_chains" in vars(obj)]
-
-
 def test_2_an_inverse_touches_only_what_is_still_ours():
     pipe = accelerate_pipeline(ENTRY.build(), **FAST)
     theirs = object()
     acceleration, pipe.acceleration = pipe.acceleration, theirs
     acceleration.remove()
     assert pipe.acceleration is theirs
-
-
-def test_2_remove_restores_bit_identical_outputs_and_keeps_what_the_user_changed_meanwhile(stock):
-    pipe = accelerate_pipeline(ENTRY.build(), **FAST)
-    ENTRY.call(pipe, steps=4)
-    pipe.vae.my_note = "kept"
-    pipe.acceleration.remove()
-    assert torch.equal(ENTRY.call(pipe, steps=4), stock)
-    assert pipe.vae.my_note == "kept"
 
 
 def test_2_a_processor_that_the_user_replaced_is_accelerated_again():
@@ -216,14 +176,6 @@ def test_3_what_depends_on_the_model_is_a_field_of_family_and_all_patches_read_a
         assert len(families()) >= 4
 
 
-def test_4_an_unsupported_combination_raises_before_anything_is_changed_and_says_what_to_use_instead(stock):
-    pipe = ENTRY.build()
-    with pytest.raises(PipeboostError, match="needs quality='fast'"):
-        accelerate_pipeline(pipe, cache=CacheConfig())
-    assert type(pipe) is type(ENTRY.build())
-    assert torch.equal(ENTRY.call(pipe, steps=4), stock)
-
-
 def test_4_never_a_silent_fallback(monkeypatch):
     ran, kernel = [], KERNELS["flex"]
     function = kernel.function
@@ -233,12 +185,6 @@ def test_4_never_a_silent_fallback(monkeypatch):
     pipe = accelerate_pipeline(ENTRY.build(), attention="flex")
     ENTRY.call(pipe, steps=1)
     assert len(ran) == len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
-
-
-def test_4_when_the_plan_leaves_something_out_the_plan_says_so_and_why():
-    text = str(accelerate_pipeline(ENTRY.build()).acceleration.plan)
-    for feature in ("parallel", "quantize", "cache", "compile", "offload"):
-        assert re.search(rf"{feature}\s+off: \w+", text), text
 
 
 def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_ours():
@@ -295,15 +241,3 @@ def test_7_outside_a_call_our_layers_and_processors_act_as_stock():
             inside = pipe.transformer(**copy.deepcopy(inputs))[0]
     assert torch.equal(outside, expected)
     assert not torch.equal(inside, expected)
-
-
-def test_8_the_default_tier_changes_rounding_at_most():
-    pipe = accelerate_pipeline(ENTRY.build())
-    result = pipe.acceleration.verify(prompt="a red fox", num_inference_steps=1, height=64, width=64, output_type="pt")
-    assert result.quality == "lossless"
-    assert result.passed
-
-
-def test_8_lossy_is_asked_for_and_quality_names_the_tier():
-    assert not accelerate_pipeline(ENTRY.build()).acceleration.plan["cache"].on
-    assert accelerate_pipeline(ENTRY.build(), quality="fast").acceleration.plan["cache"].on

@@ -15,6 +15,7 @@ from pipeboost.core.errors import PipeboostError
 from pipeboost.features.offload.component import LOADS
 from pipeboost.features.offload.copy_stream import MOVES
 from pipeboost.features.offload.place import _placed
+from tests.moments import at_once, freed_at_once
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,
@@ -300,11 +301,7 @@ def test_calls_in_several_threads_run_one_after_the_other():
         view.scheduler = copy.deepcopy(pipe.scheduler)
         results[index] = [entry.call(view, callback_on_step_end=count, **jobs[index]) for _ in range(3)]
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, range(2))
     assert all(torch.equal(result, alone[index]) for index in range(2) for result in results[index])
     assert max(most) == 1
 
@@ -388,6 +385,7 @@ def test_a_policy_beside_diffusers_own_offload_is_refused_before_any_change():
     assert "left as Diffusers' own" in accelerate_pipeline(pipe).acceleration.plan["offload"].why
 
 
+@pytest.mark.usefixtures("graphs_stay")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["flux_dev", "wan22_t2v"])
 def test_compiled_and_cached_blocks_are_streamed_without_new_graphs(name, policy):
@@ -433,12 +431,8 @@ def test_an_offloaded_pipeline_that_is_dropped_frees_its_memory():
     entry.call(pipe)
     alive = [weakref.ref(each) for each in (pipe, pipe.vae, pipe.vae.decoder.conv_in.weight)]
     transformer = weakref.ref(pipe.transformer)
-    gc.collect()
-    gc.disable()
-    try:
+    with freed_at_once():
         del pipe
         assert [reference() for reference in alive] == [None] * 3
-    finally:
-        gc.enable()
     gc.collect()  # stock's own hooks hold a transformer in a cycle once it has been called
     assert transformer() is None

@@ -13,6 +13,7 @@ import torch
 
 from pipeboost import Cancelled, PipeboostError, Stage, accelerate_pipeline
 from pipeboost.stages.stage import StageVerificationError
+from tests.moments import freed_at_once
 from tests.pipelines.tiny import OTHER_PROMPT, PROMPT, TINY
 
 ENTRY = TINY["flux_dev"]
@@ -212,9 +213,7 @@ def test_while_a_request_waits_or_runs_nothing_is_removed():
 
 def test_ended_requests_keep_nothing_of_a_pipeline_that_is_dropped():
     pipe = exact()
-    gc.collect()
-    gc.disable()
-    try:
+    with freed_at_once():
         requests = submitted(pipe, range(6))
         requests.append(pipe.acceleration.submit(**{**ENTRY.call_kwargs(), "height": -16}))
         requests[5].cancel()
@@ -226,8 +225,6 @@ def test_ended_requests_keep_nothing_of_a_pipeline_that_is_dropped():
         del pipe
         assert transformer() is None
         assert len(requests[0].report.steps) == 2
-    finally:
-        gc.enable()
 
 
 def test_at_the_end_of_the_program_running_requests_are_cancelled_and_no_thread_is_left():

@@ -1,8 +1,6 @@
 """A prompt is encoded once: as long as everything its embeddings depend on is the same, and to the bit as stock."""
 
 import copy
-import gc
-import threading
 import weakref
 
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 from pipeboost import ReuseConfig, accelerate_pipeline
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.seams import middleware_of
+from tests.moments import at_once, freed_at_once
 from tests.pipelines.tiny import OTHER_PROMPT, TINY, load_tiny_lora, picture
 from tests.pipelines.tiny_flux import parts
 
@@ -416,15 +415,11 @@ def test_remove_and_a_dropped_pipeline_free_every_embedding():
         store = pipe.acceleration._applied.context.joined["reuse"].store
         kept = weakref.ref(next(iter(store._entries.values())).returned[0])
         del store, runs
-        gc.collect()
-        gc.disable()
-        try:
+        with freed_at_once():
             if acceleration is not None:
                 acceleration.remove()
             del pipe
             assert kept() is None, drop
-        finally:
-            gc.enable()
 
 
 def test_views_in_threads_share_what_is_kept_and_each_gets_its_own_prompt():
@@ -441,11 +436,7 @@ def test_views_in_threads_share_what_is_kept_and_each_gets_its_own_prompt():
             if not torch.equal(ENTRY.call(view, steps=1, prompt=prompt), expected[prompt]):
                 wrong.append(prompt)
 
-    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, prompts)
     assert not wrong
     assert len(middleware_of(pipe, "encode_prompt")) == 2
     for prompt in prompts:

@@ -22,6 +22,7 @@ from tests.pipelines.tiny_unlisted import UNLISTED
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 
 
+@pytest.mark.usefixtures("graphs_stay")
 @pytest.mark.parametrize("name", UNLISTED)
 def test_an_unlisted_pipeline_runs_exactly_as_stock_and_close_to_it_compiled(name):
     entry = UNLISTED[name]

@@ -85,7 +85,7 @@ class TinyPipeline:
     def forward_inputs(
         self, pipe: DiffusionPipeline, *, denoiser: str = "transformer", seed: int = 0, **overrides: Any
     ) -> dict[str, Any]:
-        """Keyword arguments of the first call that one generation by `pipe` makes to `pipe.<denoiser>`.
+        """Keyword arguments of the first call that a generation by `pipe` makes to `pipe.<denoiser>`, where it ends.
 
         They are copies: `getattr(pipe, denoiser)(**copy.deepcopy(inputs))` can be repeated at will, and the copy is
         needed only where the arguments hold a dictionary, from which Diffusers pops.
@@ -94,17 +94,23 @@ class TinyPipeline:
         module = getattr(pipe, denoiser)
 
         def capture(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not calls:
-                calls.append(copy.deepcopy(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+            calls.append(copy.deepcopy(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+            raise _Captured
 
         hook = module.register_forward_pre_hook(capture, with_kwargs=True)
         try:
             self.call(pipe, seed=seed, **{"output_type": "latent", **overrides})
+        except _Captured:
+            pass
         finally:
             hook.remove()
         if not calls:
             raise ValueError(f"{self.name} made no call to {denoiser!r}; it calls {self.denoisers}")
         return calls[0]
+
+
+class _Captured(Exception):  # noqa: N818 - no error: what is left of the call is of no interest
+    pass
 
 
 def _named(name: str) -> TinyPipeline:

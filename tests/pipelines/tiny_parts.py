@@ -227,7 +227,7 @@ def qwen_vae() -> AutoencoderKLQwenImage:
 def wan_vae() -> AutoencoderKLWan:
     """Wan's VAE: 8 pixels and 4 frames a latent, four channels."""
     return AutoencoderKLWan(
-        base_dim=8,
+        base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 2, 2],
         num_res_blocks=1,
@@ -240,5 +240,5 @@ def wan_vae() -> AutoencoderKLWan:
 def hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
     """HunyuanVideo's VAE: 8 pixels and 4 frames a latent, four channels."""
     return AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+        latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=4
     ).eval()

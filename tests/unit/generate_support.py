@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-import torch
 from PIL import Image
 
 from pipeboost import accelerate_pipeline
@@ -110,11 +109,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """Run `pipeboost WORDS` in this process; the exit code."""
     monkeypatch.setattr(sys, "argv", ["pipeboost", *map(str, words)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.raises(SystemExit) as left:
-            main()
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.raises(SystemExit) as left:
+        main()
     return left.value.code

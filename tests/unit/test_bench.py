@@ -336,12 +336,21 @@ def test_every_published_size_has_its_published_parameters_and_tokens() -> None:
     assert sizes.keys() == billions.keys()
     for name, size in sizes.items():
         model = getattr(diffusers, size.transformer)
-        depths = {"num_layers", "num_single_layers", "num_refiner_layers"} & set(inspect.signature(model).parameters)
+        settings = {key: each.default for key, each in inspect.signature(model).parameters.items()} | size.config
+        one = dict.fromkeys({"num_layers", "num_single_layers", "num_refiner_layers"} & settings.keys(), 1)
+
+        def built(model: Any = model, config: Any = size.config | one, **depth: int) -> torch.nn.Module:
+            return model(**config | depth)
+
+        def parameters(**depth: int) -> int:
+            return sum(p.numel() for p in built(**depth).parameters())
+
         with torch.device("meta"), torch.no_grad():
-            parameters = model(**size.config).parameters()
             inputs = size.inputs("meta", torch.float32)
-            sample = model(**size.config | dict.fromkeys(depths, 1))(**inputs)[0]
-        assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx(billions[name], rel=0.01)
+            sample = built()(**inputs)[0]
+            # Each kind of block once more, as often as there are more of it.
+            total = parameters() + sum((settings[k] - 1) * (parameters(**{k: 2}) - parameters()) for k in one)
+        assert total / 1e9 == pytest.approx(billions[name], rel=0.01)
         assert sample.shape == inputs["hidden_states"].shape
 
 

@@ -48,12 +48,6 @@ def test_bins_are_those_of_cache_dit() -> None:
             assert computed_steps(CacheConfig(step_mask=bins), steps) == theirs
 
 
-def test_bins_alternate_and_what_is_left_over_is_cut() -> None:
-    settings = CacheConfig(step_mask=([3, 1], [2, 4]))
-    assert computed_steps(settings, 10) == [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
-    assert computed_steps(settings, 7) == [1, 1, 1, 0, 0, 1, 0]
-
-
 def test_bins_that_do_not_cover_the_steps_raise() -> None:
     with pytest.raises(ConfigurationError, match="covers 10 steps, but one transformer makes 11; use bins whose sum"):
         computed_steps(CacheConfig(step_mask=([3, 1], [2, 4])), 11)

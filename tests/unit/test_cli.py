@@ -374,15 +374,3 @@ def test_without_a_command_the_help_is_shown(pipeboost):
     code, out, err = pipeboost()
     assert (code, err) == (2, "")
     assert "generate" in out
-
-
-def test_ctrl_c_in_a_command_is_one_line_and_130(monkeypatch, capsys):
-    def stopped() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "detect_hardware", stopped)
-    monkeypatch.setattr(sys, "argv", ["pipeboost", "doctor"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "pipeboost: stopped\n"

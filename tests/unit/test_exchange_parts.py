@@ -2,30 +2,11 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from pipeboost.contract.call import Call
 from pipeboost.features.parallel import ulysses_ring
 from pipeboost.features.parallel.shards import SHARDS, Shards
-
-CASES = {
-    "FLUX at 1024x1024 on four": ((1, 4608, 6, 128), 1, 2),
-    "FLUX at 256x256 on four": ((1, 768, 6, 128), 1, 1),
-    "FLUX on 24, which leaves a head to each": ((1, 4608, 1, 128), 1, 1),
-    "Wan of 81 frames on two": ((1, 32760, 6, 128), 2, 2),
-    "FLUX at 1024x1024 on two": ((1, 4608, 12, 128), 1, 2),
-    "Qwen-Image at 1024x1024 on two, three rounds of a GPU, halves of two": ((1, 4224, 12, 128), 1, 1),
-    "HunyuanVideo of 33 frames on four": ((1, 18420, 6, 128), 2, 2),
-    "several images": ((4, 1152, 6, 128), 1, 2),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_parts_where_each_fills_the_gpu_and_that_costs_nothing(case):
-    sizes, eager, captured = CASES[case]
-    assert ulysses_ring._parts(*sizes, 132, launched=False) == eager
-    assert ulysses_ring._parts(*sizes, 132, launched=True) == captured
 
 
 def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eagerly_too(monkeypatch):

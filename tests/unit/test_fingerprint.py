@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -184,20 +183,6 @@ def test_what_a_call_leaves_in_a_scheduler_does_not_count_and_what_is_set_on_it_
     else:
         scheduler.disable_corrector = [0]
     assert digest(facts_of(scheduler)) != before
-
-
-def test_the_cost_of_a_module_that_has_not_changed_is_told(capsys):
-    module = nn.Sequential(*[Block() for _ in range(250)])
-    tracked = TrackedModule(module)
-    tracked.digest()
-    took = []
-    for _ in range(20):
-        begun = time.perf_counter()
-        assert tracked.is_current
-        took.append(1e3 * (time.perf_counter() - begun))
-    tensors, modules = len(module.state_dict()), len(list(module.modules()))
-    with capsys.disabled():
-        print(f" unchanged: {min(took):.2f} to {max(took):.2f} ms for {tensors} tensors in {modules} modules ", end="")
 
 
 def test_ranks_may_have_devices_of_their_own_of_one_kind():

@@ -18,12 +18,15 @@ from pipeboost.demo_model.prompts import DEMO_PROMPTS, WEIGHTS
 from pipeboost.generate import outputs
 from pipeboost.runner import Calls
 from tests.pipelines.tiny import TINY, picture
-from tests.unit.generate_support import built, png, run_main, served, stored, stored_lora
+from tests.unit.generate_support import png, run_main, served, stored, stored_lora
 
 pytestmark = pytest.mark.skipif(not (WEIGHTS / "model_index.json").exists(), reason="the demo model is not here")
 
 TINY_CALL = ["--device", "cpu", "--width", 96, "--height", 64, "--num-inference-steps", 2, "--seed", 1]
 FLUX = ["--model-path", "flux_dev", *TINY_CALL, "--call", "max_sequence_length=35"]
+
+PIXELS: dict[tuple[str, ...], bytes] = {}
+"""Of images that command lines have made."""
 
 
 class Result:
@@ -117,7 +120,10 @@ def test_without_a_flag_an_image_of_the_shipped_model_is_saved(generate):
 def test_a_flag_changes_the_image(made, base, flags):
     if "--quality" in flags:
         base = flags[2:]
-    assert made(*base).pixels != made(*base, *flags).pixels
+    without = tuple(map(str, base))
+    if without not in PIXELS:
+        PIXELS[without] = made(*base).pixels
+    assert PIXELS[without] != made(*base, *flags).pixels
 
 
 def test_the_size_flags_set_the_size(made):
@@ -131,14 +137,6 @@ def test_image_path_is_the_picture_that_is_edited_from_a_path_or_a_url(made, tmp
     with served({"/b.png": (200, png(picture(seed=1)))}) as address:
         drawn = [made(*words, "--image-path", source).pixels for source in ("a.png", f"{address}/b.png")]
     assert len({*drawn, made(*words).pixels}) == 3
-
-
-def test_image_path_several_times_gives_edit_plus_several(made, tmp_path):
-    for seed in range(2):
-        picture(seed=seed).save(tmp_path / f"{seed}.png")
-    with built("qwen_image_edit_plus"):
-        words = ["--model-path", "flux_dev", *TINY_CALL, "--prompt", "a fox", "--image-path", "0.png"]
-        assert made(*words).pixels != made(*words, "--image-path", "1.png").pixels
 
 
 def test_a_video_has_the_frames_and_the_rate_of_its_flags(made):
@@ -158,8 +156,7 @@ def test_a_lora_and_a_vae_change_the_image(made, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     first, second = stored_lora(tmp_path), stored_lora(tmp_path, seed=1)
     words = [*FLUX, "--prompt", "a fox"]
-    flags = [[], ["--vae-path", "vae"], ["--lora-path", first], ["--lora-path", f"{first}=0.3"]]
-    flags += [["--lora-path", f"{first}=0.3", "--lora-path", second]]
+    flags = [[], ["--vae-path", "vae"], ["--lora-path", first], ["--lora-path", f"{first}=0.3", "--lora-path", second]]
     assert len({made(*words, *each).pixels for each in flags}) == len(flags)
 
 
@@ -183,20 +180,13 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--num-gpus", 4, "--ring-degree", 2], "--num-gpus 4 is not the product of the parallel flags, 2"),
         (["--width", "abc"], "Invalid value for '--width'"),
         (["--widht", 64], "No such option: --widht"),
-        (["--width", 100], "width=100 is not a multiple of 16"),
-        (["--fps", 0], "fps=0 must be an integer from 1 to 240"),
         (["--fps", 12], "--fps 12: the model makes images"),
-        (["--num-frames", 5], "num_frames=5: FluxPipeline, which makes images, has no such argument"),
         (["--image-path", "gone.png"], "image gone.png cannot be read: No such file"),
-        (["--negative-prompt", "blurry"], "does nothing in FluxPipeline at true_cfg_scale=1.0; use guidance_scale=4"),
         (["--model-path", "gone/far/away"], "does not exist, and is no hub id"),
-        (["--lora-path", "gone.safetensors"], "does not exist, and is no hub id"),
-        (["--vae-path", "gone"], "does not exist, and is no hub id"),
         (["--prompt", ""], "must be a text that is not empty"),
         (["--prompt-file", "gone.txt"], "prompt file gone.txt cannot be read: No such file"),
         (["--config", "gone.yaml"], "config file gone.yaml cannot be read"),
         (["--call", "strength"], "--call strength must be NAME=VALUE"),
-        (["--call", "a=["], "the value is not valid YAML"),
         (["--save-output", "a.tiff"], "must be a folder or a file that ends in"),
         (["--save-output", "a.mp4"], "the model makes images; use a name that ends in .png"),
         (["--save-output", "a.png", "--prompt", "a", "--prompt", "b"], "is one file for 2 images; name a folder"),
@@ -207,13 +197,10 @@ def test_the_speed_flags_reach_the_plan(made):
         (["--save-output", "a.png", "--report", "a.png"], "a.png is named by two flags"),
         (["--output-path", "a.png"], "--output-path a.png is no folder; for a file use --save-output a.png"),
         (["--output-path", "~nosuchuser/a"], "--output-path='~nosuchuser/a' cannot be a path: Could not determine"),
-        (["--save-output", "~nosuchuser/a.png"], "cannot be a path: Could not determine home"),
-        (["--report", "~nosuchuser/a"], "--report='~nosuchuser/a' cannot be a path"),
         (["--save-output", f"{'n' * 300}.png"], "cannot be a path: File name too long"),
         (["--report", "/proc/a.json"], "the folder of --report a.json, cannot be written to"),
         (["--output-path", "/proc/a"], "/proc/a cannot be made a folder"),
         (["--call", "a=2020-99-99"], "the value is not valid YAML: month must be in 1..12"),
-        (["--prompt", "fox \udcff"], "is not text in UTF-8"),
         (["--guidance-scale", "9" * 400], "guidance_scale=inf must be a finite number"),
         (["--image-path", "http://[::1"], "image http://[::1 cannot be fetched: Invalid IPv6 URL"),
     ],

@@ -4,7 +4,6 @@ A graph is played by a stand-in that keeps the model's function and runs it on t
 """
 
 import functools
-import gc
 import threading
 import weakref
 from collections import UserDict
@@ -25,6 +24,7 @@ from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from pipeboost.features.graphs.capture import Inputs, aligned
 from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import NotCapturable, copied, exchanged, read
+from tests.moments import freed_at_once
 from tests.pipelines.tiny import TINY, load_tiny_ip_adapter, load_tiny_lora
 
 CPU = torch.device("cpu")
@@ -392,13 +392,9 @@ def test_a_model_that_is_dropped_is_freed_at_once() -> None:
     kept = graphed(model, ledger)
     run(model, x)
     reference = weakref.ref(model.linear.weight)
-    gc.collect()
-    gc.disable()
-    try:
+    with freed_at_once():
         del model
         assert reference() is None
-    finally:
-        gc.enable()
     assert kept.counts.eager
     ledger.undo()
 
