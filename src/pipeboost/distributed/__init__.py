@@ -10,7 +10,7 @@ from pipeboost.distributed.agreement.broadcast import broadcast_outcome
 from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
-from pipeboost.distributed.failure.collective_wait import Pending, follow, suspend_timeout
+from pipeboost.distributed.failure.collective_wait import Pending, finish, suspend_timeout
 from pipeboost.distributed.failure.rendezvous import announce, decline, rendezvous
 from pipeboost.distributed.start import local_device, world, world_size
 
@@ -28,7 +28,7 @@ __all__ = [
     "broadcast_outcome",
     "checked_latents",
     "decline",
-    "follow",
+    "finish",
     "local_device",
     "rendezvous",
     "require_same_state",

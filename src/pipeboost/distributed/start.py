@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, quoted
-from pipeboost.distributed.failure.absence import Absence, patience
+from pipeboost.distributed.failure.local_processes import Absence, patience
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def _announced_world() -> World:
 
 
 def _await_store(host: str, port: int) -> None:
-    absence, until = Absence(lambda rank: None), time.monotonic() + patience()
+    absence, until = Absence(), time.monotonic() + patience()
     while True:
         try:
             socket.create_connection((host, port), 5.0).close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pipeboost.distributed.collectives.streams import Stream
-from pipeboost.distributed.failure.collective_wait import follow
+from pipeboost.distributed.failure.collective_wait import finish
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
@@ -125,7 +125,7 @@ class Peers:
                     self._send_heads((q, k, v), tokens, part)
                     self._barrier()
                     arrived.append((part, links.mark()))
-                follow(group, "exchange of heads for tokens")
+                finish(group, "exchange of heads for tokens")
             for number, (part, mark) in enumerate(arrived):
                 # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
                 stream = streams[number % 2]
@@ -137,7 +137,7 @@ class Peers:
                     self._send_tokens(outs[-1], tokens, heads, part)
             with links.on():
                 self._barrier()
-                follow(group, "exchange of tokens for heads")
+                finish(group, "exchange of tokens for heads")
         finally:  # whoever goes on after an error goes on after all streams, and a capture ends with all of them
             for stream in (links, beside):
                 here.after(stream.mark())

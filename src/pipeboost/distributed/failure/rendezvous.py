@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
-from pipeboost.distributed.failure.absence import STAGE, Absence, patience
-from pipeboost.distributed.failure.local_processes import Process, this_process
-from pipeboost.distributed.failure.records import Failure, describe_ranks, failure_from
+from pipeboost.distributed.failure.local_processes import STAGE, Absence, Process, patience, this_process
+from pipeboost.distributed.failure.records import Failure, failure_from
 from pipeboost.distributed.start import answer_of_store, world
 
+_PROCESS = "pipeboost process of rank {}"
 _serials: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 def announce() -> None:
     """Tell the other ranks which process this is, so that they notice should it die before a rendezvous."""
-    _write(_process_key(world().rank), this_process()._asdict())
+    _write(_PROCESS.format(world().rank), this_process()._asdict())
 
 
 def rendezvous(about: str, ranks: Sequence[int], word: str) -> list[str]:
@@ -40,36 +40,37 @@ def rendezvous(about: str, ranks: Sequence[int], word: str) -> list[str]:
         RankFailedError: one has declined, or died.
         PipeboostError: some did not come, or the store does not answer.
     """
-    members = tuple(ranks)
-    keys = _come(about, members, {"word": word})
-    received: dict[int, str] = {}
+    keys = _come(about, ranks, {"word": word})
+    words: dict[int, str] = {}
     absence, until = Absence(_announced), time.monotonic() + patience()
-    while missing := [rank for rank in members if rank not in received]:
-        for rank, message in zip(missing, _read([keys[rank] for rank in missing]), strict=True):
+    while missing := [rank for rank in ranks if rank not in words]:
+        for rank in missing:
+            message = _read(keys[rank])
             if message is not None and "word" not in message:
                 raise Failure(**message).error()
             if message is not None:
-                received[rank] = message["word"]
+                words[rank] = message["word"]
         if time.monotonic() > until:
             # As if it had not been here: the next time it comes it meets whoever comes for the first time.
             answer_of_store(lambda: world().store.delete_key(keys[world().rank]))
-            _serials[about, members] -= 1
+            _serials[about, tuple(ranks)] -= 1
             raise PipeboostError(
-                f"{describe_ranks(missing)} did not come to {STAGE} within {patience():.0f} s; every rank calls it at "
-                "the same point of its program, or uses parallel=None"
+                f"rank {', '.join(map(str, missing))} did not come to {STAGE} within {patience():.0f} s; every rank "
+                "calls it at the same point of its program, or uses parallel=None"
             )
         absence.check(missing)
-        time.sleep(0.005)
-    return [received[rank] for rank in members]
+        time.sleep(0.01)
+    return [words[rank] for rank in ranks]
 
 
 def decline(about: str, ranks: Sequence[int], error: Exception) -> None:
     """Tell the ranks that come to the next rendezvous why this one does not, without waiting for them."""
-    _come(about, tuple(ranks), failure_from(error, world().rank, STAGE)._asdict())
+    _come(about, ranks, failure_from(error, world().rank, STAGE)._asdict())
 
 
-def _come(about: str, members: tuple[int, ...], message: dict[str, Any]) -> dict[int, str]:
+def _come(about: str, ranks: Sequence[int], message: dict[str, Any]) -> dict[int, str]:
     """Leave a message at the next rendezvous; return where those of all ranks are found."""
+    members = tuple(ranks)
     place = f"pipeboost rendezvous of {members} about {about} {_serials[about, members]}"
     _serials[about, members] += 1
     keys = {rank: f"{place}: {rank}" for rank in members}
@@ -77,12 +78,8 @@ def _come(about: str, members: tuple[int, ...], message: dict[str, Any]) -> dict
     return keys
 
 
-def _process_key(rank: int) -> str:
-    return f"pipeboost process of rank {rank}"
-
-
 def _announced(rank: int) -> Process | None:
-    (message,) = _read([_process_key(rank)])
+    message = _read(_PROCESS.format(rank))
     return None if message is None else Process(**message)
 
 
@@ -91,19 +88,14 @@ def _write(key: str, message: dict[str, Any]) -> None:
     answer_of_store(lambda: world().store.set(key, signed))
 
 
-def _read(keys: Sequence[str]) -> list[dict[str, Any] | None]:
-    """What ranks have left in the store; what others left there counts as nothing."""
+def _read(key: str) -> dict[str, Any] | None:
+    """What a rank has left in the store; what others left there counts as nothing."""
     store = world().store
     try:
-        contents = answer_of_store(lambda: [store.get(key) if store.check([key]) else b"" for key in keys])
+        content = answer_of_store(lambda: store.get(key) if store.check([key]) else b"")
+        message: dict[str, Any] = json.loads(verify(content, key, shared_secret()))
     except dist.DistError as error:
         raise PipeboostError(f"the store where the ranks meet cannot be reached any more: {error}") from error
-    return [_verified(content, key) for content, key in zip(contents, keys, strict=True)]
-
-
-def _verified(content: bytes, key: str) -> dict[str, Any] | None:
-    try:
-        message: dict[str, Any] = json.loads(verify(content, key, shared_secret()))
     except (ForgeryError, ValueError):
         return None
     return message

@@ -17,7 +17,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
-from pipeboost.distributed.failure.collective_errors import CollectiveErrors
+from pipeboost.distributed.failure.records import failure_from
 from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel
 from pipeboost.features.parallel.own_device import shared_encoders
 from pipeboost.features.parallel.running_state import RunningState
@@ -49,7 +49,7 @@ class RankTeam:
         self.state = RunningState()
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        self._errors = CollectiveErrors(self.mesh, "accelerate_pipeline")
+        self._doing = ""  # together, what an error is to be told of; empty once the others know one
         try:
             with self.watched("accelerate_pipeline"):
                 self._refuse_different_plans(context)
@@ -81,21 +81,45 @@ class RankTeam:
     def collective_errors(self, doing: str) -> Iterator[None]:
         """Inside, an error on one rank is an error on all of them; inside `watched`, so that none waits for ever.
 
+        Ranks may fail alone; all leave it together, in step, so that they can take back together what they have done.
+        Outside, nothing is exchanged.
+
         Raises:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._errors = CollectiveErrors(self.mesh, doing)
-        with self._errors:
+        self._doing = doing
+        try:
+            with self.reporting():
+                yield
+            self.require_all()
+        finally:
+            self._doing = ""
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Inside `collective_errors`, an error is sent to the others before anything is undone; each error once."""
+        try:
             yield
+        except BaseException as error:
+            self._exchange(error)
+            raise
 
     def require_all(self) -> None:
         """Inside `collective_errors`, wait until all ranks have come here, or raise what one has raised."""
-        self._errors.require_all()
+        self._exchange(None)
 
-    def reporting(self) -> contextlib.AbstractContextManager[None]:
-        """Inside `collective_errors`, an error is sent to the others before anything is undone."""
-        return self._errors.reporting()
+    def _exchange(self, error: BaseException | None) -> None:
+        control = self.mesh.control
+        if not self._doing or control.size == 1:
+            return
+        doing, self._doing = self._doing, ""  # should this raise
+        own = None if error is None else failure_from(error, control.ranks[control.rank], doing)
+        first = next(filter(None, control.all_gather_objects(own)), None)
+        if first is None:
+            self._doing = doing
+        elif error is None:
+            raise first.error()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
         """Return the arguments of a call that all ranks go on with.
