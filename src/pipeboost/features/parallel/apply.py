@@ -42,7 +42,8 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         if path in team.text_encoders:
             sharding = text_encoder_sharding(obj)
         if sharding is not None:
-            shard_weights(obj, sharding, mesh.group("tensor"), ledger, ready=team.require_all)
+            group = mesh.group("tensor")
+            shard_weights(obj, sharding, group, ledger, ready=team.require_all, reporting=team.reporting)
             take_from_host(obj, mesh.device, ledger)
         if not path:
             guard_pipeline(obj, mesh.group("tensor"), ledger)

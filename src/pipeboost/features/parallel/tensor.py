@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 import zlib
 from collections.abc import Callable
@@ -33,55 +34,67 @@ class Shares:
         names: of the parameters of which this rank has a share.
         whole_bytes: size of these when they were whole.
         own_bytes: size of the shares.
+        begun: whether anything was split on this rank.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, group: Group) -> None:
-        self.layout = layout
-        self.group = group
-        self.joined = False
-        self.cuts = layout.cuts
+        self.layout, self._group, self._cuts = layout, group, layout.cuts
         named = model.named_parameters(remove_duplicate=False)
-        self.names = frozenset(name for name, parameter in named if parameter in self.cuts)
+        self.names = frozenset(name for name, parameter in named if parameter in self._cuts)
         self.whole_bytes = layout.bytes
         self.own_bytes = self.whole_bytes // group.size
+        self._sizes = [parameter.numel() for parameter in self._cuts]
+        self._counts = [(module, name, getattr(module, name)) for module, name in layout.counts]
+        self.begun = self._joined = False
+
+    def split(self) -> None:
+        """Keep this rank's share of every layer. Talks to nobody; `join` takes back also what was done in part."""
+        self.begun = True
         # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
         with torch.inference_mode(False):
-            for parameter, (dim, parts) in self.cuts.items():
-                parameter.data = _share_of(parameter.data, dim, parts, group)
-        self.shapes = {parameter: parameter.shape for parameter in self.cuts}
-        for layer in layout.layers:
-            become_share(layer.module, layer.role, group)
-        self.counts = [(module, name, getattr(module, name)) for module, name in layout.counts]
-        for module, name, whole in self.counts:
-            setattr(module, name, whole // group.size)
+            for parameter, (dim, parts) in self._cuts.items():
+                parameter.data = _share_of(parameter.data, dim, parts, self._group)
+        for layer in self.layout.layers:
+            become_share(layer.module, layer.role, self._group)
+        for module, name, whole in self._counts:
+            setattr(module, name, whole // self._group.size)
 
     def join(self, way_out: str) -> None:
-        """Make every layer whole again, once. A collective operation.
+        """Make every layer whole again, once. A collective operation; some may be whole already on some ranks.
 
         Args:
             way_out: for where it cannot be done, as the end of a sentence.
         """
-        if self.joined:
+        if self._joined:
             return
         held = {each for layer in self.layout.layers for each in layer.module.parameters(recurse=False)}
-        # What the user has put in a parameter's place is theirs; with other values it is still ours.
-        ours = [each in held and each.shape == shape for each, shape in self.shapes.items()]
-        ranks = self.group.all_reduce(torch.tensor(ours, dtype=torch.int32, device=self.group.device)).tolist()
+        ranks, mixed = self._group.size, False
+        # Whole here, a share, or the user's, who has put another in its place; with other values it is still ours.
+        states = [
+            {size: 0, size // ranks: 1}.get(each.numel(), ranks + 1) if each in held else ranks + 1
+            for each, size in zip(self._cuts, self._sizes, strict=True)
+        ]
+        sums = self._group.all_reduce(torch.tensor(states, dtype=torch.int32, device=self._group.device)).tolist()
         with torch.inference_mode(False):
-            for (parameter, (dim, parts)), count in zip(self.cuts.items(), ranks, strict=True):
-                if count == self.group.size:
-                    parameter.data = _whole_of(parameter.data, dim, parts, self.group)
+            for (parameter, cut), state, (theirs, shares) in zip(
+                self._cuts.items(), states, (divmod(each, ranks + 1) for each in sums), strict=True
+            ):
+                mixed |= bool(theirs and shares)
+                if shares and not theirs:
+                    share = parameter.data if state else _share_of(parameter.data, *cut, self._group)
+                    whole = _whole_of(share, *cut, self._group)
+                    parameter.data = whole if state else parameter.data
         for layer in self.layout.layers:
             become_whole(layer.module)
-        for module, name, whole in self.counts:
-            if getattr(module, name) == whole // self.group.size:
+        for module, name, whole in self._counts:
+            if getattr(module, name) == whole // self._group.size:
                 setattr(module, name, whole)
-        if any(0 < count < self.group.size for count in ranks):
+        if mixed:
             raise PipeboostError(
                 f"a weight of {self.layout.model} was replaced on some ranks and not on others, so it cannot be joined "
                 f"there; {way_out}"
             )
-        self.joined = True
+        self._joined = True
 
 
 _shares: weakref.WeakKeyDictionary[nn.Module, Shares] = weakref.WeakKeyDictionary()
@@ -94,6 +107,7 @@ def shard_weights(
     ledger: Ledger,
     *,
     ready: Callable[[], None] = lambda: None,
+    reporting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Shares:
     """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
 
@@ -108,6 +122,8 @@ def shard_weights(
         group: the ranks of the mesh axis `tensor`.
         ledger: takes the inverse.
         ready: called when this rank has found nothing against it, before it talks to the others; may raise.
+        reporting: around what may fail on one rank from then on, Ctrl-C included: the others learn of it before
+            anything is taken back, which takes all of them.
 
     Raises:
         ConfigurationError: the size of the group does not divide the heads or a width.
@@ -121,28 +137,29 @@ def shard_weights(
         layout = layout_of(model, sharding)
         layout.check(group.size)
         ready()
-        _refuse_different_weights(model, group)
-        guards = Ledger()
-        with guards:
-            guard_model(model, group, guards)
-            shares = Shares(model, layout, group)
+        shares, guards = Shares(model, layout, group), Ledger()
 
         def join() -> None:
             joined = reference()
             try:
                 shares.join(_reload(joined))
             except (RuntimeError, RankFailedError) as error:
-                # The guards stay, so that the model goes on to raise.
-                raise PipeboostError(
-                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
-                    f"other; {_reload(joined)}"
-                ) from error
+                if shares.begun:  # the guards stay, so that the model goes on to raise
+                    raise PipeboostError(
+                        f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
+                        f"other; {_reload(joined)}"
+                    ) from error
             guards.undo()
             if joined is not None:
                 _shares.pop(joined, None)
 
-        inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        _shares[model] = shares
+        with reporting():
+            # No rank begins to split before all have this.
+            inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
+            _refuse_different_weights(model, group)
+            guard_model(model, group, guards)
+            _shares[model] = shares
+            shares.split()
 
     taken = "that has split its weights over a mesh of its own; accelerate one of the two"
     ledger.share(model, "tensor parallel", (group.size, group.name), apply, explain=lambda _: taken)
