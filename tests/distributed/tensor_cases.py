@@ -291,7 +291,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "own": own,
         "predicted": whole - split + split // group.size,
         "shares": (shares.own_bytes, shares.whole_bytes),
-        "left": shares.layout.left,
+        "split": {layer.path for layer in shares.layout.layers},
         "left_in_place": all(after[path] is parameter for path, (parameter, _) in before.items()),
         "restored": all(torch.equal(parameter.data, value) for parameter, value in before.values()),
         "classes": classes == [type(module) for module in model.modules()],

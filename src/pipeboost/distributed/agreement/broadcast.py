@@ -5,22 +5,13 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from typing import Any
 
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.agreement.serialization import Known, memory_of, pack, tensors_in, unpack
-from pipeboost.distributed.authentication import LENGTH, shared_secret, sign, verify
-from pipeboost.distributed.collectives.groups import Group
+from pipeboost.distributed.agreement.serialization import Known, memory_of, pack, unpack
 from pipeboost.distributed.collectives.mesh import SAMPLE, Mesh
-
-
-class _Outcome(IntEnum):
-    WAITED = 0
-    DONE = 1
-    FAILED = 2
 
 
 def broadcast_outcome(
@@ -44,29 +35,26 @@ def broadcast_outcome(
     """
     objects = Known(known)
     here = mesh.main if branch is None else mesh.index("cfg") == branch
-    outcome, content, value, error = _Outcome.WAITED, b"", None, None
+    value, packed, error, failed = None, None, None, b""
     tensors: list[torch.Tensor] = []
     if here:
         try:
             value = work()
-            content, tensors = pack(value, objects, what)
-            outcome = _Outcome.DONE
+            packed, tensors = pack(value, objects, what)
         except Exception as failure:
-            error = failure
-            outcome, content = _Outcome.FAILED, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
-    header = torch.tensor([[outcome, len(content)]])
-    outcomes, lengths = mesh.control.all_gather(header, 0, [1] * mesh.control.size).t().tolist()
-    failed = _Outcome.FAILED in outcomes
-    source = outcomes.index(_Outcome.FAILED if failed else _Outcome.DONE)
-    own, content = content, _broadcast(mesh.control, content, lengths[source], source)
+            error, failed = failure, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
+    everyone = mesh.control.all_gather_objects((packed, failed))
     if error is not None:
         raise error
-    if failed:
-        error, where = pickle.loads(content)
-        raise error from PipeboostError(where)  # the traceback there
-    assert not own or tensors_in(own) == tensors_in(content), "the ranks of one branch have done the same"
+    for _, failed in everyone:
+        if failed:
+            error, where = pickle.loads(failed)
+            raise error from PipeboostError(where)  # the traceback there
+    source = next(rank for rank, (sent, _) in enumerate(everyone) if sent is not None)
+    layouts, content = everyone[source][0]
+    assert packed is None or packed[0] == layouts, "the ranks of one branch have done the same"
     arrived = []
-    for place, layout in enumerate(tensors_in(content)):
+    for place, layout in enumerate(layouts):
         on_device = layout.device == mesh.device.type
         group, root = mesh.control, source
         if on_device:
@@ -77,14 +65,6 @@ def broadcast_outcome(
             group.broadcast(memory_of(tensor), root)
         arrived.append(tensor)
     return value if here else unpack(content, arrived, objects, mesh.device)
-
-
-def _broadcast(control: Group, content: bytes, length: int, source: int) -> bytes:
-    """The bytes of one rank, on all."""
-    message = sign(content, control.name, shared_secret()) if control.rank == source else bytes(length + LENGTH)
-    tensor = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    control.broadcast(tensor, source)
-    return verify(tensor.numpy().tobytes(), control.name, shared_secret())
 
 
 def _packed_failure(error: Exception, rank: int) -> bytes:

@@ -47,12 +47,11 @@ class Known:
         return isinstance(self.objects[place], torch.Tensor) and (version is None or version != self._versions[place])
 
 
-def pack(value: Any, known: Known, what: str) -> tuple[bytes, list[torch.Tensor]]:
+def pack(value: Any, known: Known, what: str) -> tuple[tuple[list[TensorLayout], bytes], list[torch.Tensor]]:
     """Take a value apart, which is called `what` in an error.
 
     Returns:
-        The `TensorLayout` of each tensor and the pickle of everything else, pickled; each tensor once, without gaps in
-        memory.
+        The layout of each tensor and the pickle of everything else; each tensor once, without gaps in memory.
 
     Raises:
         PipeboostError: something in it cannot be pickled.
@@ -64,13 +63,7 @@ def pack(value: Any, known: Known, what: str) -> tuple[bytes, list[torch.Tensor]
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
         raise PipeboostError(f"{what} cannot be sent to other ranks ({error}); let every rank make its own") from error
     layouts = [TensorLayout(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in packer.tensors]
-    return pickle.dumps((layouts, file.getvalue())), packer.tensors
-
-
-def tensors_in(content: bytes) -> list[TensorLayout]:
-    """Return what tensors go with the content of a packed value."""
-    layouts: list[TensorLayout] = pickle.loads(content)[0]
-    return layouts
+    return (layouts, file.getvalue()), packer.tensors
 
 
 def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
@@ -78,7 +71,7 @@ def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device
 
     A `torch.device`, also that of a generator, is this rank's `device` where it is one of its type.
     """
-    return _Unpacker(io.BytesIO(pickle.loads(content)[1]), tensors, known, device).load()
+    return _Unpacker(io.BytesIO(content), tensors, known, device).load()
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,8 +84,7 @@ class _Packer(pickle.Pickler):
         super().__init__(file)
         self.tensors: list[torch.Tensor] = []
         self._known = known
-        self._places: dict[int, int] = {}
-        self._kept: list[torch.Tensor] = []
+        self._places: dict[int, tuple[int, torch.Tensor]] = {}  # with the tensor, which keeps its `id`
 
     def persistent_id(self, obj: Any) -> Any:
         place = self._known.place(obj)
@@ -104,10 +96,9 @@ class _Packer(pickle.Pickler):
 
     def _place(self, tensor: torch.Tensor) -> int:
         if id(tensor) not in self._places:
-            self._places[id(tensor)] = len(self.tensors)
-            self._kept.append(tensor)
+            self._places[id(tensor)] = (len(self.tensors), tensor)
             self.tensors.append(_without_gaps(tensor))
-        return self._places[id(tensor)]
+        return self._places[id(tensor)][0]
 
 
 class _Unpacker(pickle.Unpickler):

@@ -273,9 +273,9 @@ def _end_process(rank: int, failure: Failure) -> None:
     os._exit(1)
 
 
-def _of_transport(error: BaseException) -> bool:
-    """Whether an exception is a backend's, which is about another rank rather than this one."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in text or "pair closure" in text)
-    )
+def _of_transport(error: BaseException | None) -> bool:
+    """Whether an exception is a backend's, or came of one: then it is about another rank rather than this one."""
+    if error is None:
+        return False
+    of_gloo = isinstance(error, RuntimeError) and any(each in str(error) for each in ("gloo", "pair closure"))
+    return of_gloo or isinstance(error, dist.DistError) or _of_transport(error.__cause__ or error.__context__)

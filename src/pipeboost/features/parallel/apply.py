@@ -26,7 +26,7 @@ def join(pipe: Any, decision: Decision, context: ApplyContext, ledger: Ledger) -
     """Form the team of ranks; each of them is at this point of its program.
 
     Raises:
-        UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
+        UnsupportedError: they cannot share what they were asked to.
     """
     team = RankTeam(pipe, context)
     ledger.record("ranks", team.mesh.close)

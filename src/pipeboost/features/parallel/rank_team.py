@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from pipeboost.contract.context import ApplyContext, RankContext
-from pipeboost.contract.decision import Decision
 from pipeboost.core.config import ParallelConfig
-from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
@@ -38,7 +36,7 @@ class RankTeam:
         state: what a call runs with on this rank.
 
     Raises:
-        UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
+        UnsupportedError: they cannot share what they were asked to.
     """
 
     def __init__(self, pipe: Any, context: ApplyContext) -> None:
@@ -50,12 +48,6 @@ class RankTeam:
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._doing = ""  # together, what an error is to be told of; empty once the others know one
-        try:
-            with self.watched("accelerate_pipeline"):
-                self._refuse_different_plans(context)
-        except BaseException:
-            self.mesh.close()
-            raise
         self.across = UlyssesRing() if self.token_ranks > 1 else None
 
     @property
@@ -151,20 +143,3 @@ class RankTeam:
         """Return components that the ranks share besides those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
         return {name: pipe.components[name] for name in names}
-
-    def _refuse_different_plans(self, context: ApplyContext) -> None:
-        summary = (f"quality: {context.tier}", *map(_described, context.decisions.values()))
-        plans = self.mesh.control.all_gather_objects(summary)
-        for rank, other in enumerate(plans):
-            if other != plans[0]:
-                first, theirs = next(pair for pair in zip(plans[0], other, strict=True) if pair[0] != pair[1])
-                raise UnsupportedError(
-                    f"ranks planned differently: rank 0 {first}, rank {rank} {theirs}; name the settings instead of "
-                    "'auto', the same on every rank"
-                )
-
-
-def _described(decision: Decision) -> str:
-    """Return what all ranks must have decided alike; weights may go to another device on each."""
-    compared = decision.on and decision.feature != "offload"
-    return f"{decision.feature}: {decision.choice}{f' ({decision.settings})' if compared else ''}"
