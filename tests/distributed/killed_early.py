@@ -10,8 +10,7 @@ if os.environ["RANK"] == sys.argv[1]:
 import torch
 
 from pipeboost.core.errors import RankFailedError
-from pipeboost.distributed import Mesh
-from pipeboost.distributed.failure import local_processes
+from pipeboost.distributed import Mesh, local_processes
 
 local_processes._STARTS = 2.0  # seconds in which processes of two ranks begin that are started in one breath
 try:

@@ -22,7 +22,7 @@ import torch.multiprocessing
 
 from pipeboost.core.errors import ConfigurationError, RankFailedError
 from pipeboost.distributed.authentication import VARIABLE
-from pipeboost.distributed.failure.local_processes import death_by
+from pipeboost.distributed.local_processes import death_by
 from pipeboost.distributed.start import world_size
 
 T = TypeVar("T")

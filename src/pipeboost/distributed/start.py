@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, quoted
-from pipeboost.distributed.failure.local_processes import Absence, patience
+from pipeboost.distributed.local_processes import Absence, patience
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipeboost.distributed.collectives.renumbered_store import Renumbered
 from pipeboost.distributed.collectives.symmetric_buffers import SIGNAL_PAD, Peers, rounded
 from pipeboost.distributed.failure.collective_wait import expecting
-from pipeboost.distributed.failure.local_processes import this_process
+from pipeboost.distributed.local_processes import this_process
 from pipeboost.distributed.start import world
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
-from pipeboost.distributed.failure.local_processes import Death, LocalProcess, this_process
 from pipeboost.distributed.failure.records import Record
+from pipeboost.distributed.local_processes import Death, LocalProcess, this_process
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
-from pipeboost.distributed.failure.local_processes import STAGE, Absence, Process, patience, this_process
 from pipeboost.distributed.failure.records import Failure, failure_from
+from pipeboost.distributed.local_processes import STAGE, Absence, Process, patience, this_process
 from pipeboost.distributed.start import answer_of_store, world
 
 _PROCESS = "pipeboost process of rank {}"

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from pipeboost.core.errors import PipeboostError
 from pipeboost.distributed.failure.collective_wait import Operations, Waiting, suspended_for
 from pipeboost.distributed.failure.heartbeat import Heartbeat
-from pipeboost.distributed.failure.local_processes import Death
 from pipeboost.distributed.failure.records import Ended, Failure, Record, failure_from, first_error, in_step, late_rank
+from pipeboost.distributed.local_processes import Death
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
