@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeboost.distributed.collectives.streams import Stream
 from pipeboost.distributed.failure.collective_wait import finish
@@ -66,12 +67,7 @@ class Peers:
     """
 
     def __init__(
-        self,
-        group: Group,
-        sizes: tuple[int, int],
-        memory: torch.Tensor,
-        addresses: Sequence[int],
-        multiprocessors: int = 1,
+        self, group: Group, sizes: tuple[int, int], memory: Tensor, addresses: Sequence[int], multiprocessors: int = 1
     ) -> None:
         self.heads_bytes, self.tokens_bytes = sizes
         self.multiprocessors = multiprocessors
@@ -83,19 +79,19 @@ class Peers:
         self._streams = Stream.new(device, first=True), Stream.new(device)
         self._stop_waiting = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
-        self.starts: dict[tuple[int, ...], torch.Tensor] = {}
+        self.starts: dict[tuple[int, ...], Tensor] = {}
         self.launched: set[tuple[int, ...]] = set()
 
     def attended(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         tokens: Sequence[int],
-        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         *,
         parts: int = 1,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention by heads: each rank has all tokens of its heads for as long as it attends to them.
 
         In several parts one is attended to while the next is under way.
@@ -148,7 +144,7 @@ class Peers:
         """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
         self._stop_waiting[0] = 1
 
-    def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
+    def _send_heads(self, qkv: Sequence[Tensor], tokens: Sequence[int], part: _Part) -> None:
         from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_heads
 
         pace = HIDDEN if part.first else EXPOSED
@@ -163,7 +159,7 @@ class Peers:
             RANKS=group.size, ROW=row, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
 
-    def _heads(self, like: torch.Tensor, total: int, part: _Part) -> tuple[torch.Tensor, ...]:
+    def _heads(self, like: Tensor, total: int, part: _Part) -> tuple[Tensor, ...]:
         """What has arrived of q, k and v."""
         batch, _, _, head_dim = like.shape
         begin, nbytes = (
@@ -172,7 +168,7 @@ class Peers:
         received = self._memory[SIGNAL_PAD + begin : SIGNAL_PAD + begin + nbytes].view(like.dtype)
         return received.view(3, batch, total, part.heads, head_dim).unbind(0)
 
-    def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
+    def _send_tokens(self, out: Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
         from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_tokens
 
         pace = EXPOSED if part.last else HIDDEN
@@ -193,7 +189,7 @@ class Peers:
             self._signal_pads, self._group.rank, self._round, self._stop_waiting, RANKS=self._group.size, num_warps=1
         )
 
-    def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
+    def _starts_of(self, tokens: tuple[int, ...]) -> Tensor:
         if tokens not in self.starts:
             starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
             self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._signal_pads.device)

@@ -196,16 +196,10 @@ def _way_out(ranks: Ranks) -> str:
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
     """Return all layouts of `count` ranks, those of one axis first; last those that share several samples."""
-    for replicas in _divisors(count)[:-1]:
-        share = count // replicas
-        every = [
-            degrees
-            for degrees in itertools.product(_divisors(share), repeat=4)
-            if math.prod(degrees) == share and degrees[0] <= 2
-        ]
-        for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
-            cfg, ulysses, ring, tensor = degrees
-            yield ParallelConfig(replicas=replicas, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
+    every = itertools.product(_divisors(count), repeat=len(DEGREES))
+    fitting = [each for each in every if math.prod(each) == count and each[0] < count and each[1] <= 2]
+    for degrees in sorted(fitting, key=lambda each: (each[0], sum(degree > 1 for degree in each[1:]))):
+        yield ParallelConfig(**dict(zip(DEGREES, degrees, strict=True)))
 
 
 def _divisors(count: int) -> list[int]:

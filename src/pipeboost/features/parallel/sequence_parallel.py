@@ -36,22 +36,13 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
 
     def apply(inner: Ledger) -> None:
         inner.add_middleware(model, "__call__", functools.partial(_forward, sharding), place="component.sequence")
-        first = True
-        for blocks in family.blocks:
-            for block in operator.attrgetter(blocks.path)(model):
-                middleware = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_middleware(block, "__call__", middleware, place="block.sequence")
-                first = False
-        for path, outputs in sharding.outputs.items():
-            inner.add_middleware(
-                operator.attrgetter(path)(model),
-                "__call__",
-                functools.partial(_output, outputs),
-                place="submodule.sequence",
-            )
-        inner.add_middleware(
-            operator.attrgetter(sharding.gathered)(model), "__call__", _gather, place="submodule.sequence"
-        )
+        blocks = [block for each in family.blocks for block in operator.attrgetter(each.path)(model)]
+        for number, block in enumerate(blocks):
+            middleware = functools.partial(_block, sharding, () if number else sharding.streams, name)
+            inner.add_middleware(block, "__call__", middleware, place="block.sequence")
+        outputs = [(path, functools.partial(_output, each)) for path, each in sharding.outputs.items()]
+        for path, output in (*outputs, (sharding.gathered, _gather)):
+            inner.add_middleware(operator.attrgetter(path)(model), "__call__", output, place="submodule.sequence")
 
     ledger.share(model, "token sharding", family.name, apply)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -36,13 +37,13 @@ class FunctionsOfStrip(TorchFunctionMode):
 
     def _convolve(
         self,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         strides: tuple[int, ...],
         padding: tuple[int, ...],
         *more: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         convolve = F.conv2d if weight.ndim == 4 else F.conv3d
         dim, kernel, stride = self.strip.dim, weight.shape[self.strip.dim], strides[self.strip.dim]
         if kernel == 1:
@@ -60,13 +61,8 @@ class FunctionsOfStrip(TorchFunctionMode):
         return convolve(states, weight, bias, strides, tuple(own_padding), *more)
 
     def _normalise(
-        self,
-        states: torch.Tensor,
-        num_groups: int,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
+        self, states: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         batch, channels = states.shape[:2]
         dtype = torch.promote_types(states.dtype, torch.float32)
         values = states.reshape(batch, num_groups, -1)
@@ -93,14 +89,8 @@ class FunctionsOfStrip(TorchFunctionMode):
         return result.view(states.shape)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         self.attended += 1
         tokens = self.strip.extents(key.shape[-2])
         if attn_mask is not None:
@@ -109,7 +99,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
 
-    def _mask_of_all(self, mask: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    def _mask_of_all(self, mask: Tensor, tokens: list[int]) -> Tensor:
         """A mask over own keys as one over all: each frame's column, as often as a rank has pixels in a frame."""
         pixels = [rows * self.strip.breadth for rows in self.strip.rows]
         frames = [count // pixel for count, pixel in zip(tokens, pixels, strict=True)]
@@ -118,7 +108,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         return torch.cat([of_frames.repeat_interleave(pixel, dim=-1) for pixel in pixels], dim=-1)
 
 
-_OF_STRIP: dict[Any, Callable[..., torch.Tensor]] = {
+_OF_STRIP: dict[Any, Callable[..., Tensor]] = {
     F.conv2d: FunctionsOfStrip._convolve,
     F.conv3d: FunctionsOfStrip._convolve,
     F.group_norm: FunctionsOfStrip._normalise,
