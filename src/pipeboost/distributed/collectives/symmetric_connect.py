@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -40,10 +41,11 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     if group.size > MOST_RANKS:
         return f"the group has more than {MOST_RANKS} ranks"
     store = dist.PrefixStore(f"{group.name} {name}", world().store)
-    host = this_process().host
-    machine = host if host and find_spec("triton") is not None else "no Triton"
-    machines = _all_gather(store, "machine", machine, group)
-    if "no Triton" in machines:
+    machine = this_process().host if find_spec("triton") is not None else ""
+    cuda = device.type == "cuda"
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+    machines, counts = zip(*_all_gather(store, "machine", (machine, multiprocessors), group), strict=True)
+    if "" in machines:
         return "a rank has no Triton"
     if len(set(machines)) > 1:
         return "the ranks are on several machines"
@@ -59,16 +61,10 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
     assert found is not None
-    multiprocessors = min(map(int, _all_gather(store, "multiprocessors", str(_multiprocessors(device)), group)))
-    peers = Peers(group, sizes, memory, found, multiprocessors)
-    right = _arrives(peers, group, device)
-    if not all(_all_gather(store, "right", "yes" if right else "", group)):
+    peers = Peers(group, sizes, memory, found, min(counts))
+    if not all(_all_gather(store, "right", _arrives(peers, group, device), group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _managed(make: Callable[[], Made]) -> tuple[Made | None, str]:
@@ -147,12 +143,12 @@ def _addresses(memory: torch.Tensor) -> list[int]:
     return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
 
 
-def _all_gather(store: Any, about: str, value: str, group: Group) -> list[str]:
+def _all_gather(store: Any, about: str, value: Any, group: Group) -> list[Any]:
     """What each rank of the group has; outside its collectives, since one of them may have failed."""
-    store.set(f"{about} {group.rank}", f"={value}")
+    store.set(f"{about} {group.rank}", json.dumps(value))
     keys = [f"{about} {rank}" for rank in range(group.size)]
     with expecting(group, _RENDEZVOUS) as check:
         while not store.check(keys):
             check()
             time.sleep(0.001)
-    return [store.get(key).decode().removeprefix("=") for key in keys]
+    return [json.loads(store.get(key)) for key in keys]

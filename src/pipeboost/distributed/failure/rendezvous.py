@@ -40,19 +40,19 @@ def rendezvous(about: str, ranks: Sequence[int], word: str) -> list[str]:
         RankFailedError: one has declined, or died.
         PipeboostError: some did not come, or the store does not answer.
     """
-    keys = _come(about, ranks, {"word": word})
+    place = _come(about, ranks, {"word": word})
     words: dict[int, str] = {}
     absence, until = Absence(_announced), time.monotonic() + patience()
     while missing := [rank for rank in ranks if rank not in words]:
         for rank in missing:
-            message = _read(keys[rank])
+            message = _read(f"{place} {rank}")
             if message is not None and "word" not in message:
                 raise Failure(**message).error()
             if message is not None:
                 words[rank] = message["word"]
         if time.monotonic() > until:
             # As if it had not been here: the next time it comes it meets whoever comes for the first time.
-            answer_of_store(lambda: world().store.delete_key(keys[world().rank]))
+            answer_of_store(lambda: world().store.delete_key(f"{place} {world().rank}"))
             _serials[about, tuple(ranks)] -= 1
             raise PipeboostError(
                 f"rank {', '.join(map(str, missing))} did not come to {STAGE} within {patience():.0f} s; every rank "
@@ -68,14 +68,13 @@ def decline(about: str, ranks: Sequence[int], error: Exception) -> None:
     _come(about, ranks, failure_from(error, world().rank, STAGE)._asdict())
 
 
-def _come(about: str, ranks: Sequence[int], message: dict[str, Any]) -> dict[int, str]:
-    """Leave a message at the next rendezvous; return where those of all ranks are found."""
+def _come(about: str, ranks: Sequence[int], message: dict[str, Any]) -> str:
+    """Leave a message at the next rendezvous; return where those of all ranks are found, before their numbers."""
     members = tuple(ranks)
-    place = f"pipeboost rendezvous of {members} about {about} {_serials[about, members]}"
+    place = f"pipeboost rendezvous of {members} about {about} {_serials[about, members]}:"
     _serials[about, members] += 1
-    keys = {rank: f"{place}: {rank}" for rank in members}
-    _write(keys[world().rank], message)
-    return keys
+    _write(f"{place} {world().rank}", message)
+    return place
 
 
 def _announced(rank: int) -> Process | None:
