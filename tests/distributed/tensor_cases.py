@@ -21,8 +21,7 @@ from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.features.compile import compile_model
-from pipeboost.features.parallel.tensor import shard_weights, split_of
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.tensor import guard_pipeline, shard_weights, split_of
 from tests.floors import floor_of
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import (

@@ -7,7 +7,7 @@ import torch
 
 from pipeboost.contract.call import Call
 from pipeboost.features.parallel import ulysses_ring
-from pipeboost.features.parallel.shards import SHARDS, Shards
+from pipeboost.features.parallel.sequence_parallel import SHARDS, Shards
 
 CASES = {
     "FLUX at 1024x1024 on four": ((1, 4608, 6, 128), 1, 2),

@@ -17,8 +17,7 @@ from pipeboost.features.parallel.cfg_parallel import flush_deferred, share_branc
 from pipeboost.features.parallel.own_device import take_from_host
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.features.parallel.sequence_parallel import shard_sequence
-from pipeboost.features.parallel.tensor import shard_weights
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.tensor import guard_pipeline, shard_weights
 from pipeboost.features.parallel.vae import parallelize_vae
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Group
-from pipeboost.features.parallel.shards import SHARDS
+from pipeboost.features.parallel.sequence_parallel import SHARDS
 from pipeboost.kernels import merge_partial
 
 Attend = Callable[..., Any]

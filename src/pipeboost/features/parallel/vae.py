@@ -20,8 +20,7 @@ from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.sharding import Autoencoder
 from pipeboost.distributed import SAMPLE, Group
-from pipeboost.features.parallel.vae_functions import FunctionsOfStrip
-from pipeboost.features.parallel.vae_strip import Strip
+from pipeboost.features.parallel.vae_functions import FunctionsOfStrip, Strip
 from pipeboost.features.parallel.vae_structure import Structure, structure_of
 
 PARTS = ("encoder", "decoder")
