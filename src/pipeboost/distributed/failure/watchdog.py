@@ -76,11 +76,13 @@ class Watchdog:
             if self._inside:
                 yield
                 return
-            self._enter(stage, timeout)
+            calls = self._call
             try:
+                self._enter(stage, timeout)
                 yield
             except BaseException as error:
-                self._leave(error)
+                if self._call > calls:
+                    self._leave(error)
                 raise
             self._leave(None)
 
@@ -101,10 +103,10 @@ class Watchdog:
         self._stage, self._timeout = stage, timeout
         self._pause = min(max(timeout / 60, 0.05), 0.5)  # seconds between two signs of life
         self._looked = self._awake = self._excused = time.monotonic()
-        self._call += 1
-        self._heartbeat.exchange(self._record)
         woken, self._wake = Pipe(duplex=False)
         self._thread = threading.Thread(target=self._run, args=(woken,), name="pipeboost watch", daemon=True)
+        self._call += 1
+        self._heartbeat.exchange(self._record)
         self._thread.start()
 
     def _leave(self, error: BaseException | None) -> None:
@@ -136,7 +138,8 @@ class Watchdog:
 
     def _stop(self) -> None:
         self._wake.close()
-        self._thread.join()
+        if self._thread.ident is not None:  # Ctrl-C may have come before it was started
+            self._thread.join()
 
     def check(self) -> None:
         """Raise `RankFailedError` if another rank has failed; cheap, for places that a call passes often."""

@@ -31,6 +31,7 @@ class RankTeam:
 
     Attributes:
         mesh: the ranks.
+        token_ranks: how many ranks share the tokens.
         across: attention among the tokens of all ranks; None where each rank has all tokens.
         text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
         state: what a call runs with on this rank.
@@ -48,12 +49,8 @@ class RankTeam:
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
         self._doing = ""  # together, what an error is to be told of; empty once the others know one
+        self.token_ranks = self.mesh.group(*SEQUENCE).size
         self.across = UlyssesRing() if self.token_ranks > 1 else None
-
-    @property
-    def token_ranks(self) -> int:
-        """How many ranks share the tokens."""
-        return self.mesh.group(*SEQUENCE).size
 
     @property
     def ranks(self) -> RankContext:

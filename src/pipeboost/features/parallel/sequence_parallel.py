@@ -146,8 +146,7 @@ def _block(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    call = current_call()
-    shards = _shards_of(call)
+    shards = _shards_of(current_call())
     if shards is None:
         return call_next(*args, **kwargs)
     given = _named(owner, args, kwargs)
@@ -179,13 +178,10 @@ def _output(
 
 
 def _gather(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    result = call_next(*args, **kwargs)
-    call = current_call()
+    result, call = call_next(*args, **kwargs), current_call()
     shards = _shards_of(call)
-    if shards is None:
+    if call is None or call.mesh is None or shards is None:
         return result
-    assert call is not None
-    assert call.mesh is not None
     return call.mesh.group(*SEQUENCE).all_gather(result, 1, sizes(shards.image, shards.ranks))
 
 
