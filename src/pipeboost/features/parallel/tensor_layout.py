@@ -36,6 +36,7 @@ class SplitLayer:
         path: in the model.
         module: the layer.
         role: what it computes of the whole.
+        dim: the dimension that is split: outputs are the first one of a linear's weight, the last of an embedding's.
         parts: what the split dimension consists of, such as one size, or the two of a packed row; each rank has its
             share of each part.
     """
@@ -43,12 +44,8 @@ class SplitLayer:
     path: str
     module: nn.Module
     role: Role
+    dim: int
     parts: tuple[int, ...]
-
-    @property
-    def dim(self) -> int:
-        """The dimension that is split: outputs are the first one of a linear's weight, the last of an embedding's."""
-        return _split_dim(self.role, self.module)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -118,7 +115,8 @@ def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
         pattern = re.compile(members.path.replace(".", r"\.").replace("*", r"\w+"))
         by_heads = members.counts or members.head_width
         for path, module in model.named_modules():
-            if pattern.fullmatch(path) and not (by_heads and any(map(_has_own_processor, module.modules()))):
+            processors = (getattr(child, "processor", None) for child in module.modules())
+            if pattern.fullmatch(path) and not (by_heads and any(map(has_weights, processors))):
                 units.append(_unit(path, module, members, name))
     units = _without_tied(model, [unit for unit in units if unit.layers])
     layers = {layer.module: layer for unit in units for layer in unit.layers}
@@ -140,10 +138,6 @@ def has_weights(processor: Any) -> bool:
     return isinstance(processor, nn.Module) and next(processor.parameters(), None) is not None
 
 
-def _has_own_processor(module: nn.Module) -> bool:
-    return has_weights(getattr(module, "processor", None))
-
-
 def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> Layout:
     found: list[SplitLayer] = []
     for role in _KINDS:
@@ -153,11 +147,12 @@ def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> Lay
                 continue
             where = f"{path}.{name}".lstrip(".")
             layer = _plain(layer, role, where, model)
-            whole = layer.weight.shape[_split_dim(role, layer)]  # type: ignore[index]
+            dim = int(role in _ROWS or isinstance(layer, nn.Embedding))
+            whole = layer.weight.shape[dim]  # type: ignore[index]
             packed = filter(None, (_descendant(module, column) for column in members.packed_rows.get(name, ())))
             sizes = tuple(_base(part).weight.shape[0] for part in packed) or (whole,)
             assert sum(sizes) == whole, f"{where} takes {whole} features, not {sizes}"
-            found.append(SplitLayer(where, layer, role, sizes))
+            found.append(SplitLayer(where, layer, role, dim, sizes))
     counts = tuple(_count(module, attribute) for attribute in members.counts)
     if members.head_width:
         width = int(getattr(module, members.head_width))
@@ -200,10 +195,6 @@ def _base(layer: Any) -> Any:
 def _is_plain(parameter: nn.Parameter) -> bool:
     wide_enough = parameter.is_floating_point() and parameter.element_size() > 1
     return type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and wide_enough
-
-
-def _split_dim(role: Role, layer: nn.Module) -> int:
-    return 1 if role in _ROWS or isinstance(layer, nn.Embedding) else 0
 
 
 def _count(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
