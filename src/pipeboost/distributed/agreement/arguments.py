@@ -118,7 +118,10 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
     different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
     part = different[0]
     own = facts(part) if part in digests else {}
-    here = {name: (digest(value), _describe_fact(value), hasattr(value, "description")) for name, value in own.items()}
+    here = {
+        name: (digest(each), each if isinstance(each, str) else _describe(each), hasattr(each, "description"))
+        for name, each in own.items()
+    }
     everywhere: list[dict[str, _Fact]] = control.all_gather_objects(here)
     others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
     first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
@@ -128,10 +131,6 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
         "ranks that work on one sample together run the same, so change all of them alike, or use parallel=None to let "
         "every rank work for itself"
     )
-
-
-def _describe_fact(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "description", "") or _describe(value)
 
 
 def _difference(theirs: Mapping[str, _Fact], first: Mapping[str, _Fact]) -> str:
@@ -206,18 +205,14 @@ def _lacking(summaries: Sequence[Mapping[str, _Summary]], ranks: Sequence[int]) 
             if found.digest == wanted.digest:
                 continue
             if wanted.called or (found.given and not (found.draws and wanted.draws)):
-                raise _disagreement(name, wanted, found, ranks[0], ranks[rank])
+                same = "give all of them one, or none" if wanted.called or found.called else "call all of them alike"
+                raise DisagreementError(
+                    f"{name}={wanted.description} on rank {ranks[0]}, but {found.description} on rank {ranks[rank]}, "
+                    f"which work on one sample together: {same}, or use parallel=None to let every rank work for "
+                    "itself, or ParallelConfig(replicas=...) for as many samples at a time"
+                )
             lacking.setdefault(name, set()).add(rank)
     return lacking
-
-
-def _disagreement(name: str, wanted: _Summary, found: _Summary, first: int, rank: int) -> DisagreementError:
-    same = "give all of them one, or none" if wanted.called or found.called else "call all of them alike"
-    return DisagreementError(
-        f"{name}={wanted.description} on rank {first}, but {found.description} on rank {rank}, which work on one "
-        f"sample together: {same}, or use parallel=None to let every rank work for itself, or "
-        "ParallelConfig(replicas=...) for as many samples at a time"
-    )
 
 
 def _draws(value: Any) -> list[tuple[str, int]]:
@@ -240,6 +235,8 @@ def _like_own(received: Any, own: Any) -> Any:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(told := getattr(value, "description", None), str):
+        return told
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     if isinstance(value, np.ndarray):

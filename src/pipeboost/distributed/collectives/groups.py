@@ -211,9 +211,7 @@ def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return result
 
 
-@_all_reduce.register_fake
-def _all_reduce_shape(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+_all_reduce.register_fake(lambda tensor, group: torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
 @torch.library.custom_op("pipeboost::all_gather", mutates_args=())
@@ -248,6 +246,4 @@ def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], grou
     return result
 
 
-@_all_to_all.register_fake
-def _all_to_all_shape(tensor: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-    return tensor.new_empty((sum(received), *tensor.shape[1:]))
+_all_to_all.register_fake(lambda tensor, sent, received, group: tensor.new_empty((sum(received), *tensor.shape[1:])))

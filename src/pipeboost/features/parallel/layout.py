@@ -196,11 +196,8 @@ def _way_out(ranks: Ranks) -> str:
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
     """Return all layouts of `count` ranks, those of one axis first; last those that share several samples."""
-    every = itertools.product(_divisors(count), repeat=len(DEGREES))
+    divisors = [degree for degree in range(1, count + 1) if count % degree == 0]
+    every = itertools.product(divisors, repeat=len(DEGREES))
     fitting = [each for each in every if math.prod(each) == count and each[0] < count and each[1] <= 2]
     for degrees in sorted(fitting, key=lambda each: (each[0], sum(degree > 1 for degree in each[1:]))):
         yield ParallelConfig(**dict(zip(DEGREES, degrees, strict=True)))
-
-
-def _divisors(count: int) -> list[int]:
-    return [degree for degree in range(1, count + 1) if count % degree == 0]
