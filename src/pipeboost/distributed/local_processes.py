@@ -138,7 +138,7 @@ class Absence:
     def __init__(self, announced: Callable[[int], Process | None] = lambda rank: None) -> None:
         self._announced = announced
         self._known: dict[int, LocalProcess] = {}
-        self._began = self._looked = time.monotonic()
+        self._began, self._looked = time.monotonic(), 0.0
 
     def check(self, missing: Sequence[int]) -> None:
         """Raise where one of them is dead.
