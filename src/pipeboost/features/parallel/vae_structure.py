@@ -12,18 +12,8 @@ from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import Autoencoder
 
 _PER_PIXEL = (
-    nn.Sequential,
-    nn.ModuleList,
-    nn.Identity,
-    nn.Dropout,
-    nn.Linear,
-    nn.GroupNorm,
-    nn.ZeroPad2d,
-    nn.SiLU,
-    nn.ReLU,
-    nn.GELU,
-    nn.Mish,
-    nn.Tanh,
+    *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout, nn.Linear, nn.GroupNorm, nn.ZeroPad2d),
+    *(nn.SiLU, nn.ReLU, nn.GELU, nn.Mish, nn.Tanh),
 )
 _UPSAMPLING = ("nearest", "nearest-exact")
 
@@ -70,7 +60,8 @@ def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
         known = declared or cls in (nn.Conv2d, nn.Conv3d)
         return _why_not_convolution(module) if known else f"{name} is not known"
     if isinstance(module, nn.Upsample):
-        whole = module.size is None and _is_whole(module.scale_factor)
+        factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,)
+        whole = module.size is None and all(each is not None and float(each).is_integer() for each in factors)
         known = (declared or cls is nn.Upsample) and module.mode in _UPSAMPLING and whole
         return None if known else f"upsampling by {module.scale_factor}, {module.mode}"
     processors = [processor for attention, processor in autoencoder.attention if attention == name]
@@ -79,11 +70,6 @@ def _why_not(module: nn.Module, autoencoder: Autoencoder) -> str | None:
         given = "" if processor is None else stock_class(processor).__name__
         return None if given in processors else f"its attention processor {given} is not known"
     return None if declared or cls in _PER_PIXEL else f"{name} is not known"
-
-
-def _is_whole(scale: object) -> bool:
-    factors = scale if isinstance(scale, tuple) else (scale,)
-    return all(isinstance(factor, (int, float)) and float(factor).is_integer() for factor in factors)
 
 
 def _why_not_convolution(module: nn.Conv2d | nn.Conv3d) -> str | None:
