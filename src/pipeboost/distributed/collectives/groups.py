@@ -69,9 +69,6 @@ class Group:
             self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
         _groups[self.name] = self
 
-    def __repr__(self) -> str:
-        return f"<Group of ranks {', '.join(map(str, self.ranks))}, here {self.rank}>"
-
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks, a new tensor, the same to the bit on all."""
         return tensor if self.size == 1 else torch.ops.pipeboost.all_reduce(tensor, self.name)

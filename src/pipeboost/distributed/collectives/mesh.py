@@ -73,9 +73,6 @@ class Mesh:
         self.groups.append(Group(members, device))
         return self.groups[-1]
 
-    def __repr__(self) -> str:
-        return f"<Mesh {dict(zip(AXES, self.shape, strict=True))}, here {self._here}>"
-
     def group(self, *axes: str) -> Group:
         """Return the ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""
         return self._groups[axes]
