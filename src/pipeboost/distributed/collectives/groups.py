@@ -119,13 +119,13 @@ class Group:
             finish(self, "broadcast", self.backend.broadcast([tensor], options))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Return the value of each rank, in the order of the group; anything that can be pickled. CPU groups only."""
+        """Return the value of each rank, in the order of the group; anything that can be pickled."""
         if self.size == 1:
             return [value]
         signed = sign(pickle.dumps(value), self.name, shared_secret())
-        own = torch.frombuffer(bytearray(signed), dtype=torch.uint8)
-        lengths = self.all_gather(torch.tensor([own.numel()]), 0, [1] * self.size).tolist()
-        messages = [part.numpy().tobytes() for part in self.all_gather(own, 0, lengths).split(lengths)]
+        own = torch.frombuffer(bytearray(signed), dtype=torch.uint8).to(self.device)
+        lengths = self.all_gather(torch.tensor([own.numel()], device=self.device), 0, [1] * self.size).tolist()
+        messages = [part.numpy().tobytes() for part in self.all_gather(own, 0, lengths).cpu().split(lengths)]
         return [pickle.loads(verify(message, self.name, shared_secret())) for message in messages]
 
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:

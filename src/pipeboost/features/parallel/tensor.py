@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,22 +71,20 @@ class Shares:
         if self._joined:
             return
         held = {each for layer in self.layout.layers for each in layer.module.parameters(recurse=False)}
-        ranks, mixed = self._group.size, False
-        # Whole here, a share, or the user's, who has put another in its place; with other values it is still ours.
+        # The user's is what they have put in a parameter's place; with other values it is still ours.
         states = [
-            {size: 0, size // ranks: 1}.get(each.numel(), ranks + 1) if each in held else ranks + 1
+            {size: "whole", size // self._group.size: "share"}.get(each.numel(), "theirs") if each in held else "theirs"
             for each, size in zip(self._cuts, self._sizes, strict=True)
         ]
-        sums = self._group.all_reduce(torch.tensor(states, dtype=torch.int32, device=self._group.device)).tolist()
+        everywhere, mixed = zip(*self._group.all_gather_objects(states), strict=True), False
         with torch.inference_mode(False):
-            for (parameter, cut), state, (theirs, shares) in zip(
-                self._cuts.items(), states, (divmod(each, ranks + 1) for each in sums), strict=True
-            ):
-                mixed |= bool(theirs and shares)
-                if shares and not theirs:
-                    share = parameter.data if state else _share_of(parameter.data, *cut, self._group)
+            for (parameter, cut), state, found in zip(self._cuts.items(), states, everywhere, strict=True):
+                mixed |= {"share", "theirs"} <= set(found)
+                if "share" in found and "theirs" not in found:
+                    share = parameter.data if state == "share" else _share_of(parameter.data, *cut, self._group)
                     whole = _whole_of(share, *cut, self._group)
-                    parameter.data = whole if state else parameter.data
+                    if state == "share":
+                        parameter.data = whole
         for layer in self.layout.layers:
             become_whole(layer.module)
         for module, name, whole in self._counts:
@@ -216,14 +213,11 @@ def _refuse_different_weights(model: nn.Module, group: Group) -> None:
     """Refuse ranks that have built a model from different random seeds: they would join shares of different models."""
     plain = ((name, each) for name, each in model.named_parameters() if type(each.data) is torch.Tensor)
     named = {name: each for name, each in plain if can_be_sampled(each)}
-    shapes = zlib.crc32(repr([(name, each.shape, each.dtype) for name, each in named.items()]).encode())
-    everyone = group.all_gather(torch.tensor([shapes], device=group.device), 0, [1] * group.size)
-    different = None if bool((everyone == shapes).all()) else "parameters"
-    if different is None:
-        own = torch.tensor(Sample(list(named.values()), _spread).sums(), device=group.device)
-        ranks = group.all_gather(own[None], 0, [1] * group.size)
-        differs = (ranks != ranks[0]).any(0).tolist()
-        different = next((name for name, each in zip(named, differs, strict=True) if each), None)
+    sums = Sample(list(named.values()), _spread).sums()
+    own = {name: (each.shape, each.dtype, total) for (name, each), total in zip(named.items(), sums, strict=True)}
+    everyone = group.all_gather_objects(own)
+    names = dict.fromkeys(name for each in everyone for name in each)
+    different = next((name for name in names if len({each.get(name) for each in everyone}) > 1), None)
     if different is not None:
         raise UnsupportedError(
             f"the ranks have different weights of {stock_class(model).__name__} ({different}); load the same "
