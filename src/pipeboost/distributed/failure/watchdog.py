@@ -125,9 +125,10 @@ class Watchdog:
             counts, pending = dict(self._operations.counts), len(self._operations.open)
             self._ended = Ended(self._call, counts, pending, time.time(), own)
             self._heartbeat.exchange(self._record)
-            if error is None and first_error(self._records(), self._call) is None:
+            failed = error is not None or first_error(self._records(), self._call) is not None
+            if not failed:
                 self._stop()  # nothing is left to judge
-            if error is not None or self._failure is not None or first_error(self._records(), self._call):
+            if failed or self._failure is not None:
                 self._compare(patience=self._timeout / 3 if isinstance(error, Exception | None) else 2.0)
                 reason = self._failure or first_error(self._records(), self._call)
                 if own is None and reason is not None:
