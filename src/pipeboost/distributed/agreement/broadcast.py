@@ -79,11 +79,6 @@ def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device
     return _Unpacker(io.BytesIO(content), tensors, known, device).load()
 
 
-def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a tensor without gaps as they lie in memory: a view, whatever the order of its dimensions."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
 class _Packer(pickle.Pickler):
     def __init__(self, file: io.BytesIO, known: Known) -> None:
         super().__init__(file)
@@ -186,7 +181,8 @@ def broadcast_outcome(
         sends = here and (on_device or mesh.control.rank == source)
         tensor = tensors[place] if sends else layout.empty(mesh.device)
         if tensor.numel():
-            group.broadcast(memory_of(tensor), root)
+            memory = tensor.as_strided((tensor.numel(),), (1,))  # as it lies there, in whatever order of dimensions
+            group.broadcast(memory.view(torch.uint8), root)
         arrived.append(tensor)
     return value if here else unpack(content, arrived, objects, mesh.device)
 

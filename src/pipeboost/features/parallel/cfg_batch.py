@@ -60,7 +60,9 @@ def _forward(
 def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None:
     """Return how many samples a forward gets; None where that is not certain, or other arguments may belong to some."""
     first = arguments.get(batched.samples[0])
-    if not isinstance(first, torch.Tensor) and not _alike(first):
+    listed = first if isinstance(first, list) else [None]
+    shapes = {each.shape if isinstance(each, torch.Tensor) else None for each in listed}
+    if not isinstance(first, torch.Tensor) and (len(shapes) != 1 or None in shapes):
         return None
     sizes = set()
     for name, value in arguments.items():
@@ -70,12 +72,6 @@ def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None
         elif name != "self" and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             return None
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def _alike(samples: Any) -> bool:
-    """Whether this is a list of tensors of one shape."""
-    tensors = isinstance(samples, list) and all(isinstance(sample, torch.Tensor) for sample in samples)
-    return tensors and len({sample.shape for sample in samples}) == 1
 
 
 def _gathered(value: Any, group: Group, share: int) -> Any:
