@@ -28,7 +28,7 @@ from pipeboost.features.graphs.decide import decide as decide_graphs
 from pipeboost.features.offload import describe_memory, execution_device, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
 from pipeboost.features.parallel.decide import decide as decide_parallel
-from pipeboost.features.parallel.own_device import to_own_device
+from pipeboost.features.parallel.rank_share import to_own_device
 from pipeboost.features.quantize.decide import decide as decide_quantize
 from pipeboost.features.reuse.decide import decide as decide_reuse
 from pipeboost.kernels import available_kernels

@@ -15,7 +15,7 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError, quoted, 
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.features.parallel.own_device import to_be_split
+from pipeboost.features.parallel.rank_share import to_be_split
 from pipeboost.generate.locations import is_hub_id, loading_errors, require_pipeline
 from pipeboost.generate.lora import Lora, load_loras
 from pipeboost.stages.report import component_bytes

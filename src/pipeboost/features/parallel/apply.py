@@ -14,7 +14,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_steps
 from pipeboost.features.parallel.cfg_batch import share_batch
 from pipeboost.features.parallel.cfg_parallel import flush_deferred, share_branches
-from pipeboost.features.parallel.own_device import take_from_host
+from pipeboost.features.parallel.rank_share import take_from_host
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.features.parallel.sequence_parallel import shard_sequence
 from pipeboost.features.parallel.tensor import guard_pipeline, shard_weights

@@ -17,7 +17,7 @@ from pipeboost.core.hardware import device_of
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
 from pipeboost.distributed.failure.records import failure_from
 from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel
-from pipeboost.features.parallel.own_device import shared_encoders
+from pipeboost.features.parallel.rank_share import shared_encoders
 from pipeboost.features.parallel.running_state import RunningState
 from pipeboost.features.parallel.ulysses_ring import UlyssesRing
 

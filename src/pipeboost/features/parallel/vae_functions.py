@@ -94,7 +94,7 @@ class FunctionsOfStrip(TorchFunctionMode):
     """Inside, this thread's convolutions, group norms and attention compute one strip of the map.
 
     Convolutions see the border pixels of the ranks on both sides, group norms have the statistics of the whole map,
-    and scaled dot product attention has the keys and values of all ranks. `vae_structure.py` says which modules may
+    and scaled dot product attention has the keys and values of all ranks. `vae.py` says which modules may
     call them, and how.
 
     Attributes:
