@@ -11,7 +11,7 @@ import torch
 from pipeboost.contract.call import Call, Slot
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Mesh, broadcast_outcome
-from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
+from pipeboost.distributed.agreement.arguments import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.stages.stage import StageParallelism
 
 _RUNS = Slot[Counter[str]](Counter)

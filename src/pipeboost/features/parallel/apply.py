@@ -12,7 +12,6 @@ from pipeboost.contract.decision import Decision
 from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_steps
-from pipeboost.features.parallel.cfg_batch import share_batch
 from pipeboost.features.parallel.cfg_parallel import flush_deferred, share_branches
 from pipeboost.features.parallel.rank_share import take_from_host
 from pipeboost.features.parallel.rank_team import RankTeam
@@ -47,7 +46,7 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         if not path:
             guard_pipeline(obj, mesh.group("tensor"), ledger)
     if component.denoises and mesh.degree("cfg") > 1:
-        (share_branches if family.batched is None else share_batch)(obj, family, ledger)
+        share_branches(obj, family, ledger)
     if component.denoises and team.across is not None:
         shard_sequence(obj, family, ledger)
     if not path:
