@@ -13,5 +13,4 @@ from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
 from pipeboost.distributed.failure.collective_wait import finish, suspend_timeout
-from pipeboost.distributed.failure.rendezvous import announce, decline, rendezvous
-from pipeboost.distributed.start import local_device, world, world_size
+from pipeboost.distributed.start import announce, decline, local_device, rendezvous, world, world_size

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pipeboost.distributed.collectives.groups import Group
-from pipeboost.distributed.failure.rendezvous import rendezvous
 from pipeboost.distributed.failure.watchdog import Watchdog
-from pipeboost.distributed.start import world
+from pipeboost.distributed.start import rendezvous, world
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor ranks, which communicate most, are adjacent."""
