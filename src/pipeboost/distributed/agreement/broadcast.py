@@ -31,29 +31,10 @@ class TensorLayout(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
 
 
-class Known:
-    """Objects that every rank has, each rank its own, in one order: they stay where they are.
-
-    A tensor among them that was written to since is brought to what it has become, in place.
-    """
-
-    def __init__(self, objects: Sequence[Any]) -> None:
-        self.objects = list(objects)
-        self._places = {id(each): place for place, each in enumerate(self.objects)}
-        self._versions = [_version(each) for each in self.objects]
-
-    def place(self, obj: Any) -> int | None:
-        """Return where an object stands among these; None if it is none of them."""
-        return self._places.get(id(obj))
-
-    def changed(self, place: int) -> bool:
-        """Whether it is a tensor that may have been written to."""
-        version = _version(self.objects[place])
-        return isinstance(self.objects[place], torch.Tensor) and (version is None or version != self._versions[place])
-
-
-def pack(value: Any, known: Known, what: str) -> tuple[tuple[list[TensorLayout], bytes], list[torch.Tensor]]:
-    """Take a value apart, which is called `what` in an error.
+def pack(
+    value: Any, known: Sequence[Any], versions: Sequence[int | None], what: str
+) -> tuple[tuple[list[TensorLayout], bytes], list[torch.Tensor]]:
+    """Take a value apart, which is called `what` in an error; objects that are known had these versions before.
 
     Returns:
         The layout of each tensor and the pickle of everything else; each tensor once, without gaps in memory.
@@ -62,7 +43,7 @@ def pack(value: Any, known: Known, what: str) -> tuple[tuple[list[TensorLayout],
         PipeboostError: something in it cannot be pickled.
     """
     file = io.BytesIO()
-    packer = _Packer(file, known)
+    packer = _Packer(file, known, versions)
     try:
         packer.dump(value)
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
@@ -71,7 +52,7 @@ def pack(value: Any, known: Known, what: str) -> tuple[tuple[list[TensorLayout],
     return (layouts, file.getvalue()), packer.tensors
 
 
-def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> Any:
+def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Sequence[Any], device: torch.device) -> Any:
     """Return the value that was packed, made of the tensors that have arrived and of this rank's own objects.
 
     A `torch.device`, also that of a generator, is this rank's `device` where it is one of its type.
@@ -80,16 +61,19 @@ def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Known, device
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, known: Known) -> None:
+    def __init__(self, file: io.BytesIO, known: Sequence[Any], versions: Sequence[int | None]) -> None:
         super().__init__(file)
         self.tensors: list[torch.Tensor] = []
-        self._known = known
+        self._known = {id(each): place for place, each in enumerate(known)}
+        self._versions = versions
         self._places: dict[int, tuple[int, torch.Tensor]] = {}  # with the tensor, which keeps its `id`
 
     def persistent_id(self, obj: Any) -> Any:
-        place = self._known.place(obj)
+        place = self._known.get(id(obj))
         if place is not None:
-            return ("known", place, self._place(obj) if self._known.changed(place) else None)
+            version = _version(obj)
+            changed = isinstance(obj, torch.Tensor) and (version is None or version != self._versions[place])
+            return ("known", place, self._place(obj) if changed else None)
         if isinstance(obj, torch.Tensor):
             return ("tensor", self._place(obj))
         return ("device", obj.type) if isinstance(obj, torch.device) else None
@@ -102,7 +86,9 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Known, device: torch.device) -> None:
+    def __init__(
+        self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Sequence[Any], device: torch.device
+    ) -> None:
         super().__init__(file)
         self._tensors = tensors
         self._known = known
@@ -114,7 +100,7 @@ class _Unpacker(pickle.Unpickler):
             return self._tensors[place]
         if how == "device":
             return self._device if place == self._device.type else torch.device(place)
-        own = self._known.objects[place]
+        own = self._known[place]
         if rest[0] is not None:
             with torch.no_grad():
                 own.copy_(self._tensors[rest[0]])
@@ -152,14 +138,14 @@ def broadcast_outcome(
             in its place on the others.
         PipeboostError: the outcome has something that cannot be pickled; on every rank.
     """
-    objects = Known(known)
+    versions = [_version(each) for each in known]
     here = mesh.main if branch is None else mesh.index("cfg") == branch
     value, packed, error, failed = None, None, None, b""
     tensors: list[torch.Tensor] = []
     if here:
         try:
             value = work()
-            packed, tensors = pack(value, objects, what)
+            packed, tensors = pack(value, known, versions, what)
         except Exception as failure:
             error, failed = failure, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
     everyone = mesh.control.all_gather_objects((packed, failed))
@@ -184,7 +170,7 @@ def broadcast_outcome(
             memory = tensor.as_strided((tensor.numel(),), (1,))  # as it lies there, in whatever order of dimensions
             group.broadcast(memory.view(torch.uint8), root)
         arrived.append(tensor)
-    return value if here else unpack(content, arrived, objects, mesh.device)
+    return value if here else unpack(content, arrived, known, mesh.device)
 
 
 def _packed_failure(error: Exception, rank: int) -> bytes:
