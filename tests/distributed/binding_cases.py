@@ -131,6 +131,31 @@ def interrupted_while_splitting(name: str, rank: int, moments: list[int]) -> dic
     return {"raised": raised, "whole": whole, "differences": differences}
 
 
+def interrupted_while_joining(name: str, rank: int) -> dict[str, Any]:
+    """Ctrl-C on one rank in the middle of joining weights: what `remove()` raised, and what is there after another."""
+    entry = TINY[name]
+    pipe = entry.build()
+    stock, join, left = _latents(entry, pipe), tensor._whole_of, [3]
+
+    def interrupting(*args: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0 and dist.get_rank() == rank:
+            signal.raise_signal(signal.SIGINT)
+        return join(*args)
+
+    _accelerated(pipe, {"tensor": 2})
+    acceleration, raised = pipe.acceleration, ""
+    tensor._whole_of = interrupting
+    try:
+        acceleration.remove()
+    except KeyboardInterrupt:
+        raised = "KeyboardInterrupt"
+        acceleration.remove()
+    finally:
+        tensor._whole_of = join
+    return {"raised": raised, "joined": left[0] < 0, "difference": _difference(_latents(entry, pipe), stock)}
+
+
 @contextmanager
 def _interrupted(moment: int) -> Iterator[None]:
     """Inside, Ctrl-C comes before the `moment`th line that runs while weights are split; never, where that is -1."""

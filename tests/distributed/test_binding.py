@@ -89,3 +89,8 @@ def test_ctrl_c_while_weights_are_split_leaves_them_whole_on_all_ranks(rank):
         assert all(found["whole"])
         assert is_as_near(found["differences"][0], {"tensor": 2}, NAME)
         assert found["differences"][1] == 0.0
+
+
+def test_ctrl_c_while_weights_are_joined_waits_until_all_ranks_have_them():
+    for rank, found in enumerate(on_ranks(2, binding_cases.interrupted_while_joining, NAME, 0)):
+        assert found == {"raised": "KeyboardInterrupt" if rank == 0 else "", "joined": True, "difference": 0.0}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,8 @@ def shard_weights(
         def join() -> None:
             joined = reference()
             try:
-                shares.join(_reload(joined))
+                with _without_interrupts():
+                    shares.join(_reload(joined))
             except (RuntimeError, RankFailedError) as error:
                 if shares.begun:  # the guards stay, so that the model goes on to raise
                     raise PipeboostError(
@@ -165,6 +168,22 @@ def shard_weights(
     taken = "that has split its weights over a mesh of its own; accelerate one of the two"
     ledger.share(model, "tensor parallel", (group.size, group.name), apply, explain=lambda _: taken)
     return _shares[model]
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C waits: a rank that left in the middle would leave the others waiting for it, out of step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def split_of(model: nn.Module, sharding: TensorSharding) -> Split:
