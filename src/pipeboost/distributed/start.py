@@ -190,7 +190,7 @@ def rendezvous(about: str, ranks: Sequence[int], word: str) -> list[str]:
                 "calls it at the same point of its program, or uses parallel=None"
             )
         absence.check(missing)
-        time.sleep(0.01)
+        time.sleep(0.02)
     return [words[rank] for rank in ranks]
 
 
