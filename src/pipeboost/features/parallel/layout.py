@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.config import ParallelConfig, tier_allows
@@ -200,4 +201,5 @@ def _layouts(count: int) -> Iterator[ParallelConfig]:
     every = itertools.product(divisors, repeat=len(DEGREES))
     fitting = [each for each in every if math.prod(each) == count and each[0] < count and each[1] <= 2]
     for degrees in sorted(fitting, key=lambda each: (each[0], sum(degree > 1 for degree in each[1:]))):
-        yield ParallelConfig(**dict(zip(DEGREES, degrees, strict=True)))
+        named: dict[str, Any] = dict(zip(DEGREES, degrees, strict=True))
+        yield ParallelConfig(**named)

@@ -113,9 +113,9 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
         for number, block in enumerate(blocks):
             middleware = functools.partial(_block, sharding, () if number else sharding.streams, name)
             inner.add_middleware(block, "__call__", middleware, place="block.sequence")
-        outputs = [(path, functools.partial(_output, each)) for path, each in sharding.outputs.items()]
-        for path, output in (*outputs, (sharding.gathered, _gather)):
-            inner.add_middleware(operator.attrgetter(path)(model), "__call__", output, place="submodule.sequence")
+        after: dict[str, Any] = {path: functools.partial(_output, each) for path, each in sharding.outputs.items()}
+        for path, middleware in (*after.items(), (sharding.gathered, _gather)):
+            inner.add_middleware(operator.attrgetter(path)(model), "__call__", middleware, place="submodule.sequence")
 
     ledger.share(model, "token sharding", family.name, apply)
 
