@@ -6,7 +6,8 @@ these leave it. Making a plan changes nothing and loads nothing; whatever cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeboost.contract.decision import Decision, Decisions
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import FEATURES, OFFLOAD_KINDS, AccelerationConfig, ParallelConfig
+from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Activations, Family
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.distributed import announce, decline, rendezvous, world_size
@@ -28,7 +30,7 @@ from pipeboost.features.offload.budget import describe_memory, in_gib, predict
 from pipeboost.features.offload.decide import decide as decide_offload
 from pipeboost.features.offload.place import execution_device
 from pipeboost.features.parallel.decide import decide as decide_parallel
-from pipeboost.features.parallel.own_device import to_own_device
+from pipeboost.features.parallel.rank_share import to_own_device
 from pipeboost.features.quantize.decide import decide as decide_quantize
 from pipeboost.features.reuse.decide import decide as decide_reuse
 from pipeboost.kernels.table import available_kernels
@@ -186,6 +188,7 @@ def agreed_plan(
 
     Raises:
         PipeboostError: as `make_plan` and `check`.
+        UnsupportedError: the ranks planned differently.
         RankFailedError: another rank has no plan; its traceback says why.
     """
     count, layout = world_size(), config.parallel
@@ -205,5 +208,29 @@ def agreed_plan(
             decline(_PLANS, ranks, error)
         raise
     if plan["parallel"].on:
-        rendezvous(_PLANS, ranks, "ready")
+        plans = rendezvous(_PLANS, ranks, "\n".join(_compared(plan)))
+        _refuse_different(ranks, [each.split("\n") for each in plans], plan["parallel"].settings.replicas)
     return plan
+
+
+def _compared(plan: Plan) -> Iterator[str]:
+    """What all ranks must have decided alike; weights may go to another device on each."""
+    parallel, *others = sorted(plan.decisions.values(), key=lambda each: each.feature != "parallel")
+    yield f"parallel: {parallel.choice} on {plan.hardware.device} ({parallel.settings})"
+    yield f"quality: {plan.quality}"
+    for each in others:
+        settings = f" ({each.settings})" if each.on and each.feature != "offload" else ""
+        yield f"{each.feature}: {each.choice}{settings}"
+
+
+def _refuse_different(ranks: Sequence[int], plans: Sequence[Sequence[str]], replicas: int) -> None:
+    """Refuse ranks that share a layout and differ in it, or a sample and differ in anything."""
+    share = len(ranks) // replicas
+    for place, number in itertools.product(range(len(ranks)), range(len(plans[0]))):
+        first = place - place % share if number else 0
+        if plans[place][number] != plans[first][number]:
+            raise UnsupportedError(
+                f"ranks planned differently: rank {ranks[first]} {plans[first][number]}, rank {ranks[place]} "
+                f"{plans[place][number]}; name the settings instead of 'auto', the same on every rank, and move every "
+                "pipeline to the same kind of device"
+            )

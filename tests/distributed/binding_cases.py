@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost import apply as parts
+from pipeboost.core.errors import PipeboostError
+from pipeboost.core.seams import stock_class
 from pipeboost.distributed.collectives import groups as groups_module
+from pipeboost.features.parallel import tensor
 from tests.distributed.failure_cases import outcome
 from tests.pipelines.tiny import TINY
 
@@ -98,6 +102,83 @@ def dies_while_accelerating(name: str, rank: int, /, **layout: Any) -> dict[str,
     """One rank is killed while it accelerates."""
     with _failing(rank, "transformer", kill=True):
         return outcome(lambda: str(_accelerated(TINY[name].build(), layout)))
+
+
+def interrupted_while_splitting(name: str, rank: int, moments: list[int]) -> dict[str, Any]:
+    """Ctrl-C at several moments of splitting weights, on one rank or on all (-1).
+
+    Returns:
+        `"raised"`: at each, here; `"whole"`: whether all weights were stock's after it; `"differences"`: to one rank of
+        the call that is made in the end, and of stock after it.
+    """
+    entry = TINY[name]
+    pipe = entry.build()
+    stock, raised, whole = _latents(entry, pipe), [], []
+    modules = (pipe.transformer, pipe.text_encoder)
+    weights = [(each, each.data.clone(), each.shape) for module in modules for each in module.parameters()]
+    for moment in moments:
+        try:
+            with _interrupted(moment if rank in (-1, dist.get_rank()) else -1):
+                _accelerated(pipe, {"tensor": 2})
+            raised.append("")
+        except (KeyboardInterrupt, PipeboostError) as error:
+            raised.append(type(error).__name__)
+        whole.append(all(torch.equal(each, value) for each, value, _ in weights) and type(pipe) is stock_class(pipe))
+    _accelerated(pipe, {"tensor": 2})
+    differences = [_difference(_latents(entry, pipe), stock)]
+    pipe.acceleration.remove()
+    differences.append(_difference(_latents(entry, pipe), stock))
+    return {"raised": raised, "whole": whole, "differences": differences}
+
+
+def interrupted_while_joining(name: str, rank: int) -> dict[str, Any]:
+    """Ctrl-C on one rank in the middle of joining weights: what `remove()` raised, and what is there after another."""
+    entry = TINY[name]
+    pipe = entry.build()
+    stock, join, left = _latents(entry, pipe), tensor._whole_of, [3]
+
+    def interrupting(*args: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0 and dist.get_rank() == rank:
+            signal.raise_signal(signal.SIGINT)
+        return join(*args)
+
+    _accelerated(pipe, {"tensor": 2})
+    acceleration, raised = pipe.acceleration, ""
+    tensor._whole_of = interrupting
+    try:
+        acceleration.remove()
+    except KeyboardInterrupt:
+        raised = "KeyboardInterrupt"
+        acceleration.remove()
+    finally:
+        tensor._whole_of = join
+    return {"raised": raised, "joined": left[0] < 0, "difference": _difference(_latents(entry, pipe), stock)}
+
+
+@contextmanager
+def _interrupted(moment: int) -> Iterator[None]:
+    """Inside, Ctrl-C comes before the `moment`th line that runs while weights are split; never, where that is -1."""
+    functions = (tensor.Shares.split, tensor._share_of, tensor.guard_model, tensor.become_share)
+    codes = {function.__code__ for function in functions}
+    left = moment
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code not in codes:
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace if moment >= 0 else before)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 @contextmanager

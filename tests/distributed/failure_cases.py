@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed import Group, Mesh, announce, start, suspend_timeout, world
-from pipeboost.distributed.failure import local_processes
+from pipeboost.distributed import Group, Mesh, announce, local_processes, start, suspend_timeout, world
 
 TIMEOUT = 1.5
 """Seconds that ranks wait for each other."""

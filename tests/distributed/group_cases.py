@@ -50,10 +50,9 @@ def places(degrees: dict[str, int]) -> dict[str, Any]:
 def coming_alone() -> str:
     """A mesh that the other rank does not come to, and one that it does."""
     from pipeboost.core.errors import PipeboostError
-    from pipeboost.distributed import world
-    from pipeboost.distributed.failure import rendezvous
+    from pipeboost.distributed import start, world
 
-    before, rendezvous.patience = rendezvous.patience, lambda: 1.0
+    before, start.patience = start.patience, lambda: 1.0
     told = ""
     try:
         if world().rank == 0:
@@ -61,5 +60,5 @@ def coming_alone() -> str:
     except PipeboostError as error:
         told = str(error)
     finally:
-        rendezvous.patience = before
+        start.patience = before
     return told

@@ -10,10 +10,9 @@ if os.environ["RANK"] == sys.argv[1]:
 import torch
 
 from pipeboost.core.errors import RankFailedError
-from pipeboost.distributed import Mesh
-from pipeboost.distributed.failure import absence
+from pipeboost.distributed import Mesh, local_processes
 
-absence._STARTS = 2.0  # seconds in which processes of two ranks begin that are started in one breath
+local_processes._STARTS = 2.0  # seconds in which processes of two ranks begin that are started in one breath
 try:
     Mesh({"ulysses": 2}, device=torch.device("cpu"))
 except RankFailedError as error:

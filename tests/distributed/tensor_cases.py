@@ -21,8 +21,7 @@ from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group, Mesh, world
 from pipeboost.features.compile import compile_model
-from pipeboost.features.parallel.tensor import shard_weights, split_of
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.tensor import guard_pipeline, shard_weights, split_of
 from tests.floors import floor_of
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import (
@@ -291,7 +290,7 @@ def split_and_joined(model: nn.Module, inputs: Any, sharding: TensorSharding, gr
         "own": own,
         "predicted": whole - split + split // group.size,
         "shares": (shares.own_bytes, shares.whole_bytes),
-        "left": shares.layout.left,
+        "split": {layer.path for layer in shares.layout.layers},
         "left_in_place": all(after[path] is parameter for path, (parameter, _) in before.items()),
         "restored": all(torch.equal(parameter.data, value) for parameter, value in before.values()),
         "classes": classes == [type(module) for module in model.modules()],

@@ -78,3 +78,19 @@ def _assert_raised(raised: list, rank: int, stage: str) -> None:
     assert (failed["raised"], failed["text"]) == ("ValueError", f"boom on rank {rank}"), failed
     assert (other["raised"], other["rank"], other["stage"]) == ("RankFailedError", rank, stage), other
     assert f"ValueError: boom on rank {rank}" in other["text"]
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_ctrl_c_while_weights_are_split_leaves_them_whole_on_all_ranks(rank):
+    moments = [0, 1, 9, 40, 200, 500]
+    for number, found in enumerate(on_ranks(2, binding_cases.interrupted_while_splitting, NAME, rank, moments)):
+        here = rank in (-1, number)
+        assert found["raised"] == ["KeyboardInterrupt" if here else "RankFailedError"] * len(moments)
+        assert all(found["whole"])
+        assert is_as_near(found["differences"][0], {"tensor": 2}, NAME)
+        assert found["differences"][1] == 0.0
+
+
+def test_ctrl_c_while_weights_are_joined_waits_until_all_ranks_have_them():
+    for rank, found in enumerate(on_ranks(2, binding_cases.interrupted_while_joining, NAME, 0)):
+        assert found == {"raised": "KeyboardInterrupt" if rank == 0 else "", "joined": True, "difference": 0.0}

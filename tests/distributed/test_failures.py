@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeboost.distributed.failure.records import Ended, Failure, Record, first_error, in_step, late_rank
+from pipeboost.distributed.failure.records import Ended, Failure, Operation, Record, first_error, in_step, late_rank
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
@@ -165,7 +165,7 @@ def test_calls_leave_no_thread_and_no_descriptor():
 
 
 def _record(operation: str = "", number: int = 0, members: tuple[int, ...] = (0, 1), **facts) -> Record:
-    waiting = {operation: (number, members)} if operation else {}
+    waiting = {Operation(operation, members): number} if operation else {}
     return Record(call=1, counts=dict(waiting), waiting=waiting, description=operation, **facts)
 
 
@@ -180,9 +180,10 @@ def test_ranks_that_wait_for_each_other_blame_nobody():
 
 
 def test_ranks_are_in_step_only_if_they_began_the_same_operations():
-    both = {"a": (3, (0, 1))}
+    operation = Operation("a", (0, 1))
+    both = {operation: 3}
     assert in_step({0: Ended(1, both), 1: Ended(1, both)})
-    assert not in_step({0: Ended(1, both), 1: Ended(1, {"a": (2, (0, 1))})})
+    assert not in_step({0: Ended(1, both), 1: Ended(1, {operation: 2})})
     assert not in_step({0: Ended(1, both), 1: Ended(1, both, open=1)})
     assert in_step({0: Ended(1, both), 1: Ended(1, both), 2: Ended(1, {})})
 
@@ -196,6 +197,8 @@ def test_the_first_error_counts_and_only_of_this_call():
 
 
 def test_who_waits_for_a_rank_that_has_left_waits_for_that_one_first():
-    gone = Record(call=1, ended=Ended(1, {"a": (2, (0, 1, 2))}), counts={"a": (2, (0, 1, 2))})
-    assert late_rank(0, {0: _record("a", 3, (0, 1, 2)), 1: Record(call=1), 2: gone}) == 2
-    assert late_rank(0, {0: _record("a", 2, (0, 2)), 2: gone}) is None
+    everyone = (0, 1, 2)
+    counts = {Operation("a", everyone): 2}
+    gone = Record(call=1, ended=Ended(1, counts), counts=counts)
+    assert late_rank(0, {0: _record("a", 3, everyone), 1: Record(call=1), 2: gone}) == 2
+    assert late_rank(0, {0: _record("a", 2, everyone), 1: gone, 2: gone}) is None

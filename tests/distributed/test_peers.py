@@ -53,7 +53,7 @@ def test_a_rank_that_fails_in_attention_is_out_of_step_with_one_that_did_not_com
         def _heads(self, q, *_):
             return q, q, q
 
-    progress = [Operations(lambda: None, lambda _: None) for _ in range(2)]
+    progress = [Operations() for _ in range(2)]
     group = SimpleNamespace(name="two ranks", rank=0, size=2, ranks=(0, 1), device="cpu", operations=progress[0])
     size = rounded(1)
     mine = OneRank(group, (size, size), torch.zeros(256 + 2 * size, dtype=torch.uint8), [0, 0])

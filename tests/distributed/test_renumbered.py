@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.collectives.renumbered_store import Renumbered
+from pipeboost.distributed.collectives.symmetric_connect import Renumbered
 
 
 @contextlib.contextmanager

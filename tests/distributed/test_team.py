@@ -33,11 +33,11 @@ TOKENS = ParallelConfig(ulysses=2)
     [
         (
             ({"parallel": ParallelConfig(replicas=2)}, {"parallel": TOKENS}),
-            "ranks planned differently: rank 0 replicas 2 on cpu, rank 1 ulysses 2 on cpu; name the layout",
+            "ranks planned differently: rank 0 parallel: replicas=2 on cpu (ParallelConfig(",
         ),
         (
             ({"parallel": TOKENS}, {"parallel": ParallelConfig(ulysses=2, vae=False)}),
-            "ranks planned differently: rank 0 parallel: ulysses=2 (ParallelConfig(",
+            "ranks planned differently: rank 0 parallel: ulysses=2 on cpu (ParallelConfig(",
         ),
     ],
     ids=["layouts", "settings of one layout"],

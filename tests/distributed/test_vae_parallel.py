@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeboost.contract.registry import families
 from pipeboost.core.sharding import Autoencoder
-from pipeboost.features.parallel.vae_structure import Structure, structure_of
+from pipeboost.features.parallel.vae import Structure, structure_of
 from tests.distributed import vae_cases
 from tests.distributed.ranks import on_ranks
 from tests.distributed.vae_cases import VAES, Map, Results

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed.collectives import groups
-from pipeboost.features.parallel import own_device
+from pipeboost.features.parallel import rank_share
 from tests.gpu.parallel_gpu_cases import _difference, _exact_device, in_two_parts
 from tests.pipelines.tiny import TINY
 
@@ -69,13 +69,13 @@ class ThroughHost:
 @contextlib.contextmanager
 def _sharing_one_gpu() -> Iterator[None]:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    device, backend = own_device.local_device, groups._backend
-    own_device.local_device = lambda: torch.device("cuda", 0)
+    device, backend = rank_share.local_device, groups._backend
+    rank_share.local_device = lambda: torch.device("cuda", 0)
     groups._backend = lambda kind, *where: (ThroughHost if kind == "cuda" else _gloo)(*where)
     try:
         yield
     finally:
-        own_device.local_device, groups._backend = device, backend
+        rank_share.local_device, groups._backend = device, backend
 
 
 def _gloo(*where: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed import local_device
-from pipeboost.features.parallel.own_device import to_be_split
+from pipeboost.features.parallel.rank_share import to_be_split
 from tests.pipelines.tiny import TINY
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pipeboost.contract.call import Call
 from pipeboost.features.parallel import ulysses_ring
-from pipeboost.features.parallel.shards import SHARDS, Shards
+from pipeboost.features.parallel.sequence_parallel import SHARDS, Shards
 
 
 def test_once_a_size_was_captured_it_is_exchanged_in_two_parts_where_it_runs_eagerly_too(monkeypatch):

@@ -26,7 +26,7 @@ from pipeboost.core.errors import ConfigurationError, MissingPackageError, Pipeb
 from pipeboost.core.hardware import device_of
 from pipeboost.core.seams import stock_class
 from pipeboost.features.offload.place import execution_device
-from pipeboost.features.parallel.own_device import to_be_split
+from pipeboost.features.parallel.rank_share import to_be_split
 from pipeboost.generate import functions, inputs, loading
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image

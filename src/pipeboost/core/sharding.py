@@ -130,7 +130,7 @@ class Autoencoder:
 
     Attributes:
         local: class names of modules that do the same to every pixel and look at no other, but through modules inside
-            them; and of convolutions and nearest upsampling that prepare their input. `parallel/vae_structure.py` says
+            them; and of convolutions and nearest upsampling that prepare their input. `parallel/vae.py` says
             how they may pad it.
         attention: class names of modules that attend to the whole map by torch's scaled dot product attention, with
             that of the processor that does so, or `""`. Their tokens are in the order (frames, rows, columns), and

@@ -1,4 +1,6 @@
-"""Ranks: joining them, the mesh that orders them, and what they agree on."""
+"""Ranks: joining them, the mesh that orders them, and what they agree on; below, what other rooms use of it."""
+
+# ruff: noqa: F401
 
 from pipeboost.distributed.agreement.arguments import (
     DisagreementError,
@@ -10,29 +12,5 @@ from pipeboost.distributed.agreement.broadcast import broadcast_outcome
 from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import AXES, SAMPLE, SEQUENCE, Mesh
 from pipeboost.distributed.collectives.symmetric_buffers import Peers
-from pipeboost.distributed.failure.collective_wait import Pending, follow, suspend_timeout
-from pipeboost.distributed.failure.rendezvous import announce, decline, rendezvous
-from pipeboost.distributed.start import local_device, world, world_size
-
-__all__ = [
-    "AXES",
-    "SAMPLE",
-    "SEQUENCE",
-    "DisagreementError",
-    "Group",
-    "Mesh",
-    "Peers",
-    "Pending",
-    "agreed_arguments",
-    "announce",
-    "broadcast_outcome",
-    "checked_latents",
-    "decline",
-    "follow",
-    "local_device",
-    "rendezvous",
-    "require_same_state",
-    "suspend_timeout",
-    "world",
-    "world_size",
-]
+from pipeboost.distributed.failure.collective_wait import finish, suspend_timeout
+from pipeboost.distributed.start import announce, decline, local_device, rendezvous, world, world_size

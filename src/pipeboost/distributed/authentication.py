@@ -25,7 +25,7 @@ def shared_secret() -> bytes:
 
 def sign(content: bytes, about: str, secret: bytes) -> bytes:
     """Return the content after its signature, which holds for messages about the same thing only."""
-    return _signature(content, about, secret) + content
+    return hmac.digest(secret, about.encode() + b"\0" + content, "sha256") + content
 
 
 def verify(message: bytes, about: str, secret: bytes) -> bytes:
@@ -35,10 +35,6 @@ def verify(message: bytes, about: str, secret: bytes) -> bytes:
         ForgeryError: it was not, or not with this secret, or about something else.
     """
     content = message[LENGTH:]
-    if not hmac.compare_digest(message[:LENGTH], _signature(content, about, secret)):
+    if not hmac.compare_digest(message, sign(content, about, secret)):
         raise ForgeryError(f"a message about {about!r} is not signed by a rank of this world; {VARIABLE} must be equal")
     return content
-
-
-def _signature(content: bytes, about: str, secret: bytes) -> bytes:
-    return hmac.digest(secret, about.encode() + b"\0" + content, "sha256")

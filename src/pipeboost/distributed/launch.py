@@ -22,7 +22,7 @@ import torch.multiprocessing
 
 from pipeboost.core.errors import ConfigurationError, RankFailedError
 from pipeboost.distributed.authentication import VARIABLE
-from pipeboost.distributed.failure.local_processes import death_by
+from pipeboost.distributed.local_processes import death_by
 from pipeboost.distributed.start import world_size
 
 T = TypeVar("T")
@@ -101,17 +101,10 @@ def _run_rank(rank: int, count: int, port: int, secret: str, launcher: Connectio
     end_with_parent: Any = getattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig")  # noqa: B009 - has no stub
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, _interrupt_once)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the store runs already
-        TORCHELASTIC_RESTART_COUNT="0",
-        **{VARIABLE: secret},
-    )
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", VARIABLE: secret})
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")  # the store runs already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)

@@ -26,7 +26,7 @@ from pipeboost.core.errors import (
 from pipeboost.core.hardware import device_type
 from pipeboost.core.user_files import user_path
 from pipeboost.distributed import local_device, world_size
-from pipeboost.features.parallel.own_device import to_be_split
+from pipeboost.features.parallel.rank_share import to_be_split
 from pipeboost.generate.requests import is_finite
 from pipeboost.stages.report import component_bytes
 

@@ -21,7 +21,7 @@ from pipeboost.core.families import StageDoor
 from pipeboost.core.locks import Locks
 from pipeboost.core.seams import Middleware
 from pipeboost.distributed import Mesh, broadcast_outcome
-from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
+from pipeboost.distributed.agreement.arguments import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.features.parallel.cfg_parallel import without_cfg_parallel
 from pipeboost.stages.by_name import Arguments, ResultForm, named_results
 from pipeboost.stages.composition import STAGES, BuiltInStage

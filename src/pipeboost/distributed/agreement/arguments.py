@@ -2,12 +2,15 @@
 
 In the usual case one collective of sixteen bytes says that they agree. Where they do not, they exchange what they
 have; what a rank lacks it gets from the first one, and what contradicts the first one ends the call on all.
+
+Random state is that of this process, which stock draws from where it has no generator, and of generators.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +20,43 @@ from PIL import Image
 from pipeboost.core.errors import PipeboostError
 from pipeboost.core.fingerprint import digest
 from pipeboost.distributed.agreement.broadcast import broadcast_outcome
-from pipeboost.distributed.agreement.random_state import fingerprint, generators_in, global_state, set_global_state
 from pipeboost.distributed.collectives.mesh import Mesh
+
+State = dict[str, Any]
+
+
+def global_state(device: torch.device) -> State:
+    """Return the state of all that a pipeline may draw from in this process: torch on both devices, Python, NumPy."""
+    state: State = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_global_state(state: State, device: torch.device) -> None:
+    """Bring this process to a state that `global_state` returned, here or on another rank."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def fingerprint(state: State) -> bytes:
+    """Return sixteen bytes that show whether somebody has drawn between two states."""
+    # As one text, because Python's state is a tuple of 625 numbers.
+    return digest({**state, "python": repr(state["python"])})
+
+
+def generators_in(values: Iterable[Any]) -> list[torch.Generator]:
+    """Return the generators among some arguments, each once; stock takes one or a list of them."""
+    flat = [each for value in values for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    return list({id(each): each for each in flat if isinstance(each, torch.Generator)}.values())
+
 
 STRETCHES = 16
 """Parts of the latents that are compared each by its sum."""
@@ -118,7 +156,10 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
     different = [name for name in names if len({each.get(name) for each in all_digests}) > 1]
     part = different[0]
     own = facts(part) if part in digests else {}
-    here = {name: (digest(value), _describe_fact(value), hasattr(value, "description")) for name, value in own.items()}
+    here = {
+        name: (digest(each), each if isinstance(each, str) else _describe(each), hasattr(each, "description"))
+        for name, each in own.items()
+    }
     everywhere: list[dict[str, _Fact]] = control.all_gather_objects(here)
     others = [place for place, each in enumerate(all_digests) if each.get(part) != all_digests[0].get(part)]
     first, rank = control.ranks[0], ", ".join(str(control.ranks[place]) for place in others)
@@ -128,10 +169,6 @@ def require_same_state(mesh: Mesh, digests: Mapping[str, bytes], facts: Callable
         "ranks that work on one sample together run the same, so change all of them alike, or use parallel=None to let "
         "every rank work for itself"
     )
-
-
-def _describe_fact(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "description", "") or _describe(value)
 
 
 def _difference(theirs: Mapping[str, _Fact], first: Mapping[str, _Fact]) -> str:
@@ -206,18 +243,14 @@ def _lacking(summaries: Sequence[Mapping[str, _Summary]], ranks: Sequence[int]) 
             if found.digest == wanted.digest:
                 continue
             if wanted.called or (found.given and not (found.draws and wanted.draws)):
-                raise _disagreement(name, wanted, found, ranks[0], ranks[rank])
+                same = "give all of them one, or none" if wanted.called or found.called else "call all of them alike"
+                raise DisagreementError(
+                    f"{name}={wanted.description} on rank {ranks[0]}, but {found.description} on rank {ranks[rank]}, "
+                    f"which work on one sample together: {same}, or use parallel=None to let every rank work for "
+                    "itself, or ParallelConfig(replicas=...) for as many samples at a time"
+                )
             lacking.setdefault(name, set()).add(rank)
     return lacking
-
-
-def _disagreement(name: str, wanted: _Summary, found: _Summary, first: int, rank: int) -> DisagreementError:
-    same = "give all of them one, or none" if wanted.called or found.called else "call all of them alike"
-    return DisagreementError(
-        f"{name}={wanted.description} on rank {first}, but {found.description} on rank {rank}, which work on one "
-        f"sample together: {same}, or use parallel=None to let every rank work for itself, or "
-        "ParallelConfig(replicas=...) for as many samples at a time"
-    )
 
 
 def _draws(value: Any) -> list[tuple[str, int]]:
@@ -240,6 +273,8 @@ def _like_own(received: Any, own: Any) -> Any:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(told := getattr(value, "description", None), str):
+        return told
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     if isinstance(value, np.ndarray):

@@ -1,26 +1,122 @@
-"""`broadcast_outcome`: work that some ranks of a sample do, and all of them have the outcome of."""
+"""`broadcast_outcome`: work that some ranks of a sample do, and all of them have the outcome of.
+
+Any value can be one: its tensors travel by themselves, and a pickle of everything else.
+"""
 
 from __future__ import annotations
 
+import io
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeboost.core.errors import PipeboostError
-from pipeboost.distributed.agreement.serialization import Known, memory_of, pack, tensors_in, unpack
-from pipeboost.distributed.authentication import LENGTH, shared_secret, sign, verify
-from pipeboost.distributed.collectives.groups import Group
 from pipeboost.distributed.collectives.mesh import SAMPLE, Mesh
 
 
-class _Outcome(IntEnum):
-    WAITED = 0
-    DONE = 1
-    FAILED = 2
+class TensorLayout(NamedTuple):
+    """What a rank must know of a tensor to receive it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """Return a tensor of this kind; on `device`, if it comes from a device of that type, else on the CPU."""
+        where = device if self.device == device.type else torch.device("cpu")
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=where)
+
+
+def pack(
+    value: Any, known: Sequence[Any], versions: Sequence[int | None], what: str
+) -> tuple[tuple[list[TensorLayout], bytes], list[torch.Tensor]]:
+    """Take a value apart, which is called `what` in an error; objects that are known had these versions before.
+
+    Returns:
+        The layout of each tensor and the pickle of everything else; each tensor once, without gaps in memory.
+
+    Raises:
+        PipeboostError: something in it cannot be pickled.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file, known, versions)
+    try:
+        packer.dump(value)
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
+        raise PipeboostError(f"{what} cannot be sent to other ranks ({error}); let every rank make its own") from error
+    layouts = [TensorLayout(tuple(t.shape), t.stride(), t.dtype, t.device.type) for t in packer.tensors]
+    return (layouts, file.getvalue()), packer.tensors
+
+
+def unpack(content: bytes, tensors: Sequence[torch.Tensor], known: Sequence[Any], device: torch.device) -> Any:
+    """Return the value that was packed, made of the tensors that have arrived and of this rank's own objects.
+
+    A `torch.device`, also that of a generator, is this rank's `device` where it is one of its type.
+    """
+    return _Unpacker(io.BytesIO(content), tensors, known, device).load()
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, known: Sequence[Any], versions: Sequence[int | None]) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+        self._known = {id(each): place for place, each in enumerate(known)}
+        self._versions = versions
+        self._places: dict[int, tuple[int, torch.Tensor]] = {}  # with the tensor, which keeps its `id`
+
+    def persistent_id(self, obj: Any) -> Any:
+        place = self._known.get(id(obj))
+        if place is not None:
+            version = _version(obj)
+            changed = isinstance(obj, torch.Tensor) and (version is None or version != self._versions[place])
+            return ("known", place, self._place(obj) if changed else None)
+        if isinstance(obj, torch.Tensor):
+            return ("tensor", self._place(obj))
+        return ("device", obj.type) if isinstance(obj, torch.device) else None
+
+    def _place(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self._places:
+            self._places[id(tensor)] = (len(self.tensors), tensor)
+            self.tensors.append(_without_gaps(tensor))
+        return self._places[id(tensor)][0]
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(
+        self, file: io.BytesIO, tensors: Sequence[torch.Tensor], known: Sequence[Any], device: torch.device
+    ) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._known = known
+        self._device = device
+
+    def persistent_load(self, pid: Any) -> Any:
+        how, place, *rest = pid
+        if how == "tensor":
+            return self._tensors[place]
+        if how == "device":
+            return self._device if place == self._device.type else torch.device(place)
+        own = self._known[place]
+        if rest[0] is not None:
+            with torch.no_grad():
+                own.copy_(self._tensors[rest[0]])
+        return own
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a tensor of layout {tensor.layout}")
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    dense: Callable[[torch.Tensor], int] = torch._debug_has_internal_overlap  # 0: neither gaps nor overlaps
+    return plain if dense(plain) == 0 else plain.contiguous()
+
+
+def _version(obj: Any) -> int | None:
+    return obj._version if isinstance(obj, torch.Tensor) and not obj.is_inference() else None
 
 
 def broadcast_outcome(
@@ -42,31 +138,28 @@ def broadcast_outcome(
             in its place on the others.
         PipeboostError: the outcome has something that cannot be pickled; on every rank.
     """
-    objects = Known(known)
+    versions = [_version(each) for each in known]
     here = mesh.main if branch is None else mesh.index("cfg") == branch
-    outcome, content, value, error = _Outcome.WAITED, b"", None, None
+    value, packed, error, failed = None, None, None, b""
     tensors: list[torch.Tensor] = []
     if here:
         try:
             value = work()
-            content, tensors = pack(value, objects, what)
-            outcome = _Outcome.DONE
+            packed, tensors = pack(value, known, versions, what)
         except Exception as failure:
-            error = failure
-            outcome, content = _Outcome.FAILED, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
-    header = torch.tensor([[outcome, len(content)]])
-    outcomes, lengths = mesh.control.all_gather(header, 0, [1] * mesh.control.size).t().tolist()
-    failed = _Outcome.FAILED in outcomes
-    source = outcomes.index(_Outcome.FAILED if failed else _Outcome.DONE)
-    own, content = content, _broadcast(mesh.control, content, lengths[source], source)
+            error, failed = failure, _packed_failure(failure, mesh.control.ranks[mesh.control.rank])
+    everyone = mesh.control.all_gather_objects((packed, failed))
     if error is not None:
         raise error
-    if failed:
-        error, where = pickle.loads(content)
-        raise error from PipeboostError(where)  # the traceback there
-    assert not own or tensors_in(own) == tensors_in(content), "the ranks of one branch have done the same"
+    for _, failed in everyone:
+        if failed:
+            error, where = pickle.loads(failed)
+            raise error from PipeboostError(where)  # the traceback there
+    source = next(rank for rank, (sent, _) in enumerate(everyone) if sent is not None)
+    layouts, content = everyone[source][0]
+    assert packed is None or packed[0] == layouts, "the ranks of one branch have done the same"
     arrived = []
-    for place, layout in enumerate(tensors_in(content)):
+    for place, layout in enumerate(layouts):
         on_device = layout.device == mesh.device.type
         group, root = mesh.control, source
         if on_device:
@@ -74,17 +167,10 @@ def broadcast_outcome(
         sends = here and (on_device or mesh.control.rank == source)
         tensor = tensors[place] if sends else layout.empty(mesh.device)
         if tensor.numel():
-            group.broadcast(memory_of(tensor), root)
+            memory = tensor.as_strided((tensor.numel(),), (1,))  # as it lies there, in whatever order of dimensions
+            group.broadcast(memory.view(torch.uint8), root)
         arrived.append(tensor)
-    return value if here else unpack(content, arrived, objects, mesh.device)
-
-
-def _broadcast(control: Group, content: bytes, length: int, source: int) -> bytes:
-    """The bytes of one rank, on all."""
-    message = sign(content, control.name, shared_secret()) if control.rank == source else bytes(length + LENGTH)
-    tensor = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    control.broadcast(tensor, source)
-    return verify(tensor.numpy().tobytes(), control.name, shared_secret())
+    return value if here else unpack(content, arrived, known, mesh.device)
 
 
 def _packed_failure(error: Exception, rank: int) -> bytes:

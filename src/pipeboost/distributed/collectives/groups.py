@@ -69,9 +69,6 @@ class Group:
             self.backend = _backend(device, dist.PrefixStore(self.name, everyone.store), self.rank, self.size)
         _groups[self.name] = self
 
-    def __repr__(self) -> str:
-        return f"<Group of ranks {', '.join(map(str, self.ranks))}, here {self.rank}>"
-
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks, a new tensor, the same to the bit on all."""
         return tensor if self.size == 1 else torch.ops.pipeboost.all_reduce(tensor, self.name)
@@ -122,13 +119,13 @@ class Group:
             finish(self, "broadcast", self.backend.broadcast([tensor], options))
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Return the value of each rank, in the order of the group; anything that can be pickled. CPU groups only."""
+        """Return the value of each rank, in the order of the group; anything that can be pickled."""
         if self.size == 1:
             return [value]
         signed = sign(pickle.dumps(value), self.name, shared_secret())
-        own = torch.frombuffer(bytearray(signed), dtype=torch.uint8)
-        lengths = self.all_gather(torch.tensor([own.numel()]), 0, [1] * self.size).tolist()
-        messages = [part.numpy().tobytes() for part in self.all_gather(own, 0, lengths).split(lengths)]
+        own = torch.frombuffer(bytearray(signed), dtype=torch.uint8).to(self.device)
+        lengths = self.all_gather(torch.tensor([own.numel()], device=self.device), 0, [1] * self.size).tolist()
+        messages = [part.numpy().tobytes() for part in self.all_gather(own, 0, lengths).cpu().split(lengths)]
         return [pickle.loads(verify(message, self.name, shared_secret())) for message in messages]
 
     def peers(self, heads_bytes: int, tokens_bytes: int, device: torch.device) -> Peers | None:
@@ -211,9 +208,7 @@ def _all_reduce(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return result
 
 
-@_all_reduce.register_fake
-def _all_reduce_shape(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+_all_reduce.register_fake(lambda tensor, group: torch.empty_like(tensor, memory_format=torch.contiguous_format))
 
 
 @torch.library.custom_op("pipeboost::all_gather", mutates_args=())
@@ -248,6 +243,4 @@ def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], grou
     return result
 
 
-@_all_to_all.register_fake
-def _all_to_all_shape(tensor: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-    return tensor.new_empty((sum(received), *tensor.shape[1:]))
+_all_to_all.register_fake(lambda tensor, sent, received, group: tensor.new_empty((sum(received), *tensor.shape[1:])))

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed.collectives.groups import Group
-from pipeboost.distributed.failure.rendezvous import rendezvous
 from pipeboost.distributed.failure.watchdog import Watchdog
-from pipeboost.distributed.start import world
+from pipeboost.distributed.start import rendezvous, world
 
 AXES = ("replicas", "cfg", "ring", "ulysses", "tensor")
 """Outermost first: tensor ranks, which communicate most, are adjacent."""
@@ -40,7 +38,7 @@ class Mesh:
         watchdog: watches the calls of the ranks of one sample.
 
     Raises:
-        PipeboostError: some ranks did not come, or want other degrees or another device.
+        PipeboostError: some ranks did not come.
     """
 
     def __init__(self, degrees: Mapping[str, int], *, ranks: Sequence[int] | None = None, device: torch.device) -> None:
@@ -53,14 +51,7 @@ class Mesh:
         self._grid = torch.tensor(self.ranks).reshape(self.shape)
         here = (self._grid == everyone.rank).nonzero()[0].tolist()
         self._here = dict(zip(AXES, here, strict=True))
-        layouts = rendezvous("a mesh", self.ranks, f"{self._describe() or 'one rank a sample'} on {device.type}")
-        other = next((rank for rank, layout in enumerate(layouts) if layout != layouts[0]), None)
-        if other is not None:
-            raise UnsupportedError(
-                f"ranks planned differently: rank {self.ranks[0]} {layouts[0]}, rank {self.ranks[other]} "
-                f"{layouts[other]}; name the layout instead of 'auto', the same on every rank, and move every pipeline "
-                "to the same kind of device"
-            )
+        rendezvous("a mesh", self.ranks, "ready")
         self.groups: list[Group] = []
         self._groups: dict[tuple[str, ...], Group] = {}
         try:
@@ -80,12 +71,6 @@ class Mesh:
     def _new_group(self, members: tuple[int, ...], device: str) -> Group:
         self.groups.append(Group(members, device))
         return self.groups[-1]
-
-    def __repr__(self) -> str:
-        return f"<Mesh {self._describe() or 'of one rank'}, here {self._here}>"
-
-    def _describe(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.shape, strict=True) if size > 1)
 
     def group(self, *axes: str) -> Group:
         """Return the ranks that differ from this one along these axes alone: one axis, `SEQUENCE` or `SAMPLE`."""

@@ -6,17 +6,57 @@ each row where it belongs, on whichever GPU that is. Needs torch's symmetric mem
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from pipeboost.distributed.collectives.streams import Stream
-from pipeboost.distributed.failure.collective_wait import follow
+from pipeboost.distributed.failure.collective_wait import finish
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
+
+
+class Stream:
+    """A CUDA stream.
+
+    Args:
+        stream: None for whatever this thread's work goes to, which is all that there is on a CPU.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+
+    @classmethod
+    def current(cls, device: torch.device) -> Stream:
+        """Return the one that this thread's work goes to."""
+        return cls(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
+    @classmethod
+    def new(cls, device: torch.device, *, first: bool = False) -> Stream:
+        """Return another one.
+
+        Args:
+            first: its kernels get the multiprocessors that become free before those of other streams.
+        """
+        return cls(torch.cuda.Stream(device, priority=-1 if first else 0) if device.type == "cuda" else None)
+
+    def on(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this thread's work goes to it."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Return what stands for all the work that it was given so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def after(self, mark: torch.cuda.Event | None) -> None:
+        """Let what comes next wait for what was marked."""
+        if self._stream is not None and mark is not None:
+            self._stream.wait_event(mark)
+
 
 SIGNAL_PAD = 256
 """Bytes in front, where ranks write how often they came."""
@@ -66,12 +106,7 @@ class Peers:
     """
 
     def __init__(
-        self,
-        group: Group,
-        sizes: tuple[int, int],
-        memory: torch.Tensor,
-        addresses: Sequence[int],
-        multiprocessors: int = 1,
+        self, group: Group, sizes: tuple[int, int], memory: Tensor, addresses: Sequence[int], multiprocessors: int = 1
     ) -> None:
         self.heads_bytes, self.tokens_bytes = sizes
         self.multiprocessors = multiprocessors
@@ -83,19 +118,19 @@ class Peers:
         self._streams = Stream.new(device, first=True), Stream.new(device)
         self._stop_waiting = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._round = torch.zeros(1, dtype=torch.int32, device=device)
-        self.starts: dict[tuple[int, ...], torch.Tensor] = {}
+        self.starts: dict[tuple[int, ...], Tensor] = {}
         self.launched: set[tuple[int, ...]] = set()
 
     def attended(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         tokens: Sequence[int],
-        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         *,
         parts: int = 1,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention by heads: each rank has all tokens of its heads for as long as it attends to them.
 
         In several parts one is attended to while the next is under way.
@@ -125,7 +160,7 @@ class Peers:
                     self._send_heads((q, k, v), tokens, part)
                     self._barrier()
                     arrived.append((part, links.mark()))
-                follow(group, "exchange of heads for tokens")
+                finish(group, "exchange of heads for tokens")
             for number, (part, mark) in enumerate(arrived):
                 # Two parts at a time: where the last blocks of one leave multiprocessors free, those of the next begin.
                 stream = streams[number % 2]
@@ -137,7 +172,7 @@ class Peers:
                     self._send_tokens(outs[-1], tokens, heads, part)
             with links.on():
                 self._barrier()
-                follow(group, "exchange of tokens for heads")
+                finish(group, "exchange of tokens for heads")
         finally:  # whoever goes on after an error goes on after all streams, and a capture ends with all of them
             for stream in (links, beside):
                 here.after(stream.mark())
@@ -148,7 +183,7 @@ class Peers:
         """Let this rank's GPU wait for nobody any more; what it computes from then on is worth nothing."""
         self._stop_waiting[0] = 1
 
-    def _send_heads(self, qkv: Sequence[torch.Tensor], tokens: Sequence[int], part: _Part) -> None:
+    def _send_heads(self, qkv: Sequence[Tensor], tokens: Sequence[int], part: _Part) -> None:
         from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_heads
 
         pace = HIDDEN if part.first else EXPOSED
@@ -163,7 +198,7 @@ class Peers:
             RANKS=group.size, ROW=row, BLOCK=pace.block, num_warps=pace.warps,
         )  # fmt: skip
 
-    def _heads(self, like: torch.Tensor, total: int, part: _Part) -> tuple[torch.Tensor, ...]:
+    def _heads(self, like: Tensor, total: int, part: _Part) -> tuple[Tensor, ...]:
         """What has arrived of q, k and v."""
         batch, _, _, head_dim = like.shape
         begin, nbytes = (
@@ -172,7 +207,7 @@ class Peers:
         received = self._memory[SIGNAL_PAD + begin : SIGNAL_PAD + begin + nbytes].view(like.dtype)
         return received.view(3, batch, total, part.heads, head_dim).unbind(0)
 
-    def _send_tokens(self, out: torch.Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
+    def _send_tokens(self, out: Tensor, tokens: Sequence[int], heads: int, part: _Part) -> None:
         from pipeboost.distributed.collectives.symmetric_kernels import EXPOSED, HIDDEN, send_tokens
 
         pace = EXPOSED if part.last else HIDDEN
@@ -193,7 +228,7 @@ class Peers:
             self._signal_pads, self._group.rank, self._round, self._stop_waiting, RANKS=self._group.size, num_warps=1
         )
 
-    def _starts_of(self, tokens: tuple[int, ...]) -> torch.Tensor:
+    def _starts_of(self, tokens: tuple[int, ...]) -> Tensor:
         if tokens not in self.starts:
             starts = [sum(tokens[:rank]) for rank in range(len(tokens) + 1)]
             self.starts[tokens] = torch.tensor(starts, dtype=torch.int32, device=self._signal_pads.device)

@@ -1,25 +1,97 @@
-"""`connect`: how the GPUs of a group get `Peers`, by torch's symmetric memory; tried before it is relied on."""
+"""`connect`: how the GPUs of a group get `Peers`, by torch's symmetric memory; tried before it is relied on.
+
+Torch numbers its exchanges of memory handles by one count for the whole process (`StoreExchange` in
+CUDASymmetricMemoryUtils.hpp, 2.11 to 2.13). Where one rank of a group has mapped memory with other ranks before and
+another has not, they would wait for keys that nobody writes; `Renumbered` counts from the first one that comes. It also
+waits as the rest of a call does: another rank's failure ends it, and other threads go on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeboost.distributed.collectives.renumbered_store import Renumbered
 from pipeboost.distributed.collectives.symmetric_buffers import SIGNAL_PAD, Peers, rounded
 from pipeboost.distributed.failure.collective_wait import expecting
-from pipeboost.distributed.failure.local_processes import this_process
+from pipeboost.distributed.local_processes import this_process
 from pipeboost.distributed.start import world
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
+
+_NUMBERED = re.compile(r"(?P<what>.*?/)(?P<number>\d+)(?P<rest>.*)")
+"""Such as `CUDASymmetricMemory/7/0`, of rank 0 in exchange 7, or `CUDASymmetricMemory/8` and more, a barrier."""
+
+
+class Renumbered(dist.Store):
+    """What torch asks of a store in such an exchange. To be kept for as long as torch uses it.
+
+    Args:
+        store: of this exchange alone, the same on all ranks.
+        waiting: around a wait; what it yields raises once there is no use in waiting any more.
+    """
+
+    def __init__(
+        self, store: dist.Store, waiting: Callable[[], contextlib.AbstractContextManager[Callable[[], None]]]
+    ) -> None:
+        super().__init__()
+        self._store = store
+        self._waiting = waiting
+        self._first: int | None = None
+
+    def set(self, key: str, value: Any) -> None:
+        """Write a value, which torch hands over as bytes."""
+        self._store.set(self._own(key), value)
+
+    def get(self, key: str) -> bytes:
+        """A value, once it is there."""
+        self.wait([key])
+        return bytes(self._store.get(self._own(key)))
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        """Several of them."""
+        return [self.get(key) for key in keys]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Return once all of these keys are there; `timeout` is the caller's, ours is the call's."""
+        own = [self._own(key) for key in keys]
+        with self._waiting() as check:
+            while not self._store.check(own):
+                check()
+                time.sleep(0.001)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of these keys are there."""
+        return bool(self._store.check([self._own(key) for key in keys]))
+
+    def add(self, key: str, value: int) -> int:
+        """Add to a number, and return it."""
+        return int(self._store.add(self._own(key), value))
+
+    def barrier(self, key: str, world_size: int, timeout: Any = None) -> None:
+        """Wait until as many have reached it."""
+        if self.add(f"{key}/came", 1) == world_size:
+            self.set(f"{key}/all", b"")
+        self.wait([f"{key}/all"])
+
+    def _own(self, key: str) -> str:
+        found = _NUMBERED.fullmatch(key)
+        if found is None:
+            return key
+        if self._first is None:
+            self._first = int(found["number"])
+        return f"{found['what']}{int(found['number']) - self._first}{found['rest']}"
+
 
 Made = TypeVar("Made")
 
@@ -40,10 +112,11 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     if group.size > MOST_RANKS:
         return f"the group has more than {MOST_RANKS} ranks"
     store = dist.PrefixStore(f"{group.name} {name}", world().store)
-    host = this_process().host
-    machine = host if host and find_spec("triton") is not None else "no Triton"
-    machines = _all_gather(store, "machine", machine, group)
-    if "no Triton" in machines:
+    machine = this_process().host if find_spec("triton") is not None else ""
+    cuda = device.type == "cuda"
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+    machines, counts = zip(*_all_gather(store, "machine", (machine, multiprocessors), group), strict=True)
+    if "" in machines:
         return "a rank has no Triton"
     if len(set(machines)) > 1:
         return "the ranks are on several machines"
@@ -59,16 +132,10 @@ def connect(group: Group, heads_bytes: int, tokens_bytes: int, device: torch.dev
     if troubles:
         return f"a GPU does not reach another's memory: {troubles[0]}"
     assert found is not None
-    multiprocessors = min(map(int, _all_gather(store, "multiprocessors", str(_multiprocessors(device)), group)))
-    peers = Peers(group, sizes, memory, found, multiprocessors)
-    right = _arrives(peers, group, device)
-    if not all(_all_gather(store, "right", "yes" if right else "", group)):
+    peers = Peers(group, sizes, memory, found, min(counts))
+    if not all(_all_gather(store, "right", _arrives(peers, group, device), group)):
         return "what one GPU wrote into another's memory did not arrive"
     return peers
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _managed(make: Callable[[], Made]) -> tuple[Made | None, str]:
@@ -147,12 +214,12 @@ def _addresses(memory: torch.Tensor) -> list[int]:
     return list(_SymmetricMemory.rendezvous(memory).buffer_ptrs)
 
 
-def _all_gather(store: Any, about: str, value: str, group: Group) -> list[str]:
+def _all_gather(store: Any, about: str, value: Any, group: Group) -> list[Any]:
     """What each rank of the group has; outside its collectives, since one of them may have failed."""
-    store.set(f"{about} {group.rank}", f"={value}")
+    store.set(f"{about} {group.rank}", json.dumps(value))
     keys = [f"{about} {rank}" for rank in range(group.size)]
     with expecting(group, _RENDEZVOUS) as check:
         while not store.check(keys):
             check()
             time.sleep(0.001)
-    return [store.get(key).decode().removeprefix("=") for key in keys]
+    return [json.loads(store.get(key)) for key in keys]

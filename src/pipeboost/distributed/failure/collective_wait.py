@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from pipeboost.distributed.failure.records import Counts
+from pipeboost.distributed.failure.records import Counts, Operation
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
@@ -37,22 +38,37 @@ def suspend_timeout(doing: str) -> Iterator[None]:
 
 def suspended_for() -> str:
     """Return what suspends the time-out in this process; empty if nothing does."""
-    latest = _doing[-1:]
-    return latest[0] if latest else ""
+    return "".join(_doing[-1:])
 
 
 def finish(group: Group, description: str, *works: Any) -> None:
     """Wait for a collective that has just begun: on a CPU until it is done, on a GPU the current stream does.
 
+    Args:
+        works: none for what was put on the current stream and takes all ranks of a group, such as a replayed graph.
+
     Raises:
         RankFailedError: inside a watched call, another rank will not do its part.
     """
-    group.operations.finish(works, group.operations.count({group.name: (1, group.ranks)}), group, description)
+    _finish(group, description, works, group.operations.count(Operation(group.name, group.ranks)))
 
 
-def follow(group: Group, description: str) -> None:
-    """Watch what was just put on the current stream and takes all ranks of a CUDA group, such as a replayed graph."""
-    finish(group, description)
+def _finish(group: Group, description: str, works: Sequence[Any], begun: Counts) -> None:
+    operations = group.operations
+    operations.check()
+    if group.device == "cuda":
+        for work in works:
+            work.wait()
+        if not torch.cuda.is_current_stream_capturing():
+            operations.given.append((torch.cuda.current_stream().record_event(), begun, description))
+        return
+    try:
+        with operations.waiting_for(begun, description):
+            for work in works:
+                work.wait()
+    except RuntimeError as error:
+        operations.check()
+        raise dist.DistBackendError(f"{description}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -62,8 +78,8 @@ def expecting(group: Group, description: str) -> Iterator[Callable[[], None]]:
     Yields:
         Raises `RankFailedError` where another rank has failed; to be called now and then.
     """
-    begun, _ = group.operations.counts.get(group.name, (0, ()))
-    with group.operations.waiting_for({group.name: (begun + 1, group.ranks)}, description):
+    operation = Operation(group.name, group.ranks)
+    with group.operations.waiting_for({operation: group.operations.counts[operation] + 1}, description):
         yield group.operations.check
 
 
@@ -74,18 +90,16 @@ class Pending:
         self, works: Sequence[Any], group: Group, sent: Sequence[int], received: Sequence[int], description: str
     ) -> None:
         self._works, self._group, self._description = works, group, description
-        here = group.ranks[group.rank]
+        here, ranks = group.ranks[group.rank], group.ranks
         # Two ranks count what they send each other by themselves: others need not send as much.
-        pairs = [(here, group.ranks[rank]) for rank in sent] + [(group.ranks[rank], here) for rank in received]
-        begun: Counts = {f"{group.name}: {a} to {b}": (pairs.count((a, b)), (a, b)) for a, b in pairs}
-        self._begun = group.operations.count(begun)
+        pairs = [(here, ranks[rank]) for rank in sent] + [(ranks[rank], here) for rank in received]
+        self._begun = group.operations.count(*(Operation(f"{group.name} to", pair) for pair in pairs))
         group.operations.open.append(description)
 
     def wait(self) -> None:
         """Go on once it is done; on a GPU the stream goes on then, not the host. Once only; raises as `finish` does."""
-        operations = self._group.operations
-        operations.finish(self._works, self._begun, self._group, self._description)
-        operations.open.remove(self._description)
+        _finish(self._group, self._description, self._works, self._begun)
+        self._group.operations.open.remove(self._description)
 
 
 class Waiting(NamedTuple):
@@ -99,52 +113,21 @@ class Waiting(NamedTuple):
 class Operations:
     """What this rank and its GPU have begun together with others, and what they wait for.
 
-    `check` raises if the call has failed elsewhere, and does so after `broken` was called with what a backend raised.
+    `check` raises if the call has failed elsewhere.
     """
 
-    def __init__(
-        self, check: Callable[[], None] = lambda: None, broken: Callable[[BaseException], None] = lambda error: None
-    ) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self.check = check
-        self._broken = broken
-        self.counts: Counts = {}
+        self.counts: Counter[Operation] = Counter()
         self.open: list[str] = []  # transfers that were begun and not waited for
-        self._waiting: dict[int, Waiting] = {}  # by thread
-        self._given: deque[tuple[Any, Counts, str]] = deque()  # to the GPU: an event, operations, their description
+        self.given: deque[tuple[Any, Counts, str]] = deque()  # to the GPU: an event, operations, their description
         self._given_since = 0.0
-        self._events: list[Any] = []
+        self._waiting: dict[int, Waiting] = {}  # by thread
 
-    def count(self, operations: Counts) -> Counts:
-        """Count so many of each kind that have begun; return their numbers."""
-        begun = {
-            operation: (self.counts.get(operation, (0,))[0] + number, members)
-            for operation, (number, members) in operations.items()
-        }
-        self.counts.update(begun)
-        return begun
-
-    def finish(self, works: Sequence[Any], begun: Counts, group: Group, description: str) -> None:
-        """Wait for what has begun: on a CPU until it is done, on a GPU the current stream does."""
-        self.check()
-        if group.device == "cuda":
-            for work in works:
-                work.wait()
-            if not torch.cuda.is_current_stream_capturing():
-                try:
-                    event = self._events.pop()
-                except IndexError:  # none is free
-                    event = torch.cuda.Event()
-                event.record()
-                self._given.append((event, begun, description))
-            return
-        try:
-            with self.waiting_for(begun, description):
-                for work in works:
-                    work.wait()
-        except RuntimeError as error:
-            self._broken(error)
-            self.check()
-            raise
+    def count(self, *operations: Operation) -> Counts:
+        """Count operations that have begun; return the number of the last of each kind."""
+        self.counts.update(operations)
+        return {each: self.counts[each] for each in operations}
 
     @contextlib.contextmanager
     def waiting_for(self, operations: Counts, description: str) -> Iterator[None]:
@@ -160,11 +143,9 @@ class Operations:
         """Return all that this rank's threads wait for, described as what takes longest; else what its GPU does."""
         threads = sorted(self._waiting.values(), key=lambda each: each.since)
         if threads:
-            together = {name: counted for each in threads for name, counted in each.operations.items()}
-            return threads[0]._replace(operations=together)
+            return threads[0]._replace(operations={name: n for each in threads for name, n in each.operations.items()})
         with contextlib.suppress(IndexError):  # nothing, or done meanwhile
-            _, operations, description = self._given[0]
-            return Waiting(operations, description, self._given_since)
+            return Waiting(*self.given[0][1:], self._given_since)
         return None
 
     def ask_gpu(self) -> None:
@@ -172,8 +153,8 @@ class Operations:
         with _querying:
             if suspended_for():
                 return  # a capture may run, in which nobody may ask
-            while self._given and self._given[0][0].query():
-                self._events.append(self._given.popleft()[0])
+            while self.given and self.given[0][0].query():
+                self.given.popleft()
                 self._given_since = time.monotonic()
-            if not self._given:
+            if not self.given:
                 self._given_since = time.monotonic()

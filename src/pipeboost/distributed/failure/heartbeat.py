@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from pipeboost.distributed.authentication import ForgeryError, shared_secret, sign, verify
-from pipeboost.distributed.failure.local_processes import Death, LocalProcess, this_process
 from pipeboost.distributed.failure.records import Record
+from pipeboost.distributed.local_processes import Death, LocalProcess, this_process
 
 if TYPE_CHECKING:
     from pipeboost.distributed.collectives.groups import Group
@@ -77,12 +77,33 @@ class Heartbeat:
         self._send(Record())
         group.all_gather_objects("connected")  # so that a record of each is there
 
-    def exchange(self, compose: Callable[[], Record]) -> None:
-        """Send what `compose` makes, and read the records of the others."""
+    def exchange(self, compose: Callable[[], Record], *, deaths: bool = False) -> None:
+        """Send what `compose` makes, and read the records of the others.
+
+        Args:
+            deaths: look also which of them have died; by the time `deaths` has one, `records` has what it sent last.
+        """
         with self._lock:  # so that none replaces a later one
-            self._receive(self._send(compose()))
+            found = {rank: process.death() for rank, process in self._alive.items()} if deaths else {}
+            dead = {rank: death for rank, death in found.items() if death is not None} | self._send(compose())
+            if dead:
+                time.sleep(_LAST_WORDS)
+            with contextlib.suppress(dist.DistError):  # who removed one has forged silence, which counts too
+                for rank, message in zip(self._others, self._own.multi_get([*map(str, self._others)]), strict=True):
+                    self._read(rank, message)
+            self.deaths |= dead
+
+    def wait(self, seconds: float, woken: Connection) -> bool:
+        """Wait until a local process dies or the time is over; return True at once where `woken` has an end."""
+        dying = [each.descriptor for each in self._alive.values() if each.descriptor is not None]
+        return woken in wait([woken, *dying], seconds)
+
+    @property
+    def _alive(self) -> dict[int, LocalProcess]:
+        return {rank: process for rank, process in self._local.items() if rank not in self.deaths}
 
     def _send(self, record: Record) -> dict[int, Death]:
+        """Send a record; return which ranks of other machines are gone."""
         dead = {}
         message = sign(pickle.dumps(record), str(self.rank), self._secret)
         for rank, store in self._others.items():
@@ -94,15 +115,6 @@ class Heartbeat:
                     if rank not in self._local:  # of those the system knows more
                         dead[rank] = Death("has gone: its connection broke")
         return dead
-
-    def _receive(self, dead: dict[int, Death]) -> None:
-        """Read the records of the others, the last ones of those that are dead."""
-        if dead:
-            time.sleep(_LAST_WORDS)
-        with contextlib.suppress(dist.DistError):  # who removed one has forged silence, which counts too
-            for rank, message in zip(self._others, self._own.multi_get([*map(str, self._others)]), strict=True):
-                self._read(rank, message)
-        self.deaths |= dead
 
     def _read(self, rank: int, message: bytes) -> None:
         try:
@@ -116,20 +128,6 @@ class Heartbeat:
         if rank not in self.records or record.beat > self.records[rank].beat:
             self.received[rank], self._unanswered[rank] = time.monotonic(), 0
             self.records[rank] = record
-
-    def wait(self, seconds: float, woken: Connection) -> bool:
-        """Wait until a local process dies, the other end of `woken` is closed or the time is over.
-
-        Returns:
-            Whether it is closed. By then `deaths` has who died, and `records` what they sent last.
-        """
-        alive = {rank: each for rank, each in self._local.items() if rank not in self.deaths}
-        ready = wait([woken, *(each.descriptor for each in alive.values() if each.descriptor is not None)], seconds)
-        dead = {rank: death for rank, each in alive.items() if (death := each.death()) is not None}
-        if dead:
-            with self._lock:
-                self._receive(dead)
-        return woken in ready
 
     def close(self) -> None:
         """Give up the connections."""

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeboost.core.errors import RankFailedError
 
-Counts = dict[str, tuple[int, tuple[int, ...]]]
-"""Of each kind of operation: how many this rank has begun, and the ranks that do it together."""
+
+class Operation(NamedTuple):
+    """A kind of operation, and the ranks that do it together."""
+
+    name: str
+    members: tuple[int, ...]
+
+
+Counts = dict[Operation, int]
+"""How many of each kind a rank has begun."""
 
 
 class Failure(NamedTuple):
@@ -87,10 +95,10 @@ def in_step(ends: Mapping[int, Ended]) -> bool:
     No message is under way then: every operation that one rank has begun, the others have begun with it.
     """
     return not any(ended.open for ended in ends.values()) and all(
-        _begun(ends[member].counts, operation) == number
+        ends[member].counts.get(operation) == number
         for ended in ends.values()
-        for operation, (number, members) in ended.counts.items()
-        for member in members
+        for operation, number in ended.counts.items()
+        for member in operation.members
     )
 
 
@@ -105,9 +113,9 @@ def late_rank(rank: int, records: Mapping[int, Record]) -> int | None:
         seen.append(rank)
         missing = [
             member
-            for operation, (number, members) in sorted(records[rank].waiting.items())
-            for member in members
-            if member not in records or _begun(records[member].counts, operation) < number
+            for operation, number in sorted(records[rank].waiting.items())
+            for member in operation.members
+            if member not in records or records[member].counts.get(operation, 0) < number
         ]
         left = [member for member in missing if member in records and not records[member].inside]
         idle = left + [member for member in missing if member not in records or not records[member].waiting]
@@ -115,13 +123,3 @@ def late_rank(rank: int, records: Mapping[int, Record]) -> int | None:
             return idle[0] if idle else None
         rank = missing[0]
     return None
-
-
-def _begun(counts: Counts, operation: str) -> int:
-    return counts[operation][0] if operation in counts else 0
-
-
-def describe_ranks(ranks: Iterable[int]) -> str:
-    """Return such as `rank 2` or `ranks 0, 1 and 3`."""
-    numbers = [str(rank) for rank in sorted(ranks)]
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pipeboost.contract.call import Call, alone, current_call
 from pipeboost.core.fingerprint import numerics
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import SEQUENCE, Group, follow
+from pipeboost.distributed import SEQUENCE, Group, finish
 from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import Arguments, NotCapturable, read
@@ -293,7 +293,7 @@ def _follow_ranks(call: Call) -> None:
     groups = () if call.mesh is None else (call.mesh.group(*SEQUENCE), call.mesh.group("tensor"))
     for group in groups:
         if group.size > 1:
-            follow(group, "replayed forward")
+            finish(group, "replayed forward")
 
 
 def _fit(arguments: Arguments) -> torch.device:

@@ -12,13 +12,11 @@ from pipeboost.contract.decision import Decision
 from pipeboost.contract.registry import text_encoder_sharding
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.parallel.cancellation import agree_on_interrupts, agree_on_steps
-from pipeboost.features.parallel.cfg_batch import share_batch
 from pipeboost.features.parallel.cfg_parallel import flush_deferred, share_branches
-from pipeboost.features.parallel.own_device import take_from_host
+from pipeboost.features.parallel.rank_share import take_from_host
 from pipeboost.features.parallel.rank_team import RankTeam
 from pipeboost.features.parallel.sequence_parallel import shard_sequence
-from pipeboost.features.parallel.tensor import shard_weights
-from pipeboost.features.parallel.tensor_guards import guard_pipeline
+from pipeboost.features.parallel.tensor import guard_pipeline, shard_weights
 from pipeboost.features.parallel.vae import parallelize_vae
 
 
@@ -26,7 +24,7 @@ def join(pipe: Any, decision: Decision, context: ApplyContext, ledger: Ledger) -
     """Form the team of ranks; each of them is at this point of its program.
 
     Raises:
-        UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
+        UnsupportedError: they cannot share what they were asked to.
     """
     team = RankTeam(pipe, context)
     ledger.record("ranks", team.mesh.close)
@@ -42,12 +40,13 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         if path in team.text_encoders:
             sharding = text_encoder_sharding(obj)
         if sharding is not None:
-            shard_weights(obj, sharding, mesh.group("tensor"), ledger, ready=team.require_all)
+            group = mesh.group("tensor")
+            shard_weights(obj, sharding, group, ledger, ready=team.require_all, reporting=team.reporting)
             take_from_host(obj, mesh.device, ledger)
         if not path:
             guard_pipeline(obj, mesh.group("tensor"), ledger)
     if component.denoises and mesh.degree("cfg") > 1:
-        (share_branches if family.batched is None else share_batch)(obj, family, ledger)
+        share_branches(obj, family, ledger)
     if component.denoises and team.across is not None:
         shard_sequence(obj, family, ledger)
     if not path:

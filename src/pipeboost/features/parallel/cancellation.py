@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.ledger import Ledger
-from pipeboost.distributed import Mesh, Pending, checked_latents
+from pipeboost.distributed import Mesh, checked_latents
 
 _INTERRUPTED = Slot[bool](bool)
 
@@ -39,20 +39,8 @@ def agree_on_interrupts(pipe: Any, ledger: Ledger) -> None:
         ledger.add_middleware(pipe, "interrupt", _interrupt, place="pipe.parallel")
 
 
-class _Flags(NamedTuple):
-    """Flags that are under way between the ranks.
-
-    Attributes:
-        own: two flags, whether this rank is to cancel and to interrupt the call.
-        others: the same of each other rank.
-    """
-
-    own: torch.Tensor
-    others: tuple[torch.Tensor, ...]
-    pending: Pending
-
-
-_FLAGS = Slot[_Flags]()
+_FLAGS = Slot[Callable[[], tuple[bool, bool]]]()
+"""Waits for what is under way between the ranks: whether one of them cancels, and whether one interrupts the call."""
 
 
 def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +57,7 @@ def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) 
         return result
     flags = call.pop(_FLAGS)
     if flags is not None:
-        cancelled, interrupted = _received(flags)
+        cancelled, interrupted = flags()
         if interrupted:
             call[_INTERRUPTED] = True
         if cancelled:
@@ -80,19 +68,18 @@ def _step(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) 
     return result
 
 
-def _send(call: Call, mesh: Mesh) -> _Flags:
+def _send(call: Call, mesh: Mesh) -> Callable[[], tuple[bool, bool]]:
     control = mesh.control
     own = torch.tensor([call.is_to_be_cancelled, bool(getattr(call.pipe, "_interrupt", False))])
-    others = [rank for rank in range(control.size) if rank != control.rank]
-    theirs = tuple(torch.zeros_like(own) for _ in others)
-    pending = control.exchange([(own, rank) for rank in others], list(zip(theirs, others, strict=True)))
-    return _Flags(own, theirs, pending)
+    others = {rank: torch.zeros_like(own) for rank in range(control.size) if rank != control.rank}
+    pending = control.exchange([(own, rank) for rank in others], [(each, rank) for rank, each in others.items()])
 
+    def received() -> tuple[bool, bool]:
+        pending.wait()
+        cancelled, interrupted = torch.stack([own, *others.values()]).any(dim=0).tolist()
+        return cancelled, interrupted
 
-def _received(flags: _Flags) -> tuple[bool, bool]:
-    flags.pending.wait()
-    cancelled, interrupted = torch.stack([flags.own, *flags.others]).any(dim=0).tolist()
-    return cancelled, interrupted
+    return received
 
 
 def _receive_the_last(call: Call) -> None:
@@ -100,7 +87,7 @@ def _receive_the_last(call: Call) -> None:
     flags = call.pop(_FLAGS)
     if flags is not None:
         with contextlib.suppress(Exception):  # another rank has failed, which the call raises
-            flags.pending.wait()
+            flags()
 
 
 def _interrupt(call_next: Callable[..., Any], owner: Any) -> Any:

@@ -6,24 +6,33 @@ indexes or slices what it was given. One that reads it has NaN in its latents, w
 step makes no further call, as without guidance, the memory is filled before `scheduler.step` reads it. A step's formula
 then runs on every rank, on the same numbers as on one, and so whatever it is (guidance, rescaling, norms) comes out the
 same to the bit.
+
+Where a step's branches are one batch instead, each rank computes some samples and receives the others. Samples of a
+batch know nothing of each other, so any batch that divides by the ranks is shared, be it of two branches or of two
+prompts without guidance; one that does not is computed whole by every rank. A smaller batch may take other kernels and
+less padding, so rounding changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import BaseOutput
+from torch.utils._pytree import tree_leaves
 
 from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import disguised_subclass, signature_of, stock_class
+from pipeboost.core.sharding import BatchedBranches
+from pipeboost.distributed import Group
 
 _DEFERRED = Slot[list[torch.Tensor]](list)
 """The predictions of a step's calls so far, of which another rank's are still to be filled."""
@@ -33,19 +42,21 @@ Prediction = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 def share_branches(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
-    """Let the ranks of a call's `"cfg"` group compute one guidance branch each.
+    """Let the ranks of a call's `"cfg"` group compute one guidance branch each, or a part of each batch.
 
     A step's calls are identified by their order. With fewer ranks than branches they take turns.
 
     Args:
         model: a denoiser; pipelines that share it share the middleware, which acts in calls with such a group only.
-        family: knows the shape of what a forward returns.
+        family: knows the shape of what a forward returns, or which arguments have an entry for each sample.
         ledger: takes the inverse.
     """
-    assert family.prediction is not None
-    forward = functools.partial(_forward, family.prediction)
+    settings: Any = family.prediction if family.batched is None else family.batched
+    assert settings is not None
+    forward: Callable[..., Any] = _forward if family.batched is None else _forward_of_batch
+    middleware = functools.partial(forward, settings)
     ledger.share_middleware(
-        model, "__call__", forward, place="component.cfg", kind="guidance branches", settings=family.prediction
+        model, "__call__", middleware, place="component.cfg", kind="guidance branches", settings=settings
     )
 
 
@@ -150,3 +161,51 @@ def _states(owner: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             f"{type(states).__name__}; use ParallelConfig(cfg=1)"
         )
     return states, not bound.arguments.get("return_dict", True)
+
+
+def _forward_of_batch(
+    batched: BatchedBranches, call_next: Callable[..., Any], owner: torch.nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    call = current_call()
+    if call is None or call.mesh is None or call.mesh.degree("cfg") == 1:
+        return call_next(*args, **kwargs)
+    group = call.mesh.group("cfg")
+    bound = signature_of(stock_class(owner), "forward").bind(owner, *args, **kwargs)
+    batch = _batch(batched, bound.arguments)
+    if batch is None or batch % group.size:
+        return call_next(*args, **kwargs)
+    share = batch // group.size
+    own = slice(group.rank * share, (group.rank + 1) * share)
+    for name in batched.samples:
+        if bound.arguments.get(name) is not None:
+            bound.arguments[name] = bound.arguments[name][own]
+    return _gathered(call_next(*bound.args[1:], **bound.kwargs), group, share)
+
+
+def _batch(batched: BatchedBranches, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many samples a forward gets; None where that is not certain, or other arguments may belong to some."""
+    first = arguments.get(batched.samples[0])
+    listed = first if isinstance(first, list) else [None]
+    shapes = {each.shape if isinstance(each, torch.Tensor) else None for each in listed}
+    if not isinstance(first, torch.Tensor) and (len(shapes) != 1 or None in shapes):
+        return None
+    sizes = set()
+    for name, value in arguments.items():
+        if name in batched.samples and value is not None:
+            several = isinstance(value, list) or (isinstance(value, torch.Tensor) and value.ndim > 0)
+            sizes.add(len(value) if several else None)
+        elif name != "self" and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            return None
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _gathered(value: Any, group: Group, share: int) -> Any:
+    """Return what a forward of all samples would have returned, from what those of the ranks returned."""
+    if isinstance(value, torch.Tensor):
+        return group.all_gather(value, 0, [share] * group.size)
+    if isinstance(value, list):
+        return list(_gathered(torch.stack(value), group, share).unbind())
+    if isinstance(value, BaseOutput):
+        return type(value)(**{name: _gathered(part, group, share) for name, part in value.items()})
+    assert isinstance(value, tuple), f"a forward returned {type(value).__name__}"
+    return tuple(_gathered(part, group, share) for part in value)

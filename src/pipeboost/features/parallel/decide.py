@@ -47,11 +47,8 @@ def decide(
         return Decision("parallel", "off", f"no family tells how ranks could share {model.pipeline}; {alone}")
     else:
         layout, why, considered = choose_layout(ranks)
-    if (
-        layout.ulysses * layout.ring > 1
-        and isinstance(config.compile, CompileConfig)
-        and config.compile.scope == "full"
-    ):
+    scope = config.compile.scope if isinstance(config.compile, CompileConfig) else ""
+    if layout.ulysses * layout.ring > 1 and scope == "full":
         raise ConfigurationError(
             "ranks share tokens outside the blocks, which compile='full' does not have; use 'regional'"
         )

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeboost.contract.model_info import ModelInfo
 from pipeboost.core.config import ParallelConfig, tier_allows
@@ -196,17 +197,9 @@ def _way_out(ranks: Ranks) -> str:
 
 def _layouts(count: int) -> Iterator[ParallelConfig]:
     """Return all layouts of `count` ranks, those of one axis first; last those that share several samples."""
-    for replicas in _divisors(count)[:-1]:
-        share = count // replicas
-        every = [
-            degrees
-            for degrees in itertools.product(_divisors(share), repeat=4)
-            if math.prod(degrees) == share and degrees[0] <= 2
-        ]
-        for degrees in sorted(every, key=lambda degrees: sum(degree > 1 for degree in degrees)):
-            cfg, ulysses, ring, tensor = degrees
-            yield ParallelConfig(replicas=replicas, cfg=cfg, ulysses=ulysses, ring=ring, tensor=tensor)
-
-
-def _divisors(count: int) -> list[int]:
-    return [degree for degree in range(1, count + 1) if count % degree == 0]
+    divisors = [degree for degree in range(1, count + 1) if count % degree == 0]
+    every = itertools.product(divisors, repeat=len(DEGREES))
+    fitting = [each for each in every if math.prod(each) == count and each[0] < count and each[1] <= 2]
+    for degrees in sorted(fitting, key=lambda each: (each[0], sum(degree > 1 for degree in each[1:]))):
+        named: dict[str, Any] = dict(zip(DEGREES, degrees, strict=True))
+        yield ParallelConfig(**named)

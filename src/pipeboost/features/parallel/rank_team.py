@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from pipeboost.contract.context import ApplyContext, RankContext
-from pipeboost.contract.decision import Decision
 from pipeboost.core.config import ParallelConfig
-from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.hardware import device_of
 from pipeboost.distributed import AXES, SEQUENCE, Mesh, agreed_arguments, require_same_state
-from pipeboost.distributed.failure.collective_errors import CollectiveErrors
+from pipeboost.distributed.failure.records import failure_from
 from pipeboost.features.parallel.cfg_parallel import callback_without_cfg_parallel
-from pipeboost.features.parallel.own_device import shared_encoders
+from pipeboost.features.parallel.rank_share import shared_encoders
 from pipeboost.features.parallel.running_state import RunningState
 from pipeboost.features.parallel.ulysses_ring import UlyssesRing
 
@@ -33,12 +31,13 @@ class RankTeam:
 
     Attributes:
         mesh: the ranks.
+        token_ranks: how many ranks share the tokens.
         across: attention among the tokens of all ranks; None where each rank has all tokens.
         text_encoders: components whose weights the tensor ranks share; empty where the first rank encodes for all.
         state: what a call runs with on this rank.
 
     Raises:
-        UnsupportedError: the ranks planned differently, or cannot share what they were asked to.
+        UnsupportedError: they cannot share what they were asked to.
     """
 
     def __init__(self, pipe: Any, context: ApplyContext) -> None:
@@ -49,19 +48,9 @@ class RankTeam:
         self.state = RunningState()
         ranks = None if layout.group is None else torch.distributed.get_process_group_ranks(layout.group)
         self.mesh = Mesh({axis: getattr(layout, axis) for axis in AXES}, ranks=ranks, device=device_of(pipe))
-        self._errors = CollectiveErrors(self.mesh, "accelerate_pipeline")
-        try:
-            with self.watched("accelerate_pipeline"):
-                self._refuse_different_plans(context)
-        except BaseException:
-            self.mesh.close()
-            raise
+        self._doing = ""  # together, what an error is to be told of; empty once the others know one
+        self.token_ranks = self.mesh.group(*SEQUENCE).size
         self.across = UlyssesRing() if self.token_ranks > 1 else None
-
-    @property
-    def token_ranks(self) -> int:
-        """How many ranks share the tokens."""
-        return self.mesh.group(*SEQUENCE).size
 
     @property
     def ranks(self) -> RankContext:
@@ -81,21 +70,45 @@ class RankTeam:
     def collective_errors(self, doing: str) -> Iterator[None]:
         """Inside, an error on one rank is an error on all of them; inside `watched`, so that none waits for ever.
 
+        Ranks may fail alone; all leave it together, in step, so that they can take back together what they have done.
+        Outside, nothing is exchanged.
+
         Raises:
             Exception: what this rank has raised.
             RankFailedError: another rank has raised something while it was `doing` this.
         """
-        self._errors = CollectiveErrors(self.mesh, doing)
-        with self._errors:
+        self._doing = doing
+        try:
+            with self.reporting():
+                yield
+            self.require_all()
+        finally:
+            self._doing = ""
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Inside `collective_errors`, an error is sent to the others before anything is undone; each error once."""
+        try:
             yield
+        except BaseException as error:
+            self._exchange(error)
+            raise
 
     def require_all(self) -> None:
         """Inside `collective_errors`, wait until all ranks have come here, or raise what one has raised."""
-        self._errors.require_all()
+        self._exchange(None)
 
-    def reporting(self) -> contextlib.AbstractContextManager[None]:
-        """Inside `collective_errors`, an error is sent to the others before anything is undone."""
-        return self._errors.reporting()
+    def _exchange(self, error: BaseException | None) -> None:
+        control = self.mesh.control
+        if not self._doing or control.size == 1:
+            return
+        doing, self._doing = self._doing, ""  # should this raise
+        own = None if error is None else failure_from(error, control.ranks[control.rank], doing)
+        first = next(filter(None, control.all_gather_objects(own)), None)
+        if first is None:
+            self._doing = doing
+        elif error is None:
+            raise first.error()
 
     def agreed(self, signature: inspect.Signature, pipe: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
         """Return the arguments of a call that all ranks go on with.
@@ -127,20 +140,3 @@ class RankTeam:
         """Return components that the ranks share besides those that every acceleration looks at."""
         names = [*self.text_encoders, *([self._family.guider] if self._family.guider else [])]
         return {name: pipe.components[name] for name in names}
-
-    def _refuse_different_plans(self, context: ApplyContext) -> None:
-        summary = (f"quality: {context.tier}", *map(_described, context.decisions.values()))
-        plans = self.mesh.control.all_gather_objects(summary)
-        for rank, other in enumerate(plans):
-            if other != plans[0]:
-                first, theirs = next(pair for pair in zip(plans[0], other, strict=True) if pair[0] != pair[1])
-                raise UnsupportedError(
-                    f"ranks planned differently: rank 0 {first}, rank {rank} {theirs}; name the settings instead of "
-                    "'auto', the same on every rank"
-                )
-
-
-def _described(decision: Decision) -> str:
-    """Return what all ranks must have decided alike; weights may go to another device on each."""
-    compared = decision.on and decision.feature != "offload"
-    return f"{decision.feature}: {decision.choice}{f' ({decision.settings})' if compared else ''}"

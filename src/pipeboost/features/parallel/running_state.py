@@ -82,12 +82,10 @@ class RunningState:
                 ledger.add_middleware(module, method, functools.partial(forget, method), place="component.writes")
 
     def _tracked(self, module: nn.Module) -> TrackedModule:
-        tracked = self._modules.get(module)
-        if tracked is None:
+        if module not in self._modules:
             shares = shares_of(module)
-            names = frozenset() if shares is None else shares.names
-            tracked = self._modules[module] = TrackedModule(module, names)
-        return tracked
+            self._modules[module] = TrackedModule(module, frozenset() if shares is None else shares.names)
+        return self._modules[module]
 
     def _digest(self, name: str, facts: Mapping[str, Any]) -> bytes:
         who, known = identity(facts), self._others.get(name)

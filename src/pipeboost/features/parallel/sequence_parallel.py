@@ -1,6 +1,7 @@
 """Token sharding: middleware outside the blocks gives each rank its own tokens, and puts the result together again.
 
-All of it is outside compiled code. Only attention looks beyond a rank's own tokens: see `ulysses_ring.py`.
+Image and text are each cut into runs of equal length, give or take one. All of it is outside compiled code. Only
+attention looks beyond a rank's own tokens: see `ulysses_ring.py`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,90 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pipeboost.contract.call import Call, current_call
+from pipeboost.contract.call import Call, Slot, current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.families import Family
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.core.sharding import TokenArgument, TokenSharding
 from pipeboost.distributed import SEQUENCE
-from pipeboost.features.parallel.shards import SHARDS, Shards, sizes
+
+
+def sizes(tokens: int, ranks: int) -> list[int]:
+    """Return how many of `tokens` each rank has; the first ones have one more where they cannot be equal."""
+    return [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
+
+
+@dataclass
+class Shards:
+    """How one forward's tokens are shared.
+
+    Attributes:
+        ranks: how many share them.
+        rank: this one.
+        image: tokens of the image, of all ranks.
+        text: tokens of the text, of all ranks.
+    """
+
+    ranks: int
+    rank: int
+    image: int = 0
+    text: int = 0
+    _own: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def joint_sizes(self) -> list[int]:
+        """How many tokens of image and text each rank has."""
+        image, text = sizes(self.image, self.ranks), sizes(self.text, self.ranks)
+        return [sum(own) for own in zip(image, text, strict=True)]
+
+    def own(self, value: Any, argument: TokenArgument) -> Any:
+        """Return this rank's tokens of a tensor, or of each in a tuple or list.
+
+        Asked again for the same tensor it gives the same answer, and its own answers are taken for what they are.
+        """
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.own(item, argument) for item in value)
+        if not isinstance(value, torch.Tensor) or (argument.ndim is not None and value.ndim != argument.ndim):
+            return value
+        known = self._own.get(id(value))
+        if known is None:
+            own = self._cut(value, argument)
+            known = self._own[id(value)] = (value, own)
+            self._own[id(own)] = (own, own)
+        return known[1]
+
+    def has(self, value: Any) -> bool:
+        """Whether a tensor is one of this rank's own already."""
+        known = self._own.get(id(value))
+        return known is not None and known[1] is value
+
+    def leading(self, tokens: int) -> int:
+        """Return how many of the first `tokens` of the image are this rank's."""
+        share = sizes(self.image, self.ranks)
+        start = sum(share[: self.rank])
+        return min(max(tokens - start, 0), share[self.rank])
+
+    def _cut(self, value: torch.Tensor, argument: TokenArgument) -> torch.Tensor:
+        if argument.tokens in ("image", "text"):
+            return self._run(value, argument.dim)
+        lengths = {"image": self.image, "text": self.text}
+        order = argument.tokens.split("_")
+        parts = value.split([lengths[name] for name in order], dim=argument.dim)
+        return torch.cat([self._run(part, argument.dim) for part in parts], dim=argument.dim)
+
+    def _run(self, value: torch.Tensor, dim: int) -> torch.Tensor:
+        share = sizes(value.shape[dim], self.ranks)
+        return value.narrow(dim, sum(share[: self.rank]), share[self.rank]).contiguous()
+
+
+SHARDS = Slot[Shards]()
+"""Those of the forward that runs."""
 
 
 def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> None:
@@ -36,22 +109,13 @@ def shard_sequence(model: torch.nn.Module, family: Family, ledger: Ledger) -> No
 
     def apply(inner: Ledger) -> None:
         inner.add_middleware(model, "__call__", functools.partial(_forward, sharding), place="component.sequence")
-        first = True
-        for blocks in family.blocks:
-            for block in operator.attrgetter(blocks.path)(model):
-                middleware = functools.partial(_block, sharding, sharding.streams if first else (), name)
-                inner.add_middleware(block, "__call__", middleware, place="block.sequence")
-                first = False
-        for path, outputs in sharding.outputs.items():
-            inner.add_middleware(
-                operator.attrgetter(path)(model),
-                "__call__",
-                functools.partial(_output, outputs),
-                place="submodule.sequence",
-            )
-        inner.add_middleware(
-            operator.attrgetter(sharding.gathered)(model), "__call__", _gather, place="submodule.sequence"
-        )
+        blocks = [block for each in family.blocks for block in operator.attrgetter(each.path)(model)]
+        for number, block in enumerate(blocks):
+            middleware = functools.partial(_block, sharding, () if number else sharding.streams, name)
+            inner.add_middleware(block, "__call__", middleware, place="block.sequence")
+        after: dict[str, Any] = {path: functools.partial(_output, each) for path, each in sharding.outputs.items()}
+        for path, middleware in (*after.items(), (sharding.gathered, _gather)):
+            inner.add_middleware(operator.attrgetter(path)(model), "__call__", middleware, place="submodule.sequence")
 
     ledger.share(model, "token sharding", family.name, apply)
 
@@ -82,8 +146,7 @@ def _block(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    call = current_call()
-    shards = _shards_of(call)
+    shards = _shards_of(current_call())
     if shards is None:
         return call_next(*args, **kwargs)
     given = _named(owner, args, kwargs)
@@ -115,13 +178,10 @@ def _output(
 
 
 def _gather(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    result = call_next(*args, **kwargs)
-    call = current_call()
+    result, call = call_next(*args, **kwargs), current_call()
     shards = _shards_of(call)
-    if shards is None:
+    if call is None or call.mesh is None or shards is None:
         return result
-    assert call is not None
-    assert call.mesh is not None
     return call.mesh.group(*SEQUENCE).all_gather(result, 1, sizes(shards.image, shards.ranks))
 
 

@@ -1,16 +1,23 @@
-"""Tensor parallelism: each rank keeps its share of a model's weights, and sums its products with the others'."""
+"""Tensor parallelism: each rank keeps its share of a model's weights, and sums its products with the others'.
+
+What must not be done while weights are split between ranks raises one sentence instead of giving rubbish.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import signal
+import threading
 import weakref
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeboost.contract.call import current_call
 from pipeboost.contract.model_info import Split
 from pipeboost.core.errors import PipeboostError, RankFailedError, UnsupportedError
 from pipeboost.core.ledger import Ledger
@@ -18,9 +25,8 @@ from pipeboost.core.sample import Sample, can_be_sampled
 from pipeboost.core.seams import stock_class
 from pipeboost.core.sharding import TensorSharding
 from pipeboost.distributed import Group
-from pipeboost.features.parallel.tensor_guards import guard_model
 from pipeboost.features.parallel.tensor_layers import become_share, become_whole
-from pipeboost.features.parallel.tensor_layout import Layout, layout_of
+from pipeboost.features.parallel.tensor_layout import Layout, has_weights, layout_of
 
 _SAMPLES = 16
 
@@ -33,55 +39,65 @@ class Shares:
         names: of the parameters of which this rank has a share.
         whole_bytes: size of these when they were whole.
         own_bytes: size of the shares.
+        begun: whether anything was split on this rank.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, group: Group) -> None:
-        self.layout = layout
-        self.group = group
-        self.joined = False
-        self.cuts = layout.cuts
+        self.layout, self._group, self._cuts = layout, group, layout.cuts
         named = model.named_parameters(remove_duplicate=False)
-        self.names = frozenset(name for name, parameter in named if parameter in self.cuts)
+        self.names = frozenset(name for name, parameter in named if parameter in self._cuts)
         self.whole_bytes = layout.bytes
         self.own_bytes = self.whole_bytes // group.size
+        self._sizes = [parameter.numel() for parameter in self._cuts]
+        self._counts = [(module, name, getattr(module, name)) for module, name in layout.counts]
+        self.begun = self._joined = False
+
+    def split(self) -> None:
+        """Keep this rank's share of every layer. Talks to nobody; `join` takes back also what was done in part."""
+        self.begun = True
         # Parameters stay the objects they are, so ties and the user's references hold; only their data is exchanged.
         with torch.inference_mode(False):
-            for parameter, (dim, parts) in self.cuts.items():
-                parameter.data = _share_of(parameter.data, dim, parts, group)
-        self.shapes = {parameter: parameter.shape for parameter in self.cuts}
-        for layer in layout.layers:
-            become_share(layer.module, layer.role, group)
-        self.counts = [(module, name, getattr(module, name)) for module, name in layout.counts]
-        for module, name, whole in self.counts:
-            setattr(module, name, whole // group.size)
+            for parameter, (dim, parts) in self._cuts.items():
+                parameter.data = _share_of(parameter.data, dim, parts, self._group)
+        for layer in self.layout.layers:
+            become_share(layer.module, layer.role, self._group)
+        for module, name, whole in self._counts:
+            setattr(module, name, whole // self._group.size)
 
     def join(self, way_out: str) -> None:
-        """Make every layer whole again, once. A collective operation.
+        """Make every layer whole again, once. A collective operation; some may be whole already on some ranks.
 
         Args:
             way_out: for where it cannot be done, as the end of a sentence.
         """
-        if self.joined:
+        if self._joined:
             return
         held = {each for layer in self.layout.layers for each in layer.module.parameters(recurse=False)}
-        # What the user has put in a parameter's place is theirs; with other values it is still ours.
-        ours = [each in held and each.shape == shape for each, shape in self.shapes.items()]
-        ranks = self.group.all_reduce(torch.tensor(ours, dtype=torch.int32, device=self.group.device)).tolist()
+        # The user's is what they have put in a parameter's place; with other values it is still ours.
+        states = [
+            {size: "whole", size // self._group.size: "share"}.get(each.numel(), "theirs") if each in held else "theirs"
+            for each, size in zip(self._cuts, self._sizes, strict=True)
+        ]
+        everywhere, mixed = zip(*self._group.all_gather_objects(states), strict=True), False
         with torch.inference_mode(False):
-            for (parameter, (dim, parts)), count in zip(self.cuts.items(), ranks, strict=True):
-                if count == self.group.size:
-                    parameter.data = _whole_of(parameter.data, dim, parts, self.group)
+            for (parameter, cut), state, found in zip(self._cuts.items(), states, everywhere, strict=True):
+                mixed |= {"share", "theirs"} <= set(found)
+                if "share" in found and "theirs" not in found:
+                    share = parameter.data if state == "share" else _share_of(parameter.data, *cut, self._group)
+                    whole = _whole_of(share, *cut, self._group)
+                    if state == "share":
+                        parameter.data = whole
         for layer in self.layout.layers:
             become_whole(layer.module)
-        for module, name, whole in self.counts:
-            if getattr(module, name) == whole // self.group.size:
+        for module, name, whole in self._counts:
+            if getattr(module, name) == whole // self._group.size:
                 setattr(module, name, whole)
-        if any(0 < count < self.group.size for count in ranks):
+        if mixed:
             raise PipeboostError(
                 f"a weight of {self.layout.model} was replaced on some ranks and not on others, so it cannot be joined "
                 f"there; {way_out}"
             )
-        self.joined = True
+        self._joined = True
 
 
 _shares: weakref.WeakKeyDictionary[nn.Module, Shares] = weakref.WeakKeyDictionary()
@@ -94,6 +110,7 @@ def shard_weights(
     ledger: Ledger,
     *,
     ready: Callable[[], None] = lambda: None,
+    reporting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Shares:
     """Keep this rank's share of a model's weights and free the rest; the model computes the same with the others.
 
@@ -108,6 +125,8 @@ def shard_weights(
         group: the ranks of the mesh axis `tensor`.
         ledger: takes the inverse.
         ready: called when this rank has found nothing against it, before it talks to the others; may raise.
+        reporting: around what may fail on one rank from then on, Ctrl-C included: the others learn of it before
+            anything is taken back, which takes all of them.
 
     Raises:
         ConfigurationError: the size of the group does not divide the heads or a width.
@@ -121,32 +140,50 @@ def shard_weights(
         layout = layout_of(model, sharding)
         layout.check(group.size)
         ready()
-        _refuse_different_weights(model, group)
-        guards = Ledger()
-        with guards:
-            guard_model(model, group, guards)
-            shares = Shares(model, layout, group)
+        shares, guards = Shares(model, layout, group), Ledger()
 
         def join() -> None:
             joined = reference()
             try:
-                shares.join(_reload(joined))
+                with _without_interrupts():
+                    shares.join(_reload(joined))
             except (RuntimeError, RankFailedError) as error:
-                # The guards stay, so that the model goes on to raise.
-                raise PipeboostError(
-                    f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
-                    f"other; {_reload(joined)}"
-                ) from error
+                if shares.begun:  # the guards stay, so that the model goes on to raise
+                    raise PipeboostError(
+                        f"the weights of {layout.model} cannot be joined, because their ranks no longer talk to each "
+                        f"other; {_reload(joined)}"
+                    ) from error
             guards.undo()
             if joined is not None:
                 _shares.pop(joined, None)
 
-        inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
-        _shares[model] = shares
+        with reporting():
+            # No rank begins to split before all have this.
+            inner.record(f"weights of {layout.model} split over {group.size} ranks", join)
+            _refuse_different_weights(model, group)
+            guard_model(model, group, guards)
+            _shares[model] = shares
+            shares.split()
 
     taken = "that has split its weights over a mesh of its own; accelerate one of the two"
     ledger.share(model, "tensor parallel", (group.size, group.name), apply, explain=lambda _: taken)
     return _shares[model]
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C waits: a rank that left in the middle would leave the others waiting for it, out of step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def split_of(model: nn.Module, sharding: TensorSharding) -> Split:
@@ -195,14 +232,11 @@ def _refuse_different_weights(model: nn.Module, group: Group) -> None:
     """Refuse ranks that have built a model from different random seeds: they would join shares of different models."""
     plain = ((name, each) for name, each in model.named_parameters() if type(each.data) is torch.Tensor)
     named = {name: each for name, each in plain if can_be_sampled(each)}
-    shapes = zlib.crc32(repr([(name, each.shape, each.dtype) for name, each in named.items()]).encode())
-    everyone = group.all_gather(torch.tensor([shapes], device=group.device), 0, [1] * group.size)
-    different = None if bool((everyone == shapes).all()) else "parameters"
-    if different is None:
-        own = torch.tensor(Sample(list(named.values()), _spread).sums(), device=group.device)
-        ranks = group.all_gather(own[None], 0, [1] * group.size)
-        differs = (ranks != ranks[0]).any(0).tolist()
-        different = next((name for name, each in zip(named, differs, strict=True) if each), None)
+    sums = Sample(list(named.values()), _spread).sums()
+    own = {name: (each.shape, each.dtype, total) for (name, each), total in zip(named.items(), sums, strict=True)}
+    everyone = group.all_gather_objects(own)
+    names = dict.fromkeys(name for each in everyone for name in each)
+    different = next((name for name in names if len({each.get(name) for each in everyone}) > 1), None)
     if different is not None:
         raise UnsupportedError(
             f"the ranks have different weights of {stock_class(model).__name__} ({different}); load the same "
@@ -212,3 +246,59 @@ def _refuse_different_weights(model: nn.Module, group: Group) -> None:
 
 def _spread(shape: torch.Size) -> tuple[int, int]:
     return min(shape.numel(), _SAMPLES), max((shape.numel() - 1) // (_SAMPLES - 1), 1)
+
+
+_LOAD_FIRST = "load and fuse it before accelerate_pipeline(), or call pipe.acceleration.remove() first"
+_REMOVE_FIRST = "call pipe.acceleration.remove() first"
+_REFUSED = {
+    **dict.fromkeys(("state_dict", "save_pretrained", "load_state_dict", "resize_token_embeddings"), _REMOVE_FIRST),
+    **dict.fromkeys(("fuse_lora", "unfuse_lora", "fuse_qkv_projections"), _REMOVE_FIRST),
+    **dict.fromkeys(("load_lora_weights", "load_lora_adapter", "load_adapter", "add_adapter"), _LOAD_FIRST),
+    **dict.fromkeys(("load_ip_adapter", "_load_ip_adapter_weights"), _LOAD_FIRST),
+}
+"""Methods of models and pipelines → what to do instead."""
+
+
+def guard_model(model: nn.Module, group: Group, ledger: Ledger) -> None:
+    """Make a model whose weights are split raise where it is called outside a call of ours, saved, loaded or fused."""
+    ledger.add_middleware(model, "__call__", functools.partial(_only_in_a_call, group.size), place="component.guard")
+    _refuse(model, group, ledger, "component.guard")
+    if hasattr(stock_class(model), "set_attn_processor"):
+        ledger.add_middleware(
+            model, "set_attn_processor", functools.partial(_only_without_weights, group.size), place="component.guard"
+        )
+
+
+def guard_pipeline(pipe: Any, group: Group, ledger: Ledger) -> None:
+    """Make what would load, fuse or save split weights raise at the pipeline, before it has changed anything."""
+    _refuse(pipe, group, ledger, "pipe.parallel")
+
+
+def _refuse(owner: Any, group: Group, ledger: Ledger, place: str) -> None:
+    for method, way_out in _REFUSED.items():
+        if callable(getattr(stock_class(owner), method, None)):
+            sentence = f"{method}() cannot work on weights that are split over {group.size} ranks; {way_out}"
+            ledger.add_middleware(owner, method, functools.partial(_refusal, sentence), place=place)
+
+
+def _refusal(sentence: str, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    raise UnsupportedError(f"{type(owner).__name__}.{sentence}")
+
+
+def _only_in_a_call(ranks: int, call_next: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if call is None or not call.has("parallel"):
+        raise UnsupportedError(
+            f"the weights of {type(model).__name__} are split over {ranks} ranks, so all of them call it together: "
+            "call the pipeline, or the model inside `with pipe.acceleration.open():`; acceleration.remove() joins them"
+        )
+    return call_next(*args, **kwargs)
+
+
+def _only_without_weights(ranks: int, call_next: Callable[..., Any], model: Any, processor: Any, *args: Any) -> Any:
+    if any(map(has_weights, processor.values() if isinstance(processor, dict) else (processor,))):
+        raise UnsupportedError(
+            f"attention processors with weights of their own cannot be set on {type(model).__name__}, which is split "
+            f"over {ranks} ranks; set them before accelerate_pipeline(), or call pipe.acceleration.remove() first"
+        )
+    return call_next(processor, *args)

@@ -36,6 +36,7 @@ class SplitLayer:
         path: in the model.
         module: the layer.
         role: what it computes of the whole.
+        dim: the dimension that is split: outputs are the first one of a linear's weight, the last of an embedding's.
         parts: what the split dimension consists of, such as one size, or the two of a packed row; each rank has its
             share of each part.
     """
@@ -43,12 +44,8 @@ class SplitLayer:
     path: str
     module: nn.Module
     role: Role
+    dim: int
     parts: tuple[int, ...]
-
-    @property
-    def dim(self) -> int:
-        """The dimension that is split: outputs are the first one of a linear's weight, the last of an embedding's."""
-        return _split_dim(self.role, self.module)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -57,22 +54,20 @@ class SplitLayer:
         return [parameter for name, parameter in named if name == "weight" or self.role not in _ROWS]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """What is split of one model.
+    """What is split of one model, or of one of its modules: all of that or nothing.
 
     Attributes:
         model: the name of its class.
         layers: each layer that is split.
         counts: module and attribute, for each that will count one rank's share of the heads, or of their width.
-        left: path and reason, for what could be split and stays whole.
         sizes: what a degree must divide, and its name.
     """
 
     model: str
     layers: tuple[SplitLayer, ...]
     counts: tuple[tuple[nn.Module, str], ...]
-    left: tuple[tuple[str, str], ...]
     sizes: tuple[tuple[int, str], ...]
 
     @property
@@ -105,16 +100,6 @@ class Layout:
                 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Unit:
-    """Layers that are split together or not at all."""
-
-    path: str
-    layers: tuple[SplitLayer, ...]
-    counts: tuple[tuple[nn.Module, str], ...]
-    heads: tuple[tuple[int, str], ...]
-
-
 def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
     """Return what of `model` is split, as its family or encoder declares it. Changes nothing.
 
@@ -125,33 +110,26 @@ def layout_of(model: nn.Module, sharding: TensorSharding) -> Layout:
         UnsupportedError: the model has none of these layers, or one is quantised, offloaded, fused or has a LoRA.
     """
     name = stock_class(model).__name__
-    left: dict[str, str] = {}
     units = []
     for members in sharding.layers:
         pattern = re.compile(members.path.replace(".", r"\.").replace("*", r"\w+"))
+        by_heads = members.counts or members.head_width
         for path, module in model.named_modules():
-            if pattern.fullmatch(path) is None:
-                continue
-            if (members.counts or members.head_width) and any(
-                has_weights(getattr(child, "processor", None)) for child in module.modules()
-            ):
-                left[path] = "its processor has weights of its own"
-            elif (unit := _unit(path, module, members, name)).layers:
-                units.append(unit)
-    units, tied = _without_tied(model, units)
-    left |= dict.fromkeys(tied, "its weight is tied to that of a layer that is not split")
-    if not units:
+            processors = (getattr(child, "processor", None) for child in module.modules())
+            if pattern.fullmatch(path) and not (by_heads and any(map(has_weights, processors))):
+                units.append(_unit(path, module, members, name))
+    units = _without_tied(model, [unit for unit in units if unit.layers])
+    layers = {layer.module: layer for unit in units for layer in unit.layers}
+    if not layers:
         raise UnsupportedError(
             f"{name} has none of the layers that tensor parallelism knows how to split; use tensor=1"
         )
-    layers = {layer.module: layer for unit in units for layer in unit.layers}
     widths = [(size, f"features of {layer.path}") for layer in layers.values() for size in layer.parts]
     return Layout(
         model=name,
         layers=tuple(layers.values()),
         counts=tuple(count for unit in units for count in unit.counts),
-        left=tuple(left.items()),
-        sizes=(*(heads for unit in units for heads in unit.heads), *widths),
+        sizes=(*(heads for unit in units for heads in unit.sizes), *widths),
     )
 
 
@@ -160,7 +138,7 @@ def has_weights(processor: Any) -> bool:
     return isinstance(processor, nn.Module) and next(processor.parameters(), None) is not None
 
 
-def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> _Unit:
+def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> Layout:
     found: list[SplitLayer] = []
     for role in _KINDS:
         for name in getattr(members, role):
@@ -169,21 +147,20 @@ def _unit(path: str, module: nn.Module, members: SplitLayers, model: str) -> _Un
                 continue
             where = f"{path}.{name}".lstrip(".")
             layer = _plain(layer, role, where, model)
-            whole = layer.weight.shape[_split_dim(role, layer)]  # type: ignore[index]
-            packed = [_descendant(module, column) for column in members.packed_rows.get(name, ())]
-            sizes = tuple(_base(part).weight.shape[0] for part in packed if part is not None) or (whole,)
+            dim = int(role in _ROWS or isinstance(layer, nn.Embedding))
+            whole = layer.weight.shape[dim]  # type: ignore[index]
+            packed = filter(None, (_descendant(module, column) for column in members.packed_rows.get(name, ())))
+            sizes = tuple(_base(part).weight.shape[0] for part in packed) or (whole,)
             assert sum(sizes) == whole, f"{where} takes {whole} features, not {sizes}"
-            found.append(SplitLayer(where, layer, role, sizes))
+            found.append(SplitLayer(where, layer, role, dim, sizes))
     counts = tuple(_count(module, attribute) for attribute in members.counts)
     if members.head_width:
         width = int(getattr(module, members.head_width))
         columns = [layer for layer in found if layer.role == "columns"]
         heads = [(layer.parts[0] // width, f"heads of {layer.path}") for layer in columns]
     else:
-        heads = [
-            (getattr(*count), f"{count[1]} of {path}" if number else "heads") for number, count in enumerate(counts)
-        ]
-    return _Unit(path, tuple(found), counts, tuple(heads))
+        heads = [(getattr(*each), f"{each[1]} of {path}" if number else "heads") for number, each in enumerate(counts)]
+    return Layout(model, tuple(found), counts, tuple(heads))
 
 
 def _plain(layer: nn.Module, role: Role, path: str, model: str) -> nn.Module:
@@ -220,10 +197,6 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and wide_enough
 
 
-def _split_dim(role: Role, layer: nn.Module) -> int:
-    return 1 if role in _ROWS or isinstance(layer, nn.Embedding) else 0
-
-
 def _count(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
     path, _, name = attribute.rpartition(".")
     owner = module.get_submodule(path)
@@ -235,24 +208,25 @@ def _count(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
     return owner, name
 
 
-def _without_tied(model: nn.Module, units: list[_Unit]) -> tuple[list[_Unit], list[str]]:
+def _without_tied(model: nn.Module, units: list[Layout]) -> list[Layout]:
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
-    tied: list[str] = []
-    while True:
-        split = {(layer.module, layer.dim) for unit in units for layer in unit.layers}
-        loose = [
+    split: set[tuple[nn.Module, int]] | None = None
+    while split != (left := {(layer.module, layer.dim) for unit in units for layer in unit.layers}):
+        split = left
+        units = [
             unit
             for unit in units
-            for layer in unit.layers
-            if any((owner, layer.dim) not in split for each in layer.parameters for owner in owners[each])
+            if all(
+                (owner, layer.dim) in split
+                for layer in unit.layers
+                for each in layer.parameters
+                for owner in owners[each]
+            )
         ]
-        if not loose:
-            return units, tied
-        tied += [unit.path for unit in loose]
-        units = [unit for unit in units if unit not in loose]
+    return units
 
 
 def _descendant(module: nn.Module, path: str) -> nn.Module | None:

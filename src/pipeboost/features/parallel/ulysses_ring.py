@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeboost.contract.call import current_call
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.distributed import Group
-from pipeboost.features.parallel.shards import SHARDS
+from pipeboost.features.parallel.sequence_parallel import SHARDS
 from pipeboost.kernels.merge import merge_partial
 
 Attend = Callable[..., Any]
@@ -55,14 +56,8 @@ class UlyssesRing:
         self._attend = weakref.WeakMethod(attend)
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        *,
-        scale: float | None = None,
-    ) -> torch.Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+    ) -> Tensor:
         """Compute the attention of this rank's queries to the keys of all, all `(batch, own tokens, heads, head_dim)`.
 
         Args:
@@ -76,9 +71,7 @@ class UlyssesRing:
             return torch.ops.pipeboost.attend_across_ranks(q, k, v, mask, scale, self._number)
         return self.run(q, k, v, mask, scale)
 
-    def run(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-    ) -> torch.Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Do what a call does; compiled code comes here through an operator."""
         call, attend = current_call(), self._attend()
         assert call is not None
@@ -98,10 +91,10 @@ class UlyssesRing:
         if ulysses.size > 1 and mask is not None:
             mask = ulysses.all_gather(mask, 1, here)
 
-        def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if ring.size > 1:
                 return _around_the_ring(attend, q, k, v, mask, [sum(row) for row in rows], scale, ring)
-            out: torch.Tensor = attend(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
+            out: Tensor = attend(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
             return out
 
         if ulysses.size == 1:
@@ -139,7 +132,7 @@ def _parts(batch: int, tokens: int, heads: int, head_dim: int, multiprocessors: 
     return 2 if long or (launched and sum(parts) <= whole) else 1
 
 
-def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _over_keys(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Return a mask as `(batch, own keys)`, of its own dtype."""
     batch, tokens = k.shape[:2]
     if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
@@ -152,9 +145,7 @@ def _over_keys(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Te
     return mask.expand(batch, tokens).contiguous()
 
 
-def _heads_for_tokens(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Sequence[int], group: Group
-) -> tuple[torch.Tensor, ...]:
+def _heads_for_tokens(q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[int], group: Group) -> tuple[Tensor, ...]:
     """Return all tokens of the group's ranks for this rank's heads: `(batch, all tokens, heads / ranks, head_dim)`."""
     batch, own, heads, head_dim = q.shape
     split = (batch, own, group.size, heads // group.size, head_dim)
@@ -165,7 +156,7 @@ def _heads_for_tokens(
     return received.view(sum(tokens), batch, 3, heads // group.size, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
 
 
-def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) -> torch.Tensor:
+def _tokens_for_heads(out: Tensor, tokens: Sequence[int], group: Group) -> Tensor:
     """Invert `_heads_for_tokens`: return this rank's own tokens with all heads."""
     batch, _, heads, head_dim = out.shape
     own = tokens[group.rank]
@@ -177,21 +168,21 @@ def _tokens_for_heads(out: torch.Tensor, tokens: Sequence[int], group: Group) ->
 
 def _around_the_ring(
     attend: Attend,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
     tokens: Sequence[int],
     scale: float | None,
     group: Group,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend to the keys and values of all ranks, of which two at a time are here.
 
     Args:
         tokens: how many keys each rank has.
     """
     block = [k.contiguous(), v.contiguous()] + ([] if mask is None else [mask])
-    out: torch.Tensor | None = None
+    out: Tensor | None = None
     lse = q.new_empty(0)
     for turn in range(group.size):
         coming, pending = block, None
@@ -212,13 +203,9 @@ def _around_the_ring(
 
 @torch.library.custom_op("pipeboost::attend_across_ranks", mutates_args=())
 def _attend_across_ranks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, number: int
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, number: int
+) -> Tensor:
     return _across[number].run(q, k, v, mask, scale).contiguous()
 
 
-@_attend_across_ranks.register_fake
-def _attend_across_ranks_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, number: int
-) -> torch.Tensor:
-    return q.new_empty(q.shape)
+_attend_across_ranks.register_fake(lambda q, *_: q.new_empty(q.shape))

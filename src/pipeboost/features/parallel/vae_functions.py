@@ -1,15 +1,91 @@
-"""`FunctionsOfStrip`: functions of torch that look beyond a pixel, of a strip that is part of a whole map."""
+"""`Strip`, a rank's part of the map that a VAE works on, and `FunctionsOfStrip`: torch's that look beyond a pixel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeboost.features.parallel.vae_strip import Strip
+from pipeboost.distributed import Group
+from pipeboost.features.parallel.sequence_parallel import sizes
+
+
+class Strip:
+    """How the ranks of a group share a map, all along one dimension, and this rank's place.
+
+    A row is the smallest piece that is shared: one of the latent map, which is several pixels.
+
+    Args:
+        group: the ranks.
+        dim: -2 where each has some rows of the map, -1 where each has some columns; both are called rows here.
+        rows: of all ranks.
+        breadth: extent of the latent map along the other dimension.
+        device: where the map is.
+    """
+
+    def __init__(self, group: Group, *, dim: int, rows: int, breadth: int, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.dim = dim
+        self.rows = sizes(rows, group.size)
+        self.breadth = breadth
+
+    @property
+    def own_rows(self) -> int:
+        """How many rows this rank has."""
+        return self.rows[self.group.rank]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """The part of the map that each rank has, `(ranks,)`, float64."""
+        return torch.tensor(self.rows, dtype=torch.float64, device=self.device) / sum(self.rows)
+
+    def extents(self, own: int) -> list[int]:
+        """Return how much each rank has of what this one has `own` of: pixels along `dim`, or tokens."""
+        scale, rest = divmod(own, self.own_rows)
+        assert rest == 0, f"{own} does not consist of {self.own_rows} equal parts"
+        return [scale * rows for rows in self.rows]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a map that all ranks have."""
+        scale = whole.shape[self.dim] // sum(self.rows)
+        start = sum(self.rows[: self.group.rank])
+        return whole.narrow(self.dim, scale * start, scale * self.own_rows).contiguous()
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return the whole map, on all ranks."""
+        return self.group.all_gather(own, own.ndim + self.dim, self.extents(own.shape[self.dim]))
+
+    def fill_borders(self, padded: Tensor, *, before: int, after: int, above: int, below: int) -> None:
+        """Write the nearest pixels of the adjacent strips over this one's padding, which stays at the edges of the map.
+
+        Args:
+            padded: this rank's pixels with padding.
+            before: pixels of padding before its own along `dim`, of which the last `above` are wanted.
+            after: the same behind its own, of which the first `below` are wanted.
+        """
+        own = padded.shape[self.dim] - before - after
+        self.extents(own)
+        previous, following = self.group.rank - 1, self.group.rank + 1
+        sent, received, borders = [], [], []
+        for rank, count, start, wanted, place in (
+            (previous, below, before, above, before - above),
+            (following, above, before + own - above, below, before + own),
+        ):
+            if 0 <= rank < self.group.size and count:
+                sent.append((padded.narrow(self.dim, start, count).contiguous(), rank))
+            if 0 <= rank < self.group.size and wanted:
+                borders.append(padded.narrow(self.dim, place, wanted))
+                received.append((torch.empty_like(borders[-1], memory_format=torch.contiguous_format), rank))
+        self.group.exchange(sent, received).wait()
+        for border, (pixels, _) in zip(borders, received, strict=True):
+            border.copy_(pixels)
+
 
 _PIECES = 8
 
@@ -18,7 +94,7 @@ class FunctionsOfStrip(TorchFunctionMode):
     """Inside, this thread's convolutions, group norms and attention compute one strip of the map.
 
     Convolutions see the border pixels of the ranks on both sides, group norms have the statistics of the whole map,
-    and scaled dot product attention has the keys and values of all ranks. `vae_structure.py` says which modules may
+    and scaled dot product attention has the keys and values of all ranks. `vae.py` says which modules may
     call them, and how.
 
     Attributes:
@@ -36,13 +112,13 @@ class FunctionsOfStrip(TorchFunctionMode):
 
     def _convolve(
         self,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         strides: tuple[int, ...],
         padding: tuple[int, ...],
         *more: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         convolve = F.conv2d if weight.ndim == 4 else F.conv3d
         dim, kernel, stride = self.strip.dim, weight.shape[self.strip.dim], strides[self.strip.dim]
         if kernel == 1:
@@ -60,13 +136,8 @@ class FunctionsOfStrip(TorchFunctionMode):
         return convolve(states, weight, bias, strides, tuple(own_padding), *more)
 
     def _normalise(
-        self,
-        states: torch.Tensor,
-        num_groups: int,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
+        self, states: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         batch, channels = states.shape[:2]
         dtype = torch.promote_types(states.dtype, torch.float32)
         values = states.reshape(batch, num_groups, -1)
@@ -93,14 +164,8 @@ class FunctionsOfStrip(TorchFunctionMode):
         return result.view(states.shape)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         self.attended += 1
         tokens = self.strip.extents(key.shape[-2])
         if attn_mask is not None:
@@ -109,7 +174,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
 
-    def _mask_of_all(self, mask: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    def _mask_of_all(self, mask: Tensor, tokens: list[int]) -> Tensor:
         """A mask over own keys as one over all: each frame's column, as often as a rank has pixels in a frame."""
         pixels = [rows * self.strip.breadth for rows in self.strip.rows]
         frames = [count // pixel for count, pixel in zip(tokens, pixels, strict=True)]
@@ -118,7 +183,7 @@ class FunctionsOfStrip(TorchFunctionMode):
         return torch.cat([of_frames.repeat_interleave(pixel, dim=-1) for pixel in pixels], dim=-1)
 
 
-_OF_STRIP: dict[Any, Callable[..., torch.Tensor]] = {
+_OF_STRIP: dict[Any, Callable[..., Tensor]] = {
     F.conv2d: FunctionsOfStrip._convolve,
     F.conv3d: FunctionsOfStrip._convolve,
     F.group_norm: FunctionsOfStrip._normalise,
