@@ -30,7 +30,7 @@ def test_compiling_is_asked_for_and_the_plan_says_after_how_many_pictures_it_pay
     automatic = plan()["vae"]
     assert not automatic.on
     assert "10 s and saves 49 ms" in automatic.why
-    assert "after 198" in automatic.why
+    assert "after 379" in automatic.why
     assert plan(compile=CompileConfig(vae=True))["vae"].choice == "compiled"
     assert plan(compile=CompileConfig(vae=False))["vae"].why == "turned off"
     assert plan(compile=None)["vae"].why == "turned off"
