@@ -29,7 +29,7 @@ def plan(hardware: Hardware = HOPPER, model: ModelInfo = FLUX, **settings: objec
 def test_compiling_is_asked_for_and_the_plan_says_after_how_many_pictures_it_pays() -> None:
     automatic = plan()["vae"]
     assert not automatic.on
-    assert "10 s and saves 49 ms" in automatic.why
+    assert "20 s and saves 52 ms" in automatic.why
     assert "after 379" in automatic.why
     assert plan(compile=CompileConfig(vae=True))["vae"].choice == "compiled"
     assert plan(compile=CompileConfig(vae=False))["vae"].why == "turned off"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import threading
+import weakref
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import current_call
 from pipeboost.contract.registry import families
 from pipeboost.core.families import Family
+from pipeboost.features.attention import dispatcher
 from pipeboost.kernels.table import KERNELS
 from tests.pipelines.tiny import TINY
 
@@ -179,6 +181,7 @@ def test_3_what_depends_on_the_model_is_a_field_of_family_and_all_patches_read_a
 def test_4_never_a_silent_fallback(monkeypatch):
     ran, kernel = [], KERNELS["flex"]
     function = kernel.function
+    monkeypatch.setattr(dispatcher, "_dispatchers", weakref.WeakValueDictionary())  # that of an earlier test may live
     monkeypatch.setitem(
         KERNELS, "flex", dataclasses.replace(kernel, function=lambda *a, **k: ran.append(1) or function(*a, **k))
     )
@@ -189,7 +192,7 @@ def test_4_never_a_silent_fallback(monkeypatch):
 
 def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_ours():
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
-    others = ("residency_", "executor_", "graphs_", "parallel_")
+    others = ("residency_", "executor_", "graphs_", "parallel_", "ablation_", "vae_")
     results = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(others)]
     assert results
     for path in folder.glob("residency_*.json"):
@@ -206,6 +209,15 @@ def test_6_every_committed_benchmark_measured_in_one_run_stock_tuned_stock_and_o
         for part in {row["part"] for row in rows} - {"smoke"}:
             variants = [row["variant"].split(",")[0] for row in rows if row["part"] == part]
             assert {"stock", "ours"} <= set(variants), path.name
+    for path in folder.glob("ablation_*.json"):
+        found = json.loads(path.read_text())
+        for run in found if isinstance(found, list) else [found]:
+            for rows in run["models"].values():
+                # Of two tables that build on each other the second compares with what the first compares with stock.
+                assert rows.keys() & {"tuned stock", "+ all rewrites"}, path.name
+    for path in folder.glob("vae_*.json"):
+        for rows in json.loads(path.read_text())["cases"].values():
+            assert "stock" in rows, path.name
     for path in results:
         variants = {variant["name"]: variant["median_ms"] for variant in json.loads(path.read_text())["variants"]}
         assert {"stock eager", "tuned stock", "pipeboost lossless"} <= variants.keys(), path.name
