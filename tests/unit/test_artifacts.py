@@ -23,7 +23,7 @@ from pipeboost.core.config import AccelerationConfig, CompileConfig
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.core.hardware import Hardware, detect_hardware
 from pipeboost.core.ledger import Ledger
-from pipeboost.core.own_folder import kept_in, prune, why_not_own
+from pipeboost.core.own_folder import compiled_folder, kept_in, prune, why_not_own
 from pipeboost.features.compile import CompiledModel, compile_model
 from pipeboost.features.compile.artifacts import artifacts
 from pipeboost.features.compile.vae.known_sizes import key_of, known_sizes, noting_sizes, only_sizes
@@ -108,12 +108,22 @@ def test_a_vae_is_compiled_by_itself_for_sizes_that_were_compiled_before_and_sto
     assert "at hand" in decision.why
 
 
-def test_a_folder_that_others_may_write_to_is_not_used_and_one_warning_says_so(tmp_path: Path) -> None:
-    folder = kept_in({"PIPEBOOST_HOME": str(tmp_path)})
+def test_a_folder_that_others_may_write_to_is_not_used_and_one_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPEBOOST_HOME", str(tmp_path))
+    folder = kept_in(os.environ)
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    found = call_in_process(tmp_path)
-    assert found["stderr"].count("compiled code is not kept in") == 1
+    compiled_folder.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="compiled code is not kept in") as warned:
+            used = [compiled_folder(), compiled_folder()]
+        assert len(warned) == 1
+    finally:
+        compiled_folder.cache_clear()
+    assert used[0] == used[1] != folder
+    assert why_not_own(used[0]) is None
     assert not list(folder.iterdir())
 
 

@@ -4,6 +4,7 @@ The kernels are Triton's: on a CPU its interpreter runs them, in a process of it
 imported.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeboost import CompileConfig, accelerate_pipeline
+from pipeboost import CompileConfig
+from pipeboost.contract.call import open_call
+from pipeboost.contract.registry import family_of
 from pipeboost.core.config import REWRITES
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.features.compile import rewrites
+from pipeboost.core.ledger import Ledger
+from pipeboost.features.compile import compile_model, rewrites
 from pipeboost.features.compile.rewrites import RewritingBackend, float8_rows, gelu_gemm, modulated_norm, norm_rotary
 from pipeboost.kernels.float8 import quantise_rows
 from tests.floors import floor_of, is_rounding
@@ -55,22 +59,28 @@ def test_rewritten_blocks_give_what_stock_gives() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@torch.no_grad()
 def compare(name: str) -> None:
-    """All rewrites on the CPU in float32, against stock."""
+    """All rewrites of one forward on the CPU in float32, against stock."""
     for module in (norm_rotary, modulated_norm):
         module.suits_our_kernels = lambda tensor: tensor is not None  # type: ignore[attr-defined]
-    entry = TINY[name]
-    pipe = entry.build()
-    stock = entry.call(pipe, steps=2)
-    settings = CompileConfig(backend=lambda graph, _: graph.forward)
-    accelerate_pipeline(pipe, compile=settings, parallel=None, attention=None)
-    difference = float((entry.call(pipe, steps=2) - stock).abs().max())
-    counted = pipe.acceleration.report().compiled["transformer"]
-    pipe.acceleration.remove()
-    assert not counted["eager"], counted
-    assert counted["rewrites"] == FOUND[name], counted
-    assert is_rounding(difference, lambda: floor_of(lambda: entry.call(pipe, steps=2), pipe.transformer, stock=stock))
-    assert torch.equal(entry.call(pipe, steps=2), stock)
+    pipe = TINY[name].build()
+    inputs = TINY[name].forward_inputs(pipe)
+
+    def run() -> torch.Tensor:
+        return pipe.transformer(**copy.deepcopy(inputs))[0]
+
+    stock = run()
+    with Ledger() as ledger:
+        settings = CompileConfig(backend=lambda graph, _: graph.forward)
+        counted = compile_model(pipe.transformer, settings, family_of(pipe), ledger).counters
+        with open_call(None, owner=None):
+            difference = float((run() - stock).abs().max())
+        ledger.undo()
+    assert not counted.eager, counted
+    assert counted.rewrites == FOUND[name], counted
+    assert is_rounding(difference, lambda: floor_of(run, pipe.transformer, stock=stock))
+    assert torch.equal(run(), stock)
 
 
 def test_slices_are_joined_only_where_they_are_all_of_it_in_order() -> None:
