@@ -32,22 +32,24 @@ def linears_of(model: nn.Module, family: Family) -> tuple[list[tuple[Place, nn.L
 
     Of one that has 8 bits now it is the original that counts.
     """
-    found: dict[int, tuple[Place, nn.Linear]] = {}
+    found: list[tuple[Place, nn.Linear]] = []
+    seen: set[int] = set()
     left: Counter[str] = Counter()
     tied = _tied(model)
     for block_path, block in _blocks(model, family).items():
         for place, module, obstacle in _in(block, block_path):
             linear = module.original if isinstance(module, Float8Linear) else module
-            if linear is None or id(linear) in found:
+            if linear is None or id(linear) in seen:
                 continue
+            seen.add(id(linear))
             obstacle = obstacle or _obstacle(linear, model, tied)
             if any(fnmatchcase(place.path, pattern) for pattern in family.keep_precision):
                 obstacle = "kept as they are by the family"
             if obstacle is None:
-                found[id(linear)] = place, linear
+                found.append((place, linear))
             else:
                 left[obstacle] += 1
-    return list(found.values()), left
+    return found, left
 
 
 def quantizable(models: Mapping[str, nn.Module], family: Family) -> dict[str, Quantizable]:
@@ -124,7 +126,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _tied(model: nn.Module) -> set[int]:
-    counts = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    # A linear that two modules hold counts twice: only one of them would get another in its place.
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    counts = Counter(id(each) for module in modules for each in module._parameters.values())
     return {key for key, count in counts.items() if count > 1}
 
 
