@@ -385,3 +385,13 @@ def test_a_linear_that_two_modules_share_keeps_its_precision():
     assert type(first.ff.net[2]) is nn.Linear
     assert first.ff.net[2] is second.ff.net[2]
     assert counts(pipe)["left"] == {"that share their weight": 1}
+
+
+def test_weights_that_were_not_kept_get_8_bits_again_when_accelerated_anew():
+    settings = {**SETTINGS, "quantize": QuantizeConfig(reversible=False)}
+    pipe = accelerate_pipeline(ENTRY.build(), **settings)
+    before, linears = str(pipe.acceleration.plan), in_8_bits(pipe.transformer)
+    with pytest.warns(UserWarning, match="stay as 8 bits have them"):
+        accelerate_pipeline(pipe, **settings)
+    assert str(pipe.acceleration.plan) == before
+    assert in_8_bits(pipe.transformer) == linears
