@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.distributed import world_size
 from pipeboost.features.attention.swap import swappable_processors
 from pipeboost.features.compile import capture_obstacles
-from pipeboost.features.compile.vae import is_rewritable, key_of
+from pipeboost.features.compile.vae import is_compiled, is_rewritable, key_of
 from pipeboost.features.offload.budget import bytes_on, kind_of, weigh
 from pipeboost.features.offload.place import placed_components, stock_offload, unmovable_weights
 from pipeboost.features.parallel.rank_share import of_all_ranks, splits_of
@@ -66,7 +66,7 @@ def model_info(
         ranks=ranks,
         splits=splits_of(modules, family) if ranks > 1 else None,
         quantizable=quantizable(denoisers, family),
-        vae=None if not isinstance(vae, nn.Module) else "causal" if is_rewritable(vae) else "other",
+        vae=_vae_of(vae) if isinstance(vae, nn.Module) else None,
         vae_key=key_of(vae) if isinstance(vae, nn.Module) else "",
         stock_denoisers={
             path: stock_class(module).__name__
@@ -75,3 +75,9 @@ def model_info(
             and {"timestep", "t"} & signature_of(stock_class(module), "forward").parameters.keys()
         },
     )
+
+
+def _vae_of(vae: nn.Module) -> Literal["causal", "compiled", "other"]:
+    if not is_rewritable(vae):
+        return "other"
+    return "compiled" if is_compiled(vae) else "causal"

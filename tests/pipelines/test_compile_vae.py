@@ -40,6 +40,7 @@ def test_a_video_vae_is_rewritten_where_the_tier_allows_rounding() -> None:
     model = replace(FLUX, pipeline="QwenImagePipeline", vae="causal")
     assert plan(model=model)["vae"].choice == "rewritten"
     assert plan(model=model, compile=CompileConfig(vae=True))["vae"].choice == "rewritten"
+    assert "was compiled before" in plan(model=replace(model, vae="compiled"))["vae"].why
     assert not plan(CPU, model)["vae"].on
     assert not plan(model=model, quality="exact")["vae"].on
     assert not plan(model=model, compile=CompileConfig(scope=None, graphs=True))["vae"].on
@@ -113,3 +114,12 @@ def test_tiles_of_a_video_of_all_sizes_share_a_graph() -> None:
     compiled = pipe.acceleration.report().compiled["vae"]
     assert not compiled["eager"]
     assert compiled["graphs"] <= 3
+
+
+def test_a_video_vae_that_the_user_compiled_is_left_to_them_and_the_plan_says_so() -> None:
+    entry = TINY["qwen_image"]
+    pipe = entry.build()
+    pipe.vae.decoder = torch.compile(pipe.vae.decoder, backend="eager")
+    accelerate_pipeline(pipe, compile=CompileConfig(backend="eager"))
+    assert not pipe.acceleration.plan["vae"].on
+    assert torch.equal(entry.call(pipe), entry.stock())

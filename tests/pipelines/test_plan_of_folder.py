@@ -15,7 +15,7 @@ CPU = Hardware("cpu", "CPU with 2 cores", None, 24 * 2**30, 1, False, True)
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 # One of each family, a ControlNet, experts, processors that call their kernel themselves, and no family.
 NAMES = ("flux_controlnet", "qwen_image", "wan22_t2v", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2", "sd3")
-TIERS = ("exact", "lossless", "fast")
+TIERS = ("exact", "lossless", "balanced", "fast")
 
 
 @pytest.mark.parametrize("name", [*NAMES, "pixart_sigma"])

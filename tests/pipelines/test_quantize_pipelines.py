@@ -349,3 +349,49 @@ def test_stock_and_accelerated_calls_of_two_threads_are_both_right():
     assert len(results["ours"]) == 2
     assert all(torch.equal(each, ours) for each in results["ours"])
     assert [torch.equal(each, ENTRY.stock()) for each in results["stock"]] == [True] * 2
+
+
+def test_an_adapter_that_ran_fused_in_8_bits_is_taken_out_of_the_weights_as_they_were():
+    pipe, stock = accelerated(), ENTRY.build()
+    adapter = lora_state_dict(stock.transformer, rank=4)
+    for each in (pipe, stock):
+        each.load_lora_weights(dict(adapter))
+        each.fuse_lora()
+        ENTRY.call(each)
+        each.unfuse_lora()
+    assert 0 < relative_error(ENTRY.call(pipe), ENTRY.call(stock)) < 0.15
+    pipe.acceleration.remove()
+    assert torch.equal(ENTRY.call(pipe), ENTRY.call(stock))
+
+
+def test_every_way_to_convert_or_freeze_weights_reaches_those_as_they_were():
+    pipe = accelerated()
+    ENTRY.call(pipe)
+    pipe.transformer.type(torch.float64).type(torch.float32)
+    ENTRY.call(pipe)
+    pipe.transformer.requires_grad_(False)
+    ENTRY.call(pipe)
+    pipe.acceleration.remove()
+    assert not any(each.requires_grad for each in pipe.transformer.parameters())
+    assert torch.equal(ENTRY.call(pipe), ENTRY.stock())
+
+
+def test_a_linear_that_two_modules_share_keeps_its_precision():
+    pipe = ENTRY.build()
+    first, second = pipe.transformer.transformer_blocks[:2]
+    first.ff.net[2] = second.ff.net[2]
+    accelerate_pipeline(pipe, **SETTINGS)
+    ENTRY.call(pipe)
+    assert type(first.ff.net[2]) is nn.Linear
+    assert first.ff.net[2] is second.ff.net[2]
+    assert counts(pipe)["left"] == {"that share their weight": 1}
+
+
+def test_weights_that_were_not_kept_get_8_bits_again_when_accelerated_anew():
+    settings = {**SETTINGS, "quantize": QuantizeConfig(reversible=False)}
+    pipe = accelerate_pipeline(ENTRY.build(), **settings)
+    before, linears = str(pipe.acceleration.plan), in_8_bits(pipe.transformer)
+    with pytest.warns(UserWarning, match="stay as 8 bits have them"):
+        accelerate_pipeline(pipe, **settings)
+    assert str(pipe.acceleration.plan) == before
+    assert in_8_bits(pipe.transformer) == linears

@@ -96,6 +96,8 @@ def test_a_vae_is_compiled_by_itself_for_sizes_that_were_compiled_before_and_sto
     known = known_sizes(key, "a GPU")
     assert known == {"decoder-1x3x4x4-float32"}
     assert not known_sizes(key, "another GPU")
+    part.config = {"_name_or_path": "here"}  # type: ignore[assignment]
+    assert key_of(part) == key
     assert not known_sizes(key_of(part.half()), "a GPU")
     part.float()
     choose = only_sizes("decoder", known, dynamic=False)
@@ -125,6 +127,17 @@ def test_a_folder_that_others_may_write_to_is_not_used_and_one_warning_says_so(
     assert used[0] == used[1] != folder
     assert why_not_own(used[0]) is None
     assert not list(folder.iterdir())
+
+
+def test_the_folder_of_a_process_alone_goes_with_it_and_a_relative_one_stays_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    script = "import os; from pipeboost.core.own_folder import compiled_folder as f; a = f(); os.chdir('/'); print(a)"
+    kept = {"args": [sys.executable, "-W", "ignore", "-c", script], "cwd": tmp_path, "capture_output": True}
+    for home in ("file", "relative"):
+        done = subprocess.run(**kept, env={**os.environ, "PIPEBOOST_HOME": home}, text=True, timeout=100)
+        folder = Path(done.stdout.strip())
+        assert folder.is_absolute(), done.stderr
+        assert folder.exists() == (home == "relative")
 
 
 def test_a_folder_is_the_users_own_where_nobody_else_can_put_or_rename_anything(tmp_path: Path) -> None:

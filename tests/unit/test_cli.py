@@ -374,3 +374,7 @@ def test_without_a_command_the_help_is_shown(pipeboost):
     code, out, err = pipeboost()
     assert (code, err) == (2, "")
     assert "generate" in out
+
+
+def test_sizes_that_a_model_does_not_take_are_not_warmed(refused):
+    assert "FluxPipeline takes no num_frames" in refused("warm", "--device", "cpu", "--sizes", "64x64x9")

@@ -199,3 +199,35 @@ def test_convolutions_over_frames_are_laid_out_in_a_captured_graph(monkeypatch: 
         ours = torch.compile(conv, backend=backend)(states)
         torch.testing.assert_close(ours, conv(states))
     assert backend.found == {"conv_layout": 1}
+
+
+@pytest.mark.parametrize("how", ["decoder.compile", "torch.compile(decoder)", "torch.compile(decode)"])
+def test_what_the_user_compiles_runs_before_the_next_call_of_the_pipeline(how: str) -> None:
+    vae, latents, _ = inputs_of("an image", torch.float32)
+    with torch.no_grad():
+        stock = vae.decode(latents).sample
+    rewrite_vae(vae, autoencoder(Q), Ledger())
+    if how == "decoder.compile":
+        vae.decoder.compile(backend="eager")
+    elif how == "torch.compile(decoder)":
+        vae.decoder = torch.compile(vae.decoder, backend="eager")
+    else:
+        vae.decode = torch.compile(vae.decode, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(latents).sample, stock)
+    assert not any(type(module) is not stock_class(module) for module in vae.modules())
+
+
+def test_a_hook_between_a_norm_and_its_activation_sees_and_replaces_what_it_does_in_stock() -> None:
+    vae, latents, picture = inputs_of("an image", torch.float32)
+    for module in vae.modules():
+        if hasattr(module, "gamma"):
+            module.register_forward_hook(lambda _, args, output: output * 1.01)
+        elif isinstance(module, nn.SiLU):
+            module.register_forward_pre_hook(lambda _, args: (args[0] * 1.01,))
+    stock = both_ways(vae, latents, picture)
+    rewrite_vae(vae, autoencoder(Q), Ledger())
+    with open_call(None, owner=None):
+        ours = both_ways(vae, latents, picture)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

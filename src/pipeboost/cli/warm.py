@@ -14,6 +14,7 @@ from pipeboost.cli.flags import Acceleration, Device
 from pipeboost.cli.quiet import quiet_libraries
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.errors import ConfigurationError, quoted
+from pipeboost.core.seams import signature_of, stock_class
 from pipeboost.features.compile.artifacts import artifacts_folder
 from pipeboost.generate import load_model
 
@@ -34,6 +35,11 @@ def run_warm(
     with quiet_libraries(), load_model(model, device=device, **acceleration.settings) as loaded:
         pipe = loaded.pipe
         plan = pipe.acceleration.plan
+        taken = signature_of(stock_class(pipe), "__call__").parameters
+        for size, call in calls.items():
+            if not call.keys() <= taken.keys():
+                missing = " and ".join(sorted(call.keys() - taken.keys()))
+                raise ConfigurationError(f"--sizes {quoted(size)}: {stock_class(pipe).__name__} takes no {missing}")
         if not plan["compile"].on:
             raise ConfigurationError(f"there is nothing to compile beforehand: {plan['compile'].why}")
         if _leaves_vae_to_warm(pipe):

@@ -103,8 +103,8 @@ class ModelInfo:
             was not asked.
         quantizable: transformer → what of it can have 8 bits; None where nobody has looked.
         activations: what the stages take besides weights, on one rank; None where no family says.
-        vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"other"` nothing; None where
-            there is none.
+        vae: what may be rewritten of the VAE: `"causal"` its convolutions over frames, `"compiled"` nothing, for the
+            user has compiled it, `"other"` nothing; None where there is none.
         vae_key: stands for the VAE's class, configuration and dtype, by which compiled code of it is found.
     """
 
@@ -130,7 +130,7 @@ class ModelInfo:
     splits: Mapping[str, Split] | None = None
     quantizable: Mapping[str, Quantizable] | None = None
     activations: Activations | None = None
-    vae: Literal["causal", "other"] | None = None
+    vae: Literal["causal", "compiled", "other"] | None = None
     vae_key: str = ""
 
     def degrees(self, denoisers: Sequence[str]) -> tuple[int, ...] | None:

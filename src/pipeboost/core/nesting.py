@@ -12,11 +12,12 @@ NESTING: dict[str, dict[str, str]] = {
         "reuse": "a prompt that was kept is a stage that took no time",
         "parallel": "stops what ranks cannot do while they share weights; shares the `interrupt` flag; shows one bar",
         "offload": "answers where the script is to run",
-        "quantize": "weights are as they were before Diffusers puts hooks on them",
+        "quantize": "weights are as they were before the pipeline puts hooks on them or writes to them",
     },
     "component": {
         "writes": "notes that weights are about to change, and has them as they were before anything reads them",
         "guard": "refuses a call that only some ranks make, before anything of it is timed or loaded",
+        "rewrite": "what the user has compiled is stock again before it runs",
         "quantize": "a forward has the weights of its call before they are loaded or captured",
         "stages": "a stage's time includes loading its weights",
         "offload": "weights are there before anything computes",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
 import stat
 import tempfile
 import warnings
@@ -34,13 +36,15 @@ def compiled_folder() -> Path:
         f"compiled code is not kept in {folder}: {reason}; make it yours alone (chmod 700), or set {HOME_VARIABLE}",
         stacklevel=2,
     )
-    return Path(tempfile.mkdtemp(prefix="pipeboost-"))
+    temporary = Path(tempfile.mkdtemp(prefix="pipeboost-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 def kept_in(environment: Mapping[str, str]) -> Path:
     """Return where compiled code is kept by the environment, whether or not that is a folder."""
     home = environment.get(HOME_VARIABLE) or "~/.cache/pipeboost"
-    return Path(os.path.expanduser(home)) / "compiled"  # as it is where the user has no home
+    return Path(os.path.abspath(os.path.expanduser(home))) / "compiled"  # as it is where the user has no home
 
 
 def why_not_own(folder: Path) -> str | None:

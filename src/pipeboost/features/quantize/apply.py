@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeboost.contract.context import ApplyContext, Component
 from pipeboost.contract.decision import Decision
 from pipeboost.core.ledger import Ledger
-from pipeboost.features.quantize.model import Counts, quantise_model, quantised_model, restore_before_offload
+from pipeboost.features.quantize.model import Counts, quantise_model, quantised_model, restore_before_pipe_reads
 
 
 def apply(component: Component, decision: Decision, context: ApplyContext, ledger: Ledger) -> Counts | None:
@@ -15,7 +15,7 @@ def apply(component: Component, decision: Decision, context: ApplyContext, ledge
         UnsupportedError: as `quantise_model`.
     """
     if not component.path:
-        restore_before_offload(component.object, context.family, ledger)
+        restore_before_pipe_reads(component.object, context.family, ledger)
     if not component.denoises:
         return None
     device = context.model.device

@@ -36,12 +36,17 @@ from pipeboost.features.quantize.select import Place, linears_of
 READING = (
     *("load_lora_adapter", "save_lora_adapter", "add_adapter", "delete_adapters", "unload_lora"),
     *("fuse_lora", "unfuse_lora", "fuse_qkv_projections", "unfuse_qkv_projections"),
-    *("state_dict", "load_state_dict", "save_pretrained", "half", "float", "double", "bfloat16"),
+    *("state_dict", "load_state_dict", "save_pretrained", "half", "float", "double", "bfloat16", "type"),
+    "requires_grad_",
     *("enable_group_offload", "enable_layerwise_casting"),
 )
 """Methods of a transformer that read, write or convert weights, or wrap linears or put hooks on them."""
-OFFLOADING = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
-"""Methods of a pipeline that put hooks on linears, which then keep their precision."""
+READING_OF_PIPE = (
+    *("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    "unfuse_lora",
+)
+"""Methods of a pipeline that put hooks on linears, which then keep their precision, or write to weights past the model.
+"""
 _TURNING_OFF = ("disable_lora", "disable_adapters")
 """Methods after which an adapter that is merged takes itself out of the weights."""
 
@@ -232,8 +237,8 @@ def quantise_model(
     return _quantised[model]
 
 
-def restore_before_offload(pipe: Any, family: Family, ledger: Ledger) -> None:
-    """Have the weights as they were before Diffusers' own offload puts its hooks on them."""
+def restore_before_pipe_reads(pipe: Any, family: Family, ledger: Ledger) -> None:
+    """Have the weights as they were before the pipeline's own methods put hooks on them, or write to them."""
 
     def restore(method: str, call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         for model in family.models(owner).values():
@@ -241,7 +246,7 @@ def restore_before_offload(pipe: Any, family: Family, ledger: Ledger) -> None:
                 quantised.restore(doing=f"{method}()")
         return call_next(*args, **kwargs)
 
-    for method in OFFLOADING:
+    for method in READING_OF_PIPE:
         if callable(getattr(stock_class(pipe), method, None)):
             ledger.add_middleware(pipe, method, functools.partial(restore, method), place="pipe.quantize")
 

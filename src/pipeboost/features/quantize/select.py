@@ -32,22 +32,24 @@ def linears_of(model: nn.Module, family: Family) -> tuple[list[tuple[Place, nn.L
 
     Of one that has 8 bits now it is the original that counts.
     """
-    found: dict[int, tuple[Place, nn.Linear]] = {}
+    found: list[tuple[Place, nn.Linear]] = []
+    seen: set[int] = set()
     left: Counter[str] = Counter()
     tied = _tied(model)
     for block_path, block in _blocks(model, family).items():
         for place, module, obstacle in _in(block, block_path):
             linear = module.original if isinstance(module, Float8Linear) else module
-            if linear is None or id(linear) in found:
+            if linear is None or id(linear) in seen:
                 continue
+            seen.add(id(linear))
             obstacle = obstacle or _obstacle(linear, model, tied)
             if any(fnmatchcase(place.path, pattern) for pattern in family.keep_precision):
                 obstacle = "kept as they are by the family"
             if obstacle is None:
-                found[id(linear)] = place, linear
+                found.append((place, linear))
             else:
                 left[obstacle] += 1
-    return list(found.values()), left
+    return found, left
 
 
 def quantizable(models: Mapping[str, nn.Module], family: Family) -> dict[str, Quantizable]:
@@ -55,10 +57,13 @@ def quantizable(models: Mapping[str, nn.Module], family: Family) -> dict[str, Qu
     result = {}
     for path, model in models.items():
         linears, left = linears_of(model, family)
+        found = [linear for _, linear in linears]
+        # Of these a removal makes plain ones again.
+        not_kept = [each for each in _quantised_in(model) if each.original is None]
         result[path] = Quantizable(
-            count=len(linears),
-            nbytes=sum(linear.weight.nbytes for _, linear in linears),
-            quantised=sum(_quantised_bytes(linear) for _, linear in linears),
+            count=len(found) + len(not_kept),
+            nbytes=sum(linear.weight.nbytes for linear in found) + sum(map(_bytes_before, not_kept)),
+            quantised=sum(map(_quantised_bytes, found)) + sum(map(_quantised_bytes, not_kept)),
             left=left,
             already=_already(model),
         )
@@ -67,9 +72,7 @@ def quantizable(models: Mapping[str, nn.Module], family: Family) -> dict[str, Qu
 
 def of_original(component: ComponentSize, module: nn.Module) -> ComponentSize:
     """Return a component as it is once an acceleration that has quantised it is undone."""
-    quantised = [each for each in module.modules() if isinstance(each, Float8Linear)]
-    originals = [each.original for each in quantised if each.original is not None]
-    more = sum(each.weight.nbytes - _quantised_bytes(each) for each in originals)
+    more = sum(_bytes_before(each) - _quantised_bytes(each) for each in _quantised_in(module))
     return component.resized(component.nbytes + more)
 
 
@@ -124,7 +127,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _tied(model: nn.Module) -> set[int]:
-    counts = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    # A linear that two modules hold counts twice: only one of them would get another in its place.
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))
+    counts = Counter(id(each) for module in modules for each in module._parameters.values())
     return {key for key, count in counts.items() if count > 1}
 
 
@@ -132,5 +137,13 @@ def _already(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None))
 
 
-def _quantised_bytes(linear: nn.Linear) -> int:
+def _quantised_in(module: nn.Module) -> list[Float8Linear]:
+    return [each for each in module.modules() if isinstance(each, Float8Linear)]
+
+
+def _bytes_before(quantised: Float8Linear) -> int:
+    return quantised.weight.numel() * quantised.dtype.itemsize
+
+
+def _quantised_bytes(linear: nn.Linear | Float8Linear) -> int:
     return linear.weight.numel() + _BYTES_OF_SCALE * linear.out_features

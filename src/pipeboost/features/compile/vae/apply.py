@@ -15,13 +15,12 @@ from pipeboost.features.compile.model import CompiledModel, compile_model
 from pipeboost.features.compile.vae.decide import VaeSettings
 from pipeboost.features.compile.vae.known_sizes import key_of, noting_sizes, only_sizes
 from pipeboost.features.compile.vae.rewrites import (
+    PARTS,
     is_compiled,
     is_rewritable,
     rewrite_vae,
     step_back_where_compiled,
 )
-
-PARTS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def decide(
     if wanted == "auto" and (settings.scope is None or (asked == "auto" and hardware.device == "cpu")):
         where = "on a CPU" if hardware.device == "cpu" else "with CUDA graphs alone"
         return Decision("vae", "off", f"left as it is {where}; CompileConfig(vae=True) turns it on")
+    if model.vae == "compiled":
+        return Decision("vae", "off", "left as it is: it was compiled before")
     if model.vae == "causal":
         why = "convolutions over one frame in two dimensions, over several without copies; norms in one pass"
         return Decision("vae", "rewritten", why, settings=VaeSettings(rewrites=True))

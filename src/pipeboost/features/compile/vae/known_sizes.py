@@ -19,8 +19,12 @@ from pipeboost.features.compile.region import CompiledModel
 
 
 def key_of(vae: nn.Module) -> str:
-    """Return what stands for a VAE's class, configuration and dtype, and for the torch that compiles it."""
-    config = json.dumps(dict(getattr(vae, "config", None) or {}), sort_keys=True, default=str)
+    """Return what stands for a VAE's class, configuration and dtype, and for the torch that compiles it.
+
+    Where it was loaded from does not count, so that it is found again by another path.
+    """
+    settings = {name: value for name, value in dict(getattr(vae, "config", None) or {}).items() if name[0] != "_"}
+    config = json.dumps(settings, sort_keys=True, default=str)
     dtype = next((str(parameter.dtype) for parameter in vae.parameters()), "")
     described = (stock_class(vae).__qualname__, config, dtype, torch.__version__)
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:24]

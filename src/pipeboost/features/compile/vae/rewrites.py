@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn import functional as F
 
 from pipeboost.contract.call import current_call
@@ -26,6 +27,7 @@ from pipeboost.kernels.channel_norm import channel_norm
 REWRITES = ("causal_conv", "channels_last", "nearest", "channel_norm")
 """Convolutions over frames without zeros around them, convolutions with the channels of a pixel side by side, nearest
 upsampling in its own dtype, RMS norm and activation in one pass."""
+PARTS = ("encoder", "decoder")
 _PLACE = "submodule.rewrite"
 _ACTIVATED = "_pipeboost_activated"
 """Set on a tensor that has been through its activation already."""
@@ -64,9 +66,8 @@ def is_rewritable(vae: nn.Module) -> bool:
 
 def is_compiled(vae: nn.Module) -> bool:
     """Whether the user compiled a VAE or wrapped its methods, and what is captured is to be as they left it."""
-    parts = (vae, getattr(vae, "encoder", None), getattr(vae, "decoder", None))
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in parts) or bool(
-        {"encode", "decode"} & vars(vae).keys()
+    return bool({"encode", "decode"} & vars(vae).keys()) or any(
+        module._compiled_call_impl is not None or isinstance(module, OptimizedModule) for module in vae.modules()
     )
 
 
@@ -103,12 +104,18 @@ def rewrite_vae(
             for name in activated.get(stock_class(module).__name__, ()) if "channel_norm" in rewrites else ():
                 norm, activation = getattr(module, name), module.nonlinearity
                 if type(activation) is nn.SiLU and is_channel_norm(norm):
-                    inner.add_middleware(norm, "forward", _activated_norm(rewritten), place=_PLACE)
+                    inner.add_middleware(norm, "forward", _activated_norm(rewritten, activation), place=_PLACE)
                     inner.add_middleware(activation, "forward", _pass_activated, place=_PLACE)
         for module in vae.modules():
             middleware = _middleware_for(module, rewrites, rewritten)
             if middleware is not None and not middleware_of(module, "forward"):
                 inner.add_middleware(module, "forward", middleware, place=_PLACE)
+        step_back = _step_back_first(weakref.ref(vae))
+        doors = [(vae, method) for method in ("encode", "decode", "__call__")]
+        doors += [(getattr(vae, name), "__call__") for name in PARTS if isinstance(getattr(vae, name, None), nn.Module)]
+        for door, method in doors:
+            if callable(getattr(stock_class(door), method, None)):
+                inner.add_middleware(door, method, step_back, place="component.rewrite")
         _rewritten[vae] = rewritten
 
     ledger.share(vae, "VAE rewrites", tuple(rewrites), apply)
@@ -120,6 +127,16 @@ def rewrite_vae(
     else:
         ledger.record("calls with a rewritten VAE", functools.partial(rewritten.owners.discard, owner))
         rewritten.owners.add(owner)
+
+
+def _step_back_first(reference: weakref.ref[nn.Module]) -> Middleware:
+    def run(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        vae = reference()
+        if vae is not None and current_call() is None:  # which looks as it begins
+            step_back_where_compiled(vae)
+        return call_next(*args, **kwargs)
+
+    return run
 
 
 def _forget(reference: weakref.ref[nn.Module]) -> None:
@@ -174,10 +191,15 @@ def _channel_norm(rewritten: RewrittenVae) -> Middleware:
     return norm
 
 
-def _activated_norm(rewritten: RewrittenVae) -> Middleware:
+def _activated_norm(rewritten: RewrittenVae, activation: nn.Module) -> Middleware:
+    after = weakref.ref(activation)
+
     def norm(call_next: Callable[..., Any], module: Any, x: Any) -> torch.Tensor:
         if not rewritten.acts:
             return call_next(x)
+        # A hook of the user's between the two sees, and may replace, what is not activated yet.
+        if module._forward_hooks or getattr(after(), "_forward_pre_hooks", None):
+            return channel_norm(x, module.gamma, module.scale, activate=False)
         activated = channel_norm(x, module.gamma, module.scale, activate=True)
         setattr(activated, _ACTIVATED, True)
         return activated
