@@ -28,15 +28,17 @@ def norm_rotary(
     Returns:
         `(batch, all tokens, heads, head_dim)`, contiguous.
     """
-    from pipeboost.kernels.norms_triton import launch_norm_rotary
+    from pipeboost.kernels.norms_triton import heads_are_side_by_side, launch_norm_rotary
 
     tokens = [part.shape[1] for part in parts]
     out = parts[0].new_empty((parts[0].shape[0], sum(tokens), *parts[0].shape[2:]))
     slices = out.split(tokens, dim=1)
     for part, weight, cos, sin, each, into in zip(parts, weights, cosines, sines, eps, slices, strict=True):
-        dim = part.shape[3]
-        part = part if part.stride()[2:] == (dim, 1) else part.contiguous()
-        tables = [None if table is None else _pairs(table, part.shape[1], dim) for table in (cos, sin)]
+        if part.numel() == 0:  # as the text where another rank has all of it
+            continue
+        part = part if heads_are_side_by_side(part) else part.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        tables = [None if table is None else _pairs(table, part.shape[1], part.shape[3]) for table in (cos, sin)]
         launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
     return out
 
