@@ -183,7 +183,7 @@ FUSED = {
     "a weight with gaps": lambda: F.layer_norm(X, (48,), X.flatten()[:96:2], X[0, 1], 1e-6),
     "8 bits in between": lambda: modulated(X.to(torch.float8_e4m3fn).to(torch.float32) + Y, TABLE, TABLE),
     "a weight of a head with gaps": lambda: rotated(normed(QUERIES, X.flatten()[:32:2])),
-    "one head a token": lambda: rotated(normed(X[:, :2].reshape(2, 1, 6, 16).transpose(1, 2))),
+    "one head a token": lambda: rotated(normed(QUERIES[:, :, 0].contiguous()[:, None].transpose(1, 2))),
     "a slice of what is rotated": lambda: rotated(normed(QUERIES))[:, :4] * 2,
     "no text": lambda: rotated(torch.cat([normed(QUERIES[:, :0]), normed(QUERIES)], dim=1)),
     "parts rotated together after another": lambda: torch.cat(
@@ -208,6 +208,13 @@ def compare_fused() -> None:
             run(), function(), rtol=1e-3, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}"
         )
         assert backend.found, name
+    devices: list[torch.Tensor] = []
+    guard = torch.cuda.device_of
+    torch.cuda.device_of = lambda tensor: devices.append(tensor) or guard(tensor)  # type: ignore[assignment,func-returns-value,misc]
+    modulated_norm.norms.modulated_norm(X, None, None, TABLE, TABLE, 1e-6, True)
+    modulated_norm.norms.norm_rotary([QUERIES], [WEIGHT], [COS], [SIN], [1e-6], False)
+    torch.cuda.device_of = guard  # type: ignore[misc]
+    assert len(devices) == 2  # Triton launches on the current device
 
 
 def test_what_gradients_are_taken_of_is_left_alone() -> None:

@@ -39,7 +39,8 @@ def norm_rotary(
         part = part if heads_are_side_by_side(part) else part.contiguous()
         weight = None if weight is None else weight.contiguous()
         tables = [None if table is None else _pairs(table, part.shape[1], part.shape[3]) for table in (cos, sin)]
-        launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
+        with torch.cuda.device_of(part):  # Triton launches on the current device, wherever the tensors are
+            launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
     return out
 
 
@@ -77,7 +78,8 @@ def modulated_norm(
     """
     from pipeboost.kernels.norms_triton import normalise
 
-    return normalise(x, branch, gate, scale, shift, eps, one_plus)  # type: ignore[return-value]
+    with torch.cuda.device_of(x):
+        return normalise(x, branch, gate, scale, shift, eps, one_plus)  # type: ignore[return-value]
 
 
 @modulated_norm.register_fake
