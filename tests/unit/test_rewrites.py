@@ -138,7 +138,14 @@ def overwritten_by_argument(x: torch.Tensor) -> torch.Tensor:
     return before * (1 + TABLE) + TABLE
 
 
+def overwritten_at_once(x: torch.Tensor) -> torch.Tensor:
+    total = x + Y
+    x += 1
+    return modulated(total, TABLE, TABLE) + x
+
+
 LEFT_ALONE = {
+    "overwritten by +=": lambda: overwritten_at_once(X.clone()),
     "one sample with tables of two": lambda: modulated(X[:1], TABLE, TABLE),
     "rows without a batch": lambda: modulated(X[0], TABLE[:1], TABLE[:1]),
     "eps by name": lambda: F.layer_norm(X, (48,), Y[0, 0], Y[0, 1], eps=1.0),
@@ -175,7 +182,15 @@ def test_what_only_looks_like_it_is_left_alone(name: str, monkeypatch: pytest.Mo
     assert not backend.found
 
 
+def summed_in_place() -> torch.Tensor:
+    total = torch.zeros_like(X)
+    total += X
+    total += Y
+    return modulated(total, TABLE, TABLE) * (TABLE.gt(0) & TABLE.lt(1))
+
+
 FUSED = {
+    "a sum in place that nothing else reads": summed_in_place,
     "a factor of the branch": lambda: modulated(torch.add(X, Y, alpha=3), TABLE, TABLE),
     "a scalar gate": lambda: modulated(X + Y[0, 0, 0] * Y, TABLE, TABLE),
     "tables with gaps": lambda: modulated(X, X.view(2, 48, 6)[:, None, :, 0], X.view(2, 48, 6)[:, None, :, 1]),
@@ -232,6 +247,15 @@ def test_what_is_joined_has_memory_of_its_own_where_it_is_returned() -> None:
     x = torch.randn(2, 7, 3)
     run, backend = compiled(lambda x: torch.cat([x[:, :2], x[:, 2:]], dim=1).view(-1), "cat_of_slices")
     assert run(x).data_ptr() != x.data_ptr()
+    assert not backend.found
+
+    def added(x: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([x[:, :2], x[:, 2:]], dim=1)
+        joined += 1
+        return joined * x
+
+    run, backend = compiled(added, "cat_of_slices")
+    assert torch.equal(run(x.clone()), added(x))
     assert not backend.found
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from pipeboost.features.compile.rewrites.nodes import replace, tensor_of
+from pipeboost.features.compile.rewrites.nodes import IN_PLACE, replace, storage_of, tensor_of
 
 _WHOLE = slice(None, None, None)
 
@@ -20,7 +20,7 @@ def drop_cats_of_slices(graph: fx.Graph) -> int:
         parts: Any = cat.args[0]
         dim = cat.kwargs.get("dim", cat.args[1] if len(cat.args) > 1 else 0)
         whole = _cut_from(parts, dim) if isinstance(parts, (list, tuple)) and isinstance(dim, int) else None
-        if whole is not None and _shape(whole) == _shape(cat) and not _is_returned(cat):
+        if whole is not None and _shape(whole) == _shape(cat) and not _needs_memory(cat):
             replace(cat, whole)
             count += 1
     return count
@@ -31,13 +31,12 @@ def _shape(node: fx.Node) -> torch.Size | None:
     return None if value is None else value.shape
 
 
-def _is_returned(cat: fx.Node) -> bool:
-    """Whether the graph returns it or a view of it, which is not to be memory of something else."""
-    own = tensor_of(cat)
-    returned = [tensor_of(each) for each in cat.graph.output_node().all_input_nodes]
-    return own is None or any(
-        each is not None and each.untyped_storage()._cdata == own.untyped_storage()._cdata for each in returned
-    )
+def _needs_memory(cat: fx.Node) -> bool:
+    """Whether it may not be memory of something else: it is written over, or returned as it is or as a view."""
+    own = storage_of(cat)
+    written = [user.args[0] for user in cat.graph.nodes if user.target in IN_PLACE]
+    kept = (*cat.graph.output_node().all_input_nodes, *written)
+    return own is None or own in map(storage_of, kept)
 
 
 def _cut_from(parts: Any, dim: int) -> fx.Node | None:

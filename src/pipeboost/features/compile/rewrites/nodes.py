@@ -11,7 +11,9 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior", "ixor")
+_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior", "ixor")
+IN_PLACE = frozenset(getattr(operator, name) for name in _NAMES)
+"""What `+=` and its like are in a graph."""
 _OPERATORS = {operator.add: torch.add, operator.mul: torch.mul}
 
 
@@ -19,6 +21,12 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     """Return the fake tensor that stands for a node's value: its shape, dtype and device; None where it has none."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def storage_of(node: Any) -> int | None:
+    """Return what a node's value and all views of it have in common; None where it is no tensor."""
+    value = tensor_of(node)
+    return None if value is None or is_traceable_wrapper_subclass(value) else value.untyped_storage()._cdata
 
 
 def suits_our_kernels(tensor: torch.Tensor | None) -> bool:
@@ -132,8 +140,19 @@ def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    in_place = getattr(operator, name, None) is node.target and name in _IN_PLACE
-    return in_place or name.endswith("_") or node.kwargs.get("out") is not None or _is_told_to_write(node)
+    if getattr(operator, name, None) is node.target:  # among them `and_`, which writes nowhere
+        return node.target in IN_PLACE and not _is_only_written(node)
+    return name.endswith("_") or node.kwargs.get("out") is not None or _is_told_to_write(node)
+
+
+def _is_only_written(node: fx.Node) -> bool:
+    """Whether what `+=` and its like write over was made in the graph, and is read by nothing but them."""
+    storage = storage_of(node.args[0])
+    return storage is not None and all(
+        before.op.startswith("call_") and len(before.users) == 1
+        for before in node.graph.nodes
+        if before < node and storage_of(before) == storage
+    )
 
 
 def _is_told_to_write(node: fx.Node) -> bool:
