@@ -24,6 +24,7 @@ from pipeboost.features.graphs import Graphs, capture_graphs, graphs
 from pipeboost.features.graphs.capture import Inputs, aligned
 from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
 from pipeboost.features.graphs.signature import NotCapturable, copied, exchanged, read
+from pipeboost.features.graphs.trial import Trial
 from tests.moments import freed_at_once
 from tests.pipelines.tiny import TINY, load_tiny_ip_adapter, load_tiny_lora
 
@@ -484,14 +485,16 @@ class Clock:
 
     def __init__(self, enable_timing: bool) -> None:
         self.time = 0.0
+        self.passed = False
 
     def record(self) -> None:
         self.time = Clock.now
 
     def synchronize(self) -> None:
-        pass
+        self.passed = True
 
     def elapsed_time(self, other: "Clock") -> float:
+        assert other.passed, "the device has not come so far"
         return other.time - self.time
 
 
@@ -507,6 +510,27 @@ class Forward(nn.Module):
         if not torch.compiler.is_compiling():
             Clock.now += self.milliseconds[0]
         return (x + 1,)
+
+
+def test_a_trial_knows_which_forwards_were_replays_in_whatever_order_threads_end_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    trial = Trial()
+
+    def timed(milliseconds: float, *, replay: bool) -> None:
+        with trial.timed(replay=replay):
+            Clock.now += milliseconds
+
+    timed(1.0, replay=trial.replays)
+    both = [trial.replays, trial.replays]  # two threads ask before either has run
+    assert both == [False, False]
+    for replay in both:
+        timed(3.0, replay=replay)
+    assert trial.saving(lambda times: times) is None
+    timed(1.0, replay=trial.replays)
+    assert trial.saving(lambda times: times) == 2.0
+    assert trial.description() == "1.0 ms replayed, 3.0 ms without"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_settings_name_every_rewrite() -> None:
 
 def test_rewritten_blocks_give_what_stock_gives() -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's")
-    script = "from tests.unit.test_rewrites import FOUND, compare; [compare(name) for name in FOUND]"
+    script = "from tests.unit.test_rewrites import FOUND, compare, compare_fused; "
+    script += "compare_fused(); [compare(name) for name in FOUND]"
     settings = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -83,6 +84,181 @@ def compare(name: str) -> None:
     assert torch.equal(run(), stock)
 
 
+X, Y, TABLE, QUERIES = torch.randn(2, 6, 48), torch.randn(2, 6, 48), torch.randn(2, 1, 48), torch.randn(2, 6, 3, 16)
+WEIGHT, COS, SIN = torch.randn(16), torch.randn(6, 1, 16), torch.randn(6, 1, 16)
+FREQUENCIES = torch.randn(6, 1, 8, dtype=torch.complex64)
+
+
+def modulated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], None, None, 1e-6) * (1 + scale) + shift
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor = WEIGHT) -> torch.Tensor:
+    return torch.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor = COS, sin: torch.Tensor = SIN) -> torch.Tensor:
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(3) * sin
+
+
+def rotated_by_writing(x: torch.Tensor) -> torch.Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    cos, sin = COS[..., 0::2], SIN[..., 1::2]
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+def rotated_as_complex(x: torch.Tensor, frequencies: torch.Tensor = FREQUENCIES) -> torch.Tensor:
+    pairs = torch.view_as_complex(x.reshape(2, 6, 3, -1, 2))
+    return torch.view_as_real(pairs * frequencies).flatten(3)
+
+
+def written_out(x: torch.Tensor, *, keepdim: bool = True, eps: Any = 1e-3) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=keepdim) + eps) * WEIGHT
+
+
+def overwritten(x: torch.Tensor) -> torch.Tensor:
+    before = F.layer_norm(x, x.shape[-1:], None, None, 1e-6)
+    x[:, :2] = 0
+    return before * (1 + TABLE) + TABLE
+
+
+def overwritten_by_method(x: torch.Tensor) -> torch.Tensor:
+    total = x + Y
+    x.mul_(2)
+    return modulated(total, TABLE, TABLE) + x
+
+
+def overwritten_by_argument(x: torch.Tensor) -> torch.Tensor:
+    before = F.layer_norm(x, x.shape[-1:], None, None, 1e-6)
+    F.silu(x, True)
+    return before * (1 + TABLE) + TABLE
+
+
+def overwritten_at_once(x: torch.Tensor) -> torch.Tensor:
+    total = x + Y
+    x += 1
+    return modulated(total, TABLE, TABLE) + x
+
+
+LEFT_ALONE = {
+    "overwritten by +=": lambda: overwritten_at_once(X.clone()),
+    "one sample with tables of two": lambda: modulated(X[:1], TABLE, TABLE),
+    "rows without a batch": lambda: modulated(X[0], TABLE[:1], TABLE[:1]),
+    "eps by name": lambda: F.layer_norm(X, (48,), Y[0, 0], Y[0, 1], eps=1.0),
+    "a factor of the shift": lambda: torch.add(F.layer_norm(X, (48,)) * (1 + TABLE), TABLE, alpha=3),
+    "one number for all features": lambda: modulated(X, Y[0, 0, 0], Y[0, 0, 1]),
+    "a table for each token": lambda: modulated(X, Y, Y),
+    "entries overwritten": lambda: overwritten(X.clone()),
+    "overwritten by a method": lambda: overwritten_by_method(X.clone()),
+    "overwritten by an argument": lambda: overwritten_by_argument(X.clone()),
+    "tokens after heads": lambda: rotated(normed(QUERIES.transpose(1, 2)), COS[:, 0], SIN[:, 0]),
+    "as many tokens as heads": lambda: rotated(normed(QUERIES[:, :3]), COS[:3, 0], SIN[:3, 0]),
+    "one table for all tokens": lambda: rotated(normed(QUERIES[:, :2]), COS[0], SIN[0]),
+    "one token at several places": lambda: rotated(normed(QUERIES[:, :1])),
+    "a part of each head": lambda: rotated(normed(X.view(2, 6, 1, 48), X[0, 0])[:, :, :, :16]),
+    "some of the heads": lambda: rotated(normed(X, X[0, 0]).unflatten(2, (3, 16))[:, :, :2]),
+    "tokens parted after their norm": lambda: rotated(normed(Y[:, :, :16]).unflatten(1, (6, 1))),
+    "a norm over all heads, heads while rotating": lambda: rotated_as_complex(normed(X, X[0, 0])),
+    "conjugate frequencies": lambda: rotated_as_complex(normed(QUERIES), FREQUENCIES.conj()),
+    "an eps that is a tensor": lambda: rotated(written_out(QUERIES, eps=WEIGHT[:1].abs())),
+    "a mean of another place": lambda: rotated(
+        written_out(QUERIES[0, 0, 0].expand(16, 16, 16, 16), keepdim=False), WEIGHT, WEIGHT
+    ),
+}
+"""What looks like a norm or a rotation that one kernel computes, and is another."""
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_only_looks_like_it_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (norm_rotary, modulated_norm):
+        monkeypatch.setattr(module, "suits_our_kernels", lambda tensor: tensor is not None)
+    with torch.no_grad():
+        run, backend = compiled(LEFT_ALONE[name], "norm_rotary", "modulated_norm")
+        assert torch.equal(run(), LEFT_ALONE[name]())
+    assert not backend.found
+
+
+def summed_in_place() -> torch.Tensor:
+    total = torch.zeros_like(X)
+    total += X
+    total += Y
+    return modulated(total, TABLE, TABLE) * (TABLE.gt(0) & TABLE.lt(1))
+
+
+FUSED = {
+    "a sum in place that nothing else reads": summed_in_place,
+    "a factor of the branch": lambda: modulated(torch.add(X, Y, alpha=3), TABLE, TABLE),
+    "a scalar gate": lambda: modulated(X + Y[0, 0, 0] * Y, TABLE, TABLE),
+    "tables with gaps": lambda: modulated(X, X.view(2, 48, 6)[:, None, :, 0], X.view(2, 48, 6)[:, None, :, 1]),
+    "tables of one number a sample": lambda: modulated(X, X[:, :1, :1].expand(2, 1, 48), TABLE),
+    "a weight with gaps": lambda: F.layer_norm(X, (48,), X.flatten()[:96:2], X[0, 1], 1e-6),
+    "8 bits in between": lambda: modulated(X.to(torch.float8_e4m3fn).to(torch.float32) + Y, TABLE, TABLE),
+    "a weight of a head with gaps": lambda: rotated(normed(QUERIES, X.flatten()[:32:2])),
+    "one head a token": lambda: rotated(normed(QUERIES[:, :, 0].contiguous()[:, None].transpose(1, 2))),
+    "a slice of what is rotated": lambda: rotated(normed(QUERIES))[:, :4] * 2,
+    "no text": lambda: rotated(torch.cat([normed(QUERIES[:, :0]), normed(QUERIES)], dim=1)),
+    "parts rotated together after another": lambda: torch.cat(
+        [normed(QUERIES), rotated(torch.cat([normed(QUERIES[:, :2]), normed(QUERIES[:, 2:])], dim=1))], dim=1
+    ),
+    "written and used as it is": lambda: rotated_by_writing(normed(QUERIES)) * 2,
+    "written and used twice": lambda: (
+        lambda out: torch.cat([torch.cat([out, normed(QUERIES)], dim=1), out * 2], dim=1)
+    )(rotated_by_writing(normed(QUERIES))),
+}
+"""What one kernel computes, wherever its inputs lie and whatever else they are used for."""
+
+
+@torch.no_grad()
+def compare_fused() -> None:
+    """Each of `FUSED` on the CPU in float32, rewritten and as it is."""
+    for module in (norm_rotary, modulated_norm):
+        module.suits_our_kernels = lambda tensor: tensor is not None  # type: ignore[attr-defined]
+    for name, function in FUSED.items():
+        run, backend = compiled(function, "norm_rotary", "modulated_norm")
+        torch.testing.assert_close(
+            run(), function(), rtol=1e-3, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}"
+        )
+        assert backend.found, name
+    devices: list[torch.Tensor] = []
+    guard = torch.cuda.device_of
+    torch.cuda.device_of = lambda tensor: devices.append(tensor) or guard(tensor)  # type: ignore[assignment,func-returns-value,misc]
+    modulated_norm.norms.modulated_norm(X, None, None, TABLE, TABLE, 1e-6, True)
+    modulated_norm.norms.norm_rotary([QUERIES], [WEIGHT], [COS], [SIN], [1e-6], False)
+    torch.cuda.device_of = guard  # type: ignore[misc]
+    assert len(devices) == 2  # Triton launches on the current device
+
+
+def test_what_gradients_are_taken_of_is_left_alone() -> None:
+    linear, a = nn.Linear(24, 6), torch.randn(2, 5, 24)
+    run, backend = compiled(lambda a: linear(torch.cat([a[..., :16], a[..., 16:]], dim=-1)), "cat_gemm")
+    run(a).sum().backward()
+    assert linear.weight.grad is not None
+    assert not backend.found
+    with torch.no_grad():
+        run(a)
+    assert backend.found == {"cat_gemm": 1}
+
+
+def test_what_is_joined_has_memory_of_its_own_where_it_is_returned() -> None:
+    x = torch.randn(2, 7, 3)
+    run, backend = compiled(lambda x: torch.cat([x[:, :2], x[:, 2:]], dim=1).view(-1), "cat_of_slices")
+    assert run(x).data_ptr() != x.data_ptr()
+    assert not backend.found
+
+    def added(x: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([x[:, :2], x[:, 2:]], dim=1)
+        joined += 1
+        return joined * x
+
+    run, backend = compiled(added, "cat_of_slices")
+    assert torch.equal(run(x.clone()), added(x))
+    assert not backend.found
+
+
 def test_slices_are_joined_only_where_they_are_all_of_it_in_order() -> None:
     x = torch.randn(2, 7, 3)
     whole, backend = compiled(lambda x: torch.cat([x[:, :2], x[:, 2:5], x[:, 5:]], dim=1) * 2, "cat_of_slices")
@@ -95,6 +271,8 @@ def test_slices_are_joined_only_where_they_are_all_of_it_in_order() -> None:
         lambda x: torch.cat([x[:, :2], (x + 1)[:, 2:]], dim=1),
         lambda x: torch.cat([x[:, :2, 1:], x[:, 2:, 1:]], dim=1),
         lambda x: torch.cat([x[:, :4:2], x[:, 4:]], dim=1),
+        lambda x: torch.cat([x[:, :-2], x[:, -2:3], x[:, 3:]], dim=1) * 2,
+        lambda x: torch.cat([x[:1], x[1:]], axis=1) * 2,
     ):
         run, backend = compiled(other, "cat_of_slices")
         assert torch.equal(run(x), other(x))
@@ -117,6 +295,18 @@ def test_a_product_of_what_is_joined_for_it_alone_is_a_sum_of_products() -> None
         run, backend = compiled(needed_twice, "cat_gemm")
         run(a, b)
         assert not backend.found
+        by_name = lambda a, b: F.linear(torch.cat([a, b], -1), bias=linear.bias, weight=linear.weight)  # noqa: E731
+        run, backend = compiled(by_name, "cat_gemm")
+        torch.testing.assert_close(run(a, b), by_name(a, b))
+        assert backend.found == {"cat_gemm": 1}
+
+        def lowered(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return linear(torch.cat([a, b], dim=-1))
+
+        run, backend = compiled(lowered, "cat_gemm")
+        assert run(a, b).dtype is torch.bfloat16
+        assert not backend.found
 
 
 def test_complex_products_are_written_in_real_numbers() -> None:
@@ -129,6 +319,14 @@ def test_complex_products_are_written_in_real_numbers() -> None:
     run, backend = compiled(rotate, "real_rotary")
     torch.testing.assert_close(run(x, angle), rotate(x, angle))
     assert backend.found == {"real_rotary": 1}
+
+    def back(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(x) * table.conj())
+
+    pairs, table = torch.randn(5, 4, 2), torch.randn(5, 4, dtype=torch.complex64)
+    run, backend = compiled(back, "real_rotary")
+    assert torch.equal(run(pairs, table), back(pairs, table))
+    assert not backend.found
 
 
 def test_a_gelu_moves_into_its_product_only_where_that_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ def quantise_rows(parts: list[torch.Tensor], gelu: list[bool]) -> tuple[torch.Te
 
         rows = parts[0].shape[0]
         out, scale = parts[0].new_empty((rows, width), dtype=FLOAT8), parts[0].new_empty((rows, 1), dtype=torch.float32)
-        launch_quantise_rows([part.contiguous() for part in parts], gelu, out, scale)
+        with torch.cuda.device_of(out):  # Triton launches on the current device, wherever the tensors are
+            launch_quantise_rows([part.contiguous() for part in parts], gelu, out, scale)
         return out, scale
     taken = [F.gelu(part, approximate="tanh") if own else part for part, own in zip(parts, gelu, strict=True)]
     return _quantised(taken[0] if len(taken) == 1 else torch.cat(taken, 1))
@@ -66,7 +67,8 @@ def modulated_norm_float8(
     """
     from pipeboost.kernels.norms_triton import normalise
 
-    return normalise(x, branch, gate, scale, shift, eps, one_plus, float8=True)  # type: ignore[return-value]
+    with torch.cuda.device_of(x):
+        return normalise(x, branch, gate, scale, shift, eps, one_plus, float8=True)  # type: ignore[return-value]
 
 
 @modulated_norm_float8.register_fake

@@ -28,16 +28,19 @@ def norm_rotary(
     Returns:
         `(batch, all tokens, heads, head_dim)`, contiguous.
     """
-    from pipeboost.kernels.norms_triton import launch_norm_rotary
+    from pipeboost.kernels.norms_triton import heads_are_side_by_side, launch_norm_rotary
 
     tokens = [part.shape[1] for part in parts]
     out = parts[0].new_empty((parts[0].shape[0], sum(tokens), *parts[0].shape[2:]))
     slices = out.split(tokens, dim=1)
     for part, weight, cos, sin, each, into in zip(parts, weights, cosines, sines, eps, slices, strict=True):
-        dim = part.shape[3]
-        part = part if part.stride()[2:] == (dim, 1) else part.contiguous()
-        tables = [None if table is None else _pairs(table, part.shape[1], dim) for table in (cos, sin)]
-        launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
+        if part.numel() == 0:  # as the text where another rank has all of it
+            continue
+        part = part if heads_are_side_by_side(part) else part.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        tables = [None if table is None else _pairs(table, part.shape[1], part.shape[3]) for table in (cos, sin)]
+        with torch.cuda.device_of(part):  # Triton launches on the current device, wherever the tensors are
+            launch_norm_rotary(part, weight, tables[0], tables[1], into, each, across_heads)
     return out
 
 
@@ -75,7 +78,8 @@ def modulated_norm(
     """
     from pipeboost.kernels.norms_triton import normalise
 
-    return normalise(x, branch, gate, scale, shift, eps, one_plus)  # type: ignore[return-value]
+    with torch.cuda.device_of(x):
+        return normalise(x, branch, gate, scale, shift, eps, one_plus)  # type: ignore[return-value]
 
 
 @modulated_norm.register_fake

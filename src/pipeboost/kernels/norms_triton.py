@@ -17,13 +17,14 @@ def launch_norm_rotary(
 
     Args:
         x: `(batch, tokens, heads, head_dim)`, the last two contiguous; head_dim a power of two.
-        weight: `(head_dim,)`, or `(heads * head_dim,)` where the norm is across heads.
+        weight: `(head_dim,)`, or `(heads * head_dim,)` where the norm is across heads; contiguous.
         cos: `(tokens, head_dim / 2, 2)` with any strides: for the even and the odd number of each pair.
         sin: as `cos`.
         out: as `x`.
     """
     batch, tokens, heads, dim = x.shape
-    assert x.stride()[2:] == out.stride()[2:] == (dim, 1)
+    assert heads_are_side_by_side(x)
+    assert heads_are_side_by_side(out)
     nothing = (x, 0, 0, 0)
     cosines = nothing if cos is None else (cos, *cos.stride())
     sines = nothing if sin is None else (sin, *sin.stride())
@@ -33,6 +34,11 @@ def launch_norm_rotary(
         HEADS=triton.next_power_of_2(heads), DIM=dim, WEIGHTED=weight is not None, ROTATED=cos is not None,
         ACROSS=across_heads, num_warps=4,
     )  # fmt: skip
+
+
+def heads_are_side_by_side(x: torch.Tensor) -> bool:
+    """Whether the heads of a token lie without gaps; of one alone it is not asked how far the next would be."""
+    return x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def normalise(
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
     out = x.new_empty((batch * tokens, width), dtype=torch.float8_e4m3fn) if float8 else torch.empty_like(x)
     scales = x.new_empty((batch * tokens, 1) if float8 else 0, dtype=torch.float32)
-    tables = [x if each is None else each.reshape(-1, width) for each in (gate, scale, shift)]
+    tables = [x if each is None else _side_by_side(each.reshape(-1, width)) for each in (gate, scale, shift)]
     places = [argument for each in tables for argument in (each, _step(each))]
     _modulated_norm[(batch * tokens,)](
         x, x if branch is None else branch.contiguous(), *places, total, out, scales,
@@ -88,6 +94,10 @@ def normalise(
         ONE=1.0 if one_plus else 0.0, FLOAT8=float8, num_warps=4 if width <= 2048 else 8,
     )  # fmt: skip
     return (total, out, scales) if float8 else (total, out)
+
+
+def _side_by_side(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _step(tensor: torch.Tensor) -> int:

@@ -292,6 +292,7 @@ class _Compiler:
                         if not (sizes.scales and sizes.met_scale):
                             raise
                         sizes.scales = False
+                        region.backend.found.clear()
                         result = self.callback(frame, *details)
                         model.scales_vary = False
                 except PipeboostError:

@@ -117,8 +117,9 @@ class Graphs:
             seen, unfit = self._noted(signature), self._fingerprint.unfit if self._fingerprint is not None else None
             if seen.trial is not None and graph is not None:
                 graph = self._judged(signature, seen, graph, ranks)
-            timing = contextlib.nullcontext() if seen.trial is None else seen.trial.timed()
-            if graph is not None and (seen.trial is None or seen.trial.replays):
+            replays = graph is not None and (seen.trial is None or seen.trial.replays)
+            timing = contextlib.nullcontext() if seen.trial is None else seen.trial.timed(replay=replays)
+            if graph is not None and replays:
                 self._graphs.move_to_end(signature)
                 self.counts.replayed += 1
                 with timing:

@@ -15,8 +15,8 @@ LAUNCH_BOUND = 0.9
 WORTH_TRYING = 0.1
 """The same share, below which the gaps between kernels are too small a part of it for a trial."""
 
-_ROUND = 4
-"""Forwards after which the trial looks at its times: two replays and two eager ones, in turn."""
+_ROUND = 2
+"""Replays and as many eager forwards, in turn, after which the trial looks at its times."""
 _MOST_ROUNDS = 3
 _LEAST_GAIN = 0.005
 """Share of a forward that a graph saves at least; less is not worth its memory."""
@@ -30,21 +30,23 @@ class Trial:
     """
 
     def __init__(self) -> None:
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._eager: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._medians = (0.0, 0.0)
 
     @property
     def replays(self) -> bool:
         """Whether the next forward is to be a replay."""
-        return len(self._events) % 2 == 0
+        return len(self._replays) <= len(self._eager)
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Inside, a forward is put on the current stream."""
+    def timed(self, *, replay: bool) -> Iterator[None]:
+        """Inside, a forward is put on the current stream; forwards of other threads may be so meanwhile."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         yield
         end.record()
-        self._events.append((start, end))
+        (self._replays if replay else self._eager).append((start, end))
 
     def saving(self, slowest: Callable[[list[float]], list[float]]) -> float | None:
         """Return the milliseconds that a replay saves, at most 0 where it does not pay; None while that is open.
@@ -54,22 +56,24 @@ class Trial:
         Args:
             slowest: given this rank's times, returns those of the rank that took longest.
         """
-        count = len(self._events)
-        if count == 0 or count % _ROUND:
+        count = min(len(self._replays), len(self._eager))
+        if count == 0 or count % _ROUND or not self.replays:
             return None
-        self._events[-1][1].synchronize()
-        times = slowest([start.elapsed_time(end) for start, end in self._events])
-        replays, eager = times[::2], times[1::2]
-        saved = median(eager) - median(replays)
+        events = self._replays[:count] + self._eager[:count]
+        for _, end in events:  # on the streams of several threads they end in any order
+            end.synchronize()
+        times = slowest([start.elapsed_time(end) for start, end in events])
+        replays, eager = times[:count], times[count:]
+        self._medians = median(replays), median(eager)
+        saved = self._medians[1] - self._medians[0]
         apart = max(replays) < min(eager) or max(eager) < min(replays)
         if not apart and count < _ROUND * _MOST_ROUNDS:
             return None
-        return saved if saved >= _LEAST_GAIN * median(eager) else 0.0
+        return saved if saved >= _LEAST_GAIN * self._medians[1] else 0.0
 
     def description(self) -> str:
-        """Return the medians of both kinds, for a report."""
-        times: list[Any] = [start.elapsed_time(end) for start, end in self._events]
-        return f"{median(times[::2]):.1f} ms replayed, {median(times[1::2]):.1f} ms without"
+        """Return the medians of both kinds as `saving` found them, for a report."""
+        return "{:.1f} ms replayed, {:.1f} ms without".format(*self._medians)
 
 
 def with_launch_share(

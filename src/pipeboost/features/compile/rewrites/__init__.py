@@ -1,7 +1,8 @@
 """Rewrites: passes over a captured graph, after which it computes the same in the same precision with less work.
 
 They run on Dynamo's graph, in the operators that the model's code names, before a backend sees it. They look at the
-structure alone, so they serve any model that has it; a pass that finds nothing changes nothing.
+structure alone, so they serve any model that has it; a pass that finds nothing changes nothing. Graphs that write over
+tensors in place, or of which gradients are taken, are left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeboost.features.compile.rewrites.conv_layout import lay_out_convolutions
 from pipeboost.features.compile.rewrites.float8_rows import quantise_in_producers
 from pipeboost.features.compile.rewrites.gelu_gemm import gelu_in_gemm
 from pipeboost.features.compile.rewrites.modulated_norm import fuse_norms
+from pipeboost.features.compile.rewrites.nodes import writes_in_place
 from pipeboost.features.compile.rewrites.norm_rotary import fuse_norms_and_rotations
 from pipeboost.features.compile.rewrites.real_rotary import rotate_in_real_numbers
 
@@ -52,8 +54,13 @@ class RewritingBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         """Rewrite a graph in place and compile it."""
+        names = self._names
+        if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in inputs):
+            names = ()  # our operators have no derivatives
+        elif writes_in_place(module.graph):
+            names = [name for name in names if name == "conv_layout"]  # the others compute what they find in one place
         for name, rewrite in REWRITES.items():
-            count = rewrite(module.graph) if name in self._names else 0
+            count = rewrite(module.graph) if name in names else 0
             if count:
                 self.found[name] = self.found.get(name, 0) + count
         if self.found:

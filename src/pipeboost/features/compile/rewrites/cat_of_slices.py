@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from pipeboost.features.compile.rewrites.nodes import replace
+from pipeboost.features.compile.rewrites.nodes import IN_PLACE, replace, storage_of, tensor_of
 
 _WHOLE = slice(None, None, None)
 
@@ -20,10 +20,23 @@ def drop_cats_of_slices(graph: fx.Graph) -> int:
         parts: Any = cat.args[0]
         dim = cat.kwargs.get("dim", cat.args[1] if len(cat.args) > 1 else 0)
         whole = _cut_from(parts, dim) if isinstance(parts, (list, tuple)) and isinstance(dim, int) else None
-        if whole is not None:
+        if whole is not None and _shape(whole) == _shape(cat) and not _needs_memory(cat):
             replace(cat, whole)
             count += 1
     return count
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    value = tensor_of(node)
+    return None if value is None else value.shape
+
+
+def _needs_memory(cat: fx.Node) -> bool:
+    """Whether it may not be memory of something else: it is written over, or returned as it is or as a view."""
+    own = storage_of(cat)
+    written = [user.args[0] for user in cat.graph.nodes if user.target in IN_PLACE]
+    kept = (*cat.graph.output_node().all_input_nodes, *written)
+    return own is None or own in map(storage_of, kept)
 
 
 def _cut_from(parts: Any, dim: int) -> fx.Node | None:

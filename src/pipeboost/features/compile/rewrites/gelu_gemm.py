@@ -16,9 +16,9 @@ def gelu_in_gemm(graph: fx.Graph) -> int:
     """Rewrite a graph; return how many GELUs moved into their GEMM."""
     count = 0
     for gelu in graph.find_nodes(op="call_function", target=torch._C._nn.gelu):
-        linear = gelu.args[0]
+        linear = gelu.args[0] if gelu.args else None
         arguments = linear_arguments(linear)
-        if gelu.kwargs.get("approximate") != "tanh" or arguments is None or len(linear.users) > 1:
+        if gelu.kwargs.get("approximate") != "tanh" or arguments is None or len(linear.users) > 1:  # type: ignore[union-attr]
             continue
         x, weight, bias = arguments
         if not suits_our_kernels(tensor_of(x)):

@@ -36,7 +36,10 @@ def fuse_norms(graph: fx.Graph) -> int:
         x = None if norm is None else _rounded(norm.x)
         if norm is None or x is None:
             continue
-        residual, branch, gate = _summands(without_casts(x)) or (x, None, None)
+        given = tensor_of(x)
+        if given is None or given.shape != value.shape or given.dtype != value.dtype:  # tables may have more samples
+            continue
+        residual, branch, gate = _summands(without_casts(x), value.dtype) or (x, None, None)
         with graph.inserting_before(node):
             arguments = (residual, branch, gate, norm.scale, norm.shift, norm.eps, norm.one_plus)
             both = graph.call_function(torch.ops.pipeboost.modulated_norm.default, arguments)
@@ -52,7 +55,7 @@ def _norm(node: Any, value: torch.Tensor) -> _Norm | None:
     """What is normalised, scaled and shifted, where a node is that."""
     if not isinstance(node, fx.Node):
         return None
-    if node.target is torch.nn.functional.layer_norm:
+    if node.target is torch.nn.functional.layer_norm and not node.kwargs:
         x, shape, weight, bias, eps = _arguments(node)
         scale, shift, one_plus = without_casts(weight), without_casts(bias), False
     else:
@@ -88,7 +91,7 @@ def _is_plain_norm(node: Any) -> bool:
 def _is_per_feature(node: Any, value: torch.Tensor) -> bool:
     """Whether a node has a number for each feature, of all samples or of each."""
     table = tensor_of(node)
-    if table is None or table.shape[-1] != value.shape[-1]:
+    if table is None or table.dim() == 0 or table.shape[-1] != value.shape[-1]:
         return False
     samples = table.dim() == 3 and table.shape[1] == 1 and table.shape[0] == value.shape[0]
     return samples or all(size == 1 for size in table.shape[:-1])
@@ -104,8 +107,11 @@ def _rounded(x: Any) -> Any:
     return x
 
 
-def _summands(total: Any) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Residual, branch and gate, where a node is a sum of two such tensors; the gate is None where there is none."""
+def _summands(total: Any, dtype: torch.dtype) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Residual, branch and gate, where a node is a sum of two such tensors; the gate is None where there is none.
+
+    The first two have this dtype.
+    """
     for is_branch in (lambda each: _gated(each) is not None, lambda each: True):
         found = operands(total, operator.add, is_branch)
         if found[0] is None:
@@ -113,8 +119,8 @@ def _summands(total: Any) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         branch, gate = _gated(found[0]) or (without_casts(found[0]), None)
         residual = without_casts(found[1])
         one, other = tensor_of(residual), tensor_of(branch)
-        if one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype:
-            return (residual, branch, gate) if suits_our_kernels(one) else None
+        if one is not None and other is not None and one.shape == other.shape and one.dtype == other.dtype == dtype:
+            return residual, branch, gate
     return None
 
 

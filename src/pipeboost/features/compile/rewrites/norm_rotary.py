@@ -57,22 +57,26 @@ def fuse_norms_and_rotations(graph: fx.Graph) -> int:
     count = 0
     for node in reversed(list(graph.nodes)):
         value = None if node._erased else tensor_of(node)
-        if value is None or value.dim() != 4 or value.shape[-1] not in _HEAD_DIMS or not suits_our_kernels(value):
+        if value is None or value.dim() != 4 or not suits_our_kernels(value):
+            continue
+        if not isinstance(value.shape[-1], int) or value.shape[-1] not in _HEAD_DIMS:
             continue
         parts = _parts(node)
         rotations = [part.rotation for part in parts if part.rotation is not None]
         alike = len({part.across_heads for part in parts}) == 1
-        fits = all(_fits(each, int(value.shape[-1])) for each in rotations)
-        if not rotations or not alike or not fits or any(_dtype(part.x) != value.dtype for part in parts):
+        fits = all(map(_fits, rotations)) and all(_is_of_heads(part, value) for part in parts)
+        if not rotations or not alike or not fits:
             continue
-        with graph.inserting_before(node):
+        # An empty tensor has its numbers only once they were written.
+        writes = [write for each in rotations for write in each.writes]
+        with graph.inserting_before(max(writes).next if node.target is torch.empty_like else node):
             heads = [_heads(graph, part, int(value.shape[-1])) for part in parts]
-            tables = [_tables(graph, part, heads[:place], heads[place]) for place, part in enumerate(parts)]
+            tables = [_tables(graph, parts[: place + 1], heads[: place + 1]) for place in range(len(parts))]
             weights, eps = [part.weight for part in parts], [part.eps for part in parts]
             arguments: Any = (heads, weights, *map(list, zip(*tables, strict=True)), eps, parts[0].across_heads)
             result = graph.call_function(torch.ops.pipeboost.norm_rotary.default, arguments)
-        replace(node, result)
-        erase_unused(graph, [write for each in rotations for write in each.writes])
+        replace(node, result, users=lambda user, writes=writes: user not in writes)  # type: ignore[misc]
+        erase_unused(graph, [write for write in writes if write.args[0].users.keys() <= set(writes)])  # type: ignore[union-attr]
         count += 1
     return count
 
@@ -87,18 +91,27 @@ def _parts(node: Any) -> list[_Part]:
         return [part for parts in joined for part in parts] if all(joined) else []
     rotation = _by_tables(node) or _by_complex_numbers(node) or _by_writing(node)
     if rotation is not None:
+        if _shape(rotation.x) != _shape(node):
+            return []
         inner = _parts(rotation.x)
         free = all(part.rotation is None for part in inner) and (len(inner) == 1 or rotation.complex is None)
         return [changed(part, rotation=rotation, jointly=len(inner) > 1) for part in inner] if free else []
-    if node.target is operator.getitem and isinstance(node.args[1], tuple) and node.args[1][0] == _WHOLE:
+    if node.target is operator.getitem and _is_of_tokens(node.args[1]):
         inner = _parts(node.args[0])
-        return [changed(inner[0], index=node.args[1])] if len(inner) == 1 and inner[0].index is None else []
+        free = len(inner) == 1 and inner[0].index is None and inner[0].rotation is None
+        return [changed(inner[0], index=node.args[1])] if free else []
     found = _norm(node)
     return [] if found is None else [found]
 
 
+def _is_of_tokens(index: Any) -> bool:
+    """Whether an index takes a slice of the tokens, and all else."""
+    slices = isinstance(index, tuple) and all(isinstance(each, slice) for each in index)
+    return slices and all(each == _WHOLE for place, each in enumerate(index) if place != 1)
+
+
 def _norm(node: fx.Node) -> _Part | None:
-    if node.target == "unflatten":
+    if node.target == "unflatten" and node.args[1:2] in ((2,), (-1,)):
         whole = without_casts(node.args[0])
         found = _rms_norm(whole)
         return None if found is None or tensor_of(whole) is None else _Part(*found, across_heads=True)
@@ -112,7 +125,7 @@ def _rms_norm(node: Any) -> tuple[Any, fx.Node, float] | None:
     if value is None or node.target is not torch.rms_norm or len(node.args) != 4:
         return None
     x, shape, weight, eps = node.args
-    return (x, weight, eps) if weight is not None and eps is not None and tuple(shape) == (value.shape[-1],) else None
+    return (x, weight, eps) if weight is not None and _is_number(eps) and tuple(shape) == (value.shape[-1],) else None
 
 
 def _written_out(node: fx.Node) -> tuple[Any, fx.Node, float] | None:
@@ -124,7 +137,9 @@ def _written_out(node: fx.Node) -> tuple[Any, fx.Node, float] | None:
         return None
     mean, eps = operands(factor.args[0], operator.add, lambda each: _target(each) == "mean")
     square = None if mean is None else mean.args[0]
-    if square is None or mean.args[1:] != (-1,) or _target(square) != "pow" or square.args[1] != 2:
+    if square is None or mean.args[1:] != (-1,) or mean.kwargs.get("keepdim") is not True or not _is_number(eps):
+        return None
+    if _target(square) != "pow" or square.args[1:] != (2,):
         return None
     return (x, weight, float(eps)) if without_casts(square.args[0]) is without_casts(x) else None
 
@@ -170,7 +185,7 @@ def _by_complex_numbers(node: fx.Node) -> _Rotation | None:
     numbers, frequencies = operands(product, operator.mul, lambda each: _target(each) is torch.view_as_complex)
     pairs: Any = None if numbers is None else numbers.args[0]
     table = tensor_of(frequencies)
-    if _target(pairs) != "reshape" or table is None or not table.is_complex():
+    if _target(pairs) != "reshape" or table is None or not table.is_complex() or table.is_conj():
         return None
     return _Rotation(without_casts(pairs.args[0]), None, None, complex=frequencies)
 
@@ -201,13 +216,27 @@ def _of_half(node: Any) -> tuple[Any, int, Any] | None:
     return None if found is None else (*found, table)
 
 
-def _fits(rotation: _Rotation, dim: int) -> bool:
-    """Whether its tables have a number for each token and each pair, or each number, the same for all samples."""
+def _is_of_heads(part: _Part, value: torch.Tensor) -> bool:
+    """Whether the norm of a part is of the heads of a value in its precision: all of a token side by side, or each."""
+    x = tensor_of(part.x)
+    if x is None or x.dtype != value.dtype or x.device != value.device or x.shape[0] != value.shape[0]:
+        return False
+    if part.across_heads:
+        return x.dim() == 3 and x.shape[2] == value.shape[2] * value.shape[3]
+    return x.dim() == 4 and x.shape[2:] == value.shape[2:]
+
+
+def _fits(rotation: _Rotation) -> bool:
+    """Whether its tables have a number for each token and each pair, or each number, the same for samples and heads."""
+    of = _shape(rotation.x) or ()
+    if len(of) != 4:
+        return False
+    dim = of[3]
     for table in (rotation.complex,) if rotation.complex is not None else (rotation.cos, rotation.sin):
         shape = _shape(table)
         if shape is None or shape[-1] not in ((dim // 2,) if rotation.complex is not None else (dim, dim // 2)):
             return False
-        if len([size for size in shape[:-1] if size != 1]) > 1 or (len(shape) == 4 and shape[0] != 1):
+        if (*(1,) * (4 - len(shape)), *shape)[:-1] != (1, of[1], 1):
             return False
     return True
 
@@ -220,8 +249,9 @@ def _heads(graph: fx.Graph, part: _Part, dim: int) -> fx.Node:
     return x if part.index is None else graph.call_function(operator.getitem, (x, part.index))
 
 
-def _tables(graph: fx.Graph, part: _Part, before: list[fx.Node], own: fx.Node) -> tuple[Any, Any]:
-    """Cosines and sines of a part's tokens."""
+def _tables(graph: fx.Graph, parts: list[_Part], heads: list[fx.Node]) -> tuple[Any, Any]:
+    """Cosines and sines of the tokens of the last of these parts."""
+    part = parts[-1]
     rotation = part.rotation
     if rotation is None:
         return None, None
@@ -231,17 +261,17 @@ def _tables(graph: fx.Graph, part: _Part, before: list[fx.Node], own: fx.Node) -
     if not part.jointly:
         return rotation.cos, rotation.sin
     begin: Any = 0
-    for heads in before:
-        begin = graph.call_function(operator.add, (begin, graph.call_method("size", (heads, 1))))
-    tokens = graph.call_method("size", (own, 1))
+    for other, before in zip(parts[:-1], heads[:-1], strict=True):
+        if other.rotation is rotation:
+            begin = graph.call_function(operator.add, (begin, graph.call_method("size", (before, 1))))
+    tokens = graph.call_method("size", (heads[-1], 1))
     return tuple(  # type: ignore[return-value]
         graph.call_method("narrow", (table, _token_dim(table), begin, tokens)) for table in (rotation.cos, rotation.sin)
     )
 
 
 def _token_dim(table: Any) -> int:
-    shape = _shape(table) or ()
-    return next((place for place, size in enumerate(shape[:-1]) if size != 1), 0)
+    return len(_shape(table) or ()) - 3
 
 
 def _argument(node: Any, target: Any) -> Any:
@@ -258,6 +288,5 @@ def _shape(node: Any) -> tuple[Any, ...] | None:
     return None if value is None else tuple(value.shape)
 
 
-def _dtype(node: Any) -> Any:
-    value = tensor_of(node)
-    return None if value is None else value.dtype
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

@@ -27,7 +27,7 @@ def rotate_in_real_numbers(graph: fx.Graph) -> int:
         value = tensor_of(other)
         if not isinstance(one, fx.Node) or one.target is not torch.view_as_complex or value is None:
             continue
-        if not value.is_complex():
+        if not value.is_complex() or value.is_conj():
             continue
         with graph.inserting_before(real):
             factor = graph.call_function(torch.view_as_real, (other,))
