@@ -565,4 +565,45 @@ def test_auto_keeps_a_graph_whose_replays_are_faster_and_no_other(
         for _ in range(3):
             run(model, x[:1])
         assert len(StandIn.alive) == 2 * captured
+        # One whose launches are a much larger part of it is tried at once, whatever the first has saved.
+        found._share = 0.0
+        for _ in range(3):
+            run(model, x[:, :2])
+        assert len(StandIn.alive) == 2 * captured + 1
+        ledger.undo()
+
+
+def test_a_trial_without_memory_for_both_gives_the_graph_up_and_the_forward_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(graphs, "WORTH_TRYING", 0.0)
+    model = Forward([130.0], 0.0).eval()
+    stock = model.forward
+
+    def too_large(x: torch.Tensor) -> tuple[torch.Tensor]:
+        if StandIn.alive and not StandIn.replaying:
+            raise torch.OutOfMemoryError
+        return stock(x)
+
+    replay = StandIn.replay
+
+    def noted(self: StandIn, tensors: Any) -> Any:
+        StandIn.replaying = True
+        try:
+            return replay(self, tensors)
+        finally:
+            StandIn.replaying = False
+
+    monkeypatch.setattr(StandIn, "replaying", False, raising=False)
+    monkeypatch.setattr(StandIn, "replay", noted)
+    monkeypatch.setattr(Forward, "forward", lambda self, x: too_large(x))
+    with Ledger() as ledger:
+        found = graphed(model, ledger, "auto")
+        for _ in range(8):
+            assert torch.equal(run(model, x)[0], x + 1)
+        assert not StandIn.alive
+        assert any("no memory" in reason for reason in found.counts.eager)
         ledger.undo()

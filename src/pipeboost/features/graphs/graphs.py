@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from pipeboost.core.ledger import Ledger
 from pipeboost.distributed import SEQUENCE, Group, finish
 from pipeboost.features.graphs.capture import CapturedForward, aligned, capture, new_pool
 from pipeboost.features.graphs.model_fingerprint import ModelFingerprint
-from pipeboost.features.graphs.signature import Arguments, NotCapturable, read
+from pipeboost.features.graphs.signature import Arguments, NotCapturable, read, with_writes
 from pipeboost.features.graphs.trial import LAUNCH_BOUND, WORTH_TRYING, Trial, with_launch_share
 
 MOST_GRAPHS = 8
@@ -94,6 +94,7 @@ class Graphs:
         self._fingerprint: ModelFingerprint | None = None
         self._pool: Any = None
         self._saving: float | None = None  # milliseconds a forward, as the latest trial found
+        self._share = 0.0  # of launches in the forward that was tried then
         self._cost = 0.0  # milliseconds of the latest capture
         # Calls in several threads share this; an eager run holds up nobody.
         self._lock = threading.RLock()
@@ -133,11 +134,23 @@ class Graphs:
             return call_next(*args, **kwargs)
         if graph is not None:
             self.counts.eager["timed against its graph"] += 1
-            with timing:
-                return call_next(*args, **kwargs)
+            try:
+                with timing:
+                    return call_next(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                if ranks is not None:  # which all go on with the trial, or none
+                    raise
+                # It has run without the memory that its graph keeps, and does so again.
+                with self._lock:
+                    self._close(self._graphs.pop(signature))
+                    seen.trial, seen.off = None, "there is no memory for a graph beside forwards without one"
+            torch.cuda.empty_cache()
+            return call_next(*args, **kwargs)
         if seen.forwards == 1:
             self.counts.eager["first run with these shapes and settings"] += 1
-            return _first(call_next, seen, arguments, args, kwargs)
+            output, written = with_writes(call_next, arguments, args, kwargs)
+            seen.off = "it writes to its arguments" if written else None
+            return output
         if self._wanted == "auto" and seen.launch_share is not None and not self._pays(seen):
             self.counts.eager["a graph would cost more than it has had time to save"] += 1
             return call_next(*args, **kwargs)
@@ -183,9 +196,10 @@ class Graphs:
         return self._graphs.get(signature)
 
     def _pays(self, seen: _Seen) -> bool:
-        """Whether graphs of earlier signatures would have saved by now, of this one, what a capture costs."""
-        bound = seen.launch_share is not None and seen.launch_share >= LAUNCH_BOUND
-        return bound or self._saving is None or seen.forwards * self._saving >= self._cost
+        """Whether graphs like the latest that was tried would have saved a capture's cost by now, or it is unlike."""
+        share = seen.launch_share or 0.0
+        unlike = self._saving is None or share >= min(LAUNCH_BOUND, 1.5 * self._share)
+        return unlike or seen.forwards * (self._saving or 0.0) >= self._cost
 
     def _judged(
         self, signature: Hashable, seen: _Seen, graph: CapturedForward, ranks: Group | None
@@ -195,7 +209,8 @@ class Graphs:
         saving = seen.trial.saving(lambda times: list(map(max, *_of_ranks(ranks, times), times)))
         if saving is None:
             return graph
-        found, seen.trial, self._saving = seen.trial.description(), None, saving
+        found, seen.trial = seen.trial.description(), None
+        self._saving, self._share = saving, seen.launch_share or 0.0
         if saving > 0:
             return graph
         self._close(self._graphs.pop(signature))
@@ -319,24 +334,6 @@ def _fit(arguments: Arguments) -> torch.device:
     if not aligned(arguments.tensors):
         raise NotCapturable("an argument begins in the middle of a memory word")
     return device
-
-
-def _first(
-    run: Callable[..., Any], seen: _Seen, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    versions = _versions(arguments)
-    output = run(*args, **kwargs)
-    try:
-        after = read(args, kwargs)
-    except NotCapturable:
-        after = Arguments(None, ())
-    if after.key != arguments.key or _versions(after) != versions:
-        seen.off = "it writes to its arguments"
-    return output
-
-
-def _versions(arguments: Arguments) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in arguments.tensors]
 
 
 def _of_ranks(ranks: Group | None, value: Any) -> list[Any]:

@@ -97,3 +97,20 @@ def _of_enum(value: Any, _: Callable[[Any], Hashable]) -> Hashable:
 
 def _incomparable(value: Any) -> NotCapturable:
     return NotCapturable(f"it is given a {type(value).__name__}, whose value cannot be compared")
+
+
+def with_writes(
+    run: Callable[..., Any], arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, bool]:
+    """Run a forward; return its output, and whether it has written to its arguments, which `read` gave."""
+    versions = _versions(arguments)
+    output = run(*args, **kwargs)
+    try:
+        after = read(args, kwargs)
+    except NotCapturable:
+        return output, True
+    return output, after.key != arguments.key or _versions(after) != versions
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in arguments.tensors]
