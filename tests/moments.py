@@ -32,3 +32,8 @@ def freed_at_once() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def threads_here() -> set[threading.Thread]:
+    """All threads but tqdm's monitor, which the first progress bar of a process begins."""
+    return {thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"}

@@ -13,7 +13,7 @@ import torch
 
 from pipeboost import Cancelled, PipeboostError, Stage, accelerate_pipeline
 from pipeboost.stages.stage import StageVerificationError
-from tests.moments import freed_at_once
+from tests.moments import freed_at_once, threads_here
 from tests.pipelines.tiny import OTHER_PROMPT, PROMPT, TINY
 
 ENTRY = TINY["flux_dev"]
@@ -228,10 +228,10 @@ def test_ended_requests_keep_nothing_of_a_pipeline_that_is_dropped():
 
 
 def test_at_the_end_of_the_program_running_requests_are_cancelled_and_no_thread_is_left():
-    pipe, threads = exact(), threading.active_count()
+    pipe, threads = exact(), threads_here()
     requests = submitted(pipe, range(8), steps=50)
     pipe.acceleration._requests._give_up()
-    assert threading.active_count() == threads
+    assert threads_here() == threads
     for request in requests[:4]:
         with pytest.raises(Cancelled):
             request.result(LONG)
