@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeboost import CompileConfig, QuantizeConfig, accelerate_pipeline
-from pipeboost.features.quantize.linear import FLOAT8, Float8Linear
+from pipeboost.features.quantize.linear import Float8Linear
+from pipeboost.kernels.float8 import FLOAT8
 from pipeboost.quality.metrics import relative_error
 from pipeboost.quality.tuned_stock import stock_compile
 from tests.pipelines.tiny import TINY, lora_state_dict

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from pipeboost import CompileConfig, QuantizeConfig, accelerate_pipeline
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.features.quantize.linear import Float8Linear, to_float8
+from pipeboost.features.quantize.linear import Float8Linear
+from pipeboost.kernels.float8 import to_float8
 from pipeboost.quality.metrics import relative_error
 from tests.pipelines.tiny import TINY, load_tiny_lora, lora_state_dict
 

@@ -15,8 +15,9 @@ from pipeboost.core.config import AccelerationConfig, ParallelConfig, QuantizeCo
 from pipeboost.core.errors import ConfigurationError, PipeboostError, UnsupportedError
 from pipeboost.core.families import Blocks
 from pipeboost.core.hardware import Hardware
-from pipeboost.features.quantize.linear import FLOAT8, Float8Linear, dequantised_linear, to_float8
+from pipeboost.features.quantize.linear import Float8Linear, dequantised_linear
 from pipeboost.features.quantize.select import linears_of
+from pipeboost.kernels.float8 import FLOAT8, to_float8
 from pipeboost.plan import make_plan
 from pipeboost.quality.metrics import relative_error
 from tests.floors import is_rounding

@@ -23,7 +23,8 @@ def channel_norm(states: torch.Tensor, gamma: torch.Tensor, scale: float, *, act
     if _has_kernel(states, gamma):
         from pipeboost.kernels.channel_norm_triton import normalise
 
-        return normalise(states, gamma.reshape(-1), scale, EPS, activate=activate)
+        with torch.cuda.device_of(states):  # Triton launches on the current device, wherever the tensors are
+            return normalise(states, gamma.reshape(-1), scale, EPS, activate=activate)
     dtype = torch.promote_types(states.dtype, torch.float32)
     normed = F.normalize(states.to(dtype), dim=1, eps=EPS).to(states.dtype) * scale * gamma
     return F.silu(normed) if activate else normed

@@ -6,15 +6,14 @@ they are kernels of `float8_triton.py`; elsewhere the same in plain torch.
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-
 import torch
 from torch.nn import functional as F
 
+from pipeboost.kernels.merge import has_triton
+
 FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
-SMALLEST = 1e-12
+_LARGEST = torch.finfo(FLOAT8).max
+_SMALLEST = 1e-12
 """What the largest value of a row counts as at least."""
 _MOST_WIDTH = 2**15
 """Columns that one pass can hold in registers."""
@@ -32,7 +31,7 @@ def quantise_rows(parts: list[torch.Tensor], gelu: list[bool]) -> tuple[torch.Te
         `(rows, all widths)` in float8_e4m3fn, and the scales `(rows, 1)` in float32: a row is their product.
     """
     width = sum(part.shape[1] for part in parts)
-    if parts[0].is_cuda and len(parts) <= 2 and width <= _MOST_WIDTH and _has_triton():
+    if parts[0].is_cuda and len(parts) <= 2 and width <= _MOST_WIDTH and has_triton():
         from pipeboost.kernels.float8_triton import launch_quantise_rows
 
         rows = parts[0].shape[0]
@@ -41,7 +40,7 @@ def quantise_rows(parts: list[torch.Tensor], gelu: list[bool]) -> tuple[torch.Te
             launch_quantise_rows([part.contiguous() for part in parts], gelu, out, scale)
         return out, scale
     taken = [F.gelu(part, approximate="tanh") if own else part for part, own in zip(parts, gelu, strict=True)]
-    return _quantised(taken[0] if len(taken) == 1 else torch.cat(taken, 1))
+    return to_float8(taken[0] if len(taken) == 1 else torch.cat(taken, 1))
 
 
 @quantise_rows.register_fake
@@ -78,11 +77,7 @@ def _(x, branch, gate, scale, shift, eps, one_plus):  # type: ignore[no-untyped-
     return total, x.new_empty((rows, x.shape[2]), dtype=FLOAT8), x.new_empty((rows, 1), dtype=torch.float32)
 
 
-def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(SMALLEST) / LARGEST
+def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `quantise_rows` does for one matrix as it is, in plain torch."""
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(_SMALLEST) / _LARGEST
     return (rows.float() * scale.reciprocal()).to(FLOAT8), scale
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

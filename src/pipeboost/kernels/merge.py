@@ -24,7 +24,8 @@ def merge_partial(
     if out.device.type == "cuda" and out.is_contiguous() and lse.is_contiguous() and has_triton():
         from pipeboost.kernels.merge_triton import merge_in_place
 
-        merge_in_place(out, lse, part.contiguous(), part_lse.contiguous())
+        with torch.cuda.device_of(out):  # Triton launches on the current device, wherever the tensors are
+            merge_in_place(out, lse, part.contiguous(), part_lse.contiguous())
         return out, lse
     whole = torch.logaddexp(lse, part_lse)
     weight = torch.exp(lse - whole).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)

@@ -20,31 +20,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeboost.core.errors import UnsupportedError
-from pipeboost.kernels.float8 import quantise_rows
+from pipeboost.kernels.float8 import quantise_rows, to_float8
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FLOAT8).max
 MULTIPLE = 16
 """What both widths of a linear have to be multiples of, for the tensor cores."""
 FEW_ROWS = 64
 """Two-dimensional activations of at most so many rows keep their precision."""
 
-_SMALLEST = 1e-12
 _ROWS_READ_TOGETHER = 4
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
-
-
-def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row of a matrix `(rows, width)`.
-
-    Returns:
-        The rows in float8_e4m3fn, and their scales `(rows, 1)` in float32: a row is their product.
-    """
-    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(_SMALLEST) / LARGEST
-    return (rows.float() * scale.reciprocal()).to(FLOAT8), scale
 
 
 class Float8Linear(nn.Module):

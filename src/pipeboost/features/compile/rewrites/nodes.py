@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pipeboost.kernels.merge import has_triton
+
 _NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior", "ixor")
 IN_PLACE = frozenset(getattr(operator, name) for name in _NAMES)
 """What `+=` and its like are in a graph."""
@@ -31,7 +33,9 @@ def storage_of(node: Any) -> int | None:
 
 def suits_our_kernels(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor is one that the Triton kernels of `kernels/norms.py` and cuBLASLt's epilogues are for."""
-    return tensor is not None and tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
+    if tensor is None or tensor.device.type != "cuda" or not has_triton():
+        return False
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def without_casts(node: Any) -> Any:
