@@ -130,10 +130,9 @@ class CompileConfig:
         backend: a torch.compile backend: its name, or a function as torch.compile takes it.
         dynamic: True compiles one graph for all sizes; False one per size. The text length is dynamic either way.
         recompile_limit: graphs one block may have, within our calls only.
-        rewrites: what is done to captured graphs, in the same precision (docs/compile.md): `"gelu_gemm"` computes a
-            GELU in the product before it, `"cat_gemm"` multiplies what is concatenated part by part, `"real_rotary"`
-            writes complex products in real numbers, `"cat_of_slices"` drops concatenations of slices,
-            `"conv_layout"` has convolutions over frames with the channels of a pixel side by side. Default: all.
+        rewrites: what is done to captured graphs in the same precision, by name: `"norm_rotary"`, `"modulated_norm"`,
+            `"gelu_gemm"`, `"cat_gemm"`, `"cat_of_slices"`, `"real_rotary"`, `"float8_rows"` and `"conv_layout"`, which
+            docs/compile.md explains. Default: all that apply.
         graphs: whether forwards are replayed from CUDA graphs, one for each set of shapes and settings: True all that
             come twice, `"auto"` those that are faster so when both are timed, False none.
         vae: whether the VAE's encoder and decoder run faster in the same precision: `"auto"` with convolutions and
