@@ -103,7 +103,8 @@ class QuantizedModel:
 
     def requantise(self) -> None:
         """Do as `quantise`, and also where the user has put another linear in the place of one."""
-        self._quantised = self._quantised and all(each.in_place() is not None for each in self._changed)
+        if any(each.in_place() is None for each in tuple(self._changed)):
+            self._quantised = False  # never True, for another thread may be restoring them
         self.quantise()
 
     def quantise(self) -> None:
