@@ -190,6 +190,11 @@ class Paths:
         """The database of jobs."""
         return self.data / "jobs.sqlite"
 
+    @property
+    def folders(self) -> Path:
+        """What the folders of all jobs are in."""
+        return self.data / "jobs"
+
     def of(self, job_id: str) -> Path:
         """Return the folder of one job: its uploads, what the worker makes, and the results."""
         return self.data / "jobs" / job_id
