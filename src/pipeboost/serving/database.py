@@ -77,7 +77,11 @@ class Database:
             self._execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
             self._execute("PRAGMA journal_mode = WAL")
             self._execute("PRAGMA synchronous = FULL")
+            self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            (pages,), (size,) = (self._execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
             (found,) = self._execute("PRAGMA quick_check(1)").fetchone()
+        if file.stat().st_size < pages * size:  # SQLite reads zeros for what is missing of a last page
+            found = f"it has {file.stat().st_size} bytes of {pages * size}"
         if found != "ok":
             raise ConfigurationError(f"{file} is corrupt: {found}; restore it, or move the data folder away")
         self._migrate()
@@ -153,6 +157,8 @@ def _locked(folder: Path) -> int:
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
@@ -162,6 +168,4 @@ def _locked(folder: Path) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor

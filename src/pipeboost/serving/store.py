@@ -93,7 +93,8 @@ class JobStore:
     def _write_files(self, folder: Path, files: Mapping[str, bytes]) -> None:
         with storage_errors(folder, "cannot be made"):
             folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(folder.parent)
+            if files:
+                sync_folder(folder.parent)
         for name, content in files.items():
             assert name == Path(name).name, name
             write_whole(folder / name, content)
