@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError
-from pipeboost.serving.files import StorageError
+from pipeboost.serving.errors import StorageError
 from pipeboost.serving.media import encode_image, encode_video, spritesheet, thumbnail
 from tests.serving.jobs import files_at_most
 

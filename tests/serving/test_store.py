@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipeboost.serving.files import StorageError
+from pipeboost.serving.errors import IdempotencyError, JobStateError, StorageError
 from pipeboost.serving.jobs import WORKER_LOST, Call, Error, Lora, Paths
-from pipeboost.serving.store import IdempotencyError, JobStateError, JobStore, new_id
+from pipeboost.serving.store import JobStore, new_id
 from tests.serving.jobs import RESULT, make_job
 
 

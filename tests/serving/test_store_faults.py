@@ -13,7 +13,7 @@ import pytest
 
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.serving import database
-from pipeboost.serving.files import StorageError
+from pipeboost.serving.errors import StorageError
 from pipeboost.serving.jobs import Paths
 from pipeboost.serving.store import JobStore
 from tests.serving.jobs import RESULT, files_at_most, make_job

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError, one_line
-from pipeboost.serving.files import StorageError, storage_errors, write_whole
+from pipeboost.serving.errors import StorageError
+from pipeboost.serving.files import storage_errors, write_whole
 from pipeboost.serving.jobs import Paths
 
 VERSION = 1

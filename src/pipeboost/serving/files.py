@@ -1,4 +1,4 @@
-"""Files of jobs: whole and on the disk, or not there; and the one error for all that keeps the server from storing."""
+"""Files of jobs: whole and on the disk, or not there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipeboost.core.errors import PipeboostError
+from pipeboost.serving.errors import StorageError
 
 PART = ".part"
 """Ending of files that are not whole yet."""
-
-
-class StorageError(PipeboostError):
-    """Nothing can be stored: the disk is full, or the database is locked or damaged. The message names paths."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,8 +13,7 @@ from PIL import Image
 from pipeboost.core.errors import ConfigurationError, MissingPackageError, PipeboostError, not_one_of, one_line, quoted
 from pipeboost.serving.files import write_whole
 
-Format = Literal["png", "jpeg", "webp"]
-FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
+FORMATS = ("png", "jpeg", "webp")
 DEFAULT_QUALITY = 95
 THUMBNAIL_SIDE = 512
 SHEET_COLUMNS = 5
@@ -22,7 +21,7 @@ SHEET_CELL = 256
 _BT709, _LIMITED_RANGE = 1, 1
 
 
-def encode_image(pixels: np.ndarray, format: Format, compression: int | None = None) -> bytes:
+def encode_image(pixels: np.ndarray, format: str, compression: int | None = None) -> bytes:
     """Return an image as a file's bytes.
 
     Args:

@@ -13,22 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeboost.core.errors import PipeboostError, quoted
+from pipeboost.core.errors import quoted
 from pipeboost.serving.database import Database
-from pipeboost.serving.files import StorageError, keep_only, remove_folder, storage_errors, sync_folder, write_whole
+from pipeboost.serving.errors import IdempotencyError, JobStateError, StorageError
+from pipeboost.serving.files import keep_only, remove_folder, storage_errors, sync_folder, write_whole
 from pipeboost.serving.jobs import ENDED, WORKER_LOST, Call, Error, Job, Kind, Lora, Paths, Result
 
 TOMBSTONES_SECONDS = 86400.0
 """How long a deleted job can still be named as the last one that a page of a list has shown."""
 _PREFIXES: dict[Kind, str] = {"image": "img_", "video": "video_"}
-
-
-class IdempotencyError(PipeboostError):
-    """A request has the idempotency key of an earlier one that asked for something else."""
-
-
-class JobStateError(PipeboostError):
-    """There is no such job any more, or it is not in the state that a change of it needs."""
 
 
 def new_id(kind: Kind) -> str:
@@ -359,14 +352,15 @@ def _written(job: Job) -> str:
 def _job(text: str) -> Job:
     try:
         values = json.loads(text)
-        call = dict(values["call"])
-        call |= {"images": tuple(call["images"]), "loras": tuple(Lora(**each) for each in call["loras"])}
-        values["call"] = Call(**call)
-        if values["error"] is not None:
-            values["error"] = Error(**values["error"])
-        if values["result"] is not None:
-            result = dict(values["result"])
-            values["result"] = Result(**result | {"files": tuple(result["files"]), "seeds": tuple(result["seeds"])})
+        call = _tuples(values["call"])
+        values["call"] = Call(**call | {"loras": tuple(Lora(**each) for each in call["loras"])})
+        for name, made in (("error", Error), ("result", Result)):
+            if values[name] is not None:
+                values[name] = made(**_tuples(values[name]))
         return Job(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError("a job in the database cannot be read; the database is damaged") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
