@@ -143,7 +143,7 @@ def test_predictions_are_learned_and_outliers_change_little():
     order.learn(make_job(result=replace(RESULT, seconds=9.0)))  # nothing is known of the model yet
     order.predict(Call("a", 1), CARD)
     _learned(order, 60.0)  # the first call compiles
-    for _ in range(3):
+    for _ in range(30):
         _learned(order, 3.0)
     assert order.predict(Call("a", 1), CARD) == pytest.approx(3.0)
     for seconds in (3.1, 500.0, 2.9, 0.01, 3.0):

@@ -45,8 +45,7 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None = None
     if format == "jpeg" and image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image).convert("RGB")
-    # Pillow takes a JPEG's quality of 0 for none given.
-    quality = DEFAULT_QUALITY if compression is None else max(1, compression)
+    quality = DEFAULT_QUALITY if compression is None else compression
     settings: dict[str, Any] = {} if format == "png" else {"quality": quality}
     try:
         image.save(buffer, format=format.upper(), **settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import secrets
 import sqlite3
 import threading
@@ -17,7 +16,8 @@ from pipeboost.core.errors import quoted
 from pipeboost.serving.database import Database
 from pipeboost.serving.errors import IdempotencyError, JobStateError, StorageError
 from pipeboost.serving.files import keep_only, remove_folder, storage_errors, sync_folder, write_whole
-from pipeboost.serving.jobs import ENDED, WORKER_LOST, Call, Error, Job, Kind, Lora, Paths, Result
+from pipeboost.serving.job_json import job_from_json, job_to_json
+from pipeboost.serving.jobs import ENDED, WORKER_LOST, Error, Job, Kind, Paths, Result
 
 TOMBSTONES_SECONDS = 86400.0
 """How long a deleted job can still be named as the last one that a page of a list has shown."""
@@ -73,7 +73,7 @@ class JobStore:
                     execute(
                         "INSERT INTO jobs (id, owner, kind, state, idempotency, digest, job) "
                         "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                        (job.id, job.owner, job.kind, job.state, idempotency, digest, _written(job)),
+                        (job.id, job.owner, job.kind, job.state, idempotency, digest, job_to_json(job)),
                     )
                     return job
         except BaseException:
@@ -321,7 +321,7 @@ class JobStore:
             job = change(found)
             execute(
                 "UPDATE jobs SET state = ?, ended = ?, expires = ?, job = ? WHERE id = ?",
-                (job.state, job.ended, job.expires, _written(job), job_id),
+                (job.state, job.ended, job.expires, job_to_json(job), job_id),
             )
         return job
 
@@ -340,27 +340,6 @@ class JobStore:
             return self._database.rows(sql, values)
 
     def _read(self, text: str) -> Job:
-        job = _job(text)
+        job = job_from_json(text)
         step = self._steps.get(job.id) if job.state == "in_progress" else None
         return dataclasses.replace(job, step=step[0], steps=step[1]) if step else job
-
-
-def _written(job: Job) -> str:
-    return json.dumps(dataclasses.asdict(job), allow_nan=False)
-
-
-def _job(text: str) -> Job:
-    try:
-        values = json.loads(text)
-        call = _tuples(values["call"])
-        values["call"] = Call(**call | {"loras": tuple(Lora(**each) for each in call["loras"])})
-        for name, made in (("error", Error), ("result", Result)):
-            if values[name] is not None:
-                values[name] = made(**_tuples(values[name]))
-        return Job(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise StorageError("a job in the database cannot be read; the database is damaged") from error
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
