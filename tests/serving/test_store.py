@@ -30,7 +30,7 @@ def store(paths):
 
 def test_a_job_with_everything_is_read_as_it_was_written_by_the_next_server_too(paths):
     call = Call(
-        "ein Käfer\n\0", 2**63, 3, "grau", 512, 768, 81, 30, 3.5, ("0.png", "1.png"), "mask.png",
+        "ein Käfer\n\0\ud800", 2**63, 3, "grau", 512, 768, 81, 30, 3.5, ("0.png", "1.png"), "mask.png",
         {"true_cfg_scale": 4.0}, (Lora("ink", 0.5), Lora("wool")), "low", 2,
     )  # fmt: skip
     job = make_job(call=call, wire={"size": None, "n": 3}, deadline=time.time() + 60, kind="video", upload="s3://b/x")
@@ -63,11 +63,17 @@ def test_nobody_else_on_the_machine_can_read_what_is_kept(paths, store):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_every_change_waits_for_the_disk_so_that_a_loss_of_power_loses_none(store):
+    assert store._database.rows("PRAGMA journal_mode") == [("wal",)]
+    assert store._database.rows("PRAGMA synchronous") == [(2,)]
+
+
 def test_a_job_is_its_owners_alone(store):
     job = store.create(make_job("anna"))
     assert store.get(job.id, "anna") == job
     assert store.get(job.id, "bert") is None
     assert store.get("img_0") is None
+    assert store.get("img_\ud800", "\ud800") is None
     assert store.listed("bert") == ([], False)
 
 
@@ -132,6 +138,7 @@ def test_the_steps_of_a_running_job_are_seen_at_once_and_written_at_most_once_a_
     store.step(job.id, 3, 200)
     assert store.get(job.id).step == 200
     store.step("img_0", 1, 2)
+    assert not store._steps
 
 
 def test_a_job_that_has_ended_stays_as_it_is(paths, store):

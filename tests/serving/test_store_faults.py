@@ -138,10 +138,10 @@ def _fill_disk(path):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A disk of 256 KiB."""
+    """A disk of 512 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
     yield folder
@@ -152,7 +152,7 @@ def test_a_full_disk_loses_no_job_and_is_well_again_once_there_is_room(tiny_disk
     paths = Paths(tiny_disk / "data")
     store = JobStore(paths)
     ballast = tiny_disk / "ballast"
-    ballast.write_bytes(bytes(90_000))
+    ballast.write_bytes(bytes(200_000))
     jobs = [_completed(store)]
     running = store.create(make_job())
     store.start(running.id)
@@ -166,10 +166,17 @@ def test_a_full_disk_loses_no_job_and_is_well_again_once_there_is_room(tiny_disk
     assert [store.get(job.id) for job in jobs] == jobs
     store.step(running.id, 3, 10)
     assert store.get(running.id).step == 3
+    deleted = jobs.pop()
+    store.delete(deleted.id)
+    assert store.get(deleted.id) is None
+    assert not paths.of(deleted.id).exists()
+    with pytest.raises(OSError, match="space"):
+        _fill_disk(tiny_disk / "still more")
     store.close()
     with pytest.raises(ConfigurationError, match=r"cannot be (opened|written).*(full|space)"):
         JobStore(paths)
-    ballast.unlink()
+    for file in (ballast, tiny_disk / "more", tiny_disk / "still more"):
+        file.unlink()
     store = JobStore(paths)
     assert [store.get(job.id) for job in jobs] == jobs
     assert sorted(path.name for path in paths.folders.iterdir()) == sorted(job.id for job in [*jobs, running])

@@ -18,6 +18,8 @@ from pipeboost.serving.jobs import Paths
 VERSION = 1
 """Of the schema; kept in the database's `user_version`."""
 BUSY_MILLISECONDS = 5000
+RESERVE = 2**17
+"""Bytes of a file that is there to be deleted, so that jobs can be deleted on a full disk."""
 _SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -51,6 +53,7 @@ class Database:
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
+        self._reserve = paths.data / "reserve"
         self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         try:
@@ -119,16 +122,21 @@ class Database:
     def rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[Any]:
         """Return the rows of a query."""
         with self._errors("cannot be read"):
-            return self._execute(sql, values).fetchall()
+            try:
+                return self._execute(sql, values).fetchall()
+            except UnicodeEncodeError:  # no row has text with half a character, as a client can send
+                return []
 
     def check(self) -> None:
         """Raise the StorageError that storing a small job would end in."""
         with self.changing() as execute:
             execute(f"PRAGMA user_version = {VERSION}")
-        trial = self._paths.data / "check"
-        write_whole(trial, bytes(2**16))
-        with storage_errors(trial, "cannot be deleted"):
-            trial.unlink()
+        write_whole(self._reserve, bytes(RESERVE))
+
+    def make_room(self) -> None:
+        """Give up the room that was kept for a change which frees more of it; the next check takes it again."""
+        with storage_errors(self._reserve, "cannot be deleted"):
+            self._reserve.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file, and let another server have the folder."""

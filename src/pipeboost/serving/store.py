@@ -261,13 +261,12 @@ class JobStore:
                 return
             if job.state == "in_progress":
                 raise JobStateError(f"the job {job_id} is running; cancel it first")
-            folder = self._paths.of(job_id)
             try:
                 self._bury(job_id)
-            except StorageError:  # the disk may be full of just these files
-                remove_folder(folder)
+            except StorageError:
+                self._database.make_room()
                 self._bury(job_id)
-        remove_folder(folder)
+        remove_folder(self._paths.of(job_id))
 
     def _bury(self, job_id: str) -> None:
         now = time.time()
