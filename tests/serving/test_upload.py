@@ -10,7 +10,7 @@ from pipeboost.core.errors import ConfigurationError
 from pipeboost.serving import upload
 from pipeboost.serving.upload import UploadError, check_prefix, put
 
-pytest.importorskip("obstore")
+obstore = pytest.importorskip("obstore")
 
 
 @pytest.fixture
@@ -106,6 +106,15 @@ def test_a_store_that_stays_down_or_refuses_is_one_sentence_without_credentials(
         assert "\n" not in str(caught.value)
         assert "testing" not in str(caught.value)
         assert stubborn.asked == (2 if status == 503 else 1)
+
+
+def test_a_url_that_an_error_names_is_shown_without_its_signature(files, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise OSError("Error performing PUT https://a.blob/c/0.png?sv=1&sig=abcd in 2 ms\n\nDebug source: sig=abcd")
+
+    monkeypatch.setattr(obstore, "put", refuse)
+    with pytest.raises(UploadError, match=r"PUT https://a\.blob/c/0\.png in 2 ms$"):
+        put(f"file://{files[0].parent}/kept", files[:1])
 
 
 def test_a_real_s3_server_holds_what_was_put_there(credentials, files):

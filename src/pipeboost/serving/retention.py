@@ -74,7 +74,8 @@ class Retention:
         deleted.append(job_id)
 
     def _delete_orphans(self, now: float) -> None:
+        known = self._store.ids()
         for folder in filter(Path.is_dir, self._paths.folders.iterdir()):
             with contextlib.suppress(FileNotFoundError):
-                if folder.stat().st_mtime < now - ORPHAN_SECONDS and self._store.get(folder.name) is None:
+                if folder.name not in known and folder.stat().st_mtime < now - ORPHAN_SECONDS:
                     remove_folder(folder)

@@ -172,6 +172,10 @@ class JobStore:
         )
         return [self._read(row[0]) for row in self._rows(sql, (expired, expired, limit))]
 
+    def ids(self) -> set[str]:
+        """Return the ids of all jobs."""
+        return {row[0] for row in self._rows("SELECT id FROM jobs WHERE job != ''", ())}
+
     def start(self, job_id: str) -> Job:
         """Note that the worker is given a job that waits: one attempt more."""
 
@@ -291,7 +295,7 @@ class JobStore:
             if job.attempt < 2:
                 changed.append(self.requeue(job.id))
             else:
-                error = Error(WORKER_LOST, "The server or its worker was lost twice while the job ran.")
+                error = Error(WORKER_LOST, "the server or its worker was lost twice while it ran this")
                 changed.append(self._end(job.id, "failed", expires or time.time() + TOMBSTONES_SECONDS, error=error))
         return changed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -88,5 +89,5 @@ def _store(prefix: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what the store said, without the dump that follows it."""
-    return shortened(str(error).partition("\n")[0], 300)
+    """Return what the store said, without the dump that follows it and the signatures that URLs end in."""
+    return shortened(re.sub(r"\?\S+", "", str(error).partition("\n")[0]), 300)
