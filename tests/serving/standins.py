@@ -135,7 +135,7 @@ class MemoryStore:
     def delete(self, job_id):
         del self.jobs[job_id]
 
-    def recover(self):
+    def recover(self, *, expires=None):
         return []
 
     def check(self):
@@ -258,7 +258,7 @@ class PlainMedia:
         return self.encode_image(frames[0], "webp", None)
 
     def spritesheet(self, frames):
-        return self.encode_image(np.concatenate(list(frames), axis=1), "webp", None)
+        return self.encode_image(np.concatenate(list(frames), axis=1), "jpeg", None)
 
 
 @dataclasses.dataclass

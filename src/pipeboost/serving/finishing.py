@@ -10,7 +10,7 @@ import numpy as np
 from pipeboost.serving.jobs import Job, Paths, Result
 from pipeboost.serving.parts import Media, Ran
 
-VIDEO, THUMBNAIL, SPRITESHEET = "video.mp4", "thumbnail.webp", "spritesheet.webp"
+VIDEO, THUMBNAIL, SPRITESHEET = "video.mp4", "thumbnail.webp", "spritesheet.jpeg"
 
 
 def finished(job: Job, ran: Ran, media: Media, paths: Paths, fps: float) -> Result:

@@ -70,7 +70,7 @@ class Service:
 
     async def start(self) -> None:
         """Take up what an earlier server left, and begin to run jobs."""
-        for job in await self.store(self.parts.store.recover):
+        for job in await self.store(self.parts.store.recover, expires=self.expiry()):
             LOG.info("job %s of an earlier server is %s", job.id, job.state)
         for work in (self.parts.worker.serve, self.runner.serve, self._keep_house):
             self._tasks.append(asyncio.create_task(self._watched(work)))

@@ -121,7 +121,7 @@ def _call(
         num_frames=frames,
         num_inference_steps=steps,
         guidance_scale=fields.guidance_scale,
-        images=tuple(f"image_{number}.png" for number in range(pictures)),
+        images=tuple(f"input_{number}.png" for number in range(pictures)),
         mask="mask.png" if mask else None,
         arguments=arguments,
         loras=_loras(fields, card, settings),

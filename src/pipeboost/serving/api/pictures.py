@@ -37,7 +37,7 @@ def from_text(text: str, param: str) -> bytes:
 
 
 def prepared(contents: Sequence[bytes], mask: bytes | None, param: str, most_pixels: int) -> dict[str, bytes]:
-    """Return pictures as PNG files by their names: `image_0.png`, …, and `mask.png`, white where to paint.
+    """Return pictures as PNG files by their names: `input_0.png`, …, and `mask.png`, white where to paint.
 
     Raises:
         ApiError: one is no picture, too large, or the mask is of another size than the first one.
@@ -47,7 +47,7 @@ def prepared(contents: Sequence[bytes], mask: bytes | None, param: str, most_pix
     for number, content in enumerate(contents):
         picture = _opened(content, param, most_pixels)
         first = first if number else picture.size
-        files[f"image_{number}.png"] = _png(_decoded(picture, param).convert("RGB"))
+        files[f"input_{number}.png"] = _png(_decoded(picture, param).convert("RGB"))
     if mask is not None:
         opened = _opened(mask, "mask", most_pixels)
         if "A" not in opened.getbands() and "transparency" not in opened.info:
