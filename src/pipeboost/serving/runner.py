@@ -92,7 +92,7 @@ class Runner:
         if self.closed or not service.parts.worker.ready:
             return None
         async with self.choosing:
-            queued = await service.store(service.parts.store.queued)
+            queued = await self._not_late()
             if self.draining:
                 queued = [job for job in queued if service.feed.followers(job.id)]
             job = service.parts.order.next(queued, service.clock())
@@ -202,11 +202,17 @@ class Runner:
 
     async def expire(self) -> None:
         """End the queued jobs whose deadline has passed."""
-        service = self.service
         async with self.choosing:
-            for job in await service.store(service.parts.store.queued):
-                if job.deadline is not None and job.deadline <= service.clock():
-                    service.ended(await service.store(service.parts.store.fail, job.id, _late(job), service.expiry()))
+            await self._not_late()
+
+    async def _not_late(self) -> list[Job]:
+        """End the queued jobs whose deadline has passed, and return the others."""
+        service, now = self.service, self.service.clock()
+        queued = await service.store(service.parts.store.queued)
+        late = [job for job in queued if job.deadline is not None and job.deadline <= now]
+        for job in late:
+            service.ended(await service.store(service.parts.store.fail, job.id, _late(job), service.expiry()))
+        return [job for job in queued if job not in late]
 
     async def drain(self, timeout: float) -> None:
         """Run what somebody waits for, for at most `timeout` seconds; what runs then is queued again."""
