@@ -17,10 +17,10 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from pipeboost.serving.api.app import create_app
 from pipeboost.serving.errors import IdempotencyError, JobCancelled, JobError, JobStateError, StorageError, WorkerLost
 from pipeboost.serving.jobs import ENDED, Job, ModelCard, Paths
 from pipeboost.serving.parts import Parts
+from pipeboost.serving.server import Server
 from pipeboost.serving.service import Service
 from pipeboost.serving.settings import Settings
 
@@ -305,8 +305,7 @@ def serving(
     async def run() -> None:
         service = service_of(folder, card, **settings)
         started.append(service)
-        app = create_app(service, service.settings, heartbeat=heartbeat)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+        server = Server(service, service.settings, heartbeat=heartbeat)
         servers.append(server)
         ready.set()
         await server.serve(sockets=[port])

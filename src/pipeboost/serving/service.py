@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from pipeboost.core.errors import ConfigurationError
 from pipeboost.serving.errors import Busy, StorageError, Unavailable
 from pipeboost.serving.feed import Event, Feed
 from pipeboost.serving.jobs import ENDED, Call, Job, Kind, Paths
@@ -27,6 +28,8 @@ class Service:
 
     Attributes:
         on_end: receive each job that has ended.
+        failure: what has ended the server; None while it runs.
+        on_failure: called when there is one.
         fault: why jobs cannot be kept or run now; empty while they can.
     """
 
@@ -37,8 +40,11 @@ class Service:
         self.feed = Feed()
         self.runner = Runner(self)
         self.on_end: list[Callable[[Job], None]] = []
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self.fault = ""
         self._stopping = False
+        self._closed = False
         self._leaving: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._thread = ThreadPoolExecutor(1, "store")
@@ -82,11 +88,13 @@ class Service:
                 return await work()
             except Unavailable:  # as long as the disk is full
                 await asyncio.sleep(1.0)
-            except Exception:
-                LOG.exception("%s failed", work.__qualname__)
-                self._stopping = True
+            except Exception as error:
+                if not isinstance(error, ConfigurationError):
+                    LOG.exception("%s failed", work.__qualname__)
+                self.failure, self._stopping = error, True
                 self.fault = "the server has failed, and has to be started again"
                 self.feed.close()
+                self.on_failure()
 
     async def _keep_house(self) -> None:
         cleaned = 0.0
@@ -244,6 +252,9 @@ class Service:
 
     async def drain(self, timeout: float) -> None:
         """Stop: take no more jobs, run what somebody waits for, then queue what runs again and end the worker."""
+        if self._closed:
+            return
+        self._closed = True
         await self.runner.drain(timeout)
         self._stopping = True
         self.feed.close()

@@ -5,21 +5,20 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeboost.core.config_sources import is_kubernetes
 from pipeboost.core.errors import ConfigurationError, quoted
 from pipeboost.core.own_folder import kept_in
 from pipeboost.core.user_files import parse_json, read_text
 
 PREFIX = "PIPEBOOST_SERVE"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-# What Kubernetes puts into the environment of a pod for each service, here for one called pipeboost-serve.
-_KUBERNETES = re.compile(rf"{PREFIX}_((.*_)?SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _RATE = re.compile(r"([1-9]\d*)/(second|minute|hour|day)")
 
@@ -87,6 +86,11 @@ class Settings(BaseModel):
         """Read `"7d"`, `"12h"`, `"30m"` and `"90s"`."""
         text = value.strip() if isinstance(value, str) else ""
         return float(text[:-1]) * _UNITS[text[-1]] if re.fullmatch(r"\d+(\.\d+)?[smhd]", text) else value
+
+    @field_validator("lora_dir", "api_key_file", "data_dir")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()
 
     @field_validator("rate_limit")
     @classmethod
@@ -203,7 +207,7 @@ def load(path: Path) -> Settings:
     return checked(parse_json(read_text(path, "settings"), f"settings {path}"))
 
 
-def check_environment(environment: dict[str, str] | os._Environ[str], known: set[str]) -> None:
+def check_environment(environment: MutableMapping[str, str], known: Collection[str]) -> None:
     """Refuse variables that stand for no flag, and drop what only looks like one.
 
     Kubernetes sets variables such as `PIPEBOOST_SERVE_PORT=tcp://10.0.0.1:8000` for a service called pipeboost-serve.
@@ -219,6 +223,6 @@ def check_environment(environment: dict[str, str] | os._Environ[str], known: set
         del environment[port]
     variables = {f"{PREFIX}_{name.upper()}" for name in known}
     for variable in environment:
-        if variable.startswith(f"{PREFIX}_") and variable not in variables and not _KUBERNETES.fullmatch(variable):
+        if variable.startswith(f"{PREFIX}_") and variable not in variables and not is_kubernetes(variable):
             known_ones = ", ".join(sorted(variables))
             raise ConfigurationError(f"the environment variable {variable} stands for no flag; there are {known_ones}")
