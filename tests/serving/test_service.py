@@ -251,3 +251,60 @@ def test_prompts_are_logged_only_where_that_is_asked_for(tmp_path, caplog):
     with caplog.at_level("INFO", "pipeboost.serving"), serving(tmp_path, log_prompts=True) as server:
         httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a secret wish"})
     assert [record.fields["prompt"] for record in caplog.records if hasattr(record, "fields")] == ["a secret wish"]
+
+
+def test_results_are_copied_where_that_is_asked_for_and_their_url_is_told(tmp_path):
+    async def work(service):
+        copied = []
+
+        def put(prefix, files):
+            copied.extend(path.read_bytes() for path in files)
+            return [f"{prefix}/{path.name}" for path in files]
+
+        object.__setattr__(service.parts, "upload", put)
+        job = await service.wait((await submitted(service)).id)
+        kept = service.paths.of(job.id) / job.result.files[0]
+        assert (job.upload, copied) == (f"s3://bucket/x/{job.id}/{kept.name}", [kept.read_bytes()])
+
+        def fails(prefix, files):
+            raise OSError(f"{files} no such bucket")
+
+        object.__setattr__(service.parts, "upload", fails)
+        job = await service.wait((await submitted(service)).id)
+        assert (job.state, job.error.code) == ("failed", "generation_failed")
+        assert str(tmp_path) not in job.error.message
+
+    run(work, tmp_path, upload="s3://bucket/x/")
+
+
+def test_what_has_ended_expires_and_what_is_not_kept_is_cleaned_away(tmp_path):
+    async def work(service):
+        job = await service.wait((await submitted(service)).id)
+        assert job.expires == pytest.approx(time.time() + 100, abs=5)
+        assert cleaned
+
+    cleaned = []
+
+    async def inside():
+        service = service_of(tmp_path, retention=100)
+        object.__setattr__(service.parts, "clean", lambda: cleaned.append(1))
+        await service.start()
+        await work(service)
+        await service.drain(1)
+
+    asyncio.run(asyncio.wait_for(inside(), 20))
+
+
+def test_a_worker_that_refuses_its_model_ends_the_server_with_what_it_says(tmp_path):
+    from pipeboost.core.errors import ConfigurationError
+    from pipeboost.serving.server import bound, serve
+
+    service = service_of(tmp_path)
+
+    async def refuse():
+        raise ConfigurationError("model_path='x' cannot be loaded")
+
+    service.parts.worker.serve = refuse
+    settings = service.settings.model_copy(update={"port": 0, "drain_timeout": 0.1})
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        asyncio.run(asyncio.wait_for(serve(service, settings, bound(settings)), 20))

@@ -55,5 +55,8 @@ def finished(job: Job, ran: Ran, media: Media, paths: Paths, fps: float) -> Resu
 
 def _place(folder: Path, name: str, content: bytes) -> None:
     part = folder / f"part.{name}"
-    part.write_bytes(content)
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, folder / name)
