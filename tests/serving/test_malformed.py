@@ -13,18 +13,19 @@ from tests.serving.standins import CARD, VIDEO, service_of
 from tests.serving.test_videos import png
 
 VALUES = [
-    None, True, False, 0, -1, 1.5, 10**400, 1e308, "", " ", "x", "1", "true", "null", "\0", "é", "\u2028", "x" * 5000, [],
-    [[]], [None], {}, {"a": {}}, {"name": "x"}, {"image_url": "data:image/png;base64,"}, "data:,", "64x64", "0x0", "nan",
-    "99999x99999", "1e5", "../../etc/passwd", "http://127.0.0.1/", "-1", "٣",
+    None, True, False, 0, -1, 1.5, 10**400, 1e308, "", " ", "x", "1", "true", "null", "\0", "é", "\u2028", "x" * 5000,
+    [], [[]], [None], {}, {"a": {}}, {"name": "x"}, {"image_url": "data:image/png;base64,"}, "data:,", "64x64", "0x0",
+    "nan", "99999x99999", "1e5", "../../etc/passwd", "http://127.0.0.1/", "-1", "٣",
 ]  # fmt: skip
 NAMES = [
-    "a[", "a]", "[]", "[", "a[][b]", "a[b][]", "__proto__", "prompt[]", "prompt[x]", "image[]", "image[0]", "é", "", " ",
-    "extra_body", "extra_body[seed]", "lora[name]", "loras[][name]", "loras[0]", "input_reference[image_url]",
+    "a[", "a]", "[]", "[", "a[][b]", "a[b][]", "__proto__", "prompt[]", "prompt[x]", "image[]", "image[0]", "é", "",
+    " ", "extra_body", "extra_body[seed]", "lora[name]", "loras[][name]", "loras[0]",
+    "input_reference[image_url]",
 ]  # fmt: skip
-FILES = [b"", b"x", png(), png()[:50], b"\x89PNG\r\n\x1a\n" + b"\0" * 100, b"GIF89a" + b"\0" * 20, b"<svg/>", png(1, 1)]
+FILES = [b"", b"x", png(), png()[:50], b"\x89PNG\r\n\x1a\n" + b"\0" * 100, b"GIF89a" + b"\0" * 20, png(1, 1)]
 RAW = [
-    b"", b"null", b"{", b"[]", b'{"prompt":"x","prompt":"y"}', b"\xff", b'{"prompt": NaN}', b"{}" * 9, b'{"\\ud800":1}',
-    b'{"prompt":"\\ud800"}', b"[" * 5000, b'{"seed":' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}",
+    b"", b"null", b"{", b"[]", b'{"prompt":"x","prompt":"y"}', b"\xff", b'{"prompt": NaN}', b"{}" * 9,
+    b'{"\\ud800":1}', b'{"prompt":"\\ud800"}', b"[" * 5000, b'{"seed":' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}",
 ]  # fmt: skip
 
 

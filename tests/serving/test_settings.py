@@ -44,6 +44,7 @@ FLAGS = {
     "--disk-budget 3": ("disk_budget", 3.0),
     "--upload s3://bucket/x": ("upload", "s3://bucket/x"),
     "--log-prompts": ("log_prompts", True),
+    "--allow-image-urls": ("allow_image_urls", True),
     "--policy fifo": ("policy", "fifo"),
     "--max-queue 5": ("max_queue", 5),
     "--max-queue-per-key 4": ("max_queue_per_key", 4),

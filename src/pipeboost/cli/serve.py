@@ -90,6 +90,9 @@ def run_serve(
     max_frames: Annotated[_Number, _limit(help="of a video (481)")] = None,
     max_steps: Annotated[_Number, _limit(help="denoising steps (200)")] = None,
     max_images: Annotated[_Number, _limit(help="of one request (10)")] = None,
+    allow_image_urls: Annotated[
+        bool | None, _limit("--allow-image-urls", help="fetch pictures from the public internet")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Serve a model to OpenAI's clients; without any flag, the model we ship."""

@@ -76,6 +76,7 @@ class Settings(BaseModel):
     max_frames: int = Field(481, ge=1)
     max_steps: int = Field(200, ge=1)
     max_images: int = Field(10, ge=1, le=10)
+    allow_image_urls: bool = False
     log_prompts: bool = False
 
     @field_validator(

@@ -37,18 +37,21 @@ async def edit(request: Request) -> Response:
     api, body = api_of(request), await body_of(request)
     fields = parse(EditFields, body, files=("image", "mask"))
     given = [fields.image] if isinstance(fields.image, str) else fields.image or []
-    contents = body.files.get("image", []) + [pictures.from_text(text, "image") for text in given]
-    if not contents:
+    files, masks = body.files.get("image", []), body.files.get("mask", [])
+    number = len(files) + len(given)
+    if not number:
         raise bad("image", "image is missing; send the picture to edit", "missing_required_parameter")
-    if len(contents) > pictures.MOST:
-        raise bad("image", f"image has {len(contents)} pictures; send at most {pictures.MOST}")
-    masks = body.files.get("mask", []) + ([pictures.from_text(fields.mask, "mask")] if fields.mask else [])
-    if len(masks) > 1:
-        raise bad("mask", f"mask has {len(masks)} pictures; send one")
-    call = image_call(fields, api.card, api.settings, pictures=len(contents), mask=bool(masks))
+    if number > pictures.MOST:
+        raise bad("image", f"image has {number} pictures; send at most {pictures.MOST}")
+    if len(masks) + (fields.mask is not None) > 1:
+        raise bad("mask", "mask is there more than once; send one")
+    call = image_call(fields, api.card, api.settings, pictures=number, mask=bool(masks) or fields.mask is not None)
+    contents = files + await pictures.from_texts([("image", text) for text in given], api.settings)
+    if fields.mask is not None:
+        masks = await pictures.from_texts([("mask", fields.mask)], api.settings)
     mask = masks[0] if masks else None
-    files = await asyncio.to_thread(pictures.prepared, contents, mask, "image", api.settings.max_pixels)
-    return await _answer(request, fields, call, files, body, "image_edit")
+    kept = await asyncio.to_thread(pictures.prepared, contents, mask, "image", api.settings.max_pixels)
+    return await _answer(request, fields, call, kept, body, "image_edit")
 
 
 async def _answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
@@ -13,6 +14,8 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from pipeboost.core.errors import shortened
 from pipeboost.serving.api.errors import bad
+from pipeboost.serving.api.fetch import fetched
+from pipeboost.serving.settings import Settings
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -20,13 +23,15 @@ MOST = 16
 """Pictures of one request, as OpenAI has it."""
 
 
-def from_text(text: str, param: str) -> bytes:
-    """Return the picture in a data URL.
+def from_text(text: str, param: str, settings: Settings) -> bytes:
+    """Return the picture in a data URL, or at a URL where those are fetched.
 
     Raises:
-        ApiError: it is none; other URLs are not fetched, for they could name what only the server can reach.
+        ApiError: it is none, or not to be had.
     """
     match = _DATA.match(text)
+    if not match and settings.allow_image_urls and text[:4].lower() == "http":
+        return fetched(text, param, int(settings.max_body * 2**20))
     if not match:
         raise bad(param, f"{param} {shortened(repr(text), 60)} is no data URL; send the picture itself, as a file or "
                   "as data:image/png;base64,…", "invalid_image")  # fmt: skip
@@ -34,6 +39,11 @@ def from_text(text: str, param: str) -> bytes:
         return base64.b64decode(text[match.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise bad(param, f"{param} is a data URL, but not of valid base64", "invalid_image") from None
+
+
+async def from_texts(given: Sequence[tuple[str, str]], settings: Settings) -> list[bytes]:
+    """Return the pictures of texts, each with the name of its field; several at once where they are fetched."""
+    return await asyncio.gather(*(asyncio.to_thread(from_text, text, param, settings) for param, text in given))
 
 
 def prepared(contents: Sequence[bytes], mask: bytes | None, param: str, most_pixels: int) -> dict[str, bytes]:

@@ -50,11 +50,13 @@ async def create(request: Request) -> Response:
     """Take a video to be made."""
     api, body = api_of(request), await body_of(request)
     fields = parse(VideoFields, body, files=("input_reference", "input_references"))
-    contents = body.files.get("input_reference", []) + body.files.get("input_references", []) + _references(fields)
-    if len(contents) > pictures.MOST:
-        raise bad("input_references", f"there are {len(contents)} pictures; send at most {pictures.MOST}")
+    contents = body.files.get("input_reference", []) + body.files.get("input_references", [])
+    texts = _references(fields)
+    if (number := len(contents) + len(texts)) > pictures.MOST:
+        raise bad("input_references", f"there are {number} pictures; send at most {pictures.MOST}")
     card = api.card
-    call = video_call(fields, card, api.settings, pictures=len(contents))
+    call = video_call(fields, card, api.settings, pictures=number)
+    contents = contents + await pictures.from_texts(texts, api.settings)
     most = api.settings.max_pixels
     files = await asyncio.to_thread(pictures.prepared, contents, None, "input_reference", most)
     fps = fields.fps or card.fps
@@ -66,14 +68,15 @@ async def create(request: Request) -> Response:
     return _answer(await submit(request, "video", call, wire, files, body))
 
 
-def _references(fields: VideoFields) -> list[bytes]:
+def _references(fields: VideoFields) -> list[tuple[str, str]]:
+    """Return the references that are texts, each with the name of its field."""
     given: list[tuple[str, dict[str, str] | str]] = []
     if fields.input_reference is not None:
         given.append(("input_reference", fields.input_reference))
     given += [("input_references", each) for each in fields.input_references or ()]
     if fields.reference_url is not None:
         given.append(("reference_url", fields.reference_url))
-    found = []
+    found: list[tuple[str, str]] = []
     for param, each in given:
         if isinstance(each, dict):
             if "file_id" in each:
@@ -81,7 +84,7 @@ def _references(fields: VideoFields) -> list[bytes]:
             if each.keys() != {"image_url"}:
                 raise bad(param, f"{param} must be a picture, or an object with image_url")
             param, each = f"{param}[image_url]", each["image_url"]
-        found.append(pictures.from_text(each, param))
+        found.append((param, each))
     return found
 
 
