@@ -1,13 +1,16 @@
 """Where settings come from: flags, a file, the environment; and which of them are refused."""
 
+import inspect
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from pipeboost import cli
+from pipeboost.cli.app import app
 from pipeboost.core.errors import ConfigurationError
 from pipeboost.serving.settings import Settings, checked, load, save
 
@@ -180,3 +183,28 @@ def test_keys_of_a_file_count_and_an_empty_one_is_refused(tmp_path):
     path.write_text("# none\n")
     with pytest.raises(ConfigurationError, match="holds no key"):
         Settings(api_key_file=path).all_keys()
+
+
+def test_the_help_says_the_defaults_and_groups_the_flags(serve, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeboost", "serve", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    for panel in (
+        "Model",
+        "Network",
+        "Jobs and results",
+        "Queue and time",
+        "Limits of one request",
+        "Speed",
+        "Several GPUs",
+    ):
+        assert f"─ {panel}" in shown
+    (command,) = (each.callback for each in app.registered_commands if each.name == "serve")
+    told = 0
+    for name, parameter in inspect.signature(command).parameters.items():
+        help = getattr(next(iter(getattr(parameter.annotation, "__metadata__", ())), None), "help", None) or ""
+        if name in Settings.model_fields and name != "data_dir" and (match := re.search(r"\((\S+)\)$", help)):
+            told += 1
+            assert getattr(checked({name: match[1]}), name) == Settings.model_fields[name].default, name
+    assert told > 12

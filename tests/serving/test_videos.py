@@ -145,6 +145,17 @@ def test_deleting_a_running_video_ends_it_and_the_next_one_runs(client, server):
     assert client.videos.create_and_poll(prompt="x").status == "completed"
 
 
+def test_a_client_that_polls_is_told_when_to_ask_again(client):
+    raw = client.videos.with_raw_response.create(prompt="slow")
+    job = raw.parse().id
+    assert (
+        raw.headers["openai-poll-after-ms"]
+        == client.videos.with_raw_response.retrieve(job).headers["openai-poll-after-ms"]
+    )
+    assert 200 <= int(raw.headers["openai-poll-after-ms"]) <= 5000
+    client.videos.delete(job)
+
+
 def test_a_cancelled_video_has_failed_in_a_state_that_clients_know(client, server):
     video = client.videos.create(prompt="slow")
     assert httpx.post(f"{server.url}/v1/jobs/{video.id}/cancel").json()["status"] == "cancelled"
