@@ -9,6 +9,7 @@ from pipeboost.cli.demo import run_demo
 from pipeboost.cli.doctor import print_diagnosis
 from pipeboost.cli.flags import GenerateCommand, generate, with_acceleration
 from pipeboost.cli.plan import print_plan
+from pipeboost.cli.serve import PREFIX, ServeCommand, run_serve
 from pipeboost.cli.tune import run_tune
 from pipeboost.cli.warm import run_warm
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=GenerateCommand)(with_acceleration(generate))
+app.command("serve", cls=ServeCommand, context_settings={"auto_envvar_prefix": PREFIX})(with_acceleration(run_serve))
 app.command("demo")(run_demo)
 app.command("plan")(with_acceleration(print_plan))
 app.command("doctor")(print_diagnosis)

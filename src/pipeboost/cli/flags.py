@@ -92,7 +92,7 @@ class GenerateCommand(TyperCommand):
         return super().parse_args(ctx, words)
 
 
-def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make a file's settings the flags' defaults, so that the command line wins and values are checked alike."""
     if path is None:
         return None
@@ -127,7 +127,7 @@ def generate(
         Path | None,
         typer.Option(
             is_eager=True,
-            callback=_read_config,
+            callback=read_config,
             help="YAML or JSON file: these flags with underscores, and `acceleration:`; flags given here win",
         ),
     ] = None,

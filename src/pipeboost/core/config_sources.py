@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,32 @@ from pipeboost.core.own_folder import HOME_VARIABLE
 from pipeboost.core.user_files import parse_json, parse_yaml, read_text
 
 _PREFIX = "PIPEBOOST_"
+_SERVER = "PIPEBOOST_SERVE_"
+_KUBERNETES = re.compile(
+    r"PIPEBOOST(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
 
 
 def environment_settings(environment: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
     """Return the text of each `PIPEBOOST_*` variable that is set, by the setting's name.
 
     Raises:
-        ConfigurationError: a `PIPEBOOST_*` variable that stands for none of the `known` settings.
+        ConfigurationError: a `PIPEBOOST_*` variable that stands for none of the `known` settings; those of
+            `pipeboost serve`, and Kubernetes' own, are left to others.
     """
     variables = {variable_of(name): name for name in known}
     for variable in environment:
-        if variable.startswith(_PREFIX) and variable not in (*variables, HOME_VARIABLE):
+        others = variable.startswith(_SERVER) or is_kubernetes(variable)
+        if variable.startswith(_PREFIX) and variable not in (*variables, HOME_VARIABLE) and not others:
             raise ConfigurationError(
                 f"the environment variable {variable} is not one of pipeboost's; it knows {', '.join(variables)}"
             )
     return {name: environment[variable] for variable, name in variables.items() if variable in environment}
+
+
+def is_kubernetes(variable: str) -> bool:
+    """Whether Kubernetes gives a variable of this name to pods, beside a service that is called pipeboost-something."""
+    return _KUBERNETES.fullmatch(variable) is not None
 
 
 def variable_of(name: str) -> str:
