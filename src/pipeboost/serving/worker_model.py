@@ -231,7 +231,9 @@ def _written(folder: Path, name: str, pixels: np.ndarray) -> Path:
     target, temporary = folder / f"{name}.npy", folder / f".{name}.part"
     try:
         with temporary.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
+            pixels, layout = np.ascontiguousarray(pixels), np.lib.format
+            layout.write_array_header_1_0(file, layout.header_data_from_array_1_0(pixels))
+            file.write(pixels.data)  # numpy's own way would hide what the system says of a full disk
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

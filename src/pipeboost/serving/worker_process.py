@@ -48,6 +48,7 @@ class WorkerProcess:
     Attributes:
         refusal: why it cannot load, in a sentence; empty where it has not said so.
         death: how it has ended.
+        pids: number of each rank's process.
     """
 
     def __init__(self, settings: WorkerSettings, folder: Path) -> None:
@@ -60,6 +61,7 @@ class WorkerProcess:
         self._broken = asyncio.Event()
         self._killing = asyncio.Lock()
         self.refusal = ""
+        self.pids: dict[int, int] = {}
         self.death = "the worker has ended"
 
     async def start(self, take: Callable[[Message], None]) -> None:
@@ -146,6 +148,7 @@ class WorkerProcess:
             if not isinstance(hello, Hello) or hello.rank in self._writers:
                 raise WireError(f"{shortened(repr(hello), 100)} is no greeting")
             self._writers[hello.rank], self._alive[hello.rank] = writer, time.monotonic()
+            self.pids[hello.rank] = hello.pid
             while line := await reader.readline():
                 message = unpack(line)
                 self._alive[hello.rank] = time.monotonic()
