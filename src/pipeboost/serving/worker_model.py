@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pipeboost.acceleration import accelerate_pipeline
+from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import Cancelled, ConfigurationError, UnsupportedError, quoted
 from pipeboost.core.seams import stock_class
 from pipeboost.distributed import suspend_timeout, world_size
@@ -30,6 +33,7 @@ from pipeboost.stages import Progress
 from pipeboost.stages.report import Report
 
 _WARM_STEPS = 4
+_LOW = CacheConfig(extrapolate="output", step_mask="ultra", taylorseer_order=1)
 _OWNER = "owner_of_prompts"
 """Attribute of the pipeline. Prompt reuse keys by all attributes, so that no owner's prompt is found for another."""
 
@@ -61,6 +65,8 @@ class WorkerModel:
             raise UnsupportedError(
                 f"{world_size()} ranks would each compute the whole model ({parallel.why}); start one rank"
             )
+        acceleration = self.pipe.acceleration
+        self._config, self._skips_steps = acceleration.config, acceleration.plan["cache"].on
         folder = None if settings.lora_dir is None else Path(settings.lora_dir)
         self.loras = Loras(self.pipe, folder, round(settings.lora_memory * 2**30))
         self.card: ModelCard = card_of(self.model, plan=self.plan_id, loras=folder is not None)
@@ -119,6 +125,7 @@ class WorkerModel:
         advance("preparing", 0, 0)
         requests = self._requests(start)
         with suspend_timeout("loading adapters"):
+            self._set_cache(start.call.cache)
             self.loras.use(start.call.loras)
         vars(self.pipe)[_OWNER] = start.owner
         reports: list[Report] = []
@@ -158,6 +165,19 @@ class WorkerModel:
             fps=self._fps(requests[0]) if start.kind == "video" else None,
             notes=(*notes, *previews.notes),
         )
+
+    def _set_cache(self, quality: str | None) -> None:
+        """Let the calls skip more steps, as the server was started, or none. Where it skips none, all are alike.
+
+        Raises:
+            ConfigurationError: there is no such quality.
+        """
+        ways = {None: self._config.cache, "low": _LOW, "medium": self._config.cache, "high": None}
+        if quality not in ways:
+            raise ConfigurationError(f"quality={quoted(quality)} is not allowed; use low, medium or high")
+        wanted = ways[quality] if self._skips_steps else self._config.cache
+        if wanted != self.pipe.acceleration.config.cache:
+            accelerate_pipeline(self.pipe, config=replace(self._config, cache=wanted))
 
     def _requests(self, start: Start) -> list[GenerationRequest]:
         """Return a request for each output.
