@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeboost.generate import LoadedModel, load_model
 from pipeboost.serving.jobs import OUT_OF_MEMORY, REFUSED, Lora
@@ -16,6 +18,7 @@ from pipeboost.serving.supervisor import JobCancelled, JobError, WorkerSettings
 from pipeboost.serving.wire import Start
 from pipeboost.serving.worker_model import WorkerModel
 from pipeboost.serving.worker_previews import preview_steps
+from tests.pipelines.tiny_adapters import lora_state_dict
 from tests.serving.worker_support import DEMO, PROMPT, Served, job, of, pixels, serving, wait_until, write_lora
 
 
@@ -32,6 +35,8 @@ def loras(tmp_path_factory, alone) -> Path:
     for seed, name in enumerate(("ink", "clay", "wax")):
         write_lora(folder, name, alone.pipe.transformer, seed=seed)
     (folder / "broken.safetensors").write_bytes(b"\0" * 100)
+    foreign = lora_state_dict(alone.pipe.transformer, rank=2)
+    save_file({name: torch.cat((each, each)) for name, each in foreign.items()}, folder / "foreign.safetensors")
     return folder
 
 
@@ -112,7 +117,9 @@ def test_whoever_waits_for_a_job_may_go_and_the_next_is_right(served, alone):
         ({"loras": (Lora("../ink"),)}, "is not one of this server's"),
         ({"loras": (Lora("absent"),)}, "is not one of this server's"),
         ({"loras": (Lora("broken"),)}, "lora 'broken' cannot be loaded into FluxPipeline"),
+        ({"loras": (Lora("ink"), Lora("foreign"))}, "lora 'foreign' cannot be loaded into FluxPipeline"),
         ({"loras": (Lora("ink"), Lora("ink", 0.5))}, "name each once"),
+        ({"guidance_scale": float("nan")}, "cannot be written as JSON"),
     ],
 )
 def test_what_the_model_finds_fault_with_is_refused_in_a_sentence_without_paths(served, call, sentence):

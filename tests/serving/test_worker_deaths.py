@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,15 @@ def test_a_job_is_cancelled_while_the_worker_loads(tmp_path):
         served.cancel("early")
         with pytest.raises(JobCancelled):
             running.future.result(1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.5])
+def test_a_server_that_stops_while_the_worker_starts_leaves_none(tmp_path, seconds):
+    with serving(tmp_path) as served:
+        time.sleep(seconds)
+        served.close()
+        assert living(tmp_path) == []
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.exhaustive

@@ -82,6 +82,8 @@ class Served:
         return self.supervisor._worker._process.pid
 
     def close(self) -> None:
+        if self._loop.is_closed():
+            return
         self.do(self.supervisor.stop()).result(60)
         with contextlib.suppress(Exception):
             self.serving.result(60)

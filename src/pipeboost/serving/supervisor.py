@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError
-from pipeboost.serving.jobs import CANCELLED, WORKER_LOST, Job, ModelCard, Paths
+from pipeboost.serving.jobs import CANCELLED, REFUSED, WORKER_LOST, Job, ModelCard, Paths
 from pipeboost.serving.wire import (
     Advanced,
     Beat,
@@ -23,6 +23,7 @@ from pipeboost.serving.wire import (
     Refused,
     Start,
     Stop,
+    WireError,
     WorkerSettings,
 )
 from pipeboost.serving.worker_process import WorkerProcess
@@ -81,7 +82,7 @@ class Supervisor:
         paths: where the jobs' folders are.
         step_timeout: seconds without a step or stage after which a running job's worker hangs, and without a sign of
             life any worker.
-        start_timeout: seconds that loading and warming may take.
+        start_timeout: seconds that loading and warming may take, and loading or compiling while a job runs.
 
     Attributes:
         card: what the worker last said of its model; None before the first time.
@@ -101,7 +102,9 @@ class Supervisor:
         self._runs = 0
         self._running: _Running | None = None
         self._waiting: dict[str, asyncio.Event] = {}
-        self._advanced = self._alive = 0.0
+        self._advanced = self._stepped = 0.0  # signs that the job gets on, and those of them that are not excuses
+        self._over = asyncio.Event()
+        self._over.set()
 
     @property
     def ready(self) -> bool:
@@ -111,10 +114,13 @@ class Supervisor:
     async def serve(self) -> None:
         """Keep a worker running until `stop`.
 
+        The worker ends with the thread that this runs in, so that none is left where the process is killed.
+
         Raises:
             ConfigurationError: the worker refuses what it is to load, and never was ready.
         """
         failures = 0
+        self._over.clear()
         try:
             while not self._stopping.is_set():
                 try:
@@ -134,6 +140,7 @@ class Supervisor:
         finally:
             self._stopping.set()
             self._lose("the server stops")
+            self._over.set()
 
     async def run(
         self, job: Job, *, on_step: Callable[[str, int, int], None], on_preview: Callable[[Path], None]
@@ -163,9 +170,13 @@ class Supervisor:
             raise WorkerLost("the server stops")
         self._runs += 1
         running = self._running = _Running(f"{job.id} run {self._runs}", job.id, on_step, on_preview)
-        self._advanced = time.monotonic()
+        self._advanced = self._stepped = time.monotonic()
         try:
             worker.send(Start(running.key, job.owner, job.kind, job.call, self._paths.of(job.id)))
+        except WireError as error:  # before any of it was sent
+            self._running = None
+            raise JobError(REFUSED, str(error)) from error
+        try:
             return await asyncio.shield(running.end)
         except asyncio.CancelledError:
             if not running.end.done():  # whoever waited has gone: the worker is free once the job has ended
@@ -190,8 +201,7 @@ class Supervisor:
     async def stop(self) -> None:
         """End the worker, with the job that it has; afterwards none of its processes is left."""
         self._stopping.set()
-        if self._worker is not None:
-            await self._worker.kill()
+        await self._over.wait()
 
     async def _live(self) -> str:
         """Start a worker and stay with it to its end; return what it ended of.
@@ -200,28 +210,27 @@ class Supervisor:
             _NotLoadedError: it refuses what it is to load.
         """
         worker = self._worker = WorkerProcess(self.settings, self._paths.data / "worker")
-        began = self._alive = time.monotonic()
-        looking = asyncio.create_task(self._look(worker, began))
+        looking = asyncio.create_task(self._look(worker))
         try:
             await worker.start(self._take)
-            await _first(worker.ended(), looking)
+            await _first(worker.ended(), looking, self._stopping.wait())
             if worker.refusal:
                 raise _NotLoadedError(worker.refusal)
-            return looking.result() if looking.done() else worker.death
+            return looking.result() if looking.done() else worker.death or "the server stops"
         finally:
             looking.cancel()
             await worker.kill()
             self._worker = None
 
-    async def _look(self, worker: WorkerProcess, began: float) -> str:
+    async def _look(self, worker: WorkerProcess) -> str:
         """Return what a worker hangs in, once it does."""
-        looked = time.monotonic()
+        looked = began = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK)
             now = time.monotonic()
             if now - looked > _LOOK + 1.0:  # this process stood still, and has not read what was sent
                 self._advanced += now - looked
-                self._alive += now - looked
+                self._stepped += now - looked
                 began += now - looked
                 worker.excuse(now - looked)
             looked = now
@@ -230,8 +239,9 @@ class Supervisor:
                 return f"rank {silent} of the worker gave no sign of life for {self._step_timeout:g} s"
             if not self.ready and now - began > self._start_timeout:
                 return f"the worker was not ready within {self._start_timeout:g} s"
-            if self._running is not None and now - self._advanced > self._step_timeout:
-                return f"the worker made no step for {self._step_timeout:g} s"
+            for since, most in ((self._advanced, self._step_timeout), (self._stepped, self._start_timeout)):
+                if self._running is not None and now - since > max(most, self._step_timeout):
+                    return f"the worker made no step for {max(most, self._step_timeout):g} s"
 
     def _take(self, message: Message) -> None:
         """Take what a rank says."""
@@ -250,7 +260,7 @@ class Supervisor:
         elif running is None or not isinstance(message, (Advanced, Preview, Done, Failed)):
             return
         elif message.job == running.key and not running.end.done():
-            self._advanced = now
+            self._advanced = self._stepped = now
             try:
                 _follow(running, message)
             except Exception as error:  # of the callbacks, which `run` raises

@@ -47,7 +47,7 @@ class WorkerProcess:
 
     Attributes:
         refusal: why it cannot load, in a sentence; empty where it has not said so.
-        death: how it has ended.
+        death: how it has ended; empty while it has not.
         pids: number of each rank's process.
     """
 
@@ -62,7 +62,7 @@ class WorkerProcess:
         self._killing = asyncio.Lock()
         self.refusal = ""
         self.pids: dict[int, int] = {}
-        self.death = "the worker has ended"
+        self.death = ""
 
     async def start(self, take: Callable[[Message], None]) -> None:
         """Start it.
@@ -103,7 +103,7 @@ class WorkerProcess:
         finally:
             for each in waits:
                 each.cancel()
-        code = self._process.returncode
+        code, self.death = self._process.returncode, "a rank of the worker has ended"
         if code is not None and code < 0:
             self.death = f"the worker was killed by {signal.Signals(-code).name}"
         elif code is not None:
