@@ -166,6 +166,7 @@ def test_previews_come_on_the_way_and_change_nothing(served, alone):
     assert early.shape == final.shape
     assert np.array_equal(final, image_alone(alone, num_inference_steps=6))
     assert np.abs(late - final).mean() < np.abs(early - final).mean()
+    assert [stage for stage, _, _ in running.steps].count("decoding") == 1
     assert ran.notes == ()
 
 

@@ -1,5 +1,6 @@
 """The worker's ends, by signals to real processes, and the server's own."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.serving.jobs import Lora
-from pipeboost.serving.supervisor import JobCancelled, JobError, WorkerLost, WorkerSettings
+from pipeboost.serving.jobs import Lora, Paths
+from pipeboost.serving.supervisor import JobCancelled, JobError, Supervisor, WorkerLost, WorkerSettings
+from pipeboost.serving.wire import Beat
 from tests.serving.worker_support import DEMO, RANKS, Served, job, living, pixels, serving, wait_until, write_lora
 
 
@@ -63,6 +65,27 @@ def test_a_step_that_does_not_end_is_a_hang_of_a_process_that_lives(served, righ
         running.future.result(60)
     monkeypatch.undo()
     assert np.array_equal(pixels(served.run(job("after hang"))), right)
+
+
+def test_loading_and_compiling_are_no_hang_but_not_for_ever(tmp_path):
+    class Silent:
+        def silent_for(self, now: float, most: float) -> None:
+            return None
+
+    async def watch() -> str:
+        supervisor = Supervisor(DEMO, Paths(tmp_path), step_timeout=0.5, start_timeout=1.5)
+        supervisor._ready.set()
+        supervisor._running = object()
+        supervisor._advanced = supervisor._stepped = time.monotonic()
+        looking = asyncio.create_task(supervisor._look(Silent()))
+        while not looking.done():
+            supervisor._take(Beat(0, "compiling", {}))
+            await asyncio.sleep(0.1)
+        return looking.result()
+
+    began = time.monotonic()
+    assert asyncio.run(watch()) == "the worker made no step for 1.5 s"
+    assert time.monotonic() - began > 1.4
 
 
 @pytest.mark.exhaustive

@@ -97,10 +97,6 @@ class WorkerModel:
         for _ in self.model.generate(requests_of(self.model.settings, ["a warm-up"], request)):
             pass
 
-    def cancel(self) -> None:
-        """End the call that runs at its next denoising step, on all ranks; from any thread."""
-        self.pipe.acceleration.cancel()
-
     def run(
         self,
         start: Start,
@@ -114,7 +110,7 @@ class WorkerModel:
         Args:
             advance: called with a stage, and with steps of all outputs together.
             preview: called with the file of a picture on the way.
-            is_stopped: whether the job was cancelled; of several ranks one need know.
+            is_stopped: whether the job was cancelled, asked at each stage and step; of several ranks one need know.
 
         Raises:
             Cancelled: it was.
@@ -137,7 +133,7 @@ class WorkerModel:
             if is_stopped():
                 if alone:
                     raise Cancelled("the job was cancelled")
-                self.cancel()  # all ranks then raise at the same step
+                self.pipe.acceleration.cancel()  # all ranks then raise at the same step
             steps = progress.steps or steps
             done = max(done, len(reports) * steps + (progress.step or 0))
             advance(progress.stage, done, count * steps)

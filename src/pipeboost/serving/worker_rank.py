@@ -58,11 +58,9 @@ class _Rank:
         self._socket = _connected(folder)
         self._sending = threading.Lock()
         self._starts: queue.SimpleQueue[Start] = queue.SimpleQueue()
-        self._jobs = threading.Lock()  # for the next three
+        self._jobs = threading.Lock()  # for the next two
         self._known: set[str] = set()
         self._stopped: set[str] = set()
-        self._running = ""
-        self._model: WorkerModel | None = None
         self._doing = "loading"
 
     def serve(self) -> NoReturn:
@@ -70,17 +68,13 @@ class _Rank:
         for run in (self._read, self._beat):
             threading.Thread(target=run, name=f"pipeboost {run.__name__[1:]}", daemon=True).start()
         model = self._load()
-        with self._jobs:
-            self._model, self._doing = model, ""
+        self._doing = ""
         if self._rank == 0:
             self._say(Ready(model.card))
         while True:
             start = self._starts.get()
-            with self._jobs:
-                self._running = start.job
             end = self._run(model, start)
             with self._jobs:
-                self._running = ""
                 self._known.discard(start.job)
                 self._stopped.discard(start.job)
             if self._rank == 0:
@@ -163,9 +157,7 @@ class _Rank:
         elif isinstance(message, Stop):
             with self._jobs:
                 if message.job in self._known:
-                    self._stopped.add(message.job)
-                    if message.job == self._running and self._model is not None:
-                        self._model.cancel()
+                    self._stopped.add(message.job)  # which the job asks for at each stage and step
         else:
             raise WireError(f"a server does not send {type(message).__name__}")
 
