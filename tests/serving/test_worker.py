@@ -4,7 +4,9 @@ import gc
 import os
 import re
 import resource
+import time
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -203,6 +205,29 @@ def test_a_result_that_cannot_be_written_fails_the_job_and_leaves_no_part(served
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
     assert os.listdir(served.paths.of("full")) == []
     assert right(served, "after full", alone)
+
+
+@pytest.mark.exhaustive
+def test_cancellations_at_random_moments_mix_nothing_up_and_leave_nothing_open(served, alone):
+    def opened() -> list[int]:
+        processes = served.group, os.getpid()
+        return [len(os.listdir(f"/proc/{pid}/{what}")) for pid in processes for what in ("fd", "task")]
+
+    random, expected, before, cancelled = Random(0), image_alone(alone), None, 0
+    for number in range(80):
+        running = served.begin(job(f"random {number}", steps=random.choice((2, 2, 60))))
+        if random.random() < 0.5:
+            time.sleep(0.5 * random.random())
+            served.cancel(f"random {number}")
+        try:
+            ran = running.future.result(60)
+        except JobCancelled:
+            cancelled += 1
+            continue
+        assert ran.steps == 60 or np.array_equal(pixels(ran), expected)
+        before = before or opened()
+    assert cancelled > 10
+    assert opened() == before
 
 
 @pytest.fixture(scope="module")
