@@ -5,12 +5,12 @@ import socket
 import pytest
 
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.serving import process
+from pipeboost.serving import errors, process
 from pipeboost.serving.server import bound
 from pipeboost.serving.settings import Settings, save
 
-for room in ("store", "supervisor"):
-    pytest.importorskip(f"pipeboost.serving.{room}")
+store = pytest.importorskip("pipeboost.serving.store")
+supervisor = pytest.importorskip("pipeboost.serving.supervisor")
 
 
 def test_every_setting_reaches_the_room_that_it_is_for(tmp_path):
@@ -62,3 +62,10 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_2(tmp_path, monkeypatch,
         assert process.main() == 2
     assert capsys.readouterr().err.startswith("pipeboost: --host 127.0.0.1 --port")
     assert not folder.exists()
+
+
+def test_the_rooms_raise_the_errors_that_the_runner_knows():
+    for name in ("WorkerLost", "JobError", "JobCancelled"):
+        assert issubclass(getattr(supervisor, name), getattr(errors, name)), name
+    for name in ("IdempotencyError", "JobStateError"):
+        assert issubclass(getattr(store, name), getattr(errors, name)), name
