@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -205,6 +206,12 @@ def test_two_ranks_run_cancel_die_and_stop(tmp_path):
         assert not np.array_equal(pixels(served.run(job("adapted", loras=(Lora("ink"),)))), first)
         assert np.array_equal(pixels(served.run(job("third"))), first)
         assert served.supervisor.restarts == 0
+        before = resource.prlimit(served.supervisor._worker.pids[0], resource.RLIMIT_FSIZE)
+        resource.prlimit(served.supervisor._worker.pids[0], resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(JobError, match="could not be written"):
+            served.run(job("full", count=2))
+        assert np.array_equal(pixels(served.run(job("after full"))), first)
+        assert served.supervisor.restarts == 1
 
         def stop_second(pid: int) -> None:
             os.kill(served.supervisor._worker.pids[1], signal.SIGSTOP)

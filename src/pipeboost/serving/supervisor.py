@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError, PipeboostError
 from pipeboost.serving.jobs import CANCELLED, REFUSED, WORKER_LOST, Job, ModelCard, Paths
+from pipeboost.serving.log import log
 from pipeboost.serving.wire import (
     Advanced,
     Beat,
@@ -31,7 +31,7 @@ from pipeboost.serving.worker_process import WorkerProcess
 __all__ = ["JobCancelled", "JobError", "Ran", "Supervisor", "WorkerLost", "WorkerSettings"]
 
 _PAUSES = (0.2, 1.0, 5.0, 15.0, 30.0)
-"""Seconds before a start after so many that came to nothing."""
+"""Seconds before a start after so many since the worker was ready last."""
 _LOOK = 0.2
 """Seconds between two looks at whether the worker gets on."""
 
@@ -99,7 +99,7 @@ class Supervisor:
         self.memory: Mapping[str, int] = {}
         self._worker: WorkerProcess | None = None
         self._ready, self._stopping = asyncio.Event(), asyncio.Event()
-        self._runs = 0
+        self._runs = self._failures = 0
         self._running: _Running | None = None
         self._waiting: dict[str, asyncio.Event] = {}
         self._advanced = self._stepped = 0.0  # signs that the job gets on, and those of them that are not excuses
@@ -119,7 +119,6 @@ class Supervisor:
         Raises:
             ConfigurationError: the worker refuses what it is to load, and never was ready.
         """
-        failures = 0
         self._over.clear()
         try:
             while not self._stopping.is_set():
@@ -129,12 +128,12 @@ class Supervisor:
                     if self.card is None:
                         raise ConfigurationError(str(error)) from None
                     reason = str(error)
-                failures = 0 if self.ready else failures + 1
                 self._lose(reason)
                 if not self._stopping.is_set():
-                    print(f"pipeboost: {reason}; it is started again", file=sys.stderr, flush=True)
+                    log(f"{reason}; it is started again")
                     self.restarts += 1
-                    pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
+                    pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+                    self._failures += 1
                     with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), pause)
         finally:
@@ -252,7 +251,7 @@ class Supervisor:
             if message.doing:
                 self._advanced = now
         elif isinstance(message, Ready):
-            self.card = message.card
+            self.card, self._failures = message.card, 0
             self._ready.set()
         elif isinstance(message, Refused):
             assert self._worker is not None
@@ -261,6 +260,8 @@ class Supervisor:
             return
         elif message.job == running.key and not running.end.done():
             self._advanced = self._stepped = now
+            if isinstance(message, Failed) and message.last:
+                self._ready.clear()  # before whoever waits for this one sends the next
             try:
                 _follow(running, message)
             except Exception as error:  # of the callbacks, which `run` raises

@@ -170,11 +170,17 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """From the first rank: a job is over without a result; `code` is one of `jobs`."""
+    """From the first rank: a job is over without a result.
+
+    Attributes:
+        code: one of `jobs`.
+        last: whether the worker ends after it, for it cannot be sure of itself or its ranks any more.
+    """
 
     job: str
     code: str
     message: str
+    last: bool = False
 
 
 Message = Start | Stop | Hello | Beat | Ready | Refused | Advanced | Preview | Done | Failed

@@ -139,7 +139,10 @@ class WorkerModel:
             advance(progress.stage, done, count * steps)
             picture = previews.picture_at(progress) if _is_first_rank() else None
             if picture is not None:
-                preview(_written(start.folder, f"preview-{len(reports)}-{progress.step}", picture))
+                try:
+                    preview(_written(start.folder, f"preview-{len(reports)}-{progress.step}", picture))
+                except OSError as error:  # the result may yet find room
+                    previews.notes = (f"no previews: {error.strerror or type(error).__name__}",)
 
         start.folder.mkdir(parents=True, exist_ok=True)
         outputs = self.model.generate(requests, progress=listen)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError, shortened
+from pipeboost.serving.log import log
 from pipeboost.serving.wire import (
     LONGEST_LINE,
     SETTINGS,
@@ -155,7 +156,7 @@ class WorkerProcess:
                 if hello.rank == 0 or isinstance(message, Beat):
                     self._take(message)
         except (OSError, ValueError, WireError, TimeoutError, asyncio.TimeoutError) as error:
-            print(f"pipeboost: the worker's connection broke: {type(error).__name__}", file=sys.stderr, flush=True)
+            log(f"the worker's connection broke: {type(error).__name__}")
         finally:
             writer.close()
             self._broken.set()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeboost.core.errors import PipeboostError, RankFailedError, one_line
-from pipeboost.serving.jobs import CANCELLED, WORKER_LOST
+from pipeboost.serving.jobs import CANCELLED, REFUSED, WORKER_LOST
+from pipeboost.serving.log import log
 from pipeboost.serving.wire import (
     LONGEST_LINE,
     SOCKET,
@@ -115,9 +116,11 @@ class _Rank:
         except Exception as error:
             code, sentence = outcome_of(error)
             _log(start.job, code, error)
-            if is_fatal(error):
+            # Ranks agree on what they refuse and what is cancelled; of other errors, another rank may know nothing.
+            alone = self._settings.ranks == 1 or code in (CANCELLED, REFUSED)
+            if is_fatal(error) or not alone:
                 if self._rank == 0 and code != WORKER_LOST:
-                    self._say(Failed(start.job, code, sentence))
+                    self._say(Failed(start.job, code, sentence, last=True))
                 _end()
             end = Failed(start.job, code, sentence)
         _free()  # once the error and its frames are gone
@@ -145,7 +148,7 @@ class _Rank:
                 while line := lines.readline(LONGEST_LINE + 1):
                     self._take(unpack(line))
         except (OSError, WireError) as error:
-            print(f"pipeboost worker: {one_line(error)}", file=sys.stderr, flush=True)
+            log(f"worker: {one_line(error)}")
         finally:
             _end()
 
@@ -226,7 +229,7 @@ def _log(job: str, code: str, error: BaseException) -> None:
         return
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{Path(each.filename).name}:{each.lineno}" for each in reversed(frames))
-    print(f"pipeboost worker: job {job}: {code}: {type(error).__name__} at {where}", file=sys.stderr, flush=True)
+    log(f"worker: job {job}: {code}: {type(error).__name__} at {where}")
 
 
 def _end() -> NoReturn:
