@@ -13,6 +13,10 @@ All are fp32 on the CPU, with four attention heads of 16, three or four blocks o
 VAE, tokenizer and scheduler classes.
 """
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
 import torch
 
 from tests.pipelines import (
@@ -59,6 +63,7 @@ __all__ = [
     "load_tiny_lora",
     "lora_state_dict",
     "mask",
+    "often",
     "picture",
     "tiny_names",
 ]
@@ -80,6 +85,11 @@ TINY: dict[str, TinyPipeline] = {
     )
     for entry in module.ENTRIES
 }
+
+
+def often(names: Collection[Any], every: Iterable[Any]) -> list[Any]:
+    """Values of a parameter: `names`, and the rest of `every` where all combinations are asked for."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in every if name not in names)]
 
 
 def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
