@@ -37,9 +37,8 @@ def interrupted(action, moment):
         if event == "line":
             left -= 1
             # Between the body of a `with` and its exit, Python looks at no signal, but traces the line again.
-            if left < 0 and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
-                "with "
-            ):
+            text = linecache.getline(frame.f_code.co_filename, frame.f_lineno) if left < 0 else "with "
+            if not text.lstrip().startswith("with "):
                 raise KeyboardInterrupt
         return trace
 
