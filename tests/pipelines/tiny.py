@@ -49,6 +49,7 @@ from tests.pipelines.tiny_entry import (
 )
 
 __all__ = [
+    "ENDS",
     "FRAMES",
     "HEIGHT",
     "NEGATIVE_PROMPT",
@@ -88,8 +89,9 @@ TINY: dict[str, TinyPipeline] = {
 
 
 def often(names: Collection[Any], every: Iterable[Any]) -> list[Any]:
-    """Values of a parameter: `names`, and the rest of `every` where all combinations are asked for."""
-    return [*names, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in every if name not in names)]
+    """Values of parameters: `names`, and the rest of `every` where all combinations are asked for."""
+    rest = [name if isinstance(name, tuple) else (name,) for name in every if name not in names]
+    return [*names, *(pytest.param(*name, marks=pytest.mark.exhaustive) for name in rest)]
 
 
 def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
@@ -99,3 +101,11 @@ def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
         for name, entry in TINY.items()
         if (not families or entry.family in families) and branches in (None, entry.branches)
     ]
+
+
+ENDS = [
+    name
+    for family in {entry.family: None for entry in TINY.values()}
+    for name in tiny_names(family)[:: len(tiny_names(family)) - 1 or 1]
+]
+"""The first and the last variant of each family, and of those without one."""
