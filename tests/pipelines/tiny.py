@@ -13,6 +13,10 @@ All are fp32 on the CPU, with four attention heads of 16, three or four blocks o
 VAE, tokenizer and scheduler classes.
 """
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
 import torch
 
 from tests.pipelines import (
@@ -45,6 +49,7 @@ from tests.pipelines.tiny_entry import (
 )
 
 __all__ = [
+    "ENDS",
     "FRAMES",
     "HEIGHT",
     "NEGATIVE_PROMPT",
@@ -59,6 +64,7 @@ __all__ = [
     "load_tiny_lora",
     "lora_state_dict",
     "mask",
+    "often",
     "picture",
     "tiny_names",
 ]
@@ -82,6 +88,12 @@ TINY: dict[str, TinyPipeline] = {
 }
 
 
+def often(names: Collection[Any], every: Iterable[Any]) -> list[Any]:
+    """Values of parameters: `names`, and the rest of `every` where all combinations are asked for."""
+    rest = [name if isinstance(name, tuple) else (name,) for name in every if name not in names]
+    return [*names, *(pytest.param(*name, marks=pytest.mark.exhaustive) for name in rest)]
+
+
 def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
     """Names of the entries of `families` (of all, if none is named) that make `branches` calls a step (any number)."""
     return [
@@ -89,3 +101,11 @@ def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
         for name, entry in TINY.items()
         if (not families or entry.family in families) and branches in (None, entry.branches)
     ]
+
+
+ENDS = [
+    name
+    for family in {entry.family: None for entry in TINY.values()}
+    for name in tiny_names(family)[:: len(tiny_names(family)) - 1 or 1]
+]
+"""The first and the last variant of each family, and of those without one."""
