@@ -156,7 +156,7 @@ def test_a_convolution_over_one_frame_uses_weights_that_changed() -> None:
 
 
 def compare_kernel() -> None:
-    """Kernel against reference: odd sizes, both layouts, a pixel of zeros, large values, 16 and 32 bits."""
+    """Kernel against reference, run by `test_rewrites.py`: odd sizes, both layouts, zeros, large values, 16 bits."""
     from pipeboost.kernels.channel_norm_triton import normalise
 
     for shape in ((1, 96, 1, 3, 5), (2, 12, 2, 7, 9), (2, 8, 6, 1), (1, 3, 1, 1, 1)):
