@@ -357,7 +357,7 @@ def test_a_rank_that_is_no_number_is_refused(refused, monkeypatch, variable):
 
 
 def test_a_full_disk_under_stdout_is_one_line():
-    words = f"{sys.executable} -m pipeboost plan flux.1-dev --device cpu > /dev/full"
+    words = f"{sys.executable} -m pipeboost bench list > /dev/full"
     ended = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "pipeboost: the output cannot be written: No space left on device\n")
 

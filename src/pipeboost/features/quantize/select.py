@@ -35,7 +35,7 @@ def linears_of(model: nn.Module, family: Family) -> tuple[list[tuple[Place, nn.L
     found: list[tuple[Place, nn.Linear]] = []
     seen: set[int] = set()
     left: Counter[str] = Counter()
-    tied, dtype = _tied(model), _dtype(model)
+    tied, dtype = _tied(model), getattr(model, "dtype", None)  # which walks through the whole model
     for block_path, block in _blocks(model, family).items():
         for place, module, obstacle in _in(block, block_path):
             linear = module.original if isinstance(module, Float8Linear) else module
@@ -106,7 +106,7 @@ def _obstacle_of_adapter(adapter: nn.Module) -> str | None:
     return None
 
 
-def _obstacle(linear: nn.Linear, dtype: torch.dtype, tied: set[int]) -> str | None:
+def _obstacle(linear: nn.Linear, dtype: torch.dtype | None, tied: set[int]) -> str | None:
     weight, members = linear._parameters.get("weight"), vars(linear)
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         return "with weights of another kind"
@@ -119,11 +119,6 @@ def _obstacle(linear: nn.Linear, dtype: torch.dtype, tied: set[int]) -> str | No
     if "forward" in members or hook_of(members) is not None:
         return "that were changed by a hook"
     return None
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    return dtype
 
 
 def _tied(model: nn.Module) -> set[int]:
