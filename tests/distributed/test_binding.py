@@ -8,15 +8,20 @@ from pipeboost import ParallelConfig
 from tests.distributed import binding_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 from tests.distributed.layout_cases import is_as_near
+from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 
 NAME = "flux_true_cfg"
 LAYOUTS = {"cfg": {"cfg": 2}, "weights": {"tensor": 2}}
 """Of these, ranks that share weights talk to each other in between, and to take it back."""
+CFG, TENSOR = LAYOUTS.values()
+FAILURES = [
+    *((0, "transformer", TENSOR), (1, "scheduler", CFG)),
+    *exhaustive((0, "transformer", CFG), (1, "scheduler", TENSOR)),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("rank", "path"), [(0, "transformer"), (1, "scheduler")])
+@pytest.mark.parametrize(("rank", "path", "layout"), FAILURES)
 def test_an_error_on_one_rank_while_accelerating_leaves_all_ranks_stock_and_free_to_try_again(layout, rank, path):
     answers = on_ranks(2, binding_cases.fails_while_accelerating, NAME, rank, path, **layout)
     _assert_raised([answer["first"] for answer in answers], rank, "accelerate_pipeline")
@@ -33,11 +38,13 @@ def test_where_a_rank_cannot_have_the_new_acceleration_all_ranks_have_the_old_on
     assert [rest for _, *rest in answers] == [["cfg=2", 0.0]] * 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("before", "parallel", "layout"),
-    [({}, ParallelConfig(cfg=2), "cfg=2"), ({"tensor": 2}, ParallelConfig(cfg=2), "cfg=2"), ({}, "auto", "ulysses=2")],
-    ids=["stock", "weights shared before", "auto"],
+    ("rank", "before", "parallel", "layout"),
+    [
+        *((0, {"tensor": 2}, ParallelConfig(cfg=2), "cfg=2"), (1, {}, "auto", "ulysses=2")),
+        *exhaustive((1, {"tensor": 2}, ParallelConfig(cfg=2), "cfg=2"), (0, {}, "auto", "ulysses=2")),
+        *exhaustive(*((rank, {}, ParallelConfig(cfg=2), "cfg=2") for rank in (0, 1))),
+    ],
 )
 def test_where_one_rank_has_no_plan_all_are_told_why_before_anything_has_changed(rank, before, parallel, layout):
     started = time.monotonic()
@@ -52,8 +59,7 @@ def test_where_one_rank_has_no_plan_all_are_told_why_before_anything_has_changed
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("rank", "path"), [(0, "transformer"), (1, "scheduler")])
+@pytest.mark.parametrize(("rank", "path", "layout"), FAILURES)
 def test_a_component_that_one_rank_cannot_bind_at_the_next_call_ends_it_on_all_and_the_groups_stay(layout, rank, path):
     answers = on_ranks(2, binding_cases.fails_at_the_next_call, NAME, rank, path, **layout)
     _assert_raised([answer["refused"] for answer in answers], rank, "the call's start")
@@ -80,9 +86,11 @@ def _assert_raised(raised: list, rank: int, stage: str) -> None:
     assert f"ValueError: boom on rank {rank}" in other["text"]
 
 
-@pytest.mark.parametrize("rank", [0, -1])
-def test_ctrl_c_while_weights_are_split_leaves_them_whole_on_all_ranks(rank):
-    moments = [0, 1, 9, 40, 200, 500]
+@pytest.mark.parametrize(
+    ("rank", "moments"),
+    [(0, [0, 40, 500]), (-1, [1, 200]), *exhaustive(*((r, [0, 1, 9, 40, 200, 500]) for r in (0, -1)))],
+)
+def test_ctrl_c_while_weights_are_split_leaves_them_whole_on_all_ranks(rank, moments):
     for number, found in enumerate(on_ranks(2, binding_cases.interrupted_while_splitting, NAME, rank, moments)):
         here = rank in (-1, number)
         assert found["raised"] == ["KeyboardInterrupt" if here else "RankFailedError"] * len(moments)

@@ -7,6 +7,7 @@ import pytest
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.failing_pipeline_cases import STAGES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
+from tests.distributed.parameters import exhaustive
 
 NAME = "qwen_image"
 
@@ -25,8 +26,9 @@ def test_each_rank_in_turn_raises_at_each_stage_and_the_pipeline_can_be_accelera
     assert [answer["differences"] for answer in answers] == [[0.0] * 7] * 2
 
 
-@pytest.mark.parametrize("kind", ["kill later", "sleep"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("kill later", 0), ("sleep", 1), *exhaustive(("kill later", 1), ("sleep", 0))]
+)
 def test_a_rank_that_is_killed_or_sleeps_at_any_stage_is_named_and_no_rank_hangs(kind, rank):
     with ThreadPoolExecutor(len(STAGES)) as threads:
         runs = {stage: threads.submit(_failing, kind, rank, stage) for stage in STAGES}
