@@ -16,6 +16,7 @@ from tests.distributed import launch_cases
 from tests.distributed.parameters import exhaustive
 
 
+@pytest.mark.usefixtures("quick_launch")  # as users do it: below, and in `test_generate_on_ranks`
 def test_launch_runs_the_function_on_all_ranks_and_returns_what_the_first_returned():
     found = pipeboost.launch(launch_cases.greeting, "hello", num_gpus=2, mark="?")
     assert found["word"] == "hello?"
