@@ -38,7 +38,7 @@ ALL_TILES = {
 }
 
 # Four ranks have neighbours on both sides; what the video VAEs do about it is the same in all of them.
-OFTEN = (*((name, 2) for name in VAES if name != "qwen_image"), ("wan22", 4))  # which is Wan 2.1's, but of one frame
+OFTEN = (("flux", 2), ("wan21", 2), ("hunyuan_video", 2), ("wan22", 4))  # Qwen-Image's is Wan 2.1's, of one frame
 ALL_SHARED = exhaustive(*itertools.product(VAES, (2, 4)), but=OFTEN)
 
 
