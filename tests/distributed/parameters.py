@@ -1,0 +1,11 @@
+"""Parameters of tests that only `make test-distributed` tries."""
+
+from typing import Any
+
+import pytest
+
+
+def exhaustive(*values: Any, but: Any = ()) -> list[Any]:
+    """Return parameters, a tuple for several arguments, of which those in `but` are tried by default too."""
+    rest = [value if isinstance(value, tuple) else (value,) for value in values if value not in but]
+    return [value for value in values if value in but] + [pytest.param(*r, marks=pytest.mark.exhaustive) for r in rest]
