@@ -6,9 +6,9 @@ import pytest
 
 from tests.distributed import layout_cases
 from tests.distributed.guidance_cases import differences, floor, forward_difference, in_double, uncertain_batches
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 from tests.floors import EPS, is_rounding
+from tests.parameters import exhaustive
 
 PROMPTS = ["a fox", "two golden robots that fly over a city at night, soft light"]
 TWO = {"prompt": PROMPTS, "negative_prompt": ["", "low quality and very blurry indeed"]}

@@ -9,8 +9,8 @@ from pipeboost import ParallelConfig
 from tests.distributed import binding_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
 from tests.distributed.layout_cases import is_as_near
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
+from tests.parameters import exhaustive
 
 NAME = "flux_true_cfg"
 LAYOUTS = {"cfg": {"cfg": 2}, "weights": {"tensor": 2}}

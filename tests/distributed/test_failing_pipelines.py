@@ -7,7 +7,7 @@ import pytest
 from tests.distributed import failing_pipeline_cases
 from tests.distributed.failing_pipeline_cases import STAGES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
-from tests.distributed.parameters import exhaustive
+from tests.parameters import exhaustive
 
 NAME = "qwen_image"
 FAILURES = [("kill later", 0), ("sleep", 1), *exhaustive(("kill later", 1), ("sleep", 0))]

@@ -11,7 +11,7 @@ from pipeboost.distributed.failure.records import Ended, Failure, Operation, Rec
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
-from tests.distributed.parameters import exhaustive
+from tests.parameters import exhaustive
 
 SOON = TIMEOUT + 8
 """Seconds in which a call has ended on a machine that does much else."""

@@ -13,7 +13,7 @@ import torch
 import pipeboost
 from pipeboost import ConfigurationError, RankFailedError
 from tests.distributed import launch_cases
-from tests.distributed.parameters import exhaustive
+from tests.parameters import exhaustive
 
 
 @pytest.mark.usefixtures("quick_launch")  # as users do it: below, and in `test_generate_on_ranks`

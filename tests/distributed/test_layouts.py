@@ -9,9 +9,9 @@ import pytest
 from tests.distributed import layout_cases
 from tests.distributed.layout_cases import is_as_near
 from tests.distributed.layouts import FAMILIES, LAYOUTS, ranks_of
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 from tests.floors import is_rounding, once
+from tests.parameters import exhaustive
 from tests.pipelines.tiny import FRAMES, TINY
 
 SEVERAL = ("ulysses 2", "ring 2", "cfg 2 × ulysses 2", "ulysses 2 × ring 2")

@@ -14,7 +14,7 @@ from pipeboost.distributed.failure.collective_wait import Operations
 from pipeboost.distributed.failure.records import Ended, in_step
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
-from tests.distributed.parameters import exhaustive
+from tests.parameters import exhaustive
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 

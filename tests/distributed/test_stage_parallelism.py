@@ -5,8 +5,8 @@ import torch
 
 from pipeboost.stages import StageParallelism
 from tests.distributed import stage_cases as cases
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
+from tests.parameters import exhaustive
 
 MAIN, CFG = StageParallelism.MAIN_RANK, StageParallelism.CFG_PARALLEL
 TENSOR, REPLICATED = StageParallelism.TENSOR_PARALLEL, StageParallelism.REPLICATED

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.distributed import stop_cases
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 from tests.distributed.stop_cases import STEPS
+from tests.parameters import exhaustive
 
 NAME = "flux_true_cfg"
 LAYOUT = {"cfg": 2}

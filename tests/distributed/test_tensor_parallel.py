@@ -12,9 +12,9 @@ from pipeboost.core.sharding import TensorSharding
 from pipeboost.features.parallel.tensor import _reload, split_of
 from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 from tests.floors import is_rounding
+from tests.parameters import exhaustive
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import TINY, tiny_names
 

@@ -11,10 +11,10 @@ from pipeboost.contract.registry import families
 from pipeboost.core.sharding import Autoencoder
 from pipeboost.features.parallel.vae import Structure, structure_of
 from tests.distributed import vae_cases
-from tests.distributed.parameters import exhaustive
 from tests.distributed.ranks import on_ranks
 from tests.distributed.vae_cases import VAES, Map, Results
 from tests.floors import is_rounding
+from tests.parameters import exhaustive
 
 # Higher and wider than the other, odd, and smaller than the ranks times two.
 MAPS = [

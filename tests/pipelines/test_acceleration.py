@@ -20,6 +20,7 @@ from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.seams import add_middleware
 from tests.floors import is_rounding
 from tests.moments import at_once, freed_at_once
+from tests.parameters import often
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
     ENDS,
@@ -28,7 +29,6 @@ from tests.pipelines.tiny import (
     ip_adapter_inputs,
     load_tiny_ip_adapter,
     load_tiny_lora,
-    often,
     picture,
     tiny_names,
 )

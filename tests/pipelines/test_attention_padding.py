@@ -13,7 +13,8 @@ from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.attention.swap import swap_attention
 from tests.floors import floor_of, is_rounding
 from tests.moments import at_once
-from tests.pipelines.tiny import TINY, often
+from tests.parameters import often
+from tests.pipelines.tiny import TINY
 
 # FlexAttention says so on a CPU outside torch.compile; it is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

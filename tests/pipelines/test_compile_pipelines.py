@@ -9,7 +9,8 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.compile import CompiledModel, compile_model
-from tests.pipelines.tiny import OTHER_PROMPT, TINY, often
+from tests.parameters import often
+from tests.pipelines.tiny import OTHER_PROMPT, TINY
 
 # How many graphs a request costs at first: one a block class, and one more for each set of arguments that differs in
 # more than sizes (Wan2.2's TI2V hands its blocks one timestep a token with an image, its experts share their graphs).

@@ -17,12 +17,12 @@ from pipeboost.features.offload.component import LOADS
 from pipeboost.features.offload.copy_stream import MOVES
 from pipeboost.features.offload.place import _placed
 from tests.moments import at_once, freed_at_once
+from tests.parameters import often
 from tests.pipelines.tiny import (
     OTHER_PROMPT,
     TINY,
     load_tiny_ip_adapter,
     load_tiny_lora,
-    often,
     picture,
 )
 

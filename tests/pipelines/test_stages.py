@@ -28,7 +28,8 @@ from pipeboost.runner import _scheduler_locks
 from pipeboost.stages.call_record import AdmissionQueue, CallRecord
 from pipeboost.stages.stage import StageVerificationError
 from tests.moments import at_once, freed_at_once, threads_here
-from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, often, tiny_names
+from tests.parameters import often
+from tests.pipelines.tiny import HEIGHT, OTHER_PROMPT, PROMPT, TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video", "hunyuan_video_15", "z_image", "ltx2")
 EVERY_CALL_HAS = {

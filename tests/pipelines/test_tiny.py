@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tests.pipelines.tiny import ENDS, OTHER_PROMPT, TINY, often, picture
+from tests.parameters import often
+from tests.pipelines.tiny import ENDS, OTHER_PROMPT, TINY, picture
 
 PICTURES = {"image", "control_image", "ip_adapter_image"}
 OFTEN = [*ENDS, "flux_controlnet", "wan22_t2v", "pixart_sigma"]

@@ -15,7 +15,8 @@ from pipeboost.features.parallel.layout import Ranks, check_layout
 from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.floors import floor_of, is_rounding
-from tests.pipelines.tiny import TINY, often
+from tests.parameters import often
+from tests.pipelines.tiny import TINY
 from tests.pipelines.tiny_parts import seeded
 from tests.pipelines.tiny_unlisted import UNLISTED
 

@@ -13,10 +13,6 @@ All are fp32 on the CPU, with four attention heads of 16, three or four blocks o
 VAE, tokenizer and scheduler classes.
 """
 
-from collections.abc import Collection, Iterable
-from typing import Any
-
-import pytest
 import torch
 
 from tests.pipelines import (
@@ -64,7 +60,6 @@ __all__ = [
     "load_tiny_lora",
     "lora_state_dict",
     "mask",
-    "often",
     "picture",
     "tiny_names",
 ]
@@ -86,12 +81,6 @@ TINY: dict[str, TinyPipeline] = {
     )
     for entry in module.ENTRIES
 }
-
-
-def often(names: Collection[Any], every: Iterable[Any]) -> list[Any]:
-    """Values of parameters: `names`, and the rest of `every` where all combinations are asked for."""
-    rest = [name if isinstance(name, tuple) else (name,) for name in every if name not in names]
-    return [*names, *(pytest.param(*name, marks=pytest.mark.exhaustive) for name in rest)]
 
 
 def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
