@@ -90,6 +90,84 @@ def test_a_process_group_is_taken():
         torch.distributed.destroy_process_group()
 
 
+def from_variables(**variables):
+    return resolve_config(None, {}, {f"PIPEBOOST_{name}": text for name, text in variables.items()})
+
+
+def test_every_field_of_a_cache_has_a_variable_and_a_preset_takes_those_beside_it():
+    seed_values = from_variables(CACHE="fast", CACHE_FN="3", CACHE_BN="3", CACHE_THRESHOLD="0.12", CACHE_WARMUP="2")
+    assert seed_values.cache == CacheConfig(step_mask="fast", fn=3, bn=3, threshold=0.12, warmup=2)
+    listed = from_variables(
+        CACHE_EXTRAPOLATE="output",
+        CACHE_STEP_MASK="0, 2,5",
+        CACHE_STEPS="7",
+        CACHE_TAYLORSEER_ORDER="1",
+        CACHE_MAX_CONTINUOUS="2",
+    )
+    assert listed.cache == CacheConfig("output", (0, 2, 5), 7, taylorseer_order=1, max_continuous=2)
+    assert from_variables(CACHE_STEP_MASK="8,3,3/2,2").cache == CacheConfig(step_mask=((8, 3, 3), (2, 2)))
+    assert from_variables(CACHE_STEP_MASK="0,", CACHE_STEPS="4").cache == CacheConfig(step_mask=(0,), steps=4)
+    assert from_variables(CACHE="auto", CACHE_STEP_MASK="none").cache == CacheConfig()
+
+
+def test_the_second_experts_variables_leave_the_rest_as_the_first_ones_have_it():
+    both = from_variables(CACHE="slow", CACHE_FN="2", CACHE_SECONDARY_FN="3", CACHE_SECONDARY_THRESHOLD="0.1")
+    second = CacheConfig(step_mask="slow", fn=3, threshold=0.1)
+    assert both.cache == CacheConfig(step_mask="slow", fn=2, secondary=second)
+    own = from_variables(CACHE_STEP_MASK="0,2", CACHE_STEPS="4", CACHE_SECONDARY_STEP_MASK="fast")
+    assert own.cache == CacheConfig(step_mask=(0, 2), steps=4, secondary=CacheConfig(step_mask="fast"))
+
+
+def test_the_fields_of_every_feature_have_variables():
+    settings = from_variables(
+        COMPILE_GRAPHS="off", COMPILE_REWRITES="gelu_gemm,", OFFLOAD="stage", OFFLOAD_MEMORY="20.5", REUSE_MAX_BYTES="9"
+    )
+    assert settings.compile == CompileConfig(graphs=False, rewrites=("gelu_gemm",))
+    assert (settings.offload.policy, settings.offload.memory, settings.reuse.max_bytes) == ("stage", 20.5, 9)
+
+
+def test_keyword_arguments_and_files_win_over_the_variables_of_fields(tmp_path):
+    environment = {"PIPEBOOST_CACHE_FN": "3"}
+    assert resolve_config(None, {"cache": "slow"}, environment).cache == CacheConfig(step_mask="slow")
+    assert resolve_config(None, {"cache": None}, environment).cache is None
+    path = tmp_path / "config.yaml"
+    path.write_text("cache: {warmup: 1}\n")
+    assert resolve_config(path, {}, environment).cache == CacheConfig(warmup=1)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_let_through():
+    injected = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_PROTO")
+    more = ("PORT_8000_TCP_PORT", "PORT_8000_TCP_ADDR", "PORT_53_UDP", "WORKER_2_SERVICE_HOST", "WORKER_2_PORT")
+    assert from_variables(**dict.fromkeys((*injected, *more), "tcp://10.0.0.1:8000")) == AccelerationConfig()
+    for typo in ("PORTS", "PORT_8000", "SERVICE", "SERVICE_HOSTS", "SUPPORT", "port"):
+        with pytest.raises(ConfigurationError, match=f"PIPEBOOST_{typo} is not one of pipeboost's"):
+            from_variables(**{typo: "tcp://10.0.0.1:8000"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"CACHE_FN": "0", "CACHE_WARMUP": "2"}, "^environment variable PIPEBOOST_CACHE_FN: cache.fn=0 must be an int"),
+        ({"CACHE_THRESHOLD": "much"}, "PIPEBOOST_CACHE_THRESHOLD: cache.threshold='much' must be a number"),
+        ({"CACHE_SECONDARY_BN": "-1"}, "PIPEBOOST_CACHE_SECONDARY_BN: cache.bn=-1 must be an integer"),
+        ({"CACHE_STEP_MASK": "8,3,3/"}, r"PIPEBOOST_CACHE_STEP_MASK: cache.step_mask=\[\[8, 3, 3\], \[\]\] must be"),
+        ({"CACHE_STEP_MASK": "/2,2"}, "PIPEBOOST_CACHE_STEP_MASK: .* positive integers in both"),
+        ({"CACHE_STEP_MASK": "8,3,3"}, "PIPEBOOST_CACHE_STEP_MASK: .* positive integers in both"),
+        ({"CACHE_STEP_MASK": "quick"}, "PIPEBOOST_CACHE_STEP_MASK: cache.step_mask='quick' is not allowed"),
+        ({"CACHE": "quick", "CACHE_FN": "2"}, "PIPEBOOST_CACHE: cache.step_mask='quick' is not allowed"),
+        ({"CACHE": "off", "CACHE_FN": "2"}, "PIPEBOOST_CACHE=off contradicts PIPEBOOST_CACHE_FN; unset one"),
+        ({"CACHE": "fast", "CACHE_STEP_MASK": "slow"}, "PIPEBOOST_CACHE=fast contradicts PIPEBOOST_CACHE_STEP_MASK"),
+        ({"ATTENTION": "sage", "ATTENTION_BACKEND": "flex"}, "contradicts PIPEBOOST_ATTENTION_BACKEND; unset one"),
+        ({"CACHE_FM": "1"}, "PIPEBOOST_CACHE_FM is not one of pipeboost's; it knows PIPEBOOST_CACHE_EXTRAPOLATE, "),
+        ({"COMPILE_DYNAMIC": "maybe"}, "PIPEBOOST_COMPILE_DYNAMIC: compile.dynamic='maybe' is not allowed"),
+    ],
+)
+def test_a_variable_of_a_field_that_cannot_be_read_is_named(variables, words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        from_variables(**variables)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
