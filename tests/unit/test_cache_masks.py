@@ -6,14 +6,14 @@ import cache_dit
 import pytest
 import torch
 
-from pipeboost.core.config import STEP_MASKS, CacheConfig
+from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.features.cache.masks import COMPUTED_SHARE, computed_steps
 from pipeboost.features.cache.steps import settings_of, steps_of_experts
 from pipeboost.patches import flux, wan
 
 
-@pytest.mark.parametrize("preset", STEP_MASKS)
+@pytest.mark.parametrize("preset", COMPUTED_SHARE)
 def test_every_preset_serves_every_number_of_steps_and_computes_its_share(preset: str) -> None:
     for steps in range(1, 101):
         mask = computed_steps(CacheConfig(step_mask=preset), steps)

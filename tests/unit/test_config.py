@@ -50,6 +50,15 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         (lambda: CacheConfig(fn=0), "cache.fn=0 must be an integer of at least 1"),
         (lambda: CacheConfig(step_mask="quick"), "'slow', 'medium', 'fast', 'ultra'"),
         (lambda: CacheConfig(step_mask=([8, 3], [])), "positive integers in both"),
+        (lambda: CacheConfig(step_mask=([], [2, 2])), "positive integers in both"),
+        (lambda: CacheConfig(step_mask=([8, 3], [2, 0])), "positive integers in both"),
+        (lambda: CacheConfig(step_mask=[8, 3, 3]), "positive integers in both"),
+        (
+            lambda: CacheConfig(step_mask="fast", policy="often"),
+            "cache.policy='often' is not allowed; use one of 'stat",
+        ),
+        (lambda: CacheConfig(policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
+        (lambda: CacheConfig("output", "fast", policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
         (lambda: CacheConfig(taylorseer_order=9), "cache.taylorseer_order=9 must be an integer from 1 to 4"),
         (lambda: CacheConfig(taylorseer_order=True), "cache.taylorseer_order=True must be an integer from 1 to 4"),
         (lambda: CacheConfig(secondary="fast"), r"cache.secondary='fast' must be CacheConfig\(...\) or None"),
@@ -65,7 +74,7 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         (lambda: ParallelConfig(group=7), "parallel.group=7 must be a torch.distributed process group, or None"),
         (
             lambda: AccelerationConfig(cache=3),
-            r"cache=3 is not allowed; use one of 'auto', 'slow', 'medium', 'fast', 'ultra', None, False or CacheConfig",
+            r"cache=3 is not allowed; use one of 'auto', 'slow', 'medium', 'fast', 'ultra', 'balanced', 'quality', ",
         ),
         (
             lambda: AccelerationConfig(parallel="all"),
@@ -88,6 +97,11 @@ def test_a_process_group_is_taken():
         assert ParallelConfig(group=torch.distributed.group.WORLD).size == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_other_names_of_presets_are_the_presets():
+    assert AccelerationConfig(cache="quality").cache == CacheConfig(step_mask="slow")
+    assert CacheConfig("output", "balanced") == CacheConfig("output", "medium")
 
 
 def from_variables(**variables):

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pipeboost.core.config_checks import checked_mask, from_mapping, is_number, require_integer, require_one_of
 from pipeboost.core.errors import ConfigurationError
 
-STEP_MASKS = ("slow", "medium", "fast", "ultra")
+PRESETS = {
+    "slow": "slow",
+    "medium": "medium",
+    "fast": "fast",
+    "ultra": "ultra",
+    "balanced": "medium",
+    "quality": "slow",
+}
+"""The names of presets → the preset: the last two are other names of the first two."""
+STEP_MASKS = tuple(PRESETS)
+POLICIES = ("static", "dynamic")
 EXTRAPOLATED = ("blocks", "output")
 
 
@@ -28,6 +38,8 @@ class CacheConfig:
         bn: blocks at the end that always run.
         warmup: denoising steps at the start that the residual never skips.
         threshold: relative change of the residual below which a step is skipped.
+        policy: of the steps that a mask does not compute: `"static"` skips them all, `"dynamic"` where the residual
+            allows it, for `"blocks"`.
         secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
     """
 
@@ -40,6 +52,7 @@ class CacheConfig:
     bn: int = 0
     warmup: int = 4
     threshold: float = 0.24
+    policy: str = "static"
     secondary: CacheConfig | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +69,14 @@ class CacheConfig:
         ):
             if value is not None:
                 require_integer(f"cache.{name}", value, minimum=1, maximum=maximum)
-        object.__setattr__(self, "step_mask", checked_mask("cache", self.step_mask, self.steps, STEP_MASKS))
+        mask = checked_mask("cache", self.step_mask, self.steps, STEP_MASKS)
+        object.__setattr__(self, "step_mask", PRESETS[mask] if isinstance(mask, str) else mask)
+        require_one_of("cache.policy", self.policy, POLICIES)
+        if self.policy == "dynamic" and (self.extrapolate == "output" or self.step_mask is None):
+            raise ConfigurationError(
+                "cache.policy='dynamic' lets the residual of blocks decide in the steps that a mask does not compute; "
+                "use it with extrapolate='blocks' and a step_mask"
+            )
         if self.extrapolate == "output" and self.step_mask is None:
             raise ConfigurationError(
                 "cache.extrapolate='output' skips fixed steps; use it with step_mask='fast', or name the steps"

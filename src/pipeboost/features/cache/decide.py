@@ -39,13 +39,15 @@ def decide(
     skips = "the transformer" if settings.extrapolate == "output" else "the middle blocks"
     order = settings.taylorseer_order
     how = "its last result stands in" if order is None else f"its results are extrapolated with order {order}"
-    when = (
-        f"in the residual's quiet steps: while that of the first {settings.fn} block(s) moves less than "
-        f"{settings.threshold}, at most {settings.max_continuous or LONGEST} in a row, never in the first "
-        f"{settings.warmup}"
-        if settings.step_mask is None
-        else f"in fixed steps ({settings.step_mask if isinstance(settings.step_mask, str) else 'as listed'})"
+    quiet = (
+        f"while the residual of the first {settings.fn} block(s) moves less than {settings.threshold}, at most "
+        f"{settings.max_continuous or LONGEST} in a row"
     )
+    mask = settings.step_mask if isinstance(settings.step_mask, str) else "as listed"
+    if settings.step_mask is None:
+        when = f"in the residual's quiet steps: {quiet}, never in the first {settings.warmup}"
+    else:
+        when = f"in fixed steps ({mask}){f', {quiet}' if settings.policy == 'dynamic' else ''}"
     choice = "outputs" if settings.extrapolate == "output" else "cache-dit"
     return Decision("cache", choice, f"{skips} is skipped {when}; {how}", settings=settings)
 
