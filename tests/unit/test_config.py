@@ -59,6 +59,14 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         ),
         (lambda: CacheConfig(policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
         (lambda: CacheConfig("output", "fast", policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
+        (
+            lambda: CacheConfig(guidance_gate=9),
+            "guidance_gate=9 skips whole forwards; use it with extrapolate='output'",
+        ),
+        (
+            lambda: CacheConfig("output", "fast", guidance_gate=0),
+            "cache.guidance_gate=0 must be an integer of at least 1",
+        ),
         (lambda: CacheConfig(taylorseer_order=9), "cache.taylorseer_order=9 must be an integer from 1 to 4"),
         (lambda: CacheConfig(taylorseer_order=True), "cache.taylorseer_order=True must be an integer from 1 to 4"),
         (lambda: CacheConfig(secondary="fast"), r"cache.secondary='fast' must be CacheConfig\(...\) or None"),

@@ -40,6 +40,8 @@ class CacheConfig:
         threshold: relative change of the residual below which a step is skipped.
         policy: of the steps that a mask does not compute: `"static"` skips them all, `"dynamic"` where the residual
             allows it, for `"blocks"`.
+        guidance_gate: step, from 1, from which on the second guidance branch is not computed: it is then the first one,
+            and what it last differed by. For `"output"`; None computes both.
         secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
     """
 
@@ -53,6 +55,7 @@ class CacheConfig:
     warmup: int = 4
     threshold: float = 0.24
     policy: str = "static"
+    guidance_gate: int | None = None
     secondary: CacheConfig | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class CacheConfig:
             ("max_continuous", self.max_continuous, None),
             ("taylorseer_order", self.taylorseer_order, 4),
             ("steps", self.steps, None),
+            ("guidance_gate", self.guidance_gate, None),
         ):
             if value is not None:
                 require_integer(f"cache.{name}", value, minimum=1, maximum=maximum)
@@ -80,6 +84,10 @@ class CacheConfig:
         if self.extrapolate == "output" and self.step_mask is None:
             raise ConfigurationError(
                 "cache.extrapolate='output' skips fixed steps; use it with step_mask='fast', or name the steps"
+            )
+        if self.extrapolate == "blocks" and self.guidance_gate is not None:
+            raise ConfigurationError(
+                f"cache.guidance_gate={self.guidance_gate} skips whole forwards; use it with extrapolate='output'"
             )
         if isinstance(self.secondary, Mapping):
             object.__setattr__(self, "secondary", from_mapping(CacheConfig, "cache.secondary", self.secondary))

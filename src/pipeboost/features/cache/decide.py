@@ -31,7 +31,7 @@ def decide(
             raise needs_tier("cache", asked, "fast", config.quality)
         return Decision("cache", "off", f"skipping steps is lossy, and tier {config.quality!r} does not allow it")
     settings = AUTO if asked == "auto" else asked
-    against = _obstacle(settings, config, model, family)
+    against = _obstacle(settings, config, model, family) or _obstacle_to_gate(settings, model, family, earlier)
     if against is not None:
         if asked != "auto":
             raise against
@@ -48,8 +48,18 @@ def decide(
         when = f"in the residual's quiet steps: {quiet}, never in the first {settings.warmup}"
     else:
         when = f"in fixed steps ({mask}){f', {quiet}' if settings.policy == 'dynamic' else ''}"
+    how += _gate_in_words(settings)
     choice = "outputs" if settings.extrapolate == "output" else "cache-dit"
     return Decision("cache", choice, f"{skips} is skipped {when}; {how}", settings=settings)
+
+
+def _gate_in_words(settings: CacheConfig) -> str:
+    gates = {"": settings.guidance_gate}
+    if settings.secondary is not None:
+        gates = {" of the first expert": settings.guidance_gate, " of the second": settings.secondary.guidance_gate}
+    words = " and ".join(f"{gate}{expert}" for expert, gate in gates.items() if gate is not None)
+    gated = f"; from step {words} on, the second guidance branch is the first one and what it last differed by"
+    return gated if words else ""
 
 
 def _obstacle(
@@ -69,4 +79,24 @@ def _obstacle(
         )
     if blocks and isinstance(config.compile, CompileConfig) and config.compile.scope == "full":
         return ConfigurationError("cache decides between blocks, which compile='full' does not have; use 'regional'")
+    return None
+
+
+def _obstacle_to_gate(
+    settings: CacheConfig, model: ModelInfo, family: Family, earlier: Decisions
+) -> UnsupportedError | None:
+    gates = settings.guidance_gate, settings.secondary and settings.secondary.guidance_gate
+    if gates == (None, None):
+        return None
+    if family.batched is not None or family.prediction is None:
+        known = "are one batch" if family.batched is not None else "no family describes"
+        return UnsupportedError(
+            f"cache.guidance_gate needs guidance branches that are forwards of their own, and those of "
+            f"{model.pipeline} {known}; use guidance_gate=None"
+        )
+    if earlier["parallel"].on and earlier["parallel"].settings.cfg > 1:
+        return UnsupportedError(
+            f"cache.guidance_gate leaves the ranks of the second guidance branch without work under "
+            f"{earlier['parallel'].choice}; use ParallelConfig(cfg=1, ulysses=...) or guidance_gate=None"
+        )
     return None
