@@ -59,10 +59,9 @@ def test_a_feature_takes_auto_off_a_short_name_or_its_dataclass(value, expected)
         ),
         (lambda: CacheConfig(policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
         (lambda: CacheConfig("output", "fast", policy="dynamic"), "use it with extrapolate='blocks' and a step_mask"),
-        (
-            lambda: CacheConfig(guidance_gate=9),
-            "guidance_gate=9 skips whole forwards; use it with extrapolate='output'",
-        ),
+        (lambda: CacheConfig(guidance_gate=9), "cache.guidance_gate=9 is for whole forwards; use it with extra"),
+        (lambda: CacheConfig(latents=9), "cache.latents=9 is for whole forwards; use it with extrapolate='output'"),
+        (lambda: CacheConfig(pipeline=9), "cache.pipeline=9 must be the class name of a pipeline"),
         (
             lambda: CacheConfig("output", "fast", guidance_gate=0),
             "cache.guidance_gate=0 must be an integer of at least 1",

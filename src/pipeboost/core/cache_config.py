@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeboost.core.config_checks import checked_mask, from_mapping, is_number, require_integer, require_one_of
-from pipeboost.core.errors import ConfigurationError
+from pipeboost.core.errors import ConfigurationError, quoted
 
 PRESETS = {
     "slow": "slow",
@@ -42,6 +42,9 @@ class CacheConfig:
             allows it, for `"blocks"`.
         guidance_gate: step, from 1, from which on the second guidance branch is not computed: it is then the first one,
             and what it last differed by. For `"output"`; None computes both.
+        pipeline: class name of the pipeline that a schedule was tuned on; others are refused.
+        latents: elements of what its transformer returned there for one sample; calls with less than half or more than
+            twice as many are refused. For `"output"`.
         secondary: settings of the second expert (Wan2.2's low-noise one); None takes these.
     """
 
@@ -56,6 +59,8 @@ class CacheConfig:
     threshold: float = 0.24
     policy: str = "static"
     guidance_gate: int | None = None
+    pipeline: str | None = None
+    latents: int | None = None
     secondary: CacheConfig | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +75,7 @@ class CacheConfig:
             ("taylorseer_order", self.taylorseer_order, 4),
             ("steps", self.steps, None),
             ("guidance_gate", self.guidance_gate, None),
+            ("latents", self.latents, None),
         ):
             if value is not None:
                 require_integer(f"cache.{name}", value, minimum=1, maximum=maximum)
@@ -85,10 +91,13 @@ class CacheConfig:
             raise ConfigurationError(
                 "cache.extrapolate='output' skips fixed steps; use it with step_mask='fast', or name the steps"
             )
-        if self.extrapolate == "blocks" and self.guidance_gate is not None:
-            raise ConfigurationError(
-                f"cache.guidance_gate={self.guidance_gate} skips whole forwards; use it with extrapolate='output'"
-            )
+        for name in ("guidance_gate", "latents"):
+            if self.extrapolate == "blocks" and getattr(self, name) is not None:
+                raise ConfigurationError(
+                    f"cache.{name}={getattr(self, name)} is for whole forwards; use it with extrapolate='output'"
+                )
+        if not isinstance(self.pipeline, str | None):
+            raise ConfigurationError(f"cache.pipeline={quoted(self.pipeline)} must be the class name of a pipeline")
         if isinstance(self.secondary, Mapping):
             object.__setattr__(self, "secondary", from_mapping(CacheConfig, "cache.secondary", self.secondary))
         elif not isinstance(self.secondary, CacheConfig | None):

@@ -66,6 +66,12 @@ def _obstacle(
     settings: CacheConfig, config: AccelerationConfig, model: ModelInfo, family: Family
 ) -> ConfigurationError | UnsupportedError | None:
     blocks = settings.extrapolate == "blocks"
+    for tuned in (settings.pipeline, settings.secondary and settings.secondary.pipeline):
+        if tuned not in (None, model.pipeline):
+            return ConfigurationError(
+                f"cache.pipeline={tuned!r} is what this schedule was tuned on, and this is {model.pipeline}; tune it "
+                "anew, or leave out pipeline"
+            )
     if not (family.pipelines and (family.blocks or not blocks)):
         unknown = "which forwards a step makes" if not family.pipelines else "which blocks may be skipped"
         return UnsupportedError(
@@ -82,13 +88,18 @@ def _obstacle(
     return None
 
 
+def has_separate_branches(family: Family) -> bool:
+    """Whether a step's guidance branches are forwards of their own, the first one with the prompt."""
+    return family.prediction is not None and family.batched is None
+
+
 def _obstacle_to_gate(
     settings: CacheConfig, model: ModelInfo, family: Family, earlier: Decisions
 ) -> UnsupportedError | None:
     gates = settings.guidance_gate, settings.secondary and settings.secondary.guidance_gate
     if gates == (None, None):
         return None
-    if family.batched is not None or family.prediction is None:
+    if not has_separate_branches(family):
         known = "are one batch" if family.batched is not None else "no family describes"
         return UnsupportedError(
             f"cache.guidance_gate needs guidance branches that are forwards of their own, and those of "

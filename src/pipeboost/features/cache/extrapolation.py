@@ -92,6 +92,12 @@ def _shifted(outputs: list[Any], difference: _Known) -> Any:
     return pytree.tree_unflatten(leaves, difference.nesting)
 
 
+def sample_elements(result: Any) -> int:
+    """Return how many elements the first tensor that a transformer returned has for one sample."""
+    first = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    return first.numel() // len(first)
+
+
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
