@@ -135,6 +135,8 @@ def test_from_its_gate_on_the_second_branch_is_the_first_and_what_it_last_differ
     rows = pipe.acceleration.report().cache
     assert rows["transformer.output branch 0"] == {"computed": len(computed), "skipped": 6 - len(computed)}
     assert rows["transformer.output branch 1"] == {"computed": of_both, "skipped": 6 - of_both}
+    # Stock with as many forwards: half a step that remains is one for stock.
+    assert pipe.acceleration.report().computed_steps == (len(computed) + of_both + 1) // 2
     torch.testing.assert_close(ours, reference(name, computed, 2, gate, steps=6), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, reference(name, computed, 2, steps=6), rtol=1e-4, atol=1e-5)
 
@@ -147,6 +149,14 @@ def test_a_gate_that_no_step_reaches_or_a_call_without_guidance_is_bit_identical
     everything = CacheConfig("output", ([4], [1]), guidance_gate=4 if entry.branches == 2 else 1)
     accelerate_pipeline(pipe, **PLAIN, cache=everything)
     assert torch.equal(entry.call(pipe, steps=4), stock)
+
+
+def test_steps_that_several_rows_of_blocks_computed_count_once() -> None:
+    settings = CacheConfig(step_mask=([1, 1, 1], [1, 1, 1]))
+    pipe = accelerate_pipeline(TINY["hunyuan_video"].build(), **PLAIN, cache=settings)
+    TINY["hunyuan_video"].call(pipe, steps=6)
+    report = pipe.acceleration.report()
+    assert (len(report.cache), report.computed_steps) == (2, 3)
 
 
 def test_each_expert_has_its_own_gate_and_begins_with_both_branches() -> None:
@@ -168,6 +178,16 @@ def test_the_gate_counts_the_steps_of_the_call_also_for_a_branch_that_a_guider_b
     rows = pipe.acceleration.report().cache
     assert rows["transformer.output branch 0"] == {"computed": 6, "skipped": 0}
     assert rows["transformer.output branch 1"] == {"computed": 2, "skipped": 2}  # steps 2 and 3, 4 and 5
+
+
+def test_a_step_with_another_batch_than_the_one_before_is_computed() -> None:
+    """Z-Image makes one batch of two guidance branches, and ends guidance where `cfg_truncation` says."""
+    pipe = accelerate_pipeline(TINY["z_image"].build(), **PLAIN, cache=CacheConfig("output", (0, 1, 2), 6))
+    batches: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    output = TINY["z_image"].call(pipe, steps=6, cfg_truncation=0.5)
+    assert output.shape == TINY["z_image"].stock(steps=6, cfg_truncation=0.5).shape
+    assert batches == [2, 2, 2, 1]
 
 
 def test_each_expert_begins_with_a_computed_step() -> None:

@@ -43,7 +43,10 @@ def decide(
         f"while the residual of the first {settings.fn} block(s) moves less than {settings.threshold}, at most "
         f"{settings.max_continuous or LONGEST} in a row"
     )
-    mask = settings.step_mask if isinstance(settings.step_mask, str) else "as listed"
+    if isinstance(settings.step_mask, str):
+        mask = f"{settings.step_mask}, placed as outputs of the demo model ask for, not measured on other models"
+    else:
+        mask = "as listed" if settings.pipeline is None else f"as tuned on {settings.pipeline}"
     if settings.step_mask is None:
         when = f"in the residual's quiet steps: {quiet}, never in the first {settings.warmup}"
     else:

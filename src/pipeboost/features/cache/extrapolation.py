@@ -38,9 +38,18 @@ class OutputBranch:
     _latest: list[_Known] = field(default_factory=list)
     _difference: _Known | None = None
     _given: list[Any] = field(default_factory=list)
+    _samples: int | None = None
 
-    def run(self, forward: Callable[[], Any]) -> Any:
-        """Return what the transformer returns in the next step, computed or extrapolated."""
+    def run(self, forward: Callable[[], Any], samples: int | None = None) -> Any:
+        """Return what the transformer returns in the next step, computed or extrapolated.
+
+        Args:
+            forward: computes it.
+            samples: that it is asked for; a step with another number than the one before is computed.
+        """
+        if samples != self._samples:
+            self._samples, self._difference = samples, None
+            self._latest.clear()
         # A guider may leave out this branch in some steps, but not the first one.
         step = len(self.skipped) if self.first is None else len(self.first.skipped) - 1
         gated = self._difference if self.gate is not None and step >= self.gate else None

@@ -50,10 +50,12 @@ def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None
 
 
 def _preset(name: str, steps: int, max_continuous: int | None) -> list[int]:
-    count = max(1, round(COMPUTED_SHARE[name] * steps))
+    count = max(min(2, steps), round(COMPUTED_SHARE[name] * steps))  # two make a line
     mask = [0] * steps
+    place = -1
     for k in range(count):
-        mask[round(steps * (k / count) ** _DENSER_AT_THE_START)] = 1
+        place = max(place + 1, round(steps * (k / count) ** _DENSER_AT_THE_START))
+        mask[place] = 1
     skipped = 0
     for step, computed in enumerate(mask):
         if not computed and skipped == max_continuous:

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from pipeboost.contract.call import current_call
 from pipeboost.core.config import CacheConfig
 from pipeboost.core.errors import ConfigurationError
@@ -32,7 +34,10 @@ class CachedOutput:
         if call is None or call.owner is not self._owner():
             return call_next(*args, **kwargs)
         branch = call_cache(call, self._settings, self._family).output_branch(self._position, call.branch)
-        return branch.run(lambda: self._of_its_size(call_next(*args, **kwargs)))
+        # A script may end guidance in the middle, and so make one branch of a batch of two.
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        samples = len(first) if isinstance(first, list | torch.Tensor) else None
+        return branch.run(lambda: self._of_its_size(call_next(*args, **kwargs)), samples)
 
     def _of_its_size(self, result: Any) -> Any:
         latents = settings_of(self._settings, self._position).latents
