@@ -129,6 +129,15 @@ def test_every_field_of_a_cache_has_a_variable_and_a_preset_takes_those_beside_i
     assert from_variables(CACHE_STEP_MASK="8,3,3/2,2").cache == CacheConfig(step_mask=((8, 3, 3), (2, 2)))
     assert from_variables(CACHE_STEP_MASK="0,", CACHE_STEPS="4").cache == CacheConfig(step_mask=(0,), steps=4)
     assert from_variables(CACHE="auto", CACHE_STEP_MASK="none").cache == CacheConfig()
+    gated = from_variables(
+        CACHE="fast",
+        CACHE_EXTRAPOLATE="output",
+        CACHE_GUIDANCE_GATE="9",
+        CACHE_PIPELINE="WanPipeline",
+        CACHE_LATENTS="64",
+    )
+    assert gated.cache == CacheConfig("output", "fast", guidance_gate=9, pipeline="WanPipeline", latents=64)
+    assert from_variables(CACHE="slow", CACHE_POLICY="dynamic", CACHE_BN="1").cache.policy == "dynamic"
 
 
 def test_the_second_experts_variables_leave_the_rest_as_the_first_ones_have_it():
