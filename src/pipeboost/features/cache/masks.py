@@ -11,8 +11,11 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 
 COMPUTED_SHARE: Mapping[str, float] = {"slow": 0.6, "medium": 0.45, "fast": 0.36, "ultra": 0.25}
 """The share of an expert's steps that a preset computes."""
-_DENSER_AT_THE_START = 1.35
-"""The k-th of n computed steps is at (k / n) to this power: an early error changes what the picture becomes."""
+_DENSER_AT_THE_START = 1.65
+"""The k-th of n computed steps is at (k / n) to this power: an early error changes what the picture becomes.
+
+Of the powers tried on the demo model it left the fewest pictures far from stock's; docs/caching.md has the numbers.
+"""
 
 
 def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None:
