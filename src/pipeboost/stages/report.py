@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -193,7 +192,7 @@ class Report:
         of_denoisers: dict[str, int] = {}
         for row, computed in rows.items():
             denoiser = row.partition(".")[0]
-            of_denoisers[denoiser] = max(of_denoisers.get(denoiser, 0), math.ceil(mean(computed)))
+            of_denoisers[denoiser] = max(of_denoisers.get(denoiser, 0), math.ceil(sum(computed) / len(computed)))
         return sum(of_denoisers.values()) if rows else None
 
     def __str__(self) -> str:
