@@ -10,6 +10,7 @@ from pipeboost import accelerate_pipeline
 from pipeboost.core.errors import ConfigurationError, UnsupportedError
 from pipeboost.quality.metrics import outputs_on_host, psnr
 from pipeboost.tune import Tuned
+from pipeboost.tune.search import Schedule
 from tests.pipelines.tiny import TINY
 
 PLAIN = {"quality": "fast", "cache": None, "compile": None, "reuse": None}
@@ -47,6 +48,39 @@ def test_what_it_judged_is_what_calls_with_its_schedule_give(tmp_path: Path) -> 
         assert row["computed"] == result.best.forwards
         pipe.acceleration.remove()
         assert psnr(ours["images"].numpy(), stock["images"].numpy()) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flux_true_cfg", "wan21_t2v"])
+def test_where_a_step_makes_two_branches_it_tries_a_gate_and_counts_the_forwards_of_both(
+    name: str, tmp_path: Path
+) -> None:
+    pipe, call = pipeline(name), call_of(name)
+    result = pipe.acceleration.tune(PROMPTS[:5], budget="psnr>=400", held_out=1, folder=tmp_path, **call)
+    tried = (tmp_path / "values.jsonl").read_text()
+    assert "(0, 1, 2, 3) 2" in tried  # three forwards: four of the first branch, and two of the second
+    assert result.best.forwards == 4
+    accelerate_pipeline(pipe, **{**PLAIN, "cache": Schedule((0, 1, 3), 1, gate=2).settings(4)})
+    forwards: list[None] = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(None))
+    TINY[name].call(pipe, steps=4)
+    assert len(forwards) == 2 * Schedule((0, 1, 3), 1, gate=2).forwards
+
+
+def test_a_schedule_that_was_tuned_on_another_pipeline_or_size_is_refused(tmp_path: Path) -> None:
+    result = tuned()
+    result.save(tmp_path / "schedule.yaml")
+    other = TINY["flux_img2img"].build()
+    with pytest.raises(
+        ConfigurationError, match=r"cache.pipeline='FluxPipeline' is what .* this is FluxImg2ImgPipeline"
+    ):
+        accelerate_pipeline(other, config=tmp_path / "schedule.yaml", compile=None)
+    pipe = accelerate_pipeline(TINY["flux_dev"].build(), config=tmp_path / "schedule.yaml", compile=None)
+    latents = result.settings["cache"]["latents"]
+    for size, elements in (({"height": 144}, latents * 9 // 4), ({"height": 32, "width": 64}, latents // 3)):
+        with pytest.raises(ConfigurationError, match=f"cache.latents={latents} is the size .* has {elements}, less"):
+            TINY["flux_dev"].call(pipe, steps=4, **size)
+    for size in ({"height": 128}, {"height": 32}, {"num_images_per_prompt": 2}):
+        TINY["flux_dev"].call(pipe, steps=4, **size)
 
 
 def test_a_budget_that_stock_alone_keeps_computes_every_step() -> None:

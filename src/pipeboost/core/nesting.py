@@ -20,6 +20,7 @@ NESTING: dict[str, dict[str, str]] = {
         "rewrite": "what the user has compiled is stock again before it runs",
         "quantize": "a forward has the weights of its call before they are loaded or captured",
         "stages": "a stage's time includes loading its weights",
+        "tune": "records what the script is given",
         "offload": "weights are there before anything computes",
         "cfg": "the branch that another rank computes is neither trimmed nor captured here",
         "cache": "an output that is extrapolated is that of one guidance branch, and computes nothing below",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -184,9 +185,15 @@ class Report:
 
     @property
     def computed_steps(self) -> int | None:
-        """How many denoising steps were computed; None where none could be skipped."""
-        first = [counts["computed"] for name, counts in self.cache.items() if name.endswith(" branch 0")]
-        return sum(first) if first else None
+        """How many denoising steps were computed, the mean of guidance branches; None where none could be skipped."""
+        rows: dict[str, list[int]] = {}
+        for name, counts in self.cache.items():
+            rows.setdefault(name.partition(" branch ")[0], []).append(counts["computed"])
+        of_denoisers: dict[str, int] = {}
+        for row, computed in rows.items():
+            denoiser = row.partition(".")[0]
+            of_denoisers[denoiser] = max(of_denoisers.get(denoiser, 0), math.ceil(sum(computed) / len(computed)))
+        return sum(of_denoisers.values()) if rows else None
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.stages)

@@ -51,7 +51,7 @@ class Judged:
 
     Attributes:
         name: `"schedule"`, or `"stock"` with fewer steps.
-        forwards: of the transformer for each guidance branch.
+        forwards: of the transformer for each guidance branch; where the second one is gated, the mean of both.
         schedule: which were computed; None for stock.
         values: PSNR to stock's in dB, one for each prompt.
     """
@@ -91,6 +91,8 @@ class Tuned:
         best: the schedule, judged on the held-out prompts.
         rival: stock with as many forwards, judged on the same.
         tried: schedules and stock with fewer steps, on the tuning prompts.
+        pipeline: class name of the pipeline.
+        latents: elements of what the transformer returned for one sample.
     """
 
     budget: Budget
@@ -99,6 +101,8 @@ class Tuned:
     best: Judged
     rival: Judged
     tried: tuple[Judged, ...]
+    pipeline: str
+    latents: int
 
     @property
     def kept(self) -> bool:
@@ -109,7 +113,8 @@ class Tuned:
     def settings(self) -> dict[str, Any]:
         """Arguments of `accelerate_pipeline`, of plain types."""
         assert self.best.schedule is not None
-        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps)}
+        tuned_on = {"pipeline": self.pipeline, "latents": self.latents}
+        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps) | tuned_on}
 
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "NOT kept"
