@@ -231,16 +231,19 @@ class Acceleration:
         """Inside, a report knows the peak memory of each stage. Restarts torch's peak counter at every stage."""
         return self._calls.profiled()
 
-    def verify(self, **call: Any) -> Verification:
+    def verify(self, *, per_block: bool = False, **call: Any) -> Verification:
         """Run `pipe(**call)` stock and accelerated, and check the promise of the tier.
 
-        Without a `generator` in `call`, both runs get one with seed 0; a given one is rewound for each run and left as
-        it was.
+        Stock runs again, and compiled where the tier compiles, to show how far it is from itself. Without a `generator`
+        in `call`, all runs get one with seed 0; a given one is rewound for each run and left as it was.
+
+        Args:
+            per_block: also compare each block of the transformers on the inputs that stock gave it.
 
         Raises:
             PipeboostError: the acceleration was removed.
         """
-        return verify_acceleration(self, self._alive_pipe(), call)
+        return verify_acceleration(self, self._alive_pipe(), call, per_block=per_block)
 
     def tune(
         self,

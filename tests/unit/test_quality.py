@@ -15,6 +15,7 @@ from pipeboost.demo_model.render import render_scene
 from pipeboost.demo_model.text import build_clip_tokenizer
 from pipeboost.quality import call_metrics
 from pipeboost.quality.call_metrics import METRICS, Made, metrics_for
+from pipeboost.quality.contact_sheet import contact_sheet
 from pipeboost.quality.pictures import pictures_in, spread
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 48, 64, 3), dtype=np.uint8)
@@ -164,3 +165,13 @@ def test_frames_are_spread_from_the_first_to_the_last():
     film = np.arange(9)[:, None, None, None]
     assert spread(film, 4)[:, 0, 0, 0].tolist() == [0, 3, 5, 8]
     assert spread(film[:2], 4)[:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_a_contact_sheet_shows_stock_ours_and_the_difference_amplified():
+    stock = [np.full((9, 48, 64, 3), 100, np.uint8)]
+    sheet = np.asarray(contact_sheet("title", stock, [stock[0] + 10]))
+    rows = [sheet[40 + row * (216 + 8) + 108, 150 + 144].tolist() for row in range(3)]
+    assert rows == [[100] * 3, [110] * 3, [160] * 3]
+    assert sheet.shape[1] == 150 + 4 * (288 + 8)
+    same = np.asarray(contact_sheet("title", stock, stock))
+    assert same[40 + 2 * (216 + 8) + 108, 150 + 144].tolist() == [0] * 3
