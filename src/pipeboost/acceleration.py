@@ -260,7 +260,7 @@ class Acceleration:
 
         Args:
             prompts: texts, or arguments of one call each; the more, the surer the answer.
-            budget: what each result has to reach, dB to stock's with the same seed.
+            budget: what each result has to keep, beside stock's with the same seed: `psnr>=` dB, `ssim>=` or `lpips<=`.
             share: of the prompts that has to.
             held_out: how many of the last prompts judge the result, unseen by the search; None is a third.
             folder: keeps what was measured, so that the same call continues where it was stopped.

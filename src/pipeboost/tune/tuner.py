@@ -22,7 +22,7 @@ from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache.attach import attach_cache
-from pipeboost.quality.metrics import outputs_on_host, psnr
+from pipeboost.quality.call_metrics import Made
 from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
 from pipeboost.tune.tuned import Budget, Judged, Tuned
 
@@ -156,7 +156,7 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
 
     def keeps(forwards: int) -> bool:
         rivals = {schedule: trials.judged(schedule, few) for schedule in proposals(forwards)}
-        best = max(rivals, key=lambda schedule: (rivals[schedule].share(budget), median(rivals[schedule].values)))
+        best = max(rivals, key=lambda schedule: _merit(rivals[schedule], budget))
         tried[forwards] = trials.judged(best, tuning)
         return tried[forwards].share(budget) >= share
 
@@ -174,6 +174,10 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
     schedules = [tried[forwards] for forwards in sorted(tried)]
     fewer = [trials.judged(forwards, few) for forwards in sorted(tried)]
     return Tuned(budget=budget, share=share, steps=steps, best=best, rival=rival, tried=(*schedules, *fewer))
+
+
+def _merit(judged: Judged, budget: Budget) -> tuple[float, float]:
+    return judged.share(budget), budget.merit(median(judged.values))
 
 
 def _measured_gains(
@@ -206,7 +210,7 @@ class _Trials:
     folder: Path | None
     progress: Callable[[int], None] | None
     made: int = 0
-    stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = field(default_factory=dict)
+    stock_runs: dict[int, tuple[Made, Trajectory]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -231,15 +235,15 @@ class _Trials:
 
     def _value(self, tried: Schedule | int, call: int) -> float:
         way = f"{tried.order} {tried.computed}" if isinstance(tried, Schedule) else f"stock {tried}"
-        trial = f"psnr {self.about[call]} {call} {way}"
+        trial = f"{self.budget.metric} {self.about[call]} {call} {way}"
         if trial not in self.values:
-            self.values[trial] = psnr(self.run(tried, call)[0], self.run(None, call)[0])
+            self.values[trial] = self.budget.measure(self.run(tried, call)[0], self.run(None, call)[0])
             if self.file is not None:
                 with self.file.open("a") as file:
                     file.write(json.dumps({"trial": trial, "value": self.values[trial]}) + "\n")
         return self.values[trial]
 
-    def run(self, tried: Schedule | int | None, call: int) -> tuple[np.ndarray, Trajectory]:
+    def run(self, tried: Schedule | int | None, call: int) -> tuple[Made, Trajectory]:
         """Return a call's result and trajectory."""
         if tried is None and call in self.stock_runs:
             return self.stock_runs[call]
@@ -255,8 +259,9 @@ class _Trials:
         self.made += 1
         if self.progress is not None:
             self.progress(self.made)
-        ran = next(iter(outputs_on_host(result).values())).numpy(), trajectory()
+        ran = Made.of(result, arguments), trajectory()
         if tried is None:
+            self.budget.require(ran[0])
             self.stock_runs[call] = ran
         return ran
 
