@@ -75,7 +75,7 @@ def test_skipping_a_step_of_a_line_adds_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["psnr>30", "lpips>=0.1", "flicker<=1", "psnr>=", "psnr>=1.2.3", "", 30])
 def test_a_budget_that_cannot_be_read_is_one_sentence(text: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"budget=.* must be one of 'psnr>=', 'ssim>=', 'lpips<=' and a number"):
+    with pytest.raises(ConfigurationError, match=r"budget=.* must be one of 'psnr>=', 'ssim>=', 'lpips<=' and"):
         Budget.of(text)  # type: ignore[arg-type]
 
 
