@@ -66,8 +66,8 @@ def test_pictures_are_films_of_one_frame(output):
 
 
 def test_latents_and_sound_are_no_pictures():
-    assert pictures_in({"audio": torch.zeros(1, 2, 900), "0": torch.zeros(2, 16, 8, 8), "1": "text"}) == []
-    assert Made.of({"images": torch.zeros(1, 4, 8, 8)}, {"output_type": "latent"}).pictures == []
+    assert pictures_in({"audio": torch.zeros(1, 2, 900), "0": torch.zeros(2, 4, 8, 8), "1": "text"}) == []
+    assert Made.of({"images": torch.zeros(1, 3, 8, 8)}, {"output_type": "latent"}).pictures == []
 
 
 def test_several_pictures_of_one_prompt_have_its_text():

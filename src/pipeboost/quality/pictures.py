@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 _CHANNELS = (1, 3, 4)
+_CHANNELS_OF_TENSORS = (1, 3)
+"""Four would be those of latents."""
 
 
 def pictures_in(result: Any) -> list[np.ndarray]:
@@ -32,7 +34,7 @@ def _pictures(output: Any, *, batch: bool) -> list[np.ndarray]:
     if isinstance(output, Image.Image):
         return [np.asarray(output.convert("RGB"))[None]]
     if isinstance(output, torch.Tensor):
-        if output.ndim < 3 or output.shape[-3] not in _CHANNELS:
+        if output.ndim < 3 or output.shape[-3] not in _CHANNELS_OF_TENSORS:
             return []
         output = output.detach().float().cpu().movedim(-3, -1).numpy()
     is_picture = isinstance(output, np.ndarray) and output.dtype.kind in "fu" and output.ndim >= 3
