@@ -1,5 +1,6 @@
 """The tuner on a tiny pipeline: what it says is what calls with its schedule give, and it goes on where it stopped."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from pipeboost import accelerate_pipeline
-from pipeboost.core.errors import ConfigurationError, UnsupportedError
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError
+from pipeboost.quality.call_metrics import METRICS, Made
 from pipeboost.quality.metrics import outputs_on_host, psnr
 from pipeboost.tune import Tuned
 from pipeboost.tune.search import Schedule
+from pipeboost.tune.tuned import Budget, Judged
 from tests.pipelines.tiny import TINY
 
 PLAIN = {"quality": "fast", "cache": None, "compile": None, "reuse": None}
@@ -27,9 +30,9 @@ def call_of(name: str = "flux_dev") -> dict[str, Any]:
 
 
 def tuned(folder: Path | None = None, progress: Any = None, **changed: Any) -> Tuned:
-    arguments = {"budget": "psnr>=25", "share": 1.0, "held_out": 2, **changed}
+    arguments = {**call_of(), "budget": "psnr>=25", "share": 1.0, "held_out": 2, **changed}
     pipe = pipeline()
-    return pipe.acceleration.tune(PROMPTS, folder=folder, progress=progress, **call_of(), **arguments)
+    return pipe.acceleration.tune(PROMPTS, folder=folder, progress=progress, **arguments)
 
 
 def test_what_it_judged_is_what_calls_with_its_schedule_give(tmp_path: Path) -> None:
@@ -132,7 +135,9 @@ def test_the_pipeline_is_as_it_was_afterwards() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"budget": "lpips<=0.1"}, ConfigurationError, "budget='lpips<=0.1' must be 'psnr>=' and a number"),
+        ({"budget": "psnr<=30"}, ConfigurationError, "budget='psnr<=30' must be one of 'psnr>=', 'ssim>=', 'lpips<='"),
+        ({"budget": "clip>=30"}, ConfigurationError, "budget='clip>=30' must be one of"),
+        ({"budget": "ssim>=0.9", "output_type": "latent"}, UnsupportedError, "'ssim>=0.9' judges pictures, and the ca"),
         ({"share": 1.2}, ConfigurationError, "share=1.2 must be a share of the prompts"),
         ({"held_out": 3}, ConfigurationError, "tune got 6 prompts, of which 3 are held out; it needs at least 4"),
         ({"held_out": 0}, ConfigurationError, "of which 0 are held out"),
@@ -141,6 +146,38 @@ def test_the_pipeline_is_as_it_was_afterwards() -> None:
 def test_what_it_cannot_do_is_one_sentence(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         tuned(**changed)
+
+
+def test_a_budget_whose_package_is_missing_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    made: list[int] = []
+    for name, budget in (("lpips", "lpips<=0.1"), ("ssim", "ssim>=0.9")):
+        with pytest.raises(MissingPackageError, match=f"{name} needs"):
+            tuned(budget=budget, progress=made.append)
+    assert not made
+
+
+def test_a_budget_of_ssim_is_kept_by_the_ssim_of_calls_with_its_schedule() -> None:
+    result = tuned(budget="ssim>=0.5")
+    assert str(result.budget) == "ssim>=0.5"
+    assert all(-1 <= value <= 1 for value in (*result.best.values, *result.rival.values))
+    assert result.best.kept(result.budget) == sum(value >= 0.5 for value in result.best.values)
+    pipe = TINY["flux_dev"].build()
+    call = {**call_of(), "prompt": PROMPTS[4]}
+    stock = Made.of(pipe(**call, generator=torch.Generator().manual_seed(4)), call)
+    accelerate_pipeline(pipe, **result.settings, compile=None)
+    ours = Made.of(pipe(**call, generator=torch.Generator().manual_seed(4)), call)
+    assert METRICS["ssim"].make()(ours, stock) == pytest.approx(result.best.values[0], rel=1e-6)
+
+
+def test_a_distance_keeps_its_budget_from_below() -> None:
+    budget = Budget("lpips", 0.1, lambda ours, stock: 0.0)
+    judged = Judged("stock", 4, None, (0.05, 0.1, 0.3))
+    assert judged.kept(budget) == 2
+    assert "kept 2/3" in judged.row(budget)
+    assert "worst 0.3000  median 0.1000" in judged.row(budget)
+    assert str(budget) == "lpips<=0.1"
 
 
 def test_pipelines_it_cannot_search_are_refused() -> None:

@@ -114,9 +114,9 @@ def test_skipping_a_step_of_a_line_adds_nothing() -> None:
     assert float(injected(recordings(1.0), torch.ones(STEPS), 7, order=1).min()) > 0.1
 
 
-@pytest.mark.parametrize("text", ["psnr>30", "lpips<=0.1", "psnr>=", "psnr>=1.2.3", "", 30])
+@pytest.mark.parametrize("text", ["psnr>30", "lpips>=0.1", "flicker<=1", "psnr>=", "psnr>=1.2.3", "", 30])
 def test_a_budget_that_cannot_be_read_is_one_sentence(text: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"budget=.* must be 'psnr>=' and a number of dB"):
+    with pytest.raises(ConfigurationError, match=r"budget=.* must be one of 'psnr>=', 'ssim>=', 'lpips<=' and"):
         Budget.of(text)  # type: ignore[arg-type]
 
 

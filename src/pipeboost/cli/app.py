@@ -10,6 +10,7 @@ from pipeboost.cli.doctor import print_diagnosis
 from pipeboost.cli.flags import GenerateCommand, generate, with_acceleration
 from pipeboost.cli.plan import print_plan
 from pipeboost.cli.tune import run_tune
+from pipeboost.cli.verify import run_verify
 from pipeboost.cli.warm import run_warm
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.command(cls=GenerateCommand)(with_acceleration(generate))
 app.command("demo")(run_demo)
 app.command("plan")(with_acceleration(print_plan))
 app.command("doctor")(print_diagnosis)
+app.command("verify")(with_acceleration(run_verify))
 app.command("tune")(run_tune)
 app.command("warm")(with_acceleration(run_warm))
 app.command("bench")(run_bench)

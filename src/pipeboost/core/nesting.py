@@ -35,6 +35,7 @@ NESTING: dict[str, dict[str, str]] = {
     "block": {
         "sequence": "the cache sees states of a rank's own tokens, as the block does",
         "cache": "a block that is skipped computes nothing below",
+        "verify": "sees the inputs that stock gives a block, whatever computes it",
         "padding": "drops the mask of text without padding",
         "offload": "weights of a block come while the one before it computes",
         "compile": "what is compiled is the block as stock has it",

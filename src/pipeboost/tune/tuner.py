@@ -25,7 +25,7 @@ from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache.attach import attach_cache
 from pipeboost.features.cache.decide import has_separate_branches
 from pipeboost.features.cache.extrapolation import sample_elements
-from pipeboost.quality.metrics import outputs_on_host, psnr
+from pipeboost.quality.call_metrics import Made
 from pipeboost.tune.search import Schedule, best_gated_schedule, best_schedule, gains_between, injected
 from pipeboost.tune.tuned import Budget, Judged, Tuned
 
@@ -188,7 +188,7 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
 
     def keeps(forwards: int) -> bool:
         rivals = {schedule: trials.judged(schedule, few) for schedule in proposals(forwards)}
-        best = max(rivals, key=lambda schedule: (rivals[schedule].share(budget), median(rivals[schedule].values)))
+        best = max(rivals, key=lambda schedule: _merit(rivals[schedule], budget))
         tried[forwards] = trials.judged(best, tuning)
         return tried[forwards].share(budget) >= share
 
@@ -215,6 +215,10 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
         pipeline=trials.applied.plan.model.pipeline,
         latents=trajectories[0].size,
     )
+
+
+def _merit(judged: Judged, budget: Budget) -> tuple[float, float]:
+    return judged.share(budget), budget.merit(median(judged.values))
 
 
 def _measured_gains(
@@ -247,7 +251,7 @@ class _Trials:
     folder: Path | None
     progress: Callable[[int], None] | None
     made: int = 0
-    stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = field(default_factory=dict)
+    stock_runs: dict[int, tuple[Made, Trajectory]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -273,15 +277,15 @@ class _Trials:
 
     def _value(self, tried: Schedule | int, call: int) -> float:
         way = f"{tried.order} {tried.computed} {tried.gate}" if isinstance(tried, Schedule) else f"stock {tried}"
-        trial = f"psnr {self.about[call]} {call} {way}"
+        trial = f"{self.budget.metric} {self.about[call]} {call} {way}"
         if trial not in self.values:
-            self.values[trial] = psnr(self.run(tried, call)[0], self.run(None, call)[0])
+            self.values[trial] = self.budget.measure(self.run(tried, call)[0], self.run(None, call)[0])
             if self.file is not None:
                 with self.file.open("a") as file:
                     file.write(json.dumps({"trial": trial, "value": self.values[trial]}) + "\n")
         return self.values[trial]
 
-    def run(self, tried: Schedule | int | None, call: int) -> tuple[np.ndarray, Trajectory]:
+    def run(self, tried: Schedule | int | None, call: int) -> tuple[Made, Trajectory]:
         """Return a call's result and trajectory."""
         if tried is None and call in self.stock_runs:
             return self.stock_runs[call]
@@ -297,8 +301,9 @@ class _Trials:
         self.made += 1
         if self.progress is not None:
             self.progress(self.made)
-        ran = next(iter(outputs_on_host(result).values())).numpy(), trajectory()
+        ran = Made.of(result, arguments), trajectory()
         if tried is None:
+            self.budget.require(ran[0])
             self.stock_runs[call] = ran
         return ran
 
