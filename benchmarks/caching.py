@@ -71,7 +71,7 @@ class Drawn:
 
     def row(self, name: str, budget: Budget) -> str:
         """Return one line of the table."""
-        kept = sum(value >= budget.least for value in self.values)
+        kept = sum(map(budget.keeps, self.values))
         low, high = interval(kept, len(self.values))
         count, ordered = len(self.values), sorted(self.values)
         return (
