@@ -231,16 +231,19 @@ class Acceleration:
         """Inside, a report knows the peak memory of each stage. Restarts torch's peak counter at every stage."""
         return self._calls.profiled()
 
-    def verify(self, **call: Any) -> Verification:
+    def verify(self, *, per_block: bool = False, **call: Any) -> Verification:
         """Run `pipe(**call)` stock and accelerated, and check the promise of the tier.
 
-        Without a `generator` in `call`, both runs get one with seed 0; a given one is rewound for each run and left as
-        it was.
+        Stock runs again, and compiled where the tier compiles, to show how far it is from itself. Without a `generator`
+        in `call`, all runs get one with seed 0; a given one is rewound for each run and left as it was.
+
+        Args:
+            per_block: also compare each block of the transformers on the inputs that stock gave it.
 
         Raises:
             PipeboostError: the acceleration was removed.
         """
-        return verify_acceleration(self, self._alive_pipe(), call)
+        return verify_acceleration(self, self._alive_pipe(), call, per_block=per_block)
 
     def tune(
         self,
@@ -257,7 +260,7 @@ class Acceleration:
 
         Args:
             prompts: texts, or arguments of one call each; the more, the surer the answer.
-            budget: what each result has to reach, dB to stock's with the same seed.
+            budget: what each result has to keep, beside stock's with the same seed: `psnr>=` dB, `ssim>=` or `lpips<=`.
             share: of the prompts that has to.
             held_out: how many of the last prompts judge the result, unseen by the search; None is a third.
             folder: keeps what was measured, so that the same call continues where it was stopped.

@@ -39,16 +39,15 @@ def raising_calls(name: str) -> dict[str, Any]:
     with torch.no_grad():
         expected = _latents(name, stock)
     raised, differences = {}, []
-    pipe = entry.build()
+    pipe = _accelerate(entry.build(), 30.0)
     for rank in (0, 1):
         for stage in STAGES:
-            _accelerate(pipe, 30.0)
             pipe.acceleration.progress = _trouble("raise", rank, stage)
             raised[rank, stage] = outcome(lambda: _latents(name, pipe).mean().item())
             pipe.acceleration.remove()
             _accelerate(pipe, 30.0)
             differences.append(_difference(_latents(name, pipe), expected))
-            pipe.acceleration.remove()
+    pipe.acceleration.remove()
     differences.append(_difference(_latents(name, pipe), expected))
     return {"raised": raised, "differences": differences}
 

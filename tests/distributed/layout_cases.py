@@ -9,7 +9,7 @@ import torch
 
 from pipeboost import ParallelConfig, accelerate_pipeline
 from pipeboost.distributed.collectives import groups as groups_module
-from tests.floors import floor_of, is_rounding, once
+from tests.floors import is_rounding, once
 from tests.pipelines.tiny import TINY
 
 BATCH = {
@@ -25,11 +25,13 @@ class Reference(NamedTuple):
         stock: of the stock pipeline.
         alone: of the accelerated one.
         other: of the same for another seed and prompt; None if nobody asks for it.
+        tokens: of the image at a block.
     """
 
     stock: torch.Tensor
     alone: torch.Tensor
     other: torch.Tensor | None
+    tokens: int
 
 
 @once
@@ -49,8 +51,10 @@ def reference(
     with torch.no_grad():
         stock = entry.call(pipe, **settings)
         accelerate_pipeline(pipe, quality=quality, parallel=None, cache=cache, quantize=quantize, reuse=None)
+        counts = _counted(pipe, entry.denoisers)
         alone = entry.call(pipe, **settings)
-        return Reference(stock, alone, entry.call(pipe, **_other(settings)) if several else None)
+        other = entry.call(pipe, **_other(settings)) if several else None
+        return Reference(stock, alone, other, counts["tokens"])
 
 
 def is_as_near(difference: float, layout: Mapping[str, Any], name: str, **overrides: Any) -> bool:
@@ -212,24 +216,16 @@ def views_and_batches(layout: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def two_of_eight_text_tokens(layout: Mapping[str, Any]) -> tuple[float, float]:
-    """HunyuanVideo with prompt embeddings of eight tokens, of which two are real: the difference and its floor."""
-    entry = TINY["hunyuan_video"]
-    pipe = entry.build()
+def two_of_eight_text_tokens() -> dict[str, Any]:
+    """Return the arguments of a call of HunyuanVideo with prompt embeddings of eight tokens, of which two are real."""
     generator = torch.Generator().manual_seed(5)
-    config = pipe.transformer.config
-    call = {
+    config = TINY["hunyuan_video"].build().transformer.config
+    return {
         "prompt": None,
         "prompt_embeds": torch.randn(1, 8, config.text_embed_dim, generator=generator),
         "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, generator=generator),
         "prompt_attention_mask": torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0]]),
-        "output_type": "latent",
     }
-    with torch.no_grad():
-        stock = entry.call(pipe, **call)
-        floor = floor_of(lambda: entry.call(pipe, **call), pipe.transformer)
-        accelerate_pipeline(pipe, parallel=ParallelConfig(**layout), reuse=None)
-        return _difference(entry.call(pipe, **call), stock), floor
 
 
 def replicas() -> float:

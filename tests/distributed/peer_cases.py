@@ -18,9 +18,7 @@ def exchanges(folder: str, cases: Sequence[tuple[int, Sequence[int], int, int, s
     The receive buffers are poisoned before each; what each rank has is known to all, so that all can be compared.
     """
     with _on_cpus(folder, len(cases[0][1])) as mesh:
-        from pipeboost.distributed.collectives import (
-            symmetric_kernels,  # which asks for the interpreter when it is imported
-        )
+        from pipeboost.distributed.collectives import symmetric_kernels  # asks for the interpreter when it is imported
 
         # More blocks than programs: in the larger cases these go round.
         symmetric_kernels.HIDDEN = symmetric_kernels.HIDDEN._replace(block=1024, programs=2)
@@ -38,10 +36,8 @@ def refusals(folder: str) -> list[Any]:
             found.append(_connected(mesh, name))
             setattr(symmetric_connect, name, given)
         given, symmetric_connect._addresses = symmetric_connect._addresses, lambda memory: [memory.data_ptr()] * 2
-        barrier, Peers._barrier = (
-            Peers._barrier,
-            lambda _: None,
-        )  # on such a machine it is the test's patience that ends it
+        # On such a machine only the limit of the test would end a barrier.
+        barrier, Peers._barrier = Peers._barrier, lambda _: None
         found.append(_connected(mesh, "own"))
         symmetric_connect._addresses, Peers._barrier = given, barrier
     return found

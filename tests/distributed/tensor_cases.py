@@ -243,7 +243,7 @@ def tied() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compiled(name: str) -> dict[str, Any]:
+def compiled(name: str, backend: str) -> dict[str, Any]:
     """Regional compile with `fullgraph`, whole and split."""
     entry = TINY[name]
     pipe = entry.build()
@@ -251,7 +251,7 @@ def compiled(name: str) -> dict[str, Any]:
     expected, floor = _outputs(model, inputs), floor_of(lambda: _outputs(model, inputs), model)
     with tensor_group(2) as group, Ledger() as ledger:
         shard_weights(model, _sharding(pipe), group, ledger)
-        report = compile_model(model, CompileConfig(backend="aot_eager"), family, ledger)
+        report = compile_model(model, CompileConfig(backend=backend), family, ledger)
         with open_call(None, owner=None):
             actual = _outputs(model, inputs)
             repeated = _outputs(model, inputs)

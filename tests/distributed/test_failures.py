@@ -11,6 +11,7 @@ from pipeboost.distributed.failure.records import Ended, Failure, Operation, Rec
 from tests.distributed import failure_cases
 from tests.distributed.failure_cases import PLACES, TIMEOUT
 from tests.distributed.failure_ranks import on_mortal_ranks
+from tests.parameters import exhaustive
 
 SOON = TIMEOUT + 8
 """Seconds in which a call has ended on a machine that does much else."""
@@ -41,7 +42,7 @@ def test_an_exception_on_one_rank_ends_the_call_on_all_with_its_traceback(place,
         assert answer["anew"]["returned"] == 2.0
 
 
-@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("middle", 1), ("operator", 0), ("end", 1)])
+@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("operator", 1), *exhaustive(("middle", 1), ("end", 1))])
 def test_a_killed_rank_is_named_with_its_signal_and_last_stage(place, rank):
     outcomes = _fail(2, "kill", rank, place)
     assert outcomes[rank].exit_code == -9
@@ -53,7 +54,7 @@ def test_a_killed_rank_is_named_with_its_signal_and_last_stage(place, rank):
     assert other["first"]["seconds"] < SOON
 
 
-@pytest.mark.parametrize(("place", "rank"), [("start", 0), ("operator", 1), ("end", 0)])
+@pytest.mark.parametrize(("place", "rank"), [("operator", 1), ("end", 0), *exhaustive(("start", 0))])
 def test_a_rank_that_does_not_come_is_named_and_its_process_ends(place, rank):
     outcomes = _fail(2, "sleep", rank, place)
     other = outcomes[1 - rank].answer
@@ -101,7 +102,7 @@ def test_a_process_that_keeps_the_store_and_stands_still_is_not_waited_for_witho
         assert told["text"] == "the process that keeps the ranks' store has not answered for 1 s"
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, *exhaustive(1)])
 def test_a_rank_that_is_killed_before_it_has_said_anything_is_not_waited_for(killed):
     """Ranks that no launcher watches; rank 0 would keep the store."""
     with socket.socket() as free:

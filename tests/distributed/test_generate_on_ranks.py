@@ -10,7 +10,7 @@ from tests.unit.generate_support import run_main, stored
 
 
 def test_generate_on_two_ranks_saves_once_what_one_rank_makes(monkeypatch, tmp_path, capfd):
-    common = ("generate", "--prompt", "a red star on the right", "--seed", 1, "--num-inference-steps", 4)
+    common = ("generate", "--prompt", "a red star on the right", "--seed", 1, "--num-inference-steps", 2)
     report = tmp_path / "report.json"
     assert run_main(monkeypatch, *common, "--save-output", tmp_path / "one.png") == 0
     words = ("--ulysses-degree", 2, "--save-output", tmp_path / "two.png", "--report", report)

@@ -13,8 +13,10 @@ import torch
 import pipeboost
 from pipeboost import ConfigurationError, RankFailedError
 from tests.distributed import launch_cases
+from tests.parameters import exhaustive
 
 
+@pytest.mark.usefixtures("quick_launch")  # as users do it: below, and in `test_generate_on_ranks`
 def test_launch_runs_the_function_on_all_ranks_and_returns_what_the_first_returned():
     found = pipeboost.launch(launch_cases.greeting, "hello", num_gpus=2, mark="?")
     assert found["word"] == "hello?"
@@ -38,14 +40,7 @@ def test_a_rank_that_raises_outside_all_calls_ends_the_others_with_its_traceback
 
 
 @pytest.mark.usefixtures("quick_launch")
-@pytest.mark.parametrize(
-    ("alone", "told"),
-    [
-        pytest.param(1, " (rank 1)", id="second"),
-        pytest.param(0, "", id="first", marks=pytest.mark.exhaustive),
-        pytest.param(-1, "", id="all", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize(("alone", "told"), [(1, " (rank 1)"), *exhaustive((0, ""), (-1, ""))])
 def test_what_a_rank_of_the_command_refuses_ends_all_in_one_sentence(alone, told):
     with pytest.raises(RankFailedError) as raised:
         pipeboost.launch(launch_cases.refusing, alone, num_gpus=2)
@@ -57,7 +52,7 @@ def test_forged_records_and_garbage_are_ignored_with_one_warning():
     assert pipeboost.launch(launch_cases.attacked, num_gpus=2) == {"returned": 2.0, "warnings": 1}
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("how", [signal.SIGTERM, *exhaustive(signal.SIGKILL)])
 def test_no_rank_and_no_file_outlives_the_process_that_launched(how, tmp_path):
     with _launching(tmp_path) as (parent, pids):
         os.kill(parent.pid, how)

@@ -14,11 +14,12 @@ from pipeboost.distributed.failure.collective_wait import Operations
 from pipeboost.distributed.failure.records import Ended, in_step
 from tests.distributed import peer_cases
 from tests.distributed.failure_ranks import on_mortal_ranks
+from tests.parameters import exhaustive
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [3, *exhaustive(2, 4)])
 def test_heads_and_tokens_arrive_where_they_belong(ranks, tmp_path):
     cases = [
         (1, [3] * ranks, ranks, 8, "float32", 1),

@@ -6,12 +6,13 @@ import torch
 from tests.distributed import stop_cases
 from tests.distributed.ranks import on_ranks
 from tests.distributed.stop_cases import STEPS
+from tests.parameters import exhaustive
 
 NAME = "flux_true_cfg"
 LAYOUT = {"cfg": 2}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, *exhaustive(1)])
 def test_a_cancel_on_one_rank_ends_the_call_on_all_at_the_same_step(rank):
     first, second = on_ranks(2, stop_cases.cancelled, NAME, rank, 2, **LAYOUT)
     assert first["first"] == second["first"]
@@ -25,12 +26,12 @@ def test_a_cancel_that_comes_with_the_last_step_comes_too_late_on_every_rank():
         assert found["first"] == found["second"] == 0.0
 
 
-@pytest.mark.parametrize("name", [NAME, "wan21_t2v", "qwen_image"])
+@pytest.mark.parametrize("name", [NAME, "wan21_t2v", *exhaustive("qwen_image")])
 def test_where_the_callback_of_one_rank_interrupts_the_script_all_stop_where_stock_does(name):
     assert on_ranks(2, stop_cases.interrupted_by_a_callback, name, 1, 1, **LAYOUT) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, *exhaustive(0)])
 def test_an_interrupt_from_outside_on_one_rank_stops_all_at_the_same_step(rank):
     first, second = on_ranks(2, stop_cases.interrupted_from_outside, NAME, rank, 2, **LAYOUT)
     assert torch.equal(first["latents"], second["latents"])

@@ -14,17 +14,18 @@ from pipeboost.features.parallel.tensor_layout import layout_of
 from tests.distributed import tensor_cases
 from tests.distributed.ranks import on_ranks
 from tests.floors import is_rounding
+from tests.parameters import exhaustive
 from tests.pipelines import tiny_parts
 from tests.pipelines.tiny import TINY, tiny_names
 
 FAMILIES = ("flux", "qwen_image", "wan", "hunyuan_video")
 # One variant for each set of layers; the others are split by `make test-distributed`.
 OFTEN = (
-    *("flux_dev", "flux_schnell", "flux_ip_adapter", "flux_controlnet", "qwen_image", "wan21_i2v", "wan22_t2v"),
-    *("hunyuan_video", "hunyuan_video_i2v_token_replace"),
+    *("flux_dev", "flux_ip_adapter", "flux_controlnet", "qwen_image", "wan21_i2v", "wan22_t2v"),
+    "hunyuan_video_i2v_token_replace",
 )
-OFTEN_ON_FOUR = ("flux_ip_adapter", "qwen_image", "wan21_i2v")
-ON_FOUR = (*OFTEN_ON_FOUR, "flux_dev", "wan22_t2v", "hunyuan_video_i2v_token_replace")
+OFTEN_ON_FOUR = ("qwen_image", "wan21_i2v")
+ON_FOUR = (*OFTEN_ON_FOUR, "flux_dev", "flux_ip_adapter", "wan22_t2v", "hunyuan_video_i2v_token_replace")
 # What Wan's attention takes for text is the last 512 tokens; what comes before is the picture.
 ARGUMENTS = {"wan21_i2v": {"max_sequence_length": 512}}
 BATCHES = ("flux_dev", "qwen_image", "wan21_t2v", "hunyuan_video")
@@ -43,11 +44,7 @@ def _check(result):
     assert not result["changes"]
 
 
-def _variants(names, often):
-    return [pytest.param(name, marks=[] if name in often else [pytest.mark.exhaustive]) for name in names]
-
-
-@pytest.mark.parametrize("name", _variants(tiny_names(*FAMILIES), OFTEN))
+@pytest.mark.parametrize("name", exhaustive(*tiny_names(*FAMILIES), but=OFTEN))
 def test_a_split_transformer_computes_what_the_whole_one_does_but_for_rounding_and_is_restored_to_the_bit(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, **ARGUMENTS.get(name, {})):
         for result in ranks:
@@ -56,7 +53,7 @@ def test_a_split_transformer_computes_what_the_whole_one_does_but_for_rounding_a
             assert result["own"] < 0.63 * result["whole"]
 
 
-@pytest.mark.parametrize("name", _variants(ON_FOUR, OFTEN_ON_FOUR))
+@pytest.mark.parametrize("name", exhaustive(*ON_FOUR, but=OFTEN_ON_FOUR))
 def test_four_ranks_split_a_transformer_too(name):
     for ranks in on_ranks(4, tensor_cases.transformers, name, 4, **ARGUMENTS.get(name, {})):
         for result in ranks:
@@ -70,21 +67,22 @@ def test_two_groups_of_two_among_four_ranks_split_independently():
         _check(ranks[0])
 
 
-@pytest.mark.parametrize("name", _variants(BATCHES, ("qwen_image", "hunyuan_video")))
+@pytest.mark.parametrize("name", exhaustive(*BATCHES, but=("qwen_image", "hunyuan_video")))
 def test_a_batch_of_two_prompts_of_different_length_with_masks(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, batch=2):
         _check(ranks[0])
 
 
-@pytest.mark.parametrize("name", _variants(BATCHES, ("flux_dev", "wan21_t2v")))
+@pytest.mark.parametrize("name", exhaustive(*BATCHES, but=("flux_dev", "wan21_t2v")))
 def test_in_bfloat16_the_difference_is_of_the_size_of_its_rounding(name):
     for ranks in on_ranks(2, tensor_cases.transformers, name, 2, dtype="bfloat16"):
         _check(ranks[0])
 
 
+@pytest.mark.parametrize("backend", ["eager", *exhaustive("aot_eager")])
 @pytest.mark.parametrize("name", ["flux_dev", "wan21_t2v"])
-def test_split_blocks_compile_with_fullgraph_into_one_graph_a_class(name):
-    for result in on_ranks(2, tensor_cases.compiled, name):
+def test_split_blocks_compile_with_fullgraph_into_one_graph_a_class(name, backend):
+    for result in on_ranks(2, tensor_cases.compiled, name, backend):
         assert is_rounding(result["difference"], result["floor"])
         assert result["repeated"] == 0.0
         assert result["graphs"] == result["classes"]
@@ -97,7 +95,7 @@ def test_a_split_text_encoder_gives_the_same_hidden_states_but_for_rounding(buil
         _check(result)
 
 
-@pytest.mark.parametrize("builder", ["t5_encoder", "umt5_encoder", "clip_text_encoder"])
+@pytest.mark.parametrize("builder", ["t5_encoder", *exhaustive("umt5_encoder", "clip_text_encoder")])
 def test_four_ranks_split_a_text_encoder_too(builder):
     for result in on_ranks(4, tensor_cases.text_encoder, builder, 4):
         _check(result)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import faulthandler
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -174,7 +175,8 @@ def after_unequal_pasts(name: str) -> dict[str, Any]:
 
 
 def failing_calls(name: str, kind: str, rank: int, stage: str) -> dict[str, Any]:
-    """`failing_pipeline_cases.failing_calls`, on the GPUs, which share the tokens."""
+    """`failing_pipeline_cases.failing_calls`, on the GPUs, which share the tokens; one that hangs shows where."""
+    faulthandler.dump_traceback_later(75)
     return failing_pipeline_cases.failing_calls(name, kind, rank, stage, str(_exact_device()), "ulysses")
 
 

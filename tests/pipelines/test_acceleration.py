@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxTransformer2DModel
 
 from pipeboost import CacheConfig, CompileConfig, accelerate_pipeline
 from pipeboost.contract.call import current_call
@@ -20,8 +20,10 @@ from pipeboost.core.errors import PipeboostError, UnsupportedError
 from pipeboost.core.seams import add_middleware
 from tests.floors import is_rounding
 from tests.moments import at_once, freed_at_once
+from tests.parameters import often
 from tests.pipelines.moves import plan_another_device
 from tests.pipelines.tiny import (
+    ENDS,
     OTHER_PROMPT,
     TINY,
     ip_adapter_inputs,
@@ -48,17 +50,10 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _variants() -> list[Any]:
-    """Each variant, and where it is traced: of a family the first in `lossless`, the last in `fast`.
-
-    The blocks of the others are traced in `test_compile_pipelines`; all are traced here if asked for.
-    """
-    found, asked_for = [], []
-    for names in map(tiny_names, FAMILIES):
-        for name in names:
-            found.append((name, (name == names[0], name == names[-1])))
-            if len(names) > 1:
-                asked_for.append(pytest.param(name, (True, True), marks=pytest.mark.exhaustive))
-    return found + asked_for
+    """A family's first variant, traced in `lossless`, and its last, traced nowhere; all in both tiers if asked for."""
+    first = [tiny_names(family)[0] for family in FAMILIES]
+    found = [(name, (name in first, False)) for name in ENDS if TINY[name].family]
+    return often(found, [(name, (True, True)) for name in tiny_names(*FAMILIES)])
 
 
 @pytest.mark.parametrize(("name", "traced"), _variants(), ids=str)
@@ -85,20 +80,18 @@ def test_the_default_needs_no_argument():
     assert is_rounding(difference(entry.call(pipe), entry.stock()), entry.floor)
 
 
-@pytest.mark.parametrize("name", tiny_names(None))
-def test_a_pipeline_without_a_family_gets_the_generic_treatment(name):
+@pytest.mark.parametrize(("name", "settings"), [("sd3", LOSSLESS), ("pixart_sigma", UNTRACED)])
+def test_a_pipeline_without_a_family_gets_the_generic_treatment(name, settings):
     entry = TINY[name]
-    if not hasattr(entry.build(), "transformer"):
-        pytest.skip("has no transformer; refused in another test")
     stock = entry.stock()
-    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    pipe = accelerate_pipeline(entry.build(), **settings)
     assert "missing" in str(pipe.acceleration.plan)
     assert is_rounding(difference(entry.call(pipe), stock), entry.floor)
     pipe.acceleration.remove()
     assert difference(entry.call(pipe), stock) == 0
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+@pytest.mark.parametrize("name", often(["flux_dev", "wan22_t2v"], ["qwen_image", "hunyuan_video"]))
 def test_another_pipeline_of_the_class_is_untouched_before_during_and_after(name):
     entry = TINY[name]
     other = entry.build()
@@ -147,7 +140,7 @@ def _identity(value: object) -> object:
     return id(value)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "qwen_image", "wan22_t2v", "hunyuan_video"])
+@pytest.mark.parametrize("name", often(["flux_dev", "wan22_t2v"], ["qwen_image", "hunyuan_video"]))
 def test_no_class_global_or_registry_differs_after_remove(name):
     entry = TINY[name]
     with contextlib.suppress(PipeboostError):
@@ -238,7 +231,7 @@ def test_a_lora_loaded_before_or_after_acceleration_works_and_unloads(when):
     pipe = entry.build()
     if when == "before":
         load_tiny_lora(pipe)
-        accelerate_pipeline(pipe, **LOSSLESS)
+        accelerate_pipeline(pipe, **UNTRACED)
     else:
         accelerate_pipeline(pipe, **LOSSLESS)
         entry.call(pipe)
@@ -326,16 +319,16 @@ def test_a_deep_copy_or_pickle_is_a_stock_pipeline_and_leaves_nothing_on_the_ori
 def test_ten_views_leave_nothing_behind():
     entry = TINY["flux_dev"]
     pipe = accelerate_pipeline(entry.build(), quality="exact")
-    entry.call(pipe, steps=1)
+    entry.call(pipe, steps=1, output_type="latent")
     parts = len(pipe.acceleration._applied.components)
     for _ in range(10):
         view = copy.copy(pipe)
         view.scheduler = copy.deepcopy(pipe.scheduler)
-        entry.call(view, steps=1)
+        entry.call(view, steps=1, output_type="latent")
         assert len(view.acceleration.report().steps) == 1
     del view
     gc.collect()
-    entry.call(pipe, steps=1)
+    entry.call(pipe, steps=1, output_type="latent")
     assert len(pipe.acceleration._applied.components) == parts
 
 
@@ -473,7 +466,7 @@ def test_bad_input_raises_one_sentence_and_leaves_the_pipe_stock(arguments, word
         accelerate_pipeline(pipe, **arguments)
     assert "\n" not in str(caught.value)
     assert not hasattr(pipe, "acceleration")
-    assert type(pipe.transformer) is type(entry.build().transformer)
+    assert type(pipe.transformer) is FluxTransformer2DModel
     assert difference(entry.call(pipe), entry.stock()) == 0
 
 
@@ -484,8 +477,7 @@ def test_what_is_no_pipeline_is_refused(thing):
 
 
 def test_a_pipeline_without_a_transformer_is_refused():
-    name = next(name for name in tiny_names(None) if not hasattr(TINY[name].build(), "transformer"))
-    pipe = TINY[name].build()
+    pipe = TINY["stable_diffusion"].build()
     with pytest.raises(UnsupportedError, match=r"has no transformer to accelerate \(its denoiser is a U-Net"):
         accelerate_pipeline(pipe)
     assert not hasattr(pipe, "acceleration")
@@ -548,7 +540,7 @@ def test_prompt_embeds_keep_working():
     with torch.no_grad():
         embeds, pooled, _ = stock.encode_prompt(OTHER_PROMPT, None)
     given = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
+    pipe = accelerate_pipeline(entry.build(), **UNTRACED)
     assert is_rounding(difference(entry.call(pipe, **given), entry.call(stock, **given)), entry.floor)
 
 
@@ -566,18 +558,12 @@ def test_save_pretrained_writes_a_stock_pipeline(tmp_path):
 def test_a_report_says_where_the_time_went(tmp_path):
     entry = TINY["flux_true_cfg"]
     pipe = accelerate_pipeline(entry.build(), **LOSSLESS)
-    with pytest.raises(PipeboostError, match="call the pipeline first"):
-        pipe.acceleration.report()
     entry.call(pipe, steps=3)
     report = pipe.acceleration.report()
-    assert len(report.steps) == 3
-    assert {"text encoding", "denoising", "decoding", "latent preparation"} <= report.stages.keys()
-    assert sum(report.stages.values()) == pytest.approx(report.seconds)
     assert len([event for event in report.trace if event.what == "forward"]) == 3 * entry.branches
     report.to_json(tmp_path / "report.json")
-    report.to_chrome_trace(tmp_path / "trace.json")
     report.plot(tmp_path / "report.png")
-    assert all((tmp_path / name).stat().st_size > 100 for name in ("report.json", "trace.json", "report.png"))
+    assert all((tmp_path / name).stat().st_size > 100 for name in ("report.json", "report.png"))
     assert "denoising" in str(report)
 
 
@@ -591,7 +577,7 @@ def test_a_named_kernel_that_would_not_run_is_refused_and_auto_says_what_stays_s
 
 
 def test_what_the_user_compiles_stays_stock_outside_our_calls():
-    entry = TINY["flux_dev"]
+    entry = TINY["wan21_t2v"]
     pipe = accelerate_pipeline(entry.build(), attention="flex", compile=None)
     pipe.transformer.compile_repeated_blocks(backend="eager")
     with pipe.acceleration.paused():
@@ -633,15 +619,18 @@ def test_a_scheduler_replaced_in_a_callback_goes_on_counting():
     assert pipe.acceleration.report().cache == counts
 
 
-def test_verify_keeps_each_tiers_promise_and_says_when_it_is_broken():
-    entry = TINY["flux_dev"]
+# FLUX needs the noise floor, for which stock's own compile takes its time.
+@pytest.mark.parametrize("compiled", often(["wan21_t2v"], ["flux_dev"]))
+def test_verify_keeps_each_tiers_promise_and_says_when_it_is_broken(compiled):
+    entry, other = TINY["flux_dev"], TINY[compiled]
     call = {key: value for key, value in entry.call_kwargs().items() if key != "generator"}
     pipe = accelerate_pipeline(entry.build(), quality="exact")
     result = pipe.acceleration.verify(**call)
     assert result.passed
     assert result.max_difference == 0
-    accelerate_pipeline(pipe, **LOSSLESS)
-    result = pipe.acceleration.verify(**{**call, "num_inference_steps": 1})
+    call_of_other = {key: value for key, value in other.call_kwargs(steps=1).items() if key != "generator"}
+    lossless = accelerate_pipeline(other.build(), **LOSSLESS)
+    result = lossless.acceleration.verify(**call_of_other)
     assert result.passed, str(result)
     accelerate_pipeline(pipe, quality="fast", cache=CacheConfig(warmup=1, threshold=1.0, max_continuous=9))
     pipe.acceleration._applied.plan = dataclasses.replace(pipe.acceleration.plan, quality="exact")
@@ -683,7 +672,7 @@ def spoil_last(call_next, owner, *args, **kwargs):
 
 
 def test_the_noise_floor_is_stocks_own():
-    entry = TINY["flux_dev"]
+    entry = TINY["wan21_t2v"]
     call = {key: value for key, value in entry.call_kwargs(steps=1).items() if key != "generator"}
     pipe = accelerate_pipeline(entry.build(), attention="flex")
     stock_compile = pipe.transformer.compile_repeated_blocks
@@ -696,6 +685,6 @@ def test_the_noise_floor_is_stocks_own():
 
 def test_image_to_image_with_a_cache_counts_its_own_steps():
     entry = TINY["flux_img2img"]
-    pipe = accelerate_pipeline(entry.build(), **ALL_ON)
-    entry.call(pipe, steps=8, image=picture(), strength=0.5)
+    pipe = accelerate_pipeline(entry.build(), **CACHED)
+    entry.call(pipe, steps=8, image=picture(), strength=0.5, output_type="latent")
     assert len(pipe.acceleration.report().steps) == 4

@@ -188,7 +188,7 @@ def test_blocks_compile_as_one_graph_and_a_layer_on_attend_is_traced(name):
     swap_attention(model, "auto", Ledger())
     torch._dynamo.reset()
     for block in model.transformer_blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.compile(backend="eager", fullgraph=True)
 
     def doubled(call_next, owner, q, k, v, mask=None, **kwargs):
         return 2 * call_next(q, k, v, mask, **kwargs)
@@ -230,7 +230,7 @@ def test_a_named_kernel_refuses_a_mask_it_cannot_honour_in_one_sentence(flux_mod
     if compiled:
         torch._dynamo.reset()
         for block in flux_model.transformer_blocks:
-            block.compile(backend="aot_eager", fullgraph=True)
+            block.compile(backend="eager", fullgraph=True)
     with (
         a_call(),
         pytest.raises(UnsupportedError, match=r"attention='flex' cannot take this call .* use 'auto' or 'sdpa'"),

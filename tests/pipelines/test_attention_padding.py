@@ -13,12 +13,13 @@ from pipeboost.features.attention.padding import trim_padded_text
 from pipeboost.features.attention.swap import swap_attention
 from tests.floors import floor_of, is_rounding
 from tests.moments import at_once
+from tests.parameters import often
 from tests.pipelines.tiny import TINY
 
 # FlexAttention says so on a CPU outside torch.compile; it is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 FAMILY = family_named("HunyuanVideoPipeline")
-VARIANTS = ("hunyuan_video", "hunyuan_video_i2v", "hunyuan_video_i2v_token_replace")
+VARIANTS = often(("hunyuan_video", "hunyuan_video_i2v_token_replace"), ["hunyuan_video_i2v"])
 TEXT = 8
 
 

@@ -9,6 +9,7 @@ from pipeboost.contract.registry import family_of
 from pipeboost.core.config import CompileConfig
 from pipeboost.core.ledger import Ledger
 from pipeboost.features.compile import CompiledModel, compile_model
+from tests.parameters import often
 from tests.pipelines.tiny import OTHER_PROMPT, TINY
 
 # How many graphs a request costs at first: one a block class, and one more for each set of arguments that differs in
@@ -38,7 +39,7 @@ def graphs(reports: list[CompiledModel]) -> int:
     return sum(report.counters.graphs for report in reports)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", often(["flux_true_cfg", "wan22_ti2v_image"], GRAPHS))
 def test_a_second_request_compiles_nothing_and_equals_stock(name: str) -> None:
     entry = TINY[name]
     pipe = entry.build()

@@ -1,5 +1,6 @@
 """The VAE of an accelerated pipeline: compiled where asked for, rewritten where it is a video's, stock once removed."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,14 @@ HOPPER = Hardware("cuda", "NVIDIA H200", (9, 0), 140 * 2**30, 1, False, True)
 CPU = Hardware("cpu", "CPU with 2 cores", None, 24 * 2**30, 1, False, True)
 FLUX = ModelInfo("FluxPipeline", torch.bfloat16, 33 * 2**30, vae="other")
 ASKED = CompileConfig(backend="eager", vae=True)
+pytestmark = pytest.mark.usefixtures("graphs_stay")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs_of_flux_stay() -> Iterator[None]:
+    kept = accelerate_pipeline(TINY["flux_dev"].build(), compile=ASKED)
+    yield
+    del kept
 
 
 def plan(hardware: Hardware = HOPPER, model: ModelInfo = FLUX, **settings: object) -> Plan:
@@ -64,29 +73,29 @@ def test_what_cannot_be_compiled_is_refused_when_asked_for_and_explained_otherwi
 def test_a_compiled_vae_is_one_graph_a_size_of_encoder_and_decoder_and_remove_gives_stock() -> None:
     entry = TINY["flux_img2img"]
     pipe = accelerate_pipeline(entry.build(), compile=ASKED)
-    output, stock = entry.call(pipe), entry.stock()
+    output, stock = entry.call(pipe, num_images_per_prompt=2), entry.stock(num_images_per_prompt=2)
     assert is_rounding(float((output - stock).abs().max()), entry.floor)
     graphs = pipe.acceleration.report().compiled["vae"]["graphs"]
     assert graphs >= 1
     assert not pipe.acceleration.report().compiled["vae"]["eager"]
-    entry.call(pipe, seed=1)
+    entry.call(pipe, seed=1, num_images_per_prompt=2)
     assert pipe.acceleration.report().compiled["vae"]["graphs"] == graphs
     pipe.acceleration.remove()
     assert all(type(module) is stock_class(module) for module in pipe.vae.modules())
-    assert torch.equal(entry.call(pipe), stock)
+    assert torch.equal(entry.call(pipe, num_images_per_prompt=2), stock)
 
 
 def test_tiles_slices_and_offload_use_the_compiled_decoder() -> None:
     entry = TINY["flux_dev"]
     pipe = entry.build()
     pipe.vae.enable_tiling()
-    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 4
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size, pipe.vae.tile_overlap_factor = 32, 4, 0.0
     pipe.vae.enable_slicing()
     stock = entry.call(pipe, num_images_per_prompt=2)
     accelerate_pipeline(pipe, compile=ASKED, offload="stage")
     output = entry.call(pipe, num_images_per_prompt=2)
     assert is_rounding(float((output - stock).abs().max()), entry.floor)
-    assert 1 <= pipe.acceleration.report().compiled["vae"]["graphs"] <= 4
+    assert pipe.acceleration.report().compiled["vae"]["graphs"] == 1
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "wan21_t2v"])
@@ -119,7 +128,7 @@ def test_tiles_of_a_video_of_all_sizes_share_a_graph() -> None:
 def test_a_video_vae_that_the_user_compiled_is_left_to_them_and_the_plan_says_so() -> None:
     entry = TINY["qwen_image"]
     pipe = entry.build()
-    pipe.vae.decoder = torch.compile(pipe.vae.decoder, backend="eager")
+    pipe.vae.decoder.mid_block = torch.compile(pipe.vae.decoder.mid_block, backend="eager")
     accelerate_pipeline(pipe, compile=CompileConfig(backend="eager"))
     assert not pipe.acceleration.plan["vae"].on
     assert torch.equal(entry.call(pipe), entry.stock())

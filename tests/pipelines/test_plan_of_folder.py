@@ -1,9 +1,11 @@
 """A folder's plan is the plan of the pipeline that is loaded from it: one function reads both, and no weights."""
 
+import functools
+
 import pytest
 import torch
 
-from pipeboost.cli.plan import plan_of
+from pipeboost.cli.plan import _without_weights, plan_of
 from pipeboost.contract.registry import family_of
 from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.hardware import Hardware
@@ -23,8 +25,9 @@ def test_a_folder_has_the_plan_of_its_loaded_pipeline_line_by_line(name, tmp_pat
     pipe = TINY[name].build()
     pipe.save_pretrained(tmp_path)
     family = family_of(pipe)
+    monkeypatch.setattr("pipeboost.model_reader.has_cuda", lambda: False)
+    monkeypatch.setattr("pipeboost.cli.plan._without_weights", functools.cache(_without_weights))
     for hardware in (CPU, H100):
-        monkeypatch.setattr("pipeboost.model_reader.has_cuda", lambda: False)
         for ranks in (1, 2):
             info = model_info(pipe, family, torch.device(hardware.device), ranks=ranks)
             for quality in TIERS if ranks == 1 else ("lossless",):

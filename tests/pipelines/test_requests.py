@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import gc
 import threading
 import time
@@ -24,9 +23,8 @@ def exact(name="flux_dev", **arguments):
     return accelerate_pipeline(TINY[name].build(), quality="exact", reuse=None, **arguments)
 
 
-@functools.cache
-def stock(seed=0, steps=2):
-    return ENTRY.call(ENTRY.build(), seed=seed, steps=steps)
+def stock(seed=0):
+    return ENTRY.stock(seed=seed)
 
 
 def submitted(pipe, seeds, **more):

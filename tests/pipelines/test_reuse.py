@@ -45,27 +45,31 @@ def accelerated(entry=ENTRY, **settings):
     return pipe, Runs(pipe)
 
 
-def encoded(entry, pipe, runs, **call):
+def call(pipe, entry=ENTRY, **arguments):
+    """A short call; prompts are heard in its latents."""
+    return entry.call(pipe, **{"output_type": "latent", **arguments})
+
+
+def encoded(entry, pipe, runs, **arguments):
     """How many forwards of encoders one short call makes."""
-    return runs.of(lambda: entry.call(pipe, steps=1, output_type="latent", **call))[0]
+    return runs.of(lambda: call(pipe, entry, steps=1, **arguments))[0]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *EDITS])
 def test_the_second_call_runs_no_encoder_and_is_bit_identical_to_stock(name):
     entry = TINY[name]
-    stock = entry.build()
-    expected = entry.call(stock)
+    expected = entry.stock(output_type="latent")
     pipe, runs = accelerated(entry)
-    first, output = runs.of(lambda: entry.call(pipe))
+    first, output = runs.of(lambda: call(pipe, entry))
     assert first > 0
     assert torch.equal(output, expected)
-    again, output = runs.of(lambda: entry.call(pipe))
+    again, output = runs.of(lambda: call(pipe, entry))
     assert again == 0
     assert torch.equal(output, expected)
     assert encoded(entry, pipe, runs, prompt=OTHER_PROMPT) > 0
     assert encoded(entry, pipe, runs) == 0
     pipe.acceleration.remove()
-    again, output = runs.of(lambda: entry.call(pipe))
+    again, output = runs.of(lambda: call(pipe, entry))
     assert again == first
     assert torch.equal(output, expected)
 
@@ -154,13 +158,13 @@ def test_a_change_of_what_encodes_is_a_miss_and_the_output_is_that_of_stock(chan
     stock, (pipe, runs) = ENTRY.build(), accelerated()
     _own_tokenizers(stock)
     _own_tokenizers(pipe)
-    before = ENTRY.call(stock)
+    before = call(stock)
     CHANGES[change](stock)
-    expected = ENTRY.call(stock)
-    assert torch.equal(ENTRY.call(pipe), before)
+    expected = call(stock)
+    assert torch.equal(call(pipe), before)
     CHANGES[change](pipe)
     runs = Runs(pipe) if change == "_other_encoder" else runs
-    count, output = runs.of(lambda: ENTRY.call(pipe))
+    count, output = runs.of(lambda: call(pipe))
     assert count > 0
     assert torch.equal(output, expected)
     assert encoded(ENTRY, pipe, runs) == 0
@@ -173,9 +177,9 @@ def test_every_state_of_a_lora_on_a_text_encoder_is_its_own():
     def both(change):
         change(stock)
         change(pipe)
-        count, output = runs.of(lambda: ENTRY.call(pipe, steps=1))
-        again, repeated = runs.of(lambda: ENTRY.call(pipe, steps=1))
-        expected = ENTRY.call(stock, steps=1)
+        count, output = runs.of(lambda: call(pipe))
+        again, repeated = runs.of(lambda: call(pipe))
+        expected = call(stock)
         assert torch.equal(output, expected)
         assert torch.equal(repeated, expected)
         assert again == 0
@@ -219,20 +223,17 @@ def test_a_transformers_adapter_counts_too():
 
 @pytest.mark.parametrize("scale", [0.5, 0.3, 0.0])
 def test_a_lora_scale_of_the_call_leaves_the_pipeline_as_stock_does(scale):
-    def outcome(pipe, call):
+    def outcome(pipe):
         outputs = [call(pipe, joint_attention_kwargs={"scale": scale}), call(pipe)]
         outputs += [call(pipe, joint_attention_kwargs={"scale": scale}), call(pipe)]
         scales = [module.scaling for module in pipe.text_encoder.modules() if hasattr(module, "scaling")]
         return outputs, scales, vars(pipe).get("_lora_scale")
 
-    def call(pipe, **more):
-        return ENTRY.call(pipe, steps=1, **more)
-
     stock, (pipe, _) = ENTRY.build(), accelerated()
     for each in (stock, pipe):
         _text_lora(each)
         each.set_adapters(["text"], [0.7])
-    expected, ours = outcome(stock, call), outcome(pipe, call)
+    expected, ours = outcome(stock), outcome(pipe)
     assert all(torch.equal(a, b) for a, b in zip(expected[0], ours[0], strict=True))
     assert expected[1:] == ours[1:]
 
@@ -267,9 +268,9 @@ def test_embeddings_given_by_the_user_pass_through():
     with torch.no_grad():
         embeds, pooled, _ = pipe.encode_prompt(prompt="a", prompt_2=None, max_sequence_length=35)
     given = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    expected = ENTRY.call(ENTRY.build(), **given)
+    expected = call(ENTRY.build(), **given)
     for _ in range(2):
-        assert torch.equal(ENTRY.call(pipe, **given), expected)
+        assert torch.equal(call(pipe, **given), expected)
     assert pipe.acceleration._applied.context.joined["reuse"].store.size == 0
 
 
@@ -340,26 +341,26 @@ def test_whatever_somebody_elses_pipeline_encodes_by_counts(attribute):
 
 def test_what_an_offloader_does_keeps_the_prompts():
     pipe, runs = accelerated()
-    first = ENTRY.call(pipe)
+    first = call(pipe)
     for name in ENCODERS:
         for tensor in (*getattr(pipe, name).parameters(), *getattr(pipe, name).buffers()):
             tensor.data = tensor.data.clone()
-    count, output = runs.of(lambda: ENTRY.call(pipe))
+    count, output = runs.of(lambda: call(pipe))
     assert count == 0
     assert torch.equal(output, first)
 
 
 def test_what_the_script_does_to_embeddings_in_place_does_not_reach_the_store():
     pipe, runs = accelerated()
-    expected = ENTRY.call(pipe)
+    expected = call(pipe)
 
     def spoil(pipe, step, timestep, kwargs):
         kwargs["prompt_embeds"].zero_()
         return kwargs
 
     spoiled = {"callback_on_step_end": spoil, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    ENTRY.call(pipe, **spoiled)
-    assert torch.equal(ENTRY.call(pipe), expected)
+    call(pipe, **spoiled)
+    assert torch.equal(call(pipe), expected)
     assert runs.count == 2
 
 
@@ -425,7 +426,7 @@ def test_remove_and_a_dropped_pipeline_free_every_embedding():
 def test_views_in_threads_share_what_is_kept_and_each_gets_its_own_prompt():
     stock = ENTRY.build()
     prompts = ("a cat", "a dog", "a cat", "a fox")
-    expected = {prompt: ENTRY.call(stock, steps=1, prompt=prompt) for prompt in set(prompts)}
+    expected = {prompt: call(stock, prompt=prompt) for prompt in set(prompts)}
     pipe, runs = accelerated()
     wrong = []
 
@@ -433,7 +434,7 @@ def test_views_in_threads_share_what_is_kept_and_each_gets_its_own_prompt():
         view = copy.copy(pipe)
         view.scheduler = copy.deepcopy(pipe.scheduler)
         for _ in range(3):
-            if not torch.equal(ENTRY.call(view, steps=1, prompt=prompt), expected[prompt]):
+            if not torch.equal(call(view, prompt=prompt), expected[prompt]):
                 wrong.append(prompt)
 
     at_once(work, prompts)
@@ -455,7 +456,7 @@ def test_a_view_with_an_encoder_of_its_own_has_prompts_of_its_own():
 
 def test_the_counts_of_a_call_are_in_its_report():
     pipe, _ = accelerated(TINY["flux_true_cfg"])
-    TINY["flux_true_cfg"].call(pipe, steps=1)
+    call(pipe, TINY["flux_true_cfg"])
     assert pipe.acceleration.report().reuse == {"hits": 0, "misses": 2, "passed": 0}
-    TINY["flux_true_cfg"].call(pipe, steps=1)
+    call(pipe, TINY["flux_true_cfg"])
     assert pipe.acceleration.report().reuse == {"hits": 2, "misses": 0, "passed": 0}

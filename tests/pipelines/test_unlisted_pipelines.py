@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipeboost import CacheConfig, CompileConfig, ParallelConfig, accelerate_pipeline
-from pipeboost.contract.registry import family_of
+from pipeboost.contract.registry import families, family_of
 from pipeboost.core.config import AccelerationConfig
 from pipeboost.core.errors import UnsupportedError
 from pipeboost.core.hardware import Hardware
@@ -15,6 +15,7 @@ from pipeboost.features.parallel.layout import Ranks, check_layout
 from pipeboost.model_reader import model_info
 from pipeboost.plan import make_plan
 from tests.floors import floor_of, is_rounding
+from tests.parameters import often
 from tests.pipelines.tiny import TINY
 from tests.pipelines.tiny_parts import seeded
 from tests.pipelines.tiny_unlisted import UNLISTED
@@ -22,9 +23,15 @@ from tests.pipelines.tiny_unlisted import UNLISTED
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30, 1, False, True)
 
 
+EXACT = ("flux_control_img2img", "qwen_image_controlnet_inpaint", "lucy_edit")
+
+
 @pytest.mark.usefixtures("graphs_stay")
-@pytest.mark.parametrize("name", UNLISTED)
-def test_an_unlisted_pipeline_runs_exactly_as_stock_and_close_to_it_compiled(name):
+@pytest.mark.parametrize(
+    ("name", "traced"),
+    often([("z_image_controlnet", True), *((name, False) for name in EXACT)], [(name, True) for name in UNLISTED]),
+)
+def test_an_unlisted_pipeline_runs_exactly_as_stock_and_close_to_it_compiled(name, traced):
     entry = UNLISTED[name]
     pipe, other = entry.build(), entry.build()
 
@@ -36,7 +43,7 @@ def test_an_unlisted_pipeline_runs_exactly_as_stock_and_close_to_it_compiled(nam
     accelerate_pipeline(pipe, quality="exact", offload="stage")
     assert pipe.acceleration.plan.family.name == entry.family
     assert torch.equal(call(), stock)
-    accelerate_pipeline(pipe, compile=CompileConfig(backend="eager"))
+    accelerate_pipeline(pipe, compile=CompileConfig(backend="eager") if traced else None)
     floor = functools.partial(floor_of, lambda: call(other), other.transformer, other.vae, stock=stock)
     assert is_rounding(float((call() - stock).abs().max()), floor)
     pipe.acceleration.remove()
@@ -48,10 +55,9 @@ def test_what_only_the_script_can_tell_is_off_with_its_reason(name):
     entry = UNLISTED[name]
     pipe = entry.build()
     family, kind = family_of(pipe), type(pipe).__name__
-    listed = next(other for other in TINY.values() if other.family == entry.family)
     info = model_info(pipe, family, torch.device("cpu"), ranks=2)
     plan = make_plan(AccelerationConfig(quality="fast", parallel=None), H100, family, info)
-    assert family.blocks == family_of(listed.build()).blocks
+    assert family.blocks == next(each.blocks for each in families() if each.name == entry.family)
     assert f"which forwards {kind} makes in a step" in str(plan)
     assert f"{kind}" in plan["cache"].why
     with pytest.raises(UnsupportedError, match=kind):

@@ -45,6 +45,7 @@ from tests.pipelines.tiny_entry import (
 )
 
 __all__ = [
+    "ENDS",
     "FRAMES",
     "HEIGHT",
     "NEGATIVE_PROMPT",
@@ -89,3 +90,11 @@ def tiny_names(*families: str | None, branches: int | None = None) -> list[str]:
         for name, entry in TINY.items()
         if (not families or entry.family in families) and branches in (None, entry.branches)
     ]
+
+
+ENDS = [
+    name
+    for family in {entry.family: None for entry in TINY.values()}
+    for name in tiny_names(family)[:: len(tiny_names(family)) - 1 or 1]
+]
+"""The first and the last variant of each family, and of those without one."""

@@ -223,8 +223,15 @@ def test_json_has_the_whole_result_and_markdown_has_a_row_for_each_variant(
     assert f"torch: {result.versions['torch']}" in markdown
 
 
-def test_what_acceleration_leaves_behind_is_seen_and_does_not_reach_tuned_stock() -> None:
+def test_what_acceleration_leaves_behind_is_seen_and_reaches_neither_tuned_stock_nor_the_process() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     result = measured(accelerate=scaling(2.0, undone=False))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_default_dtype() == torch.float32
+    require_native_default()
+    assert result.failures == ()
     found = variants(result)
     assert found["pipeboost lossless"].restored is False
     assert found[TUNED].relative_error < ROUNDING
@@ -352,17 +359,6 @@ def test_every_published_size_has_its_published_parameters_and_tokens() -> None:
             total = parameters() + sum((settings[k] - 1) * (parameters(**{k: 2}) - parameters()) for k in one)
         assert total / 1e9 == pytest.approx(billions[name], rel=0.01)
         assert sample.shape == inputs["hidden_states"].shape
-
-
-def test_measuring_leaves_the_process_as_it_was() -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    result = measured()
-    assert result.failures == ()
-    assert torch.equal(torch.rand(3), expected)
-    assert torch.get_default_dtype() == torch.float32
-    require_native_default()
 
 
 def test_list_prints_the_published_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

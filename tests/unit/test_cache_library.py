@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeboost.core.config import CacheConfig
 from pipeboost.features.cache.library import BlockRow
+from pipeboost.features.cache.masks import computed_steps
 
 _LATE_AND_QUIET = """
 import logging, sys, warnings
@@ -57,6 +58,30 @@ def test_no_decision_is_averaged_over_the_world(monkeypatch: pytest.MonkeyPatch)
     states = torch.ones(1, 4, 8)
     skipped = [cache(states, states)[1] for _ in range(5)]
     assert skipped == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("policy", "threshold", "limit", "expected"),
+    [
+        ("static", 1e-9, None, "10010001"),
+        ("dynamic", 1e-9, None, "11111111"),
+        ("dynamic", 1.0, 3, "10010001"),
+        ("dynamic", 1.0, 2, "10010011"),
+        ("dynamic", 1.0, 1, "10110101"),
+    ],
+)
+def test_a_mask_decides_alone_or_leaves_its_other_steps_to_the_residual(
+    policy: str, threshold: float, limit: int | None, expected: str
+) -> None:
+    blocks = [Block(), Block(), Block()]
+    bins = ((1, 1, 1), (2, 3, 2))
+    settings = CacheConfig(step_mask=bins, policy=policy, threshold=threshold, warmup=8, max_continuous=limit)
+    mask = computed_steps(settings, 8)
+    cache = BlockRow("blocks", "image").cache(blocks, settings, steps=8, mask=mask)
+    states = torch.ones(1, 4, 8)
+    # What the first block adds differs a little from step to step.
+    skipped = [cache(states * (1 + step / 100), states)[1] for step in range(8)]
+    assert "".join(str(1 - each) for each in skipped) == expected
 
 
 @pytest.mark.parametrize(("returns", "fits"), [("image", True), ("image_text", False), ("text_image", False)])

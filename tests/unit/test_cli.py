@@ -1,5 +1,6 @@
 """The command line: what it prints, and that each mistake is one line on stderr and exit code 2."""
 
+import json
 import os
 import shutil
 import signal
@@ -70,6 +71,8 @@ def stored(tmp_path_factory):
         (["plan", "flux.1-dev", "--tp-size", 5, "--device", "cpu"], "tensor=5 does not divide the heads"),
         (["plan", ""], "model='' is empty; leave it out or name a path"),
         (["plan", "nothing"], "'nothing' is no folder, no hub id, and not one of flux.1-dev"),
+        (["verify", "--output", "/dev/null/x"], "--output /dev/null/x cannot be made a folder"),
+        (["verify", "--quality", "perfect"], "quality='perfect' is not allowed"),
         (["demo", "--steps", "0"], "--steps 0 must be at least 1"),
         (["demo", "--device", "tpu"], "device='tpu' is not allowed"),
         (["bench", "nope"], "model='nope' is not allowed; use one of 'flux.1-dev'"),
@@ -147,6 +150,23 @@ def test_plan_knows_the_shipped_model(pipeboost):
     code, out, _ = pipeboost("plan", WEIGHTS, "--device", "cpu")
     assert code == 0
     assert "FluxPipeline" in out
+
+
+@pytest.mark.parametrize(("mask", "code", "verdict"), [([0], 1, "FAILED"), ([0, 1, 2, 3], 0, "passed")])
+def test_verify_prints_the_verdict_writes_what_it_found_and_says_by_its_exit_code(
+    pipeboost, stored, tmp_path, mask, code, verdict
+):
+    config, output = tmp_path / "settings.yaml", tmp_path / "found"
+    cache = f"cache: {{extrapolate: output, step_mask: {mask}, steps: 4}}"
+    config.write_text(f"num_inference_steps: 4\nacceleration: {{quality: fast, {cache}}}\n")
+    words = ["verify", "--model-path", stored, "--config", config, "--height", 64, "--width", 96, "--prompt", "a fox"]
+    found, out, err = pipeboost(*words, "--output", output, "--per-block", "--device", "cpu")
+    assert (found, out.partition(":")[0]) == (code, verdict), err
+    assert "blocks on stock's inputs: 0 of" in out
+    written = json.loads((output / "verification.json").read_text())
+    assert written["passed"] == (code == 0)
+    assert written["rival"][0] == len(mask)
+    assert Image.open(output / "contact_sheet.png").size[0] >= 400
 
 
 def test_tune_writes_a_schedule_that_generate_takes_without_matplotlib_too(
@@ -357,7 +377,7 @@ def test_a_rank_that_is_no_number_is_refused(refused, monkeypatch, variable):
 
 
 def test_a_full_disk_under_stdout_is_one_line():
-    words = f"{sys.executable} -m pipeboost plan flux.1-dev --device cpu > /dev/full"
+    words = f"{sys.executable} -m pipeboost bench list > /dev/full"
     ended = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "pipeboost: the output cannot be written: No space left on device\n")
 

@@ -33,6 +33,7 @@ from pipeboost.core.seams import stock_class
 from pipeboost.features.compile import CompiledModel, compile_model
 from tests.floors import floor_of, is_rounding
 from tests.moments import at_once
+from tests.parameters import often
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LENGTHS = (7, 9, 3, 64)
@@ -216,12 +217,7 @@ def compiled_case(name: str, **settings: Any) -> Iterator[Compiled]:
     compiled.ledger.undo()
 
 
-def often(*names: str) -> list[Any]:
-    """Every case; those not named only where every combination is asked for."""
-    return [pytest.param(name, marks=[] if name in names else [pytest.mark.exhaustive]) for name in CASES]
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", often(["wan", "hunyuan"], CASES))
 def test_one_graph_a_block_class_and_one_more_for_a_new_size_and_batch(name: str) -> None:
     """Prompts of another length need none: FLUX and Wan pad theirs, and the others have a dimension of any size."""
     case = CASES[name]
@@ -238,7 +234,7 @@ def test_one_graph_a_block_class_and_one_more_for_a_new_size_and_batch(name: str
         assert compiled.report.counters.seconds > 0
 
 
-@pytest.mark.parametrize("name", often("qwen", "wan"))
+@pytest.mark.parametrize("name", often(["qwen", "wan"], CASES))
 def test_dynamic_sizes_need_no_graph_for_a_new_size(name: str) -> None:
     case = CASES[name]
     with compiled_case(name, dynamic=True) as compiled:
@@ -247,7 +243,7 @@ def test_dynamic_sizes_need_no_graph_for_a_new_size(name: str) -> None:
             assert compiled.graphs == case.classes
 
 
-@pytest.mark.parametrize("name", ["qwen", "hunyuan"])
+@pytest.mark.parametrize("name", ["qwen", pytest.param("hunyuan", marks=pytest.mark.exhaustive)])
 def test_full_scope_makes_one_graph_for_all_prompt_lengths(name: str) -> None:
     case = CASES[name]
     compiled = Compiled(case.build(blocks=1), case.family, {"scope": "full"})
@@ -356,7 +352,7 @@ def test_graphs_of_unloaded_adapters_make_room_and_those_still_in_use_stay(famil
     assert not compiled.report.counters.eager
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", pytest.param("hunyuan", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", often(["qwen"], CASES))
 def test_the_scale_of_an_adapter_needs_no_graph(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(blocks=4), case.inputs()

@@ -1,8 +1,4 @@
-"""Two partial attentions as one, and the kernel that does it on a GPU, here in Triton's interpreter."""
-
-import os
-import subprocess
-import sys
+"""Two partial attentions as one, and the kernel that does it on a GPU, run by `test_rewrites.py` in an interpreter."""
 
 import pytest
 import torch
@@ -35,15 +31,6 @@ def test_two_halves_give_the_whole_and_a_masked_half_may_be_anything(masked):
     assert (merged - whole).where(seen, torch.zeros(())).abs().max() < 4 * 10 * EPS  # ten terms that reach 4
     assert torch.equal(merged.where(~seen, torch.zeros(())), torch.zeros_like(merged))
     torch.testing.assert_close(merged_lse, whole_lse)
-
-
-def test_the_kernel_of_gpus_does_the_same():
-    pytest.importorskip("triton", reason="the kernel is Triton's")
-    # The interpreter is chosen when Triton is imported.
-    script = "from tests.unit.test_merge import compare_kernel; compare_kernel()"
-    settings = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 def compare_kernel() -> None:

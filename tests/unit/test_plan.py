@@ -77,6 +77,46 @@ def test_fast_caches_a_known_family_and_says_why_not_for_an_unknown_one():
     assert "missing" in str(made)
 
 
+@pytest.mark.parametrize(
+    "pipeline", ["FluxPipeline", "QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline", "ZImagePipeline"]
+)
+def test_fast_skips_fixed_steps_and_says_on_what_they_were_measured(pipeline):
+    facts = replace(FACTS, pipeline=pipeline)
+
+    def cache_of(settings):
+        config = AccelerationConfig(quality="fast", cache=settings)
+        return make_plan(config, H100, family_named(pipeline), facts)["cache"]
+
+    assert cache_of("auto").settings == CacheConfig("output", "fast", taylorseer_order=1)
+    for settings in ("auto", CacheConfig("output", "slow")):
+        assert "placed as outputs of the demo model ask for, not measured on other models" in cache_of(settings).why
+    listed = CacheConfig("output", (0, 1, 4), 6)
+    assert "in fixed steps (as listed)" in cache_of(listed).why
+    assert f"in fixed steps (as tuned on {pipeline})" in cache_of(replace(listed, pipeline=pipeline)).why
+
+
+def test_a_guidance_gate_needs_branches_that_are_forwards_of_one_rank():
+    gated = CacheConfig("output", "fast", guidance_gate=9)
+
+    def cache_of(pipeline, settings, **changed):
+        facts = replace(FACTS, pipeline=pipeline, **changed)
+        return make_plan(AccelerationConfig(quality="fast", cache=settings), H100, family_named(pipeline), facts)[
+            "cache"
+        ]
+
+    for pipeline in ("FluxPipeline", "QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"):
+        assert "from step 9 on, the second guidance branch is the first one" in cache_of(pipeline, gated).why
+        assert "guidance branch" not in cache_of(pipeline, CacheConfig("output", "fast")).why
+    for pipeline in ("ZImagePipeline", "LTX2Pipeline"):
+        with pytest.raises(UnsupportedError, match=f"those of {pipeline} are one batch; use guidance_gate=None"):
+            cache_of(pipeline, gated)
+    second = CacheConfig("output", "fast", secondary=gated)
+    assert "from step None and 9 on" not in cache_of("WanPipeline", second).why
+    for settings in (gated, second):
+        with pytest.raises(UnsupportedError, match="without work under cfg=2; use ParallelConfig"):
+            cache_of("WanPipeline", settings, ranks=2)
+
+
 def test_the_plan_says_whether_padding_of_the_text_is_cut():
     assert plan(family=family_named("HunyuanVideoPipeline"))["attention"].why.endswith("padding of the text is cut")
     assert plan()["attention"].why.endswith("padding of the text, if any, stays as in stock")

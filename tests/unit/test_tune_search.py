@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from pipeboost.core.errors import ConfigurationError
-from pipeboost.tune.search import best_schedule, gains_between, injected
+from pipeboost.features.cache.extrapolation import OutputBranch
+from pipeboost.tune.search import Schedule, best_gated_schedule, best_schedule, gains_between, injected
+from pipeboost.tune.search import _error as _predicted
 from pipeboost.tune.tuned import Budget, interval
 
 STEPS = 12
@@ -49,6 +51,45 @@ def test_beam_search_finds_what_trying_every_schedule_finds() -> None:
     assert _error(predictions, weights * gains, found.computed) <= 1.05 * min(every)
 
 
+def test_a_gate_is_found_where_what_guidance_adds_stays_as_it_is() -> None:
+    even, first = torch.ones(STEPS), torch.randn(STEPS, 4, 64, generator=torch.Generator().manual_seed(7))
+    added = torch.randn(STEPS, 4, 64, generator=torch.Generator().manual_seed(8))
+    added[4:] = added[4]  # computed steps up to the gate include the fifth, and from there on the first branch is all
+    found = best_gated_schedule(first + added, first, even, even, forwards=8, order=0)
+    assert found is not None
+    error, schedule = found
+    assert schedule.gate is not None
+    assert schedule.forwards == 8
+    assert schedule.gate > 4
+    ungated = _error(first + added, even, best_schedule(first + added, even, even, forwards=8, order=0).computed)
+    assert error < 0.5 * ungated
+
+
+@pytest.mark.parametrize(("computed", "gate"), [((0, 1, 3, 6, 9), 4), ((0, 2), 1), (tuple(range(STEPS)), 5)])
+def test_the_error_of_a_gated_schedule_is_that_of_computing_as_it_says(computed: tuple[int, ...], gate: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    first, added = (torch.randn(STEPS, 4, 64, generator=generator) for _ in range(2))
+    impact, total, last = torch.linspace(0.5, 2.0, STEPS), torch.zeros(4, 64), 0
+    for step in range(STEPS):
+        branch = OutputBranch([int(each in computed) for each in range(STEPS)], 0)
+        for each in range(step + 1):
+            first_branch = branch.run(lambda each=each: first[each])
+        if step in computed and step < gate:
+            last = step
+        told = first_branch + added[last]
+        total += impact[step] * (told - first[step] - added[step])
+    found = _predicted(first + added, first, impact, Schedule(computed, 0, gate))
+    torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-4)
+
+
+def test_forwards_of_a_gated_schedule_are_the_mean_of_both_branches() -> None:
+    assert Schedule((0, 1, 4), 1).forwards == 3
+    assert Schedule((0, 1, 4), 1, gate=3).forwards == 2.5
+    assert str(Schedule((0, 1, 4), 1, gate=3)) == "order 1: 0, 1, 4; second branch before step 3"
+    even = torch.ones(STEPS)
+    assert best_gated_schedule(recordings(0.3), recordings(0.1), even, even, forwards=1, order=1) is None
+
+
 def _error(predictions: torch.Tensor, impact: torch.Tensor, computed: tuple[int, ...]) -> float:
     total = torch.zeros_like(predictions[0])
     for step in range(STEPS):
@@ -73,9 +114,9 @@ def test_skipping_a_step_of_a_line_adds_nothing() -> None:
     assert float(injected(recordings(1.0), torch.ones(STEPS), 7, order=1).min()) > 0.1
 
 
-@pytest.mark.parametrize("text", ["psnr>30", "lpips<=0.1", "psnr>=", "psnr>=1.2.3", "", 30])
+@pytest.mark.parametrize("text", ["psnr>30", "lpips>=0.1", "flicker<=1", "psnr>=", "psnr>=1.2.3", "", 30])
 def test_a_budget_that_cannot_be_read_is_one_sentence(text: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"budget=.* must be 'psnr>=' and a number of dB"):
+    with pytest.raises(ConfigurationError, match=r"budget=.* must be one of 'psnr>=', 'ssim>=', 'lpips<=' and"):
         Budget.of(text)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ from pipeboost.cli.flags import GenerateCommand, generate, with_acceleration
 from pipeboost.cli.plan import print_plan
 from pipeboost.cli.serve import PREFIX, ServeCommand, run_serve
 from pipeboost.cli.tune import run_tune
+from pipeboost.cli.verify import run_verify
 from pipeboost.cli.warm import run_warm
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app.command("serve", cls=ServeCommand, context_settings={"auto_envvar_prefix": P
 app.command("demo")(run_demo)
 app.command("plan")(with_acceleration(print_plan))
 app.command("doctor")(print_diagnosis)
+app.command("verify")(with_acceleration(run_verify))
 app.command("tune")(run_tune)
 app.command("warm")(with_acceleration(run_warm))
 app.command("bench")(run_bench)

@@ -65,14 +65,14 @@ def _acceleration(
     return Acceleration(given, ranks)
 
 
-def with_acceleration(command: Callable[..., None]) -> Callable[..., None]:
+def with_acceleration(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """Give a command the flags of speed and layout; what they ask for is its argument `acceleration`."""
     shared = inspect.signature(_acceleration, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [each for name, each in own.items() if name != "acceleration"] + list(shared.values())
 
-    def run(**given: Any) -> None:
-        command(acceleration=_acceleration(**{name: given.pop(name) for name in shared}), **given)
+    def run(**given: Any) -> int | None:
+        return command(acceleration=_acceleration(**{name: given.pop(name) for name in shared}), **given)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -117,32 +117,46 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+ModelPath = Annotated[_Text, _model(help="folder of a Diffusers pipeline or a hub id; else the demo model")]
+VaePath = Annotated[_Text, _model(help="folder or hub id of another VAE for it")]
+LoraPath = Annotated[_Texts, _model(help="a LoRA, PATH or PATH=SCALE; may be given several times")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True,
+        callback=read_config,
+        help="YAML or JSON file: these flags with underscores, and `acceleration:`; flags given here win",
+    ),
+]
+NegativePrompt = Annotated[_Text, _request(help="what not to show")]
+ImagePath = Annotated[_Texts, _request(help="path or URL of a picture to edit or animate; or several")]
+Width = Annotated[int | None, _request(help="pixels")]
+Height = Annotated[int | None, _request(help="pixels")]
+NumFrames = Annotated[int | None, _request(help="frames of a video")]
+Steps = Annotated[int | None, _request(help="denoising steps")]
+GuidanceScale = Annotated[float | None, _request(help="how closely to follow the prompt")]
+CallArguments = Annotated[_Texts, _request(help="NAME=VALUE, a further argument of the pipeline's own call")]
+
+
 def generate(
     ctx: typer.Context,
     acceleration: Acceleration,
-    model_path: Annotated[_Text, _model(help="folder of a Diffusers pipeline or a hub id; else the demo model")] = None,
-    vae_path: Annotated[_Text, _model(help="folder or hub id of another VAE for it")] = None,
-    lora_path: Annotated[_Texts, _model(help="a LoRA, PATH or PATH=SCALE; may be given several times")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            is_eager=True,
-            callback=read_config,
-            help="YAML or JSON file: these flags with underscores, and `acceleration:`; flags given here win",
-        ),
-    ] = None,
+    model_path: ModelPath = None,
+    vae_path: VaePath = None,
+    lora_path: LoraPath = None,
+    config: Config = None,
     prompt: Annotated[_Texts, _request(help="what to show; may be given several times")] = None,
     prompt_file: Annotated[_File, _request(help="a prompt a line; JSONL, JSON or YAML with values of each")] = None,
-    negative_prompt: Annotated[_Text, _request(help="what not to show")] = None,
-    image_path: Annotated[_Texts, _request(help="path or URL of a picture to edit or animate; or several")] = None,
-    width: Annotated[int | None, _request(help="pixels")] = None,
-    height: Annotated[int | None, _request(help="pixels")] = None,
-    num_frames: Annotated[int | None, _request(help="frames of a video")] = None,
+    negative_prompt: NegativePrompt = None,
+    image_path: ImagePath = None,
+    width: Width = None,
+    height: Height = None,
+    num_frames: NumFrames = None,
     fps: Annotated[int | None, _request(help="frames a second of a video (16)")] = None,
-    num_inference_steps: Annotated[int | None, _request(help="denoising steps")] = None,
-    guidance_scale: Annotated[float | None, _request(help="how closely to follow the prompt")] = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
     seed: Annotated[int | None, _request(help="of the first request; the next ones count up")] = None,
-    call: Annotated[_Texts, _request(help="NAME=VALUE, a further argument of the pipeline's own call")] = None,
+    call: CallArguments = None,
     save_output: Annotated[_Text, _output(metavar="[PATH]", help="save, to this file or folder; the default")] = None,
     no_save_output: Annotated[bool, _output("--no-save-output", help="save nothing, only report")] = False,
     output_path: Annotated[_File, _output(help="folder that outputs go to (outputs)")] = None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +28,8 @@ from pipeboost.generate.requests import GenerationRequest, make_requests, read_p
 if TYPE_CHECKING:
     from pipeboost.generate import Generated
     from pipeboost.stages import Progress as StageProgress
+
+T = TypeVar("T")
 
 _FIRST_TO_SPEAK = 1.0
 """Seconds that other ranks leave the first one to report what all of them refuse."""
@@ -132,13 +134,13 @@ def generate_on_ranks(
         raise ConfigurationError(f"--num-gpus {ranks} contradicts the {world_size()} processes that are running")
     from pipeboost.distributed.launch import launch
 
-    launch(_on_rank, settings, requests, arguments, num_gpus=ranks)
+    launch(on_rank, run_generate, settings, requests, num_gpus=ranks, **arguments)
 
 
-def _on_rank(settings: ModelSettings, requests: Sequence[GenerationRequest], arguments: dict[str, Any]) -> None:
-    """`run_generate` on one rank; a mistake of the user ends all ranks and is reported once, without a traceback."""
+def on_rank(run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run a command on one rank; a mistake of the user ends all ranks and is reported once, without a traceback."""
     try:
-        run_generate(settings, requests, **arguments)
+        return run(*args, **kwargs)
     except RankFailedError:
         raise
     except PipeboostError as error:

@@ -16,8 +16,15 @@ import torch.distributed
 
 from pipeboost.core.cache_config import STEP_MASKS
 from pipeboost.core.cache_config import CacheConfig as CacheConfig
-from pipeboost.core.config_checks import from_mapping, is_number, names_among, require_integer, require_one_of
-from pipeboost.core.config_sources import environment_settings, file_settings, variable_of
+from pipeboost.core.config_checks import (
+    field_names,
+    from_mapping,
+    is_number,
+    names_among,
+    require_integer,
+    require_one_of,
+)
+from pipeboost.core.config_sources import environment_settings, file_settings
 from pipeboost.core.errors import ConfigurationError, quoted
 
 TIERS = ("exact", "lossless", "balanced", "fast")
@@ -276,7 +283,9 @@ _SHORT_NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "offload": ("policy", OFFLOAD_POLICIES),
 }
 _SETTINGS = ("quality", *FEATURES)
-_OFF_WORDS = ("none", "off", "false", "0")
+_FIELDS = {"quality": ()} | {
+    name: field_names(cls, nested=("secondary",) if cls is CacheConfig else ()) for name, cls in _CLASSES.items()
+}
 
 
 def resolve_config(
@@ -289,19 +298,20 @@ def resolve_config(
     Args:
         config: an `AccelerationConfig`, the path of a YAML/JSON file, or None.
         arguments: the keyword arguments that the user gave, only those.
-        environment: where `PIPEBOOST_QUALITY`, `PIPEBOOST_ATTENTION`, … are looked up (default: the process's).
+        environment: where `PIPEBOOST_QUALITY`, `PIPEBOOST_CACHE`, `PIPEBOOST_CACHE_FN`, … are looked up (default: the
+            process's).
 
     Raises:
         ConfigurationError: a value that is not allowed, or a `PIPEBOOST_*` variable that stands for no setting.
     """
     environment = os.environ if environment is None else environment
     settings: dict[str, Any] = {}
-    for name, text in environment_settings(environment, _SETTINGS).items():
-        value: Any = None if name in FEATURES and text.lower() in _OFF_WORDS else text
+    short_names = {name: field for name, (field, _) in _SHORT_NAMES.items()}
+    for name, said in environment_settings(environment, _FIELDS, short_names).items():
         try:
-            settings[name] = getattr(AccelerationConfig(**{name: value}), name)
+            settings[name] = getattr(AccelerationConfig(**{name: said.value}), name)
         except ConfigurationError as error:
-            raise ConfigurationError(f"environment variable {variable_of(name)}: {error}") from error
+            raise said.error(error) from error
     if isinstance(config, AccelerationConfig):
         settings.update(vars(config))
     elif isinstance(config, (str, os.PathLike)):

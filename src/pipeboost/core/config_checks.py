@@ -70,6 +70,12 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def field_names(cls: type, nested: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the fields of a settings class; of those that are `nested`, which are of that class too, theirs."""
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in nested]
+    return (*names, *(f"{outer}.{name}" for outer in nested for name in names))
+
+
 def from_mapping(cls: type, argument: str, values: Mapping[str, Any]) -> Any:
     """Make a settings class of a mapping of its fields, or raise where there is another key."""
     known = [field.name for field in dataclasses.fields(cls)]

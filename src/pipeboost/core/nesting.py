@@ -20,6 +20,7 @@ NESTING: dict[str, dict[str, str]] = {
         "rewrite": "what the user has compiled is stock again before it runs",
         "quantize": "a forward has the weights of its call before they are loaded or captured",
         "stages": "a stage's time includes loading its weights",
+        "tune": "records what the script is given",
         "offload": "weights are there before anything computes",
         "cfg": "the branch that another rank computes is neither trimmed nor captured here",
         "cache": "an output that is extrapolated is that of one guidance branch, and computes nothing below",
@@ -34,6 +35,7 @@ NESTING: dict[str, dict[str, str]] = {
     "block": {
         "sequence": "the cache sees states of a rank's own tokens, as the block does",
         "cache": "a block that is skipped computes nothing below",
+        "verify": "sees the inputs that stock gives a block, whatever computes it",
         "padding": "drops the mask of text without padding",
         "offload": "weights of a block come while the one before it computes",
         "compile": "what is compiled is the block as stock has it",

@@ -6,14 +6,19 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
+from pipeboost.core.errors import UnsupportedError, one_line
 from pipeboost.core.ledger import Ledger
+from pipeboost.quality.block_errors import block_errors
+from pipeboost.quality.call_metrics import METRICS, Made, Measure, metrics_for
+from pipeboost.quality.contact_sheet import contact_sheet
 from pipeboost.quality.metrics import outputs_on_host, psnr, relative_error
 from pipeboost.quality.tuned_stock import stock_compile
+from pipeboost.quality.verification import Verification
 
 FLOOR_MARGIN = 1.2
 """`lossless`: one forward's error may be this many times the error of stock's own compile."""
@@ -23,79 +28,107 @@ FAST_PSNR = 25.0
 """`fast`: the stated budget, PSNR to stock of the finished result, dB."""
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What `Acceleration.verify` found.
-
-    Attributes:
-        quality: the tier whose promise was checked.
-        passed: whether it was kept.
-        promise: the promise in words.
-        psnr: of the whole call's result to stock, dB; the worst where it has several outputs.
-        max_difference: of the whole call's result to stock; the largest where it has several outputs.
-        forward_errors: transformer → relative error of one forward to stock on the same inputs; where it has several
-            outputs `transformer.output` → that of each.
-        noise_floor: the same → relative error that stock's own compile makes there; empty where it was not needed.
-        outputs: output of the whole call → its PSNR to stock, dB, and its largest difference.
-        rival: where steps are skipped, as many steps of stock as are computed, and their PSNR to stock with all, dB.
-    """
-
-    quality: str
-    passed: bool
-    promise: str
-    psnr: float
-    max_difference: float
-    forward_errors: dict[str, float] = field(default_factory=dict)
-    noise_floor: dict[str, float] = field(default_factory=dict)
-    outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
-    rival: tuple[int, float] | None = None
-
-    def __str__(self) -> str:
-        lines = [f"{'passed' if self.passed else 'FAILED'}: {self.promise}"]
-        for name, (ratio, difference) in self.outputs.items():
-            of = f", {name}" if len(self.outputs) > 1 else ""
-            lines.append(f"  whole call{of}: PSNR to stock {ratio:.1f} dB, largest difference {difference:.3g}")
-        if self.rival is not None:
-            lines.append(f"  stock with as many forwards, {self.rival[0]} steps: PSNR {self.rival[1]:.1f} dB")
-        for name, error in self.forward_errors.items():
-            floor = f", noise floor {self.noise_floor[name]:.3g}" if name in self.noise_floor else ""
-            lines.append(f"  one forward of {name}: relative error {error:.3g}{floor}")
-        return "\n".join(lines)
-
-
-def verify_acceleration(acceleration: Any, pipe: Any, call: Mapping[str, Any]) -> Verification:
+def verify_acceleration(
+    acceleration: Any, pipe: Any, call: Mapping[str, Any], *, per_block: bool = False
+) -> Verification:
     """Compare `pipe(**call)` stock and accelerated, and one forward of each denoiser on the inputs stock gave it.
+
+    Stock against itself, run again and compiled where the acceleration compiles, is the floor of the whole call.
 
     Args:
         acceleration: that of `pipe`; its tier is checked.
+        per_block: also compare each block of the denoisers on the inputs stock gave it.
     """
-    quality, denoisers = acceleration.plan.quality, acceleration.plan.family.models(pipe)
-    first: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.Tensor]]] = {}
-    with _rewound(call) as arguments, acceleration.paused(), _first_forwards(denoisers, first):
-        stock = outputs_on_host(pipe(**arguments))
-    with _rewound(call) as arguments:
-        ours = outputs_on_host(pipe(**arguments))
-    rival, forwards = None, acceleration.report().computed_steps
-    if forwards is not None and not call.keys() & {"sigmas", "timesteps"}:
-        with _rewound(call) as arguments, acceleration.paused():
-            fewer = outputs_on_host(pipe(**{**arguments, "num_inference_steps": forwards}))
-        rival = forwards, min(psnr(fewer[name].numpy(), stock[name].numpy()) for name in stock)
-    whole = {}
-    for name, expected in stock.items():
-        difference = float((ours[name].double() - expected.double()).abs().max())
-        whole[name] = psnr(ours[name].numpy(), expected.numpy()), difference
-    ratio, difference = min(each for each, _ in whole.values()), max(each for _, each in whole.values())
-    errors: dict[str, float] = {}
-    floors: dict[str, float] = {}
+    plan, denoisers = acceleration.plan, acceleration.plan.family.models(pipe)
+    quality, first = plan.quality, {}  # type: ignore[var-annotated]
+
+    def make(**changed: Any) -> Made:
+        with _rewound(call) as arguments:
+            return Made.of(pipe(**arguments | changed), call)
+
+    with acceleration.paused(), _first_forwards(denoisers, first):
+        stock = make()
+    ours = make()
+    forwards = acceleration.report().computed_steps
+    measures, left_out = metrics_for(stock)
+    metrics = _Metrics(measures, stock)
+    metrics.add("ours", ours)
+    with acceleration.paused():
+        if forwards is not None and not call.keys() & {"sigmas", "timesteps"}:
+            metrics.add("stock, fewer steps", make(num_inference_steps=forwards))
+        # The latest call leaves the pipeline with its number of steps, by which forwards outside of a call go.
+        metrics.add("stock again", make())
+    errors, floors, blocks = {}, {}, {}  # type: ignore[var-annotated]
     for path, (args, kwargs, outputs) in first.items() if quality != "exact" else ():
         with torch.no_grad(), acceleration.open():
-            found = _errors(path, denoisers[path](*args, **kwargs), outputs)
-        errors |= found
-        if quality == "lossless" and any(found.values()):
-            with torch.no_grad(), acceleration.paused(), stock_compile(denoisers[path], fullgraph=True):
-                floors |= _errors(path, denoisers[path](*args, **kwargs), outputs)
+            errors |= _errors(path, denoisers[path](*args, **kwargs), outputs)
+    needed = quality == "lossless" and any(errors.values())
+    if needed or plan["compile"].on:
+        try:
+            with torch.no_grad(), acceleration.paused(), _compiled_by_stock(denoisers):
+                for path, (args, kwargs, outputs) in first.items() if needed else ():
+                    floors |= _errors(path, denoisers[path](*args, **kwargs), outputs)
+                if plan["compile"].on:
+                    metrics.add("stock compiled", make())
+        except (UnsupportedError, TorchDynamoException) as error:
+            if needed:
+                raise
+            left_out["stock compiled"] = f"stock compiled: {one_line(error)}"
+    for path, (args, kwargs, _) in first.items() if per_block else ():
+        found, why = _blocks(acceleration, denoisers[path], args, kwargs)
+        blocks |= {f"{path}.{name}": error for name, error in found.items()}
+        left_out |= {} if why is None else {f"blocks of {path}": why}
+    whole = {}
+    for name, expected in stock.outputs.items():
+        difference = float((ours.outputs[name].double() - expected.double()).abs().max())
+        whole[name] = psnr(ours.outputs[name].numpy(), expected.numpy()), difference
+    ratio, difference = min(each for each, _ in whole.values()), max(each for _, each in whole.values())
     promise, passed = _judge(quality, difference, ratio, errors, floors)
-    return Verification(quality, passed, promise, ratio, difference, errors, floors, whole, rival)
+    rival = metrics.values.get("psnr", {}).get("stock, fewer steps")
+    title = f"{plan.model.pipeline}, {quality}: {ratio:.1f} dB to stock, {'passed' if passed else 'FAILED'}"
+    return Verification(
+        quality, passed, promise, ratio, difference, errors, floors, whole,
+        rival=None if rival is None or forwards is None else (forwards, rival),
+        metrics=metrics.values,
+        left_out=left_out,
+        block_errors=blocks,
+        contact_sheet=contact_sheet(title, stock.pictures, ours.pictures) if stock.pictures else None,
+    )  # fmt: skip
+
+
+class _Metrics:
+    """The metrics of whole calls: `values` is metric → whose result → its value."""
+
+    def __init__(self, measures: Mapping[str, Measure], stock: Made) -> None:
+        self._measures, self._stock = measures, stock
+        self.values: dict[str, dict[str, float]] = {name: {} for name in measures}
+        for name, measure in measures.items():
+            if METRICS[name].alone:
+                self.values[name]["stock"] = measure(stock, stock)
+
+    def add(self, whose: str, made: Made) -> None:
+        """Judge what a call made; nothing of it is kept."""
+        for name, measure in self._measures.items():
+            self.values[name][whose] = measure(made, self._stock)
+
+
+def _blocks(acceleration: Any, model: Any, args: Any, kwargs: Any) -> tuple[dict[str, float], str | None]:
+    if getattr(acceleration.plan["compile"].settings, "scope", None) == "full":
+        return {}, "blocks: the transformer is compiled as a whole; use compile='regional' to look into it"
+
+    def run(where: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        with torch.no_grad(), where():
+            model(*args, **kwargs)
+
+    return block_errors(model, lambda: run(acceleration.paused), lambda: run(acceleration.open))
+
+
+@contextlib.contextmanager
+def _compiled_by_stock(denoisers: Mapping[str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for model in denoisers.values():
+            stack.enter_context(stock_compile(model, fullgraph=True))
+        yield
 
 
 def _judge(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -77,6 +79,7 @@ class Report:
         components: component → bytes of its weights.
         loads: what was put on the device during the call.
         cache: per guidance branch and expert, `"transformer branch 0"` → steps computed and steps skipped.
+        skipped: the same → of each of its steps, whether it was skipped.
         reuse: prompts whose embeddings were found, and those that were encoded.
         vae: on several ranks, forwards of its encoder and decoder that they shared, and those that each ran whole, with
             the reason.
@@ -99,6 +102,7 @@ class Report:
     components: dict[str, int] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
     cache: dict[str, dict[str, int]] = field(default_factory=dict)
+    skipped: dict[str, list[bool]] = field(default_factory=dict)
     reuse: dict[str, int] = field(default_factory=dict)
     vae: dict[str, int] = field(default_factory=dict)
     ulysses: str = ""
@@ -168,7 +172,7 @@ class Report:
         return events
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture: stages as one bar, steps as a line. Needs matplotlib, the extra `plot`."""
+        """Write a picture: stages as bars, steps as a line, skipped ones marked. Needs matplotlib, the extra `plot`."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -178,15 +182,54 @@ class Report:
         names = sorted(self.stages, key=self.stages.__getitem__)
         left.barh(names, [self.stages[name] for name in names])
         left.set(xlabel="seconds", title=f"{self.pipeline}: {self.seconds:.2f} s")
-        right.plot(range(1, len(self.steps) + 1), [seconds * 1e3 for seconds in self.steps], marker="o")
+        milliseconds = dict(enumerate((seconds * 1e3 for seconds in self.steps), 1))
+        right.plot(milliseconds.keys(), milliseconds.values(), color="0.7")
+        for skipped, label in ((False, "computed"), (True, "skipped")):
+            at = [step for step, each in enumerate(self.skipped_steps, 1) if each is skipped]
+            style = {"ls": "", "marker": "o", "color": "C0", "mfc": "white" if skipped else "C0"}
+            right.plot(at, [milliseconds[step] for step in at], label=label, **style)
+        if any(self.skipped_steps):
+            right.legend()
         right.set(xlabel="denoising step", ylabel="milliseconds", ylim=(0, None))
         figure.savefig(path, dpi=120)
 
     @property
+    def skipped_steps(self) -> list[bool]:
+        """Of each denoising step, whether its first forward was skipped."""
+        experts = [skipped for name, skipped in self.skipped.items() if name.endswith(" branch 0")]
+        found = [each for skipped in experts for each in skipped]
+        # A scheduler may ask for several forwards a step, and a call may end early.
+        return found if len(found) == len(self.steps) else [False] * len(self.steps)
+
+    @property
+    def flops_saved(self) -> float | None:
+        """Share of the transformer's FLOPs that skipped steps saved on this rank; None where blocks are skipped."""
+        whole = [skipped for name, skipped in self.skipped.items() if ".output branch " in name]
+        if not whole or len(whole) < len(self.skipped):
+            return None
+        return sum(map(sum, whole)) / max(sum(map(len, whole)), 1)
+
+    @property
+    def seconds_saved(self) -> float | None:
+        """Time that skipped steps took less than as many computed ones, by their medians; None where either is missing.
+
+        The first computed step is left out, for it may have compiled or loaded something.
+        """
+        skipped = [seconds for seconds, each in zip(self.steps, self.skipped_steps, strict=True) if each]
+        computed = [seconds for seconds, each in zip(self.steps, self.skipped_steps, strict=True) if not each][1:]
+        return (median(computed) - median(skipped)) * len(skipped) if skipped and computed else None
+
+    @property
     def computed_steps(self) -> int | None:
-        """How many denoising steps were computed; None where none could be skipped."""
-        first = [counts["computed"] for name, counts in self.cache.items() if name.endswith(" branch 0")]
-        return sum(first) if first else None
+        """How many denoising steps were computed, the mean of guidance branches; None where none could be skipped."""
+        rows: dict[str, list[int]] = {}
+        for name, counts in self.cache.items():
+            rows.setdefault(name.partition(" branch ")[0], []).append(counts["computed"])
+        of_denoisers: dict[str, int] = {}
+        for row, computed in rows.items():
+            denoiser = row.partition(".")[0]
+            of_denoisers[denoiser] = max(of_denoisers.get(denoiser, 0), math.ceil(sum(computed) / len(computed)))
+        return sum(of_denoisers.values()) if rows else None
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.stages)
@@ -210,6 +253,10 @@ class Report:
             lines.append(f"  {len(self.loads)} loads moved {moved / 2**30:.2f} GiB to the device")
         for name, count in self.cache.items():
             lines.append(f"  cache: {name}: {count['computed']} steps computed, {count['skipped']} skipped")
+        saved = [] if self.flops_saved is None else [f"{self.flops_saved:.0%} of the transformer's FLOPs"]
+        saved += [] if self.seconds_saved is None else [f"{self.seconds_saved:.3f} s"]
+        if saved:
+            lines.append(f"  cache: skipping saved {' and '.join(saved)}")
         if self.reuse:
             lines.append(f"  prompts: {self.reuse.get('hits', 0)} reused, {self.reuse.get('misses', 0)} encoded")
         if self.vae:
@@ -238,12 +285,11 @@ class Report:
 def report_maker(call: Call) -> Callable[..., Report]:
     """Return `Report.of` of a call that has ended, which lacks what is of its pipeline and keeps neither alive."""
     cache, reuse, vae, moves = call.get(CACHE), call.get(PROMPTS), call.get(VAE_FORWARDS), call.get(MOVES)
+    rows = {f"{c.denoiser}.{c.blocks} branch {c.branch}": c for c in (() if cache is None else cache.counts())}
     counts = {
         "loads": [Load(*load) for load in call.get(LOADS) or ()],
-        "cache": {
-            f"{c.denoiser}.{c.blocks} branch {c.branch}": {"computed": c.computed_steps, "skipped": c.cached_steps}
-            for c in (() if cache is None else cache.counts())
-        },
+        "cache": {name: {"computed": c.computed_steps, "skipped": c.cached_steps} for name, c in rows.items()},
+        "skipped": {name: list(c.skipped) for name, c in rows.items()},
         "reuse": dict(reuse or {}),
         "vae": dict(vae or {}),
     }

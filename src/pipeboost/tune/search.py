@@ -18,23 +18,34 @@ from pipeboost.features.cache.extrapolation import lagrange_weights
 
 _QUANTILE = 0.9
 """Over the prompts: the errors that matter are those of the prompts that fail first."""
+_GATED_SHARES = (1.25, 1.5, 1.75)
+"""Computed steps of schedules with a guidance gate, of the forwards that there may be."""
 _KEPT = 2
 """Schedules that go on from each step, of those with as many computed steps and the same latest one."""
 
 
 class Schedule(NamedTuple):
-    """Which steps are computed, from 0, and the order of the extrapolation between them."""
+    """Which steps are computed, from 0, the order of the extrapolation between them, and the guidance gate."""
 
     computed: tuple[int, ...]
     order: int
+    gate: int | None = None
+
+    @property
+    def forwards(self) -> float:
+        """Forwards of the transformer for each guidance branch; where the second one is gated, the mean of both."""
+        of_second = sum(self.gate is None or step < self.gate for step in self.computed)
+        return (len(self.computed) + of_second) / 2
 
     def settings(self, steps: int) -> dict[str, Any]:
         """Return arguments of `CacheConfig`, of plain types, for calls of so many steps."""
-        order = self.order or None
-        return {"extrapolate": "output", "step_mask": [*self.computed], "steps": steps, "taylorseer_order": order}
+        order, gate = self.order or None, {} if self.gate is None else {"guidance_gate": self.gate}
+        schedule = {"extrapolate": "output", "step_mask": [*self.computed], "steps": steps, "taylorseer_order": order}
+        return schedule | gate
 
     def __str__(self) -> str:
-        return f"order {self.order}: {', '.join(map(str, self.computed))}"
+        gate = "" if self.gate is None else f"; second branch before step {self.gate}"
+        return f"order {self.order}: {', '.join(map(str, self.computed))}{gate}"
 
 
 def best_schedule(
@@ -69,6 +80,53 @@ def best_schedule(
         ]
     finished = [state for state in states if len(state[0]) == forwards]
     return Schedule(min(finished, key=lambda state: _size(state[1]))[0], order)
+
+
+def best_gated_schedule(
+    predictions: torch.Tensor,
+    first: torch.Tensor,
+    weights: torch.Tensor,
+    gains: torch.Tensor,
+    *,
+    forwards: int,
+    order: int,
+) -> tuple[float, Schedule] | None:
+    """Return the schedule with a guidance gate that has the smallest predicted error, and that error.
+
+    It has more computed steps than `forwards`, and both branches in so many fewer that the mean is `forwards`. What
+    guidance adds is taken as the prediction less the first branch, in proportion to what the branches differ by.
+
+    Args:
+        predictions, weights, gains, order: as `best_schedule`.
+        first: what the first guidance branch returned, `(steps, prompts, elements)`.
+        forwards: of the transformer, the mean of both branches.
+
+    Returns:
+        None where so few forwards leave no step to a branch alone.
+    """
+    steps, found = len(predictions), []
+    for share in _GATED_SHARES:
+        count = min(round(forwards * share), 2 * forwards - 1, steps)
+        if count > forwards:
+            computed = best_schedule(predictions, weights, gains, forwards=count, order=order).computed
+            schedule = Schedule(computed, order, computed[2 * forwards - count])
+            found.append((_size(_error(predictions, first, weights * gains, schedule)), schedule))
+    return min(found, default=None)
+
+
+def _error(predictions: torch.Tensor, first: torch.Tensor, impact: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """Return what the errors of all steps add up to, `(prompts, elements)`."""
+    computed, order, gate = schedule
+    total = torch.zeros_like(predictions[0])
+    last = max(step for step in computed if gate is None or step < gate)
+    for step in range(len(predictions)):
+        known = tuple(each for each in computed if each <= step)[-order - 1 :]
+        if gate is not None and step >= gate:
+            guess = first[step] if step in computed else _extrapolated(first, known, step)
+            total += impact[step] * (guess + predictions[last] - first[last] - predictions[step])
+        elif step not in computed:
+            total += impact[step] * (_extrapolated(predictions, known, step) - predictions[step])
+    return total
 
 
 def injected(predictions: torch.Tensor, weights: torch.Tensor, step: int, order: int) -> torch.Tensor:

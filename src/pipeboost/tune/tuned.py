@@ -4,36 +4,74 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist, median
 from typing import Any
 
-from pipeboost.core.errors import ConfigurationError, MissingPackageError, quoted
+from pipeboost.core.errors import ConfigurationError, MissingPackageError, UnsupportedError, quoted
 from pipeboost.core.user_files import user_path
+from pipeboost.quality.call_metrics import METRICS, Made, Measure
 from pipeboost.tune.search import Schedule
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The least PSNR that each result must have to stock's, in dB."""
+    """How near to stock's each result must be.
 
-    least: float
+    Attributes:
+        metric: name of a metric that compares with stock's.
+        bound: the worst value that keeps the budget.
+        measure: takes what a call made and what stock made of it; the metric's value.
+    """
+
+    metric: str
+    bound: float
+    measure: Measure = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, text: str) -> Budget:
-        """Read such as `psnr>=30`.
+        """Read such as `psnr>=30`, `ssim>=0.95` or `lpips<=0.1`.
 
         Raises:
-            ConfigurationError: it is not `psnr>=` and a number.
+            ConfigurationError: it is no metric, `>=` or `<=`, and a number.
+            MissingPackageError: a package or weights that the metric needs are not on this machine.
         """
-        match = re.fullmatch(r"\s*psnr\s*>=\s*(\d+\.?\d*|\.\d+)\s*", text) if isinstance(text, str) else None
-        if match is None:
-            raise ConfigurationError(f"budget={quoted(text)} must be 'psnr>=' and a number of dB, as in 'psnr>=30'")
-        return cls(float(match[1]))
+        words = r"\s*([a-z]+)\s*(>=|<=)\s*(\d+\.?\d*|\.\d+)\s*"
+        match = re.fullmatch(words, text) if isinstance(text, str) else None
+        if match is None or _BUDGETS.get(match[1]) != match[2]:
+            allowed = ", ".join(f"'{name}{sign}'" for name, sign in _BUDGETS.items())
+            raise ConfigurationError(
+                f"budget={quoted(text)} must be one of {allowed} and a number, as in 'psnr>=30', which is in dB"
+            )
+        return cls(match[1], float(match[3]), METRICS[match[1]].make())
+
+    def require(self, stock: Made) -> None:
+        """Refuse calls that make nothing which the metric can judge.
+
+        Raises:
+            UnsupportedError: these do.
+        """
+        if not METRICS[self.metric].applies(stock):
+            raise UnsupportedError(f"budget='{self}' judges {METRICS[self.metric].asks}, and the calls make none")
+
+    def merit(self, value: float) -> float:
+        """Return a number that is the higher the better a value is."""
+        return value if METRICS[self.metric].higher else -value
+
+    def keeps(self, value: float) -> bool:
+        """Whether a value keeps the budget."""
+        return self.merit(value) >= self.merit(self.bound)
 
     def __str__(self) -> str:
-        return f"psnr>={self.least:g}"
+        return f"{self.metric}{_BUDGETS[self.metric]}{self.bound:g}"
+
+
+_BUDGETS = {
+    name: ">=" if metric.higher else "<="
+    for name, metric in METRICS.items()
+    if metric.higher is not None and not metric.alone
+}
 
 
 def interval(kept: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -51,9 +89,9 @@ class Judged:
 
     Attributes:
         name: `"schedule"`, or `"stock"` with fewer steps.
-        forwards: of the transformer for each guidance branch.
+        forwards: of the transformer for each guidance branch; where the second one is gated, the mean of both.
         schedule: which were computed; None for stock.
-        values: PSNR to stock's in dB, one for each prompt.
+        values: of the budget's metric, one for each prompt.
     """
 
     name: str
@@ -63,7 +101,7 @@ class Judged:
 
     def kept(self, budget: Budget) -> int:
         """Return how many prompts kept the budget."""
-        return sum(value >= budget.least for value in self.values)
+        return sum(map(budget.keeps, self.values))
 
     def share(self, budget: Budget) -> float:
         """Return the share of prompts that kept the budget."""
@@ -73,10 +111,11 @@ class Judged:
         """Return one line of a table."""
         low, high = interval(self.kept(budget), len(self.values))
         schedule = "" if self.schedule is None else f" {self.schedule}"
+        form, worst = METRICS[budget.metric].form, min(self.values, key=budget.merit)
         return (
             f"{self.name:<9} {self.forwards:>3} forwards  kept {self.kept(budget)}/{len(self.values)} "
-            f"({self.share(budget):.1%}, 95% interval {low:.1%} to {high:.1%})  worst {min(self.values):.1f}  "
-            f"median {median(self.values):.1f}{schedule}"
+            f"({self.share(budget):.1%}, 95% interval {low:.1%} to {high:.1%})  worst {worst:{form}}  "
+            f"median {median(self.values):{form}}{schedule}"
         )
 
 
@@ -91,6 +130,8 @@ class Tuned:
         best: the schedule, judged on the held-out prompts.
         rival: stock with as many forwards, judged on the same.
         tried: schedules and stock with fewer steps, on the tuning prompts.
+        pipeline: class name of the pipeline.
+        latents: elements of what the transformer returned for one sample.
     """
 
     budget: Budget
@@ -99,6 +140,8 @@ class Tuned:
     best: Judged
     rival: Judged
     tried: tuple[Judged, ...]
+    pipeline: str
+    latents: int
 
     @property
     def kept(self) -> bool:
@@ -109,7 +152,8 @@ class Tuned:
     def settings(self) -> dict[str, Any]:
         """Arguments of `accelerate_pipeline`, of plain types."""
         assert self.best.schedule is not None
-        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps)}
+        tuned_on = {"pipeline": self.pipeline, "latents": self.latents}
+        return {"quality": "fast", "cache": self.best.schedule.settings(self.steps) | tuned_on}
 
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "NOT kept"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pipeboost.applied_plan import AppliedPlan
 from pipeboost.core.config import CacheConfig
@@ -22,8 +23,10 @@ from pipeboost.core.fingerprint import digest
 from pipeboost.core.ledger import Ledger
 from pipeboost.core.user_files import make_folder, user_path
 from pipeboost.features.cache.attach import attach_cache
-from pipeboost.quality.metrics import outputs_on_host, psnr
-from pipeboost.tune.search import Schedule, best_schedule, gains_between, injected
+from pipeboost.features.cache.decide import has_separate_branches
+from pipeboost.features.cache.extrapolation import sample_elements
+from pipeboost.quality.call_metrics import Made
+from pipeboost.tune.search import Schedule, best_gated_schedule, best_schedule, gains_between, injected
 from pipeboost.tune.tuned import Budget, Judged, Tuned
 
 _RECORDED = 24
@@ -43,10 +46,14 @@ class Trajectory:
     Attributes:
         predictions: `(steps, elements)`, what the steps were given: the denoiser's output, guidance included.
         latents: `(steps + 1, elements)`, before each step and after the last.
+        first: `(steps, elements)`, what the first of two guidance branches returned; None where there are not two.
+        size: elements of what the denoiser returned for one sample.
     """
 
     predictions: torch.Tensor
     latents: torch.Tensor
+    first: torch.Tensor | None
+    size: int
 
     @property
     def weights(self) -> torch.Tensor:
@@ -59,10 +66,19 @@ class Trajectory:
 
 
 @contextlib.contextmanager
-def recorded(pipe: Any) -> Iterator[Callable[[], Trajectory]]:
+def recorded(pipe: Any, model: torch.nn.Module) -> Iterator[Callable[[], Trajectory]]:
     """Inside, one call is recorded; what this yields returns it afterwards."""
     predictions: list[torch.Tensor] = []
     latents: list[torch.Tensor] = []
+    branches: list[list[torch.Tensor]] = []
+    outputs: list[torch.Tensor] = []
+    sizes: list[int] = []
+
+    def record_branch(call_next: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call_next(*args, **kwargs)
+        outputs.append(tree_leaves(result)[0])
+        sizes.append(sample_elements(result))
+        return result
 
     def record(call_next: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(("model_output", "timestep", "sample"), args, strict=False)), **kwargs}
@@ -72,12 +88,21 @@ def recorded(pipe: Any) -> Iterator[Callable[[], Trajectory]]:
             latents.append(_some(given["sample"]))
         predictions.append(_some(given["model_output"]))
         latents.append(_some(after))
+        # Where a script goes on with a part of an output, the elements are others.
+        branches.append([_some(each) for each in outputs if each.numel() == given["model_output"].numel()])
+        outputs.clear()
         return result
+
+    def trajectory() -> Trajectory:
+        of_two = all(len(each) == 2 for each in branches)
+        first = torch.stack([each[0] for each in branches]) if of_two else None
+        return Trajectory(torch.stack(predictions), torch.stack(latents), first, sizes[0])
 
     with Ledger() as ledger:
         ledger.add_middleware(pipe.scheduler, "step", record, place="scheduler.tune")
+        ledger.add_middleware(model, "__call__", record_branch, place="component.tune")
     try:
-        yield lambda: Trajectory(torch.stack(predictions), torch.stack(latents))
+        yield trajectory
     finally:
         ledger.undo()
 
@@ -144,19 +169,26 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
     predictions = torch.stack([each.predictions for each in trajectories], dim=1)
     weights = torch.stack([each.weights for each in trajectories]).mean(0)
     gains = _measured_gains(trials, trajectories[:_PROBED], predictions[:, :_PROBED], weights)
+    firsts = [each.first for each in trajectories if each.first is not None and has_separate_branches(trials.family)]
+    first = torch.stack(firsts, dim=1) if len(firsts) == len(trajectories) else None
     tried: dict[int, Judged] = {}
 
     def proposals(forwards: int) -> dict[Schedule, None]:
-        """Return the best schedule of each order."""
+        """Return the best schedule of each order, and the best with a guidance gate where there are two branches."""
         if forwards >= steps:
             return {Schedule(tuple(range(steps)), 0): None}
-        return dict.fromkeys(
-            best_schedule(predictions, weights, gains, forwards=forwards, order=order) for order in _ORDERS
-        )
+        found = [best_schedule(predictions, weights, gains, forwards=forwards, order=order) for order in _ORDERS]
+        if first is not None:
+            gated = [
+                best_gated_schedule(predictions, first, weights, gains, forwards=forwards, order=order)
+                for order in _ORDERS
+            ]
+            found += [schedule for _, schedule in sorted(each for each in gated if each is not None)[:1]]
+        return dict.fromkeys(found)
 
     def keeps(forwards: int) -> bool:
         rivals = {schedule: trials.judged(schedule, few) for schedule in proposals(forwards)}
-        best = max(rivals, key=lambda schedule: (rivals[schedule].share(budget), median(rivals[schedule].values)))
+        best = max(rivals, key=lambda schedule: _merit(rivals[schedule], budget))
         tried[forwards] = trials.judged(best, tuning)
         return tried[forwards].share(budget) >= share
 
@@ -173,7 +205,20 @@ def _tune(trials: _Trials, share: float, tuning: range, judging: range) -> Tuned
     best, rival = trials.judged(schedule, judging), trials.judged(high, judging)
     schedules = [tried[forwards] for forwards in sorted(tried)]
     fewer = [trials.judged(forwards, few) for forwards in sorted(tried)]
-    return Tuned(budget=budget, share=share, steps=steps, best=best, rival=rival, tried=(*schedules, *fewer))
+    return Tuned(
+        budget=budget,
+        share=share,
+        steps=steps,
+        best=best,
+        rival=rival,
+        tried=(*schedules, *fewer),
+        pipeline=trials.applied.plan.model.pipeline,
+        latents=trajectories[0].size,
+    )
+
+
+def _merit(judged: Judged, budget: Budget) -> tuple[float, float]:
+    return judged.share(budget), budget.merit(median(judged.values))
 
 
 def _measured_gains(
@@ -206,11 +251,12 @@ class _Trials:
     folder: Path | None
     progress: Callable[[int], None] | None
     made: int = 0
-    stock_runs: dict[int, tuple[np.ndarray, Trajectory]] = field(default_factory=dict)
+    stock_runs: dict[int, tuple[Made, Trajectory]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ((_, self.model),) = self.applied.plan.family.models(self.pipe).items()
+        self.family = self.applied.plan.family
+        ((_, self.model),) = self.family.models(self.pipe).items()
         self.about = [""] * len(self.calls)
         self.file = None if self.folder is None else self.folder / "values.jsonl"
         if self.file is not None:
@@ -226,20 +272,20 @@ class _Trials:
         """Judge a schedule, or stock with this many steps, by some calls."""
         values = tuple(self._value(tried, call) for call in calls)
         if isinstance(tried, Schedule):
-            return Judged("schedule", len(tried.computed), tried, values)
+            return Judged("schedule", round(tried.forwards), tried, values)
         return Judged("stock", tried, None, values)
 
     def _value(self, tried: Schedule | int, call: int) -> float:
-        way = f"{tried.order} {tried.computed}" if isinstance(tried, Schedule) else f"stock {tried}"
-        trial = f"psnr {self.about[call]} {call} {way}"
+        way = f"{tried.order} {tried.computed} {tried.gate}" if isinstance(tried, Schedule) else f"stock {tried}"
+        trial = f"{self.budget.metric} {self.about[call]} {call} {way}"
         if trial not in self.values:
-            self.values[trial] = psnr(self.run(tried, call)[0], self.run(None, call)[0])
+            self.values[trial] = self.budget.measure(self.run(tried, call)[0], self.run(None, call)[0])
             if self.file is not None:
                 with self.file.open("a") as file:
                     file.write(json.dumps({"trial": trial, "value": self.values[trial]}) + "\n")
         return self.values[trial]
 
-    def run(self, tried: Schedule | int | None, call: int) -> tuple[np.ndarray, Trajectory]:
+    def run(self, tried: Schedule | int | None, call: int) -> tuple[Made, Trajectory]:
         """Return a call's result and trajectory."""
         if tried is None and call in self.stock_runs:
             return self.stock_runs[call]
@@ -250,13 +296,14 @@ class _Trials:
         else:
             running = self.stock()
             arguments |= {} if tried is None else {"num_inference_steps": tried}
-        with running, recorded(self.pipe) as trajectory:
+        with running, recorded(self.pipe, self.model) as trajectory:
             result = self.pipe(**arguments)
         self.made += 1
         if self.progress is not None:
             self.progress(self.made)
-        ran = next(iter(outputs_on_host(result).values())).numpy(), trajectory()
+        ran = Made.of(result, arguments), trajectory()
         if tried is None:
+            self.budget.require(ran[0])
             self.stock_runs[call] = ran
         return ran
 
@@ -265,7 +312,7 @@ class _Trials:
         settings = CacheConfig(**schedule.settings(steps))
         ledger = Ledger()
         with ledger:
-            attach_cache(self.model, settings, self.applied.plan.family, ledger, owner=self.applied)
+            attach_cache(self.model, settings, self.family, ledger, owner=self.applied)
         try:
             yield
         finally:

@@ -35,7 +35,8 @@ def attach_cache(
     forward and dropped with the call. What was computed and skipped can be read from `call[CACHE]`, a `CallCache`. The
     call's `step` and `branch` must be kept up by middleware on the scheduler and the transformer.
 
-    A `step_mask` fixes the computed steps, so `threshold`, `warmup` and `max_continuous` have no say then.
+    A `step_mask` fixes the computed steps, so `threshold` and `warmup` have no say then, unless its policy is
+    `"dynamic"`.
 
     Args:
         model: the transformer; its block lists stay the attributes they are, so `compile_model` may come later.

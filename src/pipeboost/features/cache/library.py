@@ -127,7 +127,7 @@ class BlockRow:
                 enable_separate_cfg=False,
                 num_inference_steps=steps,
                 steps_computation_mask=mask,
-                steps_computation_policy="dynamic" if mask is None else "static",
+                steps_computation_policy=settings.policy,
             ),
             calibrator_config=None
             if settings.taylorseer_order is None

@@ -11,14 +11,18 @@ from pipeboost.core.errors import ConfigurationError, UnsupportedError
 
 COMPUTED_SHARE: Mapping[str, float] = {"slow": 0.6, "medium": 0.45, "fast": 0.36, "ultra": 0.25}
 """The share of an expert's steps that a preset computes."""
-_DENSER_AT_THE_START = 1.35
-"""The k-th of n computed steps is at (k / n) to this power: an early error changes what the picture becomes."""
+_DENSER_AT_THE_START = 1.65
+"""The k-th of n computed steps is at (k / n) to this power: an early error changes what the picture becomes.
+
+Of the powers tried on the demo model it left the fewest pictures far from stock's; docs/caching.md has the numbers.
+"""
 
 
 def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None:
     """Return the mask of a fixed schedule, 1 where a step is computed, or None where the residual decides.
 
-    The first step is always computed, and no more than `settings.max_continuous` steps in a row are skipped.
+    The first step is always computed, and no more than `settings.max_continuous` steps in a row are skipped; where the
+    residual has a say in a mask's steps, it sees to that.
 
     Args:
         settings: of the expert.
@@ -28,7 +32,7 @@ def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None
         ConfigurationError: the schedule is for another number of steps, or skips more of them in a row than it may.
         UnsupportedError: there is a schedule, but the number of steps is not known.
     """
-    schedule = settings.step_mask
+    schedule, limit = settings.step_mask, settings.max_continuous if settings.policy == "static" else None
     if schedule is None or steps == 0:
         return None
     if steps is None:
@@ -37,22 +41,24 @@ def computed_steps(settings: CacheConfig, steps: int | None) -> list[int] | None
             "num_timesteps; use step_mask=None"
         )
     if isinstance(schedule, str):
-        return _preset(schedule, steps, settings.max_continuous)
+        return _preset(schedule, steps, limit)
     mask = _listed(schedule, steps, settings.steps) if settings.steps is not None else _binned(schedule, steps)
     longest = max(map(len, "".join(map(str, mask)).split("1")))
-    if settings.max_continuous is not None and longest > settings.max_continuous:
+    if limit is not None and longest > limit:
         raise ConfigurationError(
             f"cache.step_mask={schedule!r} skips {longest} steps in a row, more than "
-            f"cache.max_continuous={settings.max_continuous}; raise it or use other steps"
+            f"cache.max_continuous={limit}; raise it or use other steps"
         )
     return mask
 
 
 def _preset(name: str, steps: int, max_continuous: int | None) -> list[int]:
-    count = max(1, round(COMPUTED_SHARE[name] * steps))
+    count = max(min(2, steps), round(COMPUTED_SHARE[name] * steps))  # two make a line
     mask = [0] * steps
+    place = -1
     for k in range(count):
-        mask[round(steps * (k / count) ** _DENSER_AT_THE_START)] = 1
+        place = max(place + 1, round(steps * (k / count) ** _DENSER_AT_THE_START))
+        mask[place] = 1
     skipped = 0
     for step, computed in enumerate(mask):
         if not computed and skipped == max_continuous:

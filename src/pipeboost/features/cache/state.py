@@ -123,8 +123,12 @@ class CallCache:
 
     def output_branch(self, position: int, branch: int) -> OutputBranch:
         """Return the branch of the output of the expert at `position`."""
-        mask, order = self._masks[position] or [], self._settings[position].taylorseer_order or 0
-        state = self._of((position, "output", branch), lambda: OutputBranch(mask, order))
+        settings = self._settings[position]
+        mask, order, gate = self._masks[position] or [], settings.taylorseer_order or 0, settings.guidance_gate
+        # Only the second branch is gated: of a guider's others nobody says what they are to the first.
+        gated = branch == 1 and gate is not None
+        first = self.output_branch(position, 0) if gated else None
+        state = self._of((position, "output", branch), lambda: OutputBranch(mask, order, first, gate))
         assert isinstance(state, OutputBranch)
         return state
 

@@ -35,14 +35,14 @@ def linears_of(model: nn.Module, family: Family) -> tuple[list[tuple[Place, nn.L
     found: list[tuple[Place, nn.Linear]] = []
     seen: set[int] = set()
     left: Counter[str] = Counter()
-    tied = _tied(model)
+    tied, dtype = _tied(model), getattr(model, "dtype", None)  # which walks through the whole model
     for block_path, block in _blocks(model, family).items():
         for place, module, obstacle in _in(block, block_path):
             linear = module.original if isinstance(module, Float8Linear) else module
             if linear is None or id(linear) in seen:
                 continue
             seen.add(id(linear))
-            obstacle = obstacle or _obstacle(linear, model, tied)
+            obstacle = obstacle or _obstacle(linear, dtype, tied)
             if any(fnmatchcase(place.path, pattern) for pattern in family.keep_precision):
                 obstacle = "kept as they are by the family"
             if obstacle is None:
@@ -106,11 +106,11 @@ def _obstacle_of_adapter(adapter: nn.Module) -> str | None:
     return None
 
 
-def _obstacle(linear: nn.Linear, model: nn.Module, tied: set[int]) -> str | None:
+def _obstacle(linear: nn.Linear, dtype: torch.dtype | None, tied: set[int]) -> str | None:
     weight, members = linear._parameters.get("weight"), vars(linear)
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
         return "with weights of another kind"
-    if weight.dtype != _dtype(model):
+    if weight.dtype != dtype:
         return f"in {str(weight.dtype).removeprefix('torch.')}"
     if any(width % MULTIPLE for width in weight.shape):
         return f"with a width that is no multiple of {MULTIPLE}"
@@ -119,11 +119,6 @@ def _obstacle(linear: nn.Linear, model: nn.Module, tied: set[int]) -> str | None
     if "forward" in members or hook_of(members) is not None:
         return "that were changed by a hook"
     return None
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    return dtype
 
 
 def _tied(model: nn.Module) -> set[int]:
