@@ -10,7 +10,6 @@ import pytest
 from pipeboost.serving import wire
 from pipeboost.serving.jobs import Call, Lora
 from pipeboost.serving.wire import Advanced, Beat, Done, Ran, Start, WireError, WorkerSettings, pack, unpack
-from pipeboost.serving.worker_process import _environment
 
 CALL = Call("ein Bär", 2**63 - 1, images=("a.png",), arguments={"sigmas": [1.0, 0.5]}, loras=(Lora("ink", 0.5),))
 MESSAGES = [
@@ -71,9 +70,3 @@ def test_settings_come_out_as_they_went_in():
 def test_the_servers_side_imports_no_torch():
     code = "import pipeboost.serving.supervisor, sys; assert not {'torch', 'diffusers', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_worker_sees_neither_the_servers_variables_nor_those_of_kubernetes_but_all_others():
-    kept = {"HOME": "/", "PIPEBOOST_QUALITY": "fast", "PIPEBOOST_QUALTY": "fast", "PIPEBOOST_HOME": "/h"}
-    names = ("SERVE_PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP_ADDR", "WEB_PORT")
-    assert _environment({**kept, **{f"PIPEBOOST_{name}": "x" for name in names}}) == kept

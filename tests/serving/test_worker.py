@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeboost.generate import LoadedModel, load_model
+from pipeboost.serving.errors import JobCancelled, JobError
 from pipeboost.serving.jobs import OUT_OF_MEMORY, REFUSED, Lora
-from pipeboost.serving.supervisor import JobCancelled, JobError, WorkerSettings
+from pipeboost.serving.supervisor import WorkerSettings
 from pipeboost.serving.wire import Start
 from pipeboost.serving.worker_model import WorkerModel
 from pipeboost.serving.worker_previews import preview_steps

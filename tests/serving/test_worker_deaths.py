@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from pipeboost.core.errors import ConfigurationError
+from pipeboost.serving.errors import JobCancelled, JobError, WorkerLost
 from pipeboost.serving.jobs import Lora, Paths
-from pipeboost.serving.supervisor import JobCancelled, JobError, Supervisor, WorkerLost, WorkerSettings
+from pipeboost.serving.supervisor import Supervisor, WorkerSettings
 from pipeboost.serving.wire import Beat
 from tests.serving.worker_support import DEMO, RANKS, Served, job, living, pixels, serving, wait_until, write_lora
 

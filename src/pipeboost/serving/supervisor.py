@@ -8,9 +8,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from pipeboost.core.errors import ConfigurationError, PipeboostError
+from pipeboost.core.errors import ConfigurationError
+from pipeboost.serving.errors import JobCancelled, JobError, WorkerLost
 from pipeboost.serving.jobs import CANCELLED, REFUSED, WORKER_LOST, Job, ModelCard, Paths
-from pipeboost.serving.log import log
+from pipeboost.serving.logs import LOG
 from pipeboost.serving.wire import (
     Advanced,
     Beat,
@@ -28,37 +29,12 @@ from pipeboost.serving.wire import (
 )
 from pipeboost.serving.worker_process import WorkerProcess
 
-__all__ = ["JobCancelled", "JobError", "Ran", "Supervisor", "WorkerLost", "WorkerSettings"]
+__all__ = ["Ran", "Supervisor", "WorkerSettings"]
 
 _PAUSES = (0.2, 1.0, 5.0, 15.0, 30.0)
 """Seconds before a start after so many since the worker was ready last."""
 _LOOK = 0.2
 """Seconds between two looks at whether the worker gets on."""
-
-
-class WorkerLost(PipeboostError):  # noqa: N818 - named by what happened
-    """The worker died or hung while it had the job."""
-
-
-class JobError(PipeboostError):
-    """A job ended without a result.
-
-    Attributes:
-        code: for programs, one of `jobs`.
-        message: one sentence for people.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-class JobCancelled(JobError):  # noqa: N818 - named by what happened
-    """A job was cancelled."""
-
-    def __init__(self, message: str = "the job was cancelled") -> None:
-        super().__init__(CANCELLED, message)
 
 
 class _Running:
@@ -130,7 +106,7 @@ class Supervisor:
                     reason = str(error)
                 self._lose(reason)
                 if not self._stopping.is_set():
-                    log(f"{reason}; it is started again")
+                    LOG.warning("%s; it is started again", reason)
                     self.restarts += 1
                     pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
                     self._failures += 1
@@ -163,7 +139,7 @@ class Supervisor:
         finally:
             del self._waiting[job.id]
         if dropped.is_set():
-            raise JobCancelled
+            raise JobCancelled("the job was cancelled")
         worker = self._worker
         if self._stopping.is_set() or worker is None:
             raise WorkerLost("the server stops")
@@ -273,7 +249,9 @@ class Supervisor:
         self._ready.clear()
         self.memory = {}
         if self._running is not None and not self._running.end.done():
-            self._running.end.set_exception(JobCancelled() if self._running.cancelled else WorkerLost(reason))
+            self._running.end.set_exception(
+                JobCancelled("the job was cancelled") if self._running.cancelled else WorkerLost(reason)
+            )
 
 
 class _NotLoadedError(Exception):

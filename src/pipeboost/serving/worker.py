@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from pipeboost.core.user_files import parse_json
+from pipeboost.serving.logs import log_to_stderr
 from pipeboost.serving.wire import SETTINGS, WorkerSettings, from_json
 
 _PR_SET_PDEATHSIG = 1
@@ -29,6 +30,7 @@ def main(folder: Path, parent: int) -> None:
     if os.getppid() != parent:  # it has died before it was asked for
         raise SystemExit(1)
     settings = from_json(WorkerSettings, parse_json((folder / SETTINGS).read_text(), "the worker's settings"))
+    log_to_stderr()
     # Which takes seconds; by now the server's death would end it.
     from pipeboost.serving.worker_rank import serve_rank
 

@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeboost.core.errors import ConfigurationError, shortened
-from pipeboost.serving.log import log
+from pipeboost.serving.logs import LOG
 from pipeboost.serving.wire import (
     LONGEST_LINE,
     SETTINGS,
@@ -33,10 +32,8 @@ from pipeboost.serving.wire import (
 
 _TO_CONNECT = 5.0
 _TO_DIE = 10.0
-_OF_THE_SERVER = re.compile(
-    r"PIPEBOOST_(SERVE_.*|(.*_)?SERVICE_(HOST|PORT(_.*)?)|(.*_)?PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
-)
-"""Variables of the server's own flags, and those that Kubernetes sets for services of our name: none is a setting."""
+_OF_SERVER = "PIPEBOOST_SERVE_"
+"""Variables of the server's flags, keys among them, which are none of the worker's business."""
 
 
 class WorkerProcess:
@@ -89,7 +86,7 @@ class WorkerProcess:
             *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr if _is_real(sys.stderr) else asyncio.subprocess.DEVNULL,
-            env=_environment(os.environ),
+            env={name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVER)},
             start_new_session=True,  # a group of its own, which Ctrl-C in a terminal does not reach
         )
 
@@ -156,7 +153,7 @@ class WorkerProcess:
                 if hello.rank == 0 or isinstance(message, Beat):
                     self._take(message)
         except (OSError, ValueError, WireError, TimeoutError, asyncio.TimeoutError) as error:
-            log(f"the worker's connection broke: {type(error).__name__}")
+            LOG.warning("the worker's connection broke: %s", type(error).__name__)
         finally:
             writer.close()
             self._broken.set()
@@ -170,10 +167,6 @@ def _listening(folder: Path) -> socket.socket:
     finally:
         os.close(descriptor)
     return listening
-
-
-def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not _OF_THE_SERVER.fullmatch(name)}
 
 
 def _is_real(stream: object) -> bool:

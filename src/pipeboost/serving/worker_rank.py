@@ -12,13 +12,12 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeboost.core.errors import PipeboostError, RankFailedError, one_line
 from pipeboost.serving.jobs import CANCELLED, REFUSED, WORKER_LOST
-from pipeboost.serving.log import log
+from pipeboost.serving.logs import LOG, trail
 from pipeboost.serving.wire import (
     LONGEST_LINE,
     SOCKET,
@@ -148,7 +147,7 @@ class _Rank:
                 while line := lines.readline(LONGEST_LINE + 1):
                     self._take(unpack(line))
         except (OSError, WireError) as error:
-            log(f"worker: {one_line(error)}")
+            LOG.warning("worker: %s", one_line(error))
         finally:
             _end()
 
@@ -227,9 +226,7 @@ def _log(job: str, code: str, error: BaseException) -> None:
     """Say what a job failed of, without the exception's own text, which may quote the prompt."""
     if code == CANCELLED:
         return
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{Path(each.filename).name}:{each.lineno}" for each in reversed(frames))
-    log(f"worker: job {job}: {code}: {type(error).__name__} at {where}")
+    LOG.warning("worker: job %s: %s: %s", job, code, trail(error))
 
 
 def _end() -> NoReturn:
