@@ -84,6 +84,7 @@ class Result:
         seconds: of the worker, all outputs together.
         stages: seconds by stage.
         width, height: pixels of what was made.
+        notes: what differs from what was asked, in sentences.
     """
 
     files: tuple[str, ...]
@@ -94,6 +95,7 @@ class Result:
     stages: Mapping[str, float]
     width: int
     height: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ class ModelCard:
         quality: the server's tier.
         plan: id of the plan.
         loras: whether adapters can be loaded.
+        fps: frames a second of its videos where a request names none.
+        frame_multiple: a video has one frame more than a multiple of it.
     """
 
     pipeline: str
@@ -173,6 +177,8 @@ class ModelCard:
     quality: str
     plan: str
     loras: bool
+    fps: int = 16
+    frame_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,11 @@ class Paths:
     def database(self) -> Path:
         """The database of jobs."""
         return self.data / "jobs.sqlite"
+
+    @property
+    def folders(self) -> Path:
+        """What the folders of all jobs are in."""
+        return self.data / "jobs"
 
     def of(self, job_id: str) -> Path:
         """Return the folder of one job: its uploads, what the worker makes, and the results."""
