@@ -51,6 +51,7 @@ def run(model: WorkerModel, folder: Path, seen: list[Path] | None = None, **call
 def test_a_video_model_makes_videos_and_images_of_one_frame(tmp_path):
     with loaded("wan21_t2v") as model:
         assert (model.card.kind, model.card.one_frame, model.card.size_multiple) == ("video", True, 16)
+        assert (model.card.fps, model.card.frame_multiple) == (16, 4)
         seen: list[Path] = []
         ran = run(model, tmp_path, seen, kind="video", num_frames=5, previews=1, **TINY_SIZE)
         assert pixels(ran).shape == (5, 64, 96, 3)
@@ -92,7 +93,7 @@ def test_what_lays_latents_out_its_own_way_says_that_it_has_no_previews(tmp_path
     with loaded("ltx2") as model:
         seen: list[Path] = []
         ran = run(model, tmp_path, seen, kind="video", num_frames=9, previews=1, **TINY_SIZE)
-        assert ran.fps == 24
+        assert ran.fps == model.card.fps == 24
         assert seen == []
         assert ran.notes[-1:] == ("no previews: the pipeline's latents are laid out in a way of its own",)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeboost.generate import LoadedModel
 from pipeboost.generate.call_arguments import CallSignature
+from pipeboost.generate.outputs import DEFAULT_FPS
 from pipeboost.serving.jobs import ModelCard
 
 _WIDTH, _STEPS = 1024, 50
@@ -31,7 +32,7 @@ def card_of(model: LoadedModel, *, plan: str, loras: bool) -> ModelCard:
     return ModelCard(
         pipeline=signature.name,
         kind=model.kind,
-        one_frame=model.kind == "video" and _makes_one_frame(pipe, frames),
+        one_frame=model.kind == "video" and _frame_multiple(pipe, frames) is not None,
         parameters=tuple(name for name in signature.parameters if name != "self"),
         size_multiple=signature.size_multiple,
         width=width,
@@ -44,6 +45,8 @@ def card_of(model: LoadedModel, *, plan: str, loras: bool) -> ModelCard:
         quality=pipe.acceleration.plan.quality,
         plan=plan,
         loras=loras and hasattr(pipe, "load_lora_weights"),
+        fps=round(own_fps(signature, {})),
+        frame_multiple=_frame_multiple(pipe, frames) or 1,
     )
 
 
@@ -61,8 +64,14 @@ def _side(pipe: Any, signature: CallSignature, name: str, defaults: Mapping[str,
     return _default(signature, name, defaults, own)
 
 
-def _makes_one_frame(pipe: Any, frames: int) -> bool:
-    """Whether a video of one frame is possible: where the VAE encodes the first one by itself."""
+def own_fps(signature: CallSignature, call: Mapping[str, Any]) -> float:
+    """Return the frames a second that a call is made for, given or by default."""
+    rate = signature.value("frame_rate", call)
+    return float(rate) if isinstance(rate, (int, float)) else float(DEFAULT_FPS)
+
+
+def _frame_multiple(pipe: Any, frames: int) -> int | None:
+    """Return what a video has one frame more than a multiple of; None where the VAE encodes no first one by itself."""
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     factor = next(filter(None, (getattr(pipe, name, None) for name in names)), None)
-    return factor is not None and (frames - 1) % factor == 0
+    return factor if isinstance(factor, int) and (frames - 1) % factor == 0 else None

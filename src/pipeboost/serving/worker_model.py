@@ -21,12 +21,11 @@ from pipeboost.generate import Generated, GeneratedImage, GeneratedVideo, Loaded
 from pipeboost.generate.call_arguments import CallSignature
 from pipeboost.generate.inputs import load_image
 from pipeboost.generate.loading import ModelSettings
-from pipeboost.generate.outputs import DEFAULT_FPS
 from pipeboost.generate.requests import GenerationRequest
 from pipeboost.generate.session import requests_of
 from pipeboost.serving.jobs import ModelCard
 from pipeboost.serving.wire import Ran, Start, WorkerSettings
-from pipeboost.serving.worker_card import card_of
+from pipeboost.serving.worker_card import card_of, own_fps
 from pipeboost.serving.worker_loras import Loras
 from pipeboost.serving.worker_previews import Previews
 from pipeboost.stages import Progress
@@ -161,7 +160,7 @@ class WorkerModel:
             steps=len(reports[0].steps),
             seconds=sum(report.seconds for report in reports),
             stages=_summed(reports),
-            fps=self._fps(requests[0]) if start.kind == "video" else None,
+            fps=own_fps(CallSignature(self.pipe), requests[0].call) if start.kind == "video" else None,
             notes=(*notes, *previews.notes),
         )
 
@@ -216,10 +215,6 @@ class WorkerModel:
             "call": arguments,
         }
         return requests_of(self.model.settings, [call.prompt] * call.count, request)
-
-    def _fps(self, request: GenerationRequest) -> float:
-        rate = CallSignature(self.pipe).value("frame_rate", request.call)
-        return float(rate) if isinstance(rate, (int, float)) else float(DEFAULT_FPS)
 
 
 def _picture(folder: Path, name: str, what: str) -> Image.Image:
