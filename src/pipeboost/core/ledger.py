@@ -69,8 +69,10 @@ class Ledger:
         add_middleware(obj, method, middleware, place=place)
 
     def _forget(self, change: Change) -> None:
-        with contextlib.suppress(ValueError):
+        try:  # noqa: SIM105 - at the interpreter's end the names of modules are None
             self._changes.remove(change)
+        except ValueError:
+            pass
 
     def share(
         self,
